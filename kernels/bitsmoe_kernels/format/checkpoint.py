@@ -1,0 +1,61 @@
+"""Open a bitsmoe checkpoint directory: config.json, schema, tensors, all checks."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bitsmoe_kernels.errors import BitsmoeError, FormatError
+from bitsmoe_kernels.format.schema import QUANT_METHOD, CheckpointConfig
+from bitsmoe_kernels.format.shards import ShardReader, read_json
+from bitsmoe_kernels.format.validate import check_headers, check_values
+
+
+class Checkpoint:
+    """A quantized checkpoint whose schema and tensor headers have been checked.
+
+    Args:
+        directory: holds config.json and safetensors.
+
+    Raises:
+        FormatError: lists every fault of the schema, or of all headers.
+        BitsmoeError: files missing or damaged.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.model_config: dict[str, Any] = read_json(directory / "config.json")
+        data = self.model_config.get("quantization_config")
+        if not isinstance(data, dict) or data.get("quant_method") != QUANT_METHOD:
+            method = data.get("quant_method") if isinstance(data, dict) else None
+            raise BitsmoeError(
+                f"{directory / 'config.json'}: quant_method is {method!r}, expected {QUANT_METHOD!r}: "
+                "make a checkpoint with `bitsmoe quantize`"
+            )
+        self.config = CheckpointConfig.parse(data, str(directory / "config.json"))
+        self.tensors = ShardReader(directory)
+        if faults := check_headers(self.config, self.tensors.specs):
+            raise FormatError(str(directory), faults)
+
+    def layer_tensors(self, prefix: str) -> dict[str, Tensor]:
+        """All tensors of one layer, `{projection}_{part}` -> tensor, values not checked."""
+        specs = self.config.layers[prefix].tensor_specs(self.config.block_size)
+        return {name: self.tensors.get(f"{prefix}.{name}") for name in specs}
+
+    def check(self) -> None:
+        """Read all bitsmoe tensors and check their values.
+
+        Raises:
+            FormatError: lists every fault of every layer.
+        """
+        faults: list[str] = []
+        for prefix, layer in self.config.layers.items():
+            faults += check_values(prefix, layer, self.config.block_size, self.layer_tensors(prefix))
+        if faults:
+            raise FormatError(str(self.directory), faults)
+
+
+def is_bitsmoe(model_config: dict[str, Any]) -> bool:
+    """Whether a config.json belongs to a bitsmoe checkpoint."""
+    data = model_config.get("quantization_config")
+    return isinstance(data, dict) and data.get("quant_method") == QUANT_METHOD

@@ -1,0 +1,80 @@
+"""Codes <-> words: a block of G components with b bits is b rows of G-bit words, one row for each bit-plane.
+
+Word [j, f] of a block holds bit j of the codes of the block's G components in column f; component i sits at bit i.
+So every width from 0 to 8 takes exactly b rows, odd widths included, and a code can take every value of its width.
+Plain torch, runs on any device. Layout and worked bytes: SPEC.md.
+"""
+
+import torch
+from torch import Tensor
+
+from bitsmoe_kernels.format.schema import MAX_BITS, num_blocks
+
+
+def code_dtype(block_size: int) -> torch.dtype:
+    """Word type: int16 for blocks of 16 components, int32 for blocks of 32."""
+    return {16: torch.int16, 32: torch.int32}[block_size]
+
+
+def pack_codes(codes: Tensor, bits: Tensor, block_size: int) -> Tensor:
+    """Pack one matrix.
+
+    Args:
+        codes: uint8 [C, F], each below 2^bits of its block; ignored where the block has 0 bits.
+        bits: uint8 [B], bit-width of each block of components.
+        block_size: G, 16 or 32.
+
+    Returns:
+        int16 or int32 [sum(bits), F].
+
+    Raises:
+        ValueError: a code that does not fit its width.
+    """
+    C, F = codes.shape
+    widths = bits.tolist()
+    if len(widths) != num_blocks(C, block_size) or any(not 0 <= b <= MAX_BITS for b in widths):
+        raise ValueError(f"{C} components in blocks of {block_size} with block bits {widths}")
+    lane = torch.arange(block_size, device=codes.device)
+    rows = []
+    for i, b in enumerate(widths):
+        block = codes[i * block_size : (i + 1) * block_size].long()
+        if b and int(block.max()) >> b:
+            raise ValueError(f"block {i}: code {int(block.max())} does not fit {b} bits")
+        for j in range(b):
+            rows.append(((block >> j & 1) << lane[: len(block), None]).sum(0))
+    if not rows:
+        return torch.empty(0, F, dtype=code_dtype(block_size), device=codes.device)
+    words = torch.stack(rows)
+    # Two's complement: the top bit is the sign of the stored word.
+    words = torch.where(words >> (block_size - 1) & 1 == 1, words - (1 << block_size), words)
+    return words.to(code_dtype(block_size))
+
+
+def unpack_codes(words: Tensor, bits: Tensor, components: int, block_size: int) -> Tensor:
+    """Inverse of `pack_codes`; rows of blocks with 0 bits come back as zeros.
+
+    Args:
+        words: int16 or int32 [sum(bits), F].
+        bits: uint8 [B].
+        components: C.
+        block_size: G.
+
+    Returns:
+        uint8 [C, F].
+    """
+    F = words.shape[1]
+    B = bits.shape[0]
+    out = torch.zeros(B, block_size, F, dtype=torch.uint8, device=words.device)
+    ends = bits.long().cumsum(0)
+    starts = ends - bits
+    lane = torch.arange(block_size, device=words.device, dtype=words.dtype)[:, None]
+    for b in bits.unique().tolist():
+        if b == 0:
+            continue
+        blocks = (bits == b).nonzero()[:, 0]
+        planes = words[starts[blocks, None] + torch.arange(b, device=words.device)]  # [blocks, b, F]
+        value = out.new_zeros(len(blocks), block_size, F)
+        for j in range(b):
+            value |= ((planes[:, j, None] >> lane) & 1).to(torch.uint8) << j
+        out[blocks] = value
+    return out.view(B * block_size, F)[:components]

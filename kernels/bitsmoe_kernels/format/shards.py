@@ -1,0 +1,158 @@
+"""safetensors checkpoints in Hugging Face layout: one file, or shards with `model.safetensors.index.json`."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.format.schema import TensorSpec
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "U32": torch.uint32,
+    "U64": torch.uint64,
+}  # fmt: skip
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        BitsmoeError: no such file, or no JSON object in it.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise BitsmoeError(f"{path}: cannot be read as JSON ({e})") from None
+    if not isinstance(data, dict):
+        raise BitsmoeError(f"{path}: holds {type(data).__name__}, expected a JSON object")
+    return data
+
+
+class ShardReader:
+    """Tensors of a checkpoint directory, memory-mapped and read one at a time.
+
+    Opening reads all headers and reports all missing or damaged files at once.
+
+    Raises:
+        BitsmoeError: lists every fault.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        files, weight_map, faults = self._files()
+        self.specs: dict[str, TensorSpec] = {}
+        self._file_of: dict[str, str] = {}
+        self._open: dict[str, Any] = {}
+        for file in files:
+            try:
+                handle = safe_open(str(directory / file), framework="pt")
+                for name in handle.keys():  # noqa: SIM118 - not a dict
+                    view = handle.get_slice(name)
+                    dtype = _DTYPES.get(view.get_dtype())
+                    if dtype is None:
+                        faults.append(f"{file}: tensor {name} has dtype {view.get_dtype()}, which is not supported")
+                        continue
+                    self.specs[name] = TensorSpec(dtype, tuple(view.get_shape()))
+                    self._file_of[name] = file
+                self._open[file] = handle
+            except FileNotFoundError:
+                faults.append(f"{file} is missing, though {INDEX_FILE} names it: download it again")
+            except (SafetensorError, OSError) as e:
+                size = (directory / file).stat().st_size
+                faults.append(f"{file} ({size} bytes) is truncated or damaged ({e}): download it again")
+        if not faults:
+            for name, file in weight_map.items():
+                if self._file_of.get(name) != file:
+                    faults.append(f"{file} does not hold tensor {name}, though {INDEX_FILE} says so")
+        if faults:
+            raise BitsmoeError(
+                "\n".join([f"{directory}: the checkpoint is not complete:", *(f"  - {f}" for f in faults)])
+            )
+
+    def _files(self) -> tuple[list[str], dict[str, str], list[str]]:
+        index = self.directory / INDEX_FILE
+        if index.exists():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+                raise BitsmoeError(f"{index}: has no `weight_map` from tensor names to files")
+            outside = sorted({f for f in weight_map.values() if os.path.basename(f) != f})
+            if outside:
+                raise BitsmoeError(f"{index}: names files outside the checkpoint: {outside[:3]}")
+            return sorted(set(weight_map.values())), weight_map, []
+        if (self.directory / SINGLE_FILE).exists():
+            return [SINGLE_FILE], {}, []
+        raise BitsmoeError(
+            f"{self.directory}: holds neither {SINGLE_FILE} nor {INDEX_FILE} (only safetensors are read)"
+        )
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.specs
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def get(self, name: str) -> Tensor:
+        """One tensor, on the CPU, in its stored dtype."""
+        return self._open[self._file_of[name]].get_tensor(name)
+
+
+class ShardWriter:
+    """Writes tensors into shards of bounded size; `finish` names them and writes the index.
+
+    Files appear under their final names in `finish` only; the caller owns the directory and removes it on failure.
+
+    Args:
+        directory: an existing directory.
+        max_shard_bytes: a shard is written once it holds this much.
+    """
+
+    def __init__(self, directory: Path, max_shard_bytes: int = 5 * 1000**3):
+        self.directory = directory
+        self.max_shard_bytes = max_shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[tuple[Path, list[str]]] = []
+        self.total_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Add one tensor; it is copied to the CPU."""
+        tensor = tensor.detach().to("cpu").contiguous()
+        if self._pending and self._pending_bytes + tensor.nbytes > self.max_shard_bytes:
+            self._flush()
+        self._pending[name] = tensor
+        self._pending_bytes += tensor.nbytes
+        self.total_bytes += tensor.nbytes
+
+    def _flush(self) -> None:
+        path = self.directory / f"shard-{len(self._shards)}.tmp"
+        save_file(self._pending, path, metadata={"format": "pt"})
+        self._shards.append((path, list(self._pending)))
+        self._pending, self._pending_bytes = {}, 0
+
+    def finish(self) -> None:
+        """Write what is pending, give the shards their names, write the index when there is more than one."""
+        if self._pending or not self._shards:
+            self._flush()
+        count = len(self._shards)
+        if count == 1:
+            self._shards[0][0].rename(self.directory / SINGLE_FILE)
+            return
+        weight_map = {}
+        for i, (path, names) in enumerate(self._shards, 1):
+            file = f"model-{i:05d}-of-{count:05d}.safetensors"
+            path.rename(self.directory / file)
+            weight_map.update(dict.fromkeys(names, file))
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+        (self.directory / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,62 @@
+"""The MoE layer as a torch custom op, opaque to torch.compile, with a fake for tracing."""
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from bitsmoe_kernels.format.schema import Layer
+from bitsmoe_kernels.reference import LayerWeights, moe_forward
+
+
+def layout_key(layer: Layer, block_size: int) -> str:
+    """The op's static description of a layer's tensors."""
+    return json.dumps({"block_size": block_size, "layer": layer.model_dump(mode="json")}, sort_keys=True)
+
+
+@lru_cache(maxsize=1024)
+def _parse_layout(key: str) -> tuple[Layer, int, list[str]]:
+    data = json.loads(key)
+    layer = Layer.model_validate(data["layer"])
+    return layer, data["block_size"], list(layer.tensor_specs(data["block_size"]))
+
+
+@torch.library.custom_op("bitsmoe::moe_forward", mutates_args=())
+def moe_forward_op(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    tensors: Sequence[Tensor],
+    layout: str,
+) -> Tensor:
+    """`reference.moe_forward` as an op.
+
+    Args:
+        x: [T, H].
+        topk_weights: [T, top_k].
+        topk_ids: [T, top_k].
+        expert_map: see `reference.moe_forward`.
+        tensors: the layer's tensors in the order of `Layer.tensor_specs`.
+        layout: `layout_key` of the layer.
+
+    Returns:
+        [T, H] in x's dtype.
+    """
+    layer, block_size, names = _parse_layout(layout)
+    weights = LayerWeights(layer, block_size, dict(zip(names, tensors, strict=True)))
+    return moe_forward(weights, x, topk_weights, topk_ids, expert_map)
+
+
+@moe_forward_op.register_fake
+def _(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    tensors: Sequence[Tensor],
+    layout: str,
+) -> Tensor:
+    return torch.empty_like(x)

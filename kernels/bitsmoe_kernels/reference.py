@@ -1,0 +1,196 @@
+"""Plain-torch meaning of a checkpoint's tensors: dequantized weights and the routed-experts forward pass.
+
+Every kernel is tested against this file, and on a CPU it is what vLLM runs. Symbols as in `format/schema.py`, and
+
+    T  tokens      top_k  experts per token      N  output size of a projection      K  its input size
+
+One mixed-bit matrix M [C, F] of an expert reads
+
+    M[c, f] = component_scale[c] * feature_scale[f] * (q[c, f] - (2^b - 1) / 2)        b: bits of c's block; b = 0: 0
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitsmoe_kernels.format.packing import unpack_codes
+from bitsmoe_kernels.format.schema import Layer, Part, Projection, ProjectionName
+
+
+@dataclass(frozen=True)
+class ProjectionWeights:
+    """One projection of a layer: its schema and its tensors."""
+
+    layer: Layer
+    name: ProjectionName
+    block_size: int
+    tensors: Mapping[str, Tensor]
+
+    @cached_property
+    def spec(self) -> Projection:
+        """Schema of this projection."""
+        return self.layer.projections[self.name]
+
+    def part(self, which: Part) -> Tensor:
+        """One stored tensor."""
+        return self.tensors[f"{self.name}_{which}"]
+
+    @cached_property
+    def row_ends(self) -> list[int]:
+        """For each expert, the end of its rows in `codes`."""
+        return self.part("bits").sum(1, dtype=torch.int64).cumsum(0).tolist()
+
+    @cached_property
+    def basis(self) -> Tensor | None:
+        """The basis in float32 [R, side], or None."""
+        if not self.spec.basis:
+            return None
+        basis = self.part("basis").float()
+        return basis * self.part("basis_scale")[:, None] if self.spec.basis.bits == 8 else basis
+
+    def matrix(self, expert: int) -> Tensor:
+        """M of one expert, float32 [C, F], rows in stored order."""
+        bits = self.part("bits")[expert]
+        start = self.row_ends[expert - 1] if expert else 0
+        codes = self.part("codes")[start : self.row_ends[expert]]
+        C = self.layer.components(self.name)
+        q = unpack_codes(codes, bits, C, self.block_size)
+        width = bits.repeat_interleave(self.block_size)[:C].float()
+        s = self.part("component_scale")[expert].float() * (width > 0)
+        t = self.part("feature_scale")[expert].float()
+        return (q - (torch.exp2(width) - 1)[:, None] / 2) * s[:, None] * t
+
+    def _ordered(self, expert: int) -> Tensor:
+        """M with its rows in the order of the components themselves."""
+        m = self.matrix(expert)
+        order = self._order(expert)
+        return m if order is None else torch.empty_like(m).index_copy_(0, order, m)
+
+    def _order(self, expert: int) -> Tensor | None:
+        if self.spec.order == "none":
+            return None
+        order = self.part("order")
+        return (order if order.dim() == 1 else order[expert]).long()
+
+    def _lowrank(self, expert: int) -> tuple[Tensor, Tensor] | None:
+        """Compensator of one expert: [r, K] and [r, N], or None."""
+        if not self.spec.lowrank_total:
+            return None
+        ranks = self.part("lowrank_rank").tolist()
+        start = sum(ranks[:expert])
+        rows = slice(start, start + ranks[expert])
+        return self.part("lowrank_in")[rows].float(), self.part("lowrank_out")[rows].float()
+
+    def weight(self, expert: int) -> Tensor:
+        """The weight this expert stands for, float32 [N, K], as `torch.nn.functional.linear` takes it."""
+        if expert in self.spec.kept_experts:
+            return self.part("kept")[self.spec.kept_experts.index(expert)].float()
+        m = self._ordered(expert)
+        if self.basis is not None:
+            m = self.basis.T @ m
+        w = m.T if self.spec.component_axis == "input" else m
+        if (lowrank := self._lowrank(expert)) is not None:
+            w = w + lowrank[1].T @ lowrank[0]
+        return w.contiguous()
+
+    def project(self, x: Tensor) -> Tensor:
+        """What all experts share: z = basis @ x for an input-side basis, else x itself. [T, K] -> [T, C or K]."""
+        if self.basis is not None and self.spec.component_axis == "input":
+            return x @ self.basis.T
+        return x
+
+    def forward(self, expert: int, x: Tensor, z: Tensor) -> Tensor:
+        """One expert on its tokens.
+
+        Args:
+            expert: which.
+            x: [n, K] float32.
+            z: [n, C or K] float32, `project(x)`.
+
+        Returns:
+            [n, N] float32.
+        """
+        if expert in self.spec.kept_experts:
+            return x @ self.weight(expert).T
+        m, order = self.matrix(expert), self._order(expert)
+        if self.spec.component_axis == "input":
+            y = (z if order is None else z[:, order]) @ m
+        else:
+            y = x @ m.T
+            if order is not None:
+                y = torch.empty_like(y).index_copy_(1, order, y)
+            if self.basis is not None:
+                y = y @ self.basis
+        if (lowrank := self._lowrank(expert)) is not None:
+            y = y + (x @ lowrank[0].T) @ lowrank[1]
+        return y
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """The routed experts of one layer: schema and tensors (`{projection}_{part}` -> tensor)."""
+
+    layer: Layer
+    block_size: int
+    tensors: Mapping[str, Tensor]
+
+    @cached_property
+    def projections(self) -> dict[ProjectionName, ProjectionWeights]:
+        """The stored projections, two or three."""
+        return {n: ProjectionWeights(self.layer, n, self.block_size, self.tensors) for n in self.layer.projections}
+
+    def expert_weights(self, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Dequantized gate [I, H], up [I, H] and down [H, I] of one expert, float32."""
+        p = self.projections
+        if "gate_up" in p:
+            gate, up = p["gate_up"].weight(expert).chunk(2)
+        else:
+            gate, up = p["gate"].weight(expert), p["up"].weight(expert)
+        return gate, up, p["down"].weight(expert)
+
+
+def moe_forward(
+    weights: LayerWeights,
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None = None,
+) -> Tensor:
+    """Routed experts of one layer: sum over a token's experts of weight * down(silu(gate x) * (up x)).
+
+    Dequantizes the experts that were routed to, one after another, and no others. Computes in float32.
+
+    Args:
+        weights: E local experts.
+        x: [T, H], any float dtype.
+        topk_weights: [T, top_k] routing weights.
+        topk_ids: [T, top_k] expert ids; global ids where `expert_map` is given. Negative ids are skipped.
+        expert_map: [global experts] -> local index or -1 for experts held elsewhere (expert parallelism).
+
+    Returns:
+        [T, H] in x's dtype.
+    """
+    T, H = x.shape
+    ids = topk_ids.long()
+    if expert_map is not None:
+        ids = torch.where(ids >= 0, expert_map.long()[ids.clamp(min=0)], -1)
+    xf = x.float()
+    out = xf.new_zeros(T, H)
+    p = weights.projections
+    inputs = [p[n] for n in ("gate_up", "gate", "up") if n in p]
+    shared = [w.project(xf) for w in inputs]
+    down = p["down"]
+    for expert in ids.unique().tolist():
+        if expert < 0:
+            continue
+        token, slot = (ids == expert).nonzero(as_tuple=True)
+        hidden = [w.forward(expert, xf[token], z[token]) for w, z in zip(inputs, shared, strict=True)]
+        gate, up = hidden[0].chunk(2, -1) if len(hidden) == 1 else hidden
+        h = F.silu(gate) * up
+        y = down.forward(expert, h, down.project(h))
+        out.index_add_(0, token, y * topk_weights[token, slot, None].float())
+    return out.to(x.dtype)

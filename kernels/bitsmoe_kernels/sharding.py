@@ -1,0 +1,139 @@
+"""Slice a layer for one rank of tensor or expert parallelism. A shard is a valid layer again, only smaller.
+
+Tensor parallelism gives a rank whole blocks of intermediate channels, the same ones for every expert: output columns
+of gate and up, input rows of down. Blocks are dealt in turn (block j to rank j mod tp_size): channels are stored in
+ascending importance, so neighbours cost nearly the same bytes and every rank gets its share of dear and cheap ones.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.format.schema import Layer, Projection, ProjectionName, num_blocks
+
+
+def check_tensor_parallel(layer: Layer, block_size: int, tp_size: int, subject: str) -> None:
+    """Refuse a tensor-parallel size this layer cannot be split into.
+
+    Raises:
+        BitsmoeError: names the sizes that work.
+    """
+    blocks = num_blocks(layer.intermediate_size, block_size)
+    if tp_size > blocks:
+        raise BitsmoeError(
+            f"{subject}: tensor parallel size {tp_size} does not fit intermediate_size {layer.intermediate_size}, "
+            f"which holds {blocks} blocks of {block_size} channels: use a size from 1 to {blocks}"
+        )
+
+
+def shard_channels(intermediate_size: int, block_size: int, tp_rank: int, tp_size: int) -> Tensor:
+    """Intermediate channels of one rank, int64, ascending."""
+    channel = torch.arange(intermediate_size)
+    return channel[channel // block_size % tp_size == tp_rank]
+
+
+def shard_layer(
+    layer: Layer,
+    tensors: Mapping[str, Tensor],
+    block_size: int,
+    tp_rank: int = 0,
+    tp_size: int = 1,
+    experts: Sequence[int] | None = None,
+) -> tuple[Layer, dict[str, Tensor]]:
+    """One rank's part of a layer.
+
+    Summing `reference.moe_forward` of all ranks gives that of the whole layer.
+
+    Args:
+        layer: schema of the whole layer.
+        tensors: its tensors, `{projection}_{part}` -> tensor.
+        block_size: G.
+        tp_rank: rank within tensor parallelism.
+        tp_size: number of ranks.
+        experts: the experts this rank holds, in its local order; None: all.
+
+    Returns:
+        Schema and tensors of the shard.
+    """
+    check_tensor_parallel(layer, block_size, tp_size, "layer")
+    picked = torch.tensor(range(layer.num_experts) if experts is None else list(experts), dtype=torch.int64)
+    channels = shard_channels(layer.intermediate_size, block_size, tp_rank, tp_size)
+    projections: dict[ProjectionName, Projection] = {}
+    out: dict[str, Tensor] = {}
+    for name in layer.projections:
+        parts = {k.removeprefix(f"{name}_"): v for k, v in tensors.items() if k.startswith(f"{name}_")}
+        projections[name], parts = _shard_projection(layer, name, parts, block_size, picked, channels)
+        out |= {f"{name}_{k}": v.contiguous() for k, v in parts.items()}
+    shard = Layer(
+        num_experts=len(picked),
+        hidden_size=layer.hidden_size,
+        intermediate_size=len(channels),
+        projections=projections,
+    )
+    return shard, out
+
+
+def _shard_projection(
+    layer: Layer, name: ProjectionName, parts: dict[str, Tensor], block: int, experts: Tensor, channels: Tensor
+) -> tuple[Projection, dict[str, Tensor]]:
+    spec = layer.projections[name]
+    bits = parts["bits"].long()
+    whole = len(channels) == layer.intermediate_size
+    into = name == "down"  # the side of the intermediate channels
+    columns = torch.cat([channels, channels + layer.intermediate_size]) if name == "gate_up" else channels
+    blocks = torch.arange(bits.shape[1])
+    on_components = (spec.component_axis == "input") == into
+
+    for key in ("bits", "component_scale", "feature_scale"):
+        parts[key] = parts[key][experts]
+    if spec.order == "expert":
+        parts["order"] = parts["order"][experts]
+    kept = {int(e): i for i, e in enumerate(experts) if int(e) in spec.kept_experts}
+    if spec.kept_experts:
+        parts["kept"] = parts["kept"][[spec.kept_experts.index(e) for e in kept]]
+        if not kept:
+            del parts["kept"]
+    lowrank_total = 0
+    if spec.lowrank_total:
+        ends = parts["lowrank_rank"].long().cumsum(0)
+        rows = _ranges(ends[experts] - parts["lowrank_rank"][experts], parts["lowrank_rank"][experts].long())
+        lowrank_total = len(rows)
+        parts["lowrank_rank"] = parts["lowrank_rank"][experts]
+        parts["lowrank_in"], parts["lowrank_out"] = parts["lowrank_in"][rows], parts["lowrank_out"][rows]
+        if not lowrank_total:
+            for key in ("lowrank_rank", "lowrank_in", "lowrank_out"):
+                del parts[key]
+
+    if not whole:
+        if "kept" in parts:
+            parts["kept"] = parts["kept"][:, :, columns] if into else parts["kept"][:, columns]
+        if lowrank_total:
+            key = "lowrank_in" if into else "lowrank_out"
+            parts[key] = parts[key][:, columns]
+        if not on_components:
+            parts["feature_scale"] = parts["feature_scale"][:, columns]
+            parts["codes"] = parts["codes"][:, columns]
+        elif spec.basis:
+            parts["basis"] = parts["basis"][:, columns]
+        else:
+            blocks = channels[::block] // block
+            parts["bits"] = parts["bits"][:, blocks]
+            parts["component_scale"] = parts["component_scale"][:, columns]
+
+    ends = bits.flatten().cumsum(0).view_as(bits)
+    starts, widths = (ends - bits)[experts][:, blocks], bits[experts][:, blocks]
+    parts["codes"] = parts["codes"][_ranges(starts.flatten(), widths.flatten())]
+    update = {
+        "code_rows": int(widths.sum()),
+        "kept_experts": tuple(i for i, e in enumerate(experts.tolist()) if e in kept),
+        "lowrank_total": lowrank_total,
+    }
+    return spec.model_copy(update=update), parts
+
+
+def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
+    """Indices of all ranges [start, start + length), one after another."""
+    shift = (starts - (lengths.cumsum(0) - lengths)).repeat_interleave(lengths)
+    return torch.arange(int(lengths.sum())) + shift
