@@ -13,7 +13,8 @@ from bitsmoe_kernels.reference import LayerWeights, moe_forward
 
 def layout_key(layer: Layer, block_size: int) -> str:
     """The op's static description of a layer's tensors."""
-    return json.dumps({"block_size": block_size, "layer": layer.model_dump(mode="json")}, sort_keys=True)
+    # Keys stay in their order: it is the order of the tensors.
+    return json.dumps({"block_size": block_size, "layer": layer.model_dump(mode="json")})
 
 
 @lru_cache(maxsize=1024)
@@ -59,4 +60,4 @@ def _(
     tensors: Sequence[Tensor],
     layout: str,
 ) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)  # contiguous, as the op's result is, whatever the strides of x

@@ -8,7 +8,7 @@ from torch import Tensor
 from bitsmoe_kernels.errors import BitsmoeError, FormatError
 from bitsmoe_kernels.format.schema import QUANT_METHOD, CheckpointConfig
 from bitsmoe_kernels.format.shards import ShardReader, read_json
-from bitsmoe_kernels.format.validate import check_headers, check_values
+from bitsmoe_kernels.format.validate import check_bits, check_headers, check_values
 
 
 class Checkpoint:
@@ -41,6 +41,14 @@ class Checkpoint:
         """All tensors of one layer, `{projection}_{part}` -> tensor, values not checked."""
         specs = self.config.layers[prefix].tensor_specs(self.config.block_size)
         return {name: self.tensors.get(f"{prefix}.{name}") for name in specs}
+
+    def bit_faults(self) -> list[str]:
+        """Faults of the block bits of all layers; reads no other tensor."""
+        faults: list[str] = []
+        for prefix, layer in self.config.layers.items():
+            bits = {name: self.tensors.get(f"{prefix}.{name}_bits") for name in layer.projections}
+            faults += check_bits(prefix, layer, bits)
+        return faults
 
     def check(self) -> None:
         """Read all bitsmoe tensors and check their values.

@@ -201,7 +201,7 @@ class CheckpointConfig(_Model):
     quant_method: Literal["bitsmoe"]
     format_version: int
     block_size: Literal[16, 32]
-    bpw: float = Field(ge=0)
+    bpw: float = Field(ge=0, allow_inf_nan=False)
     """All-in bits per weight: bytes of all tensors below times 8, over the weights they replace."""
     layers: dict[str, Layer]
     """Tensor prefix of a layer's experts, such as `model.layers.0.mlp.experts`, to its layout."""

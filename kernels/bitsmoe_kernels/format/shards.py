@@ -87,7 +87,7 @@ class ShardReader:
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
                 raise BitsmoeError(f"{index}: has no `weight_map` from tensor names to files")
-            outside = sorted({f for f in weight_map.values() if os.path.basename(f) != f})
+            outside = sorted({f for f in weight_map.values() if os.path.basename(f) != f or f in ("", ".", "..")})
             if outside:
                 raise BitsmoeError(f"{index}: names files outside the checkpoint: {outside[:3]}")
             return sorted(set(weight_map.values())), weight_map, []
@@ -128,7 +128,8 @@ class ShardWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Add one tensor; it is copied to the CPU."""
-        tensor = tensor.detach().to("cpu").contiguous()
+        # A copy even if it is there already: the caller may reuse its buffer, and safetensors refuses shared memory.
+        tensor = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         if self._pending and self._pending_bytes + tensor.nbytes > self.max_shard_bytes:
             self._flush()
         self._pending[name] = tensor
@@ -138,6 +139,7 @@ class ShardWriter:
     def _flush(self) -> None:
         path = self.directory / f"shard-{len(self._shards)}.tmp"
         save_file(self._pending, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors makes files only their owner can read
         self._shards.append((path, list(self._pending)))
         self._pending, self._pending_bytes = {}, 0
 

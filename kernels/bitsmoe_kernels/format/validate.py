@@ -47,14 +47,20 @@ def check_values(prefix: str, layer: Layer, block_size: int, tensors: Mapping[st
     return faults
 
 
-def _projection_faults(layer: Layer, name: ProjectionName, block: int, tensors: Mapping[str, Tensor]) -> list[str]:
+def check_bits(prefix: str, layer: Layer, bits: Mapping[ProjectionName, Tensor]) -> list[str]:
+    """The part of `check_values` that needs the block bits only: small, yet they say where every code lies.
+
+    Args:
+        prefix: the layer's tensor prefix, for the messages.
+        layer: its schema.
+        bits: uint8 [E, B] of each projection; shapes and dtypes already checked.
+    """
+    return [f"{prefix}.{name}_{f}" for name in layer.projections for f in _bit_faults(layer, name, bits[name].long())]
+
+
+def _bit_faults(layer: Layer, name: ProjectionName, bits: Tensor) -> list[str]:
     p = layer.projections[name]
     faults = []
-
-    def part(which: str) -> Tensor:
-        return tensors[f"{name}_{which}"]
-
-    bits = part("bits").long()
     rows = int(bits.sum())
     if int(bits.max()) > MAX_BITS:
         expert, at = (bits > MAX_BITS).nonzero()[0].tolist()
@@ -64,6 +70,18 @@ def _projection_faults(layer: Layer, name: ProjectionName, block: int, tensors: 
     for expert in p.kept_experts:
         if int(bits[expert].sum()):
             faults.append(f"bits: expert {expert} is kept at 16 bits, but its block bits are not zero")
+    return faults
+
+
+def _projection_faults(layer: Layer, name: ProjectionName, block: int, tensors: Mapping[str, Tensor]) -> list[str]:
+    p = layer.projections[name]
+    faults = []
+
+    def part(which: str) -> Tensor:
+        return tensors[f"{name}_{which}"]
+
+    bits = part("bits").long()
+    faults += _bit_faults(layer, name, bits)
     for which in ("component_scale", "feature_scale", "basis", "basis_scale", "kept", "lowrank_in", "lowrank_out"):
         tensor = tensors.get(f"{name}_{which}")
         if tensor is not None and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
@@ -80,6 +98,9 @@ def _projection_faults(layer: Layer, name: ProjectionName, block: int, tensors: 
         ranks = part("lowrank_rank")
         if int(ranks.min()) < 0 or int(ranks.sum()) != p.lowrank_total:
             faults.append(f"lowrank_rank: ranks {ranks.tolist()} must be >= 0 and sum to {p.lowrank_total}")
+        for expert in p.kept_experts:
+            if int(ranks[expert]):
+                faults.append(f"lowrank_rank: expert {expert} is kept at 16 bits, but its rank is not zero")
     tail = layer.components(name) % block
     if tail and not faults:
         # Bits of components beyond the last one must be clear, so that equal matrices have equal bytes.

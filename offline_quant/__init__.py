@@ -1,0 +1,1 @@
+"""The offline quantizer and the `bitsmoe` command: decomposition, allocation, quantization, evaluation."""

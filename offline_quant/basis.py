@@ -1,0 +1,113 @@
+"""Bases shared by the experts of a layer, and the factors of every expert in them.
+
+Options (BitsMoE, arXiv 2606.00079, and its whitened form):
+
+    natural   no basis: components are the channels themselves, no bytes
+    whitened  SVD of [W_1; ...; W_E] C^(1/2): rows of V^T C^(-1/2), shared by gate and up. Noise in any component then
+              weighs the same at the output, so a component's energy is its importance
+    paper     SVD of the stacked weights alone: a right basis for gate, one for up, a left basis for down
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from bitsmoe_kernels.format.schema import Axis, Basis, ProjectionName
+from offline_quant.distortion import DAMPING
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """How one projection W [N, K] of every expert becomes a factor F [K', N'] with components on one side.
+
+    Attributes:
+        name: the projection.
+        component_axis: the side of the components.
+        basis: [R, side] float32 as it will be read back from the file, or None.
+        tensors: `basis`, `basis_scale` as stored.
+        spec: the schema's entry for the basis.
+    """
+
+    name: ProjectionName
+    component_axis: Axis = "input"
+    basis: Tensor | None = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    spec: Basis | None = None
+
+    @cached_property
+    def _inverse(self) -> Tensor:
+        """[side, R], float32."""
+        assert self.basis is not None
+        rows, side = self.basis.shape
+        return (torch.linalg.inv if rows == side else torch.linalg.pinv)(self.basis.double()).float()
+
+    def factors(self, W: Tensor) -> Tensor:
+        """F of experts W [n, N, K]: [n, K or R, N] for input-side components, [n, K, N or R] for output-side ones.
+
+        The basis is square or has orthonormal rows up to its rounding; its pseudo-inverse undoes the rounding.
+        """
+        if self.basis is None:
+            return W.mT.contiguous()
+        inverse = self._inverse
+        if self.component_axis == "input":
+            return (W @ inverse).mT.contiguous()  # W = F^T B
+        return W.mT @ inverse  # W = B^T F^T
+
+    def moments(self, M: Tensor) -> Tensor:
+        """Second moments of what enters the contraction, given those of the projection's input [n, K, K]."""
+        if self.basis is None or self.component_axis == "output":
+            return M
+        return self.basis @ M @ self.basis.T
+
+
+def natural(name: ProjectionName) -> Decomposition:
+    """No basis."""
+    return Decomposition(name)
+
+
+def whitened(name: ProjectionName, W: Tensor, C: Tensor, weight: Tensor, bits: int) -> Decomposition:
+    """Basis on the input side from weights and activations.
+
+    Args:
+        name: the projection.
+        W: [E, N, H] weights.
+        C: [H, H] second moments of the input, pooled over the layer's tokens.
+        weight: [E] share of tokens of each expert.
+        bits: 8 or 16, of the stored basis.
+    """
+    C = C.double()
+    C = C + torch.eye(len(C), dtype=C.dtype, device=C.device) * (DAMPING * C.diagonal().mean())
+    value, vector = torch.linalg.eigh(C)
+    root, inverse_root = (vector * value.sqrt()) @ vector.T, (vector / value.sqrt()) @ vector.T
+    gram = _gram(W, weight)
+    _, V = torch.linalg.eigh(root @ gram @ root)
+    return _stored(name, "input", (V.flip(-1).T @ inverse_root).float(), bits)
+
+
+def paper(name: ProjectionName, W: Tensor, component_axis: Axis, bits: int) -> Decomposition:
+    """Singular vectors of the stacked weights [E, N, K]: right ones on the input side, left ones on the output side."""
+    stacked = W if component_axis == "input" else W.mT
+    _, V = torch.linalg.eigh(_gram(stacked, torch.ones(len(W), device=W.device)))
+    return _stored(name, component_axis, V.flip(-1).T.float(), bits)
+
+
+def _gram(W: Tensor, weight: Tensor) -> Tensor:
+    """sum_e weight_e W_e^T W_e in float64, [K, K]."""
+    gram = torch.zeros(W.shape[-1], W.shape[-1], dtype=torch.float64, device=W.device)
+    for w, share in zip(W, weight.double(), strict=True):
+        gram += share * (w.T @ w).double()
+    return gram
+
+
+def _stored(name: ProjectionName, axis: Axis, rows: Tensor, bits: int) -> Decomposition:
+    """Round basis rows as the file stores them."""
+    if bits == 16:
+        half = (rows / rows.abs().amax(1, keepdim=True)).half()
+        return Decomposition(name, axis, half.float(), {"basis": half}, Basis(rank=len(rows), bits=16))
+    scale = rows.abs().amax(1) / 127
+    codes = (rows / scale[:, None]).round().to(torch.int8)
+    tensors = {"basis": codes, "basis_scale": scale}
+    return Decomposition(name, axis, codes.float() * scale[:, None], tensors, Basis(rank=len(rows), bits=8))

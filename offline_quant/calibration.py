@@ -1,0 +1,176 @@
+"""Calibration tokens: from text files, from a Hub dataset, or sampled from the model itself."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from bitsmoe_kernels.errors import BitsmoeError
+from offline_quant.progress import bar, console
+from offline_quant.streaming import StreamedModel
+
+DEFAULT_DATASET = "hf:allenai/c4"
+_TEXT_KEYS = ("text", "content", "prompt")
+_DATASET_CONFIGS = {"allenai/c4": "en"}
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        BitsmoeError: none can be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(str(directory))
+    except (OSError, ValueError, KeyError) as e:
+        raise BitsmoeError(f"{directory}: no tokenizer can be loaded ({e})") from None
+
+
+def window_length(config: dict[str, Any], wanted: int) -> int:
+    """Tokens in a window: what was asked for, or the model's maximum if that is less."""
+    return min(wanted, int(config.get("max_position_embeddings") or wanted))
+
+
+def check_text_source(calib: str | None) -> None:
+    """Refuse a calibration source that cannot be read, before any work.
+
+    Raises:
+        BitsmoeError: names the file or the form expected.
+    """
+    if calib is None or calib == "self" or calib.startswith("hf:"):
+        return
+    path = Path(calib)
+    if not path.is_file():
+        raise BitsmoeError(f"--calib {calib}: no such file; use `self`, a .txt or .jsonl file, or hf:DATASET")
+    if path.stat().st_size == 0:
+        raise BitsmoeError(f"--calib {calib}: the file is empty; give text, or use `--calib self`")
+
+
+def documents(source: str) -> Iterator[str]:
+    """Texts of a source: a text file as one, a JSON-lines file or a dataset as many.
+
+    Raises:
+        BitsmoeError: unreadable, or without text.
+    """
+    if source.startswith("hf:"):
+        yield from _dataset_texts(source.removeprefix("hf:"))
+        return
+    path = Path(source)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise BitsmoeError(f"{path}: cannot be read as UTF-8 text ({e})") from None
+    if path.suffix != ".jsonl":
+        yield text
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as e:
+            raise BitsmoeError(f"{path}, line {number}: not JSON ({e})") from None
+        yield _row_text(row, f"{path}, line {number}")
+
+
+def _row_text(row: Any, where: str) -> str:
+    if isinstance(row, str):
+        return row
+    for key in _TEXT_KEYS:
+        if isinstance(row, dict) and isinstance(row.get(key), str):
+            return row[key]
+    found = sorted(row) if isinstance(row, dict) else type(row).__name__
+    raise BitsmoeError(f"{where}: has no text; expected one of the keys {list(_TEXT_KEYS)}, found {found}")
+
+
+def _dataset_texts(name: str) -> Iterator[str]:
+    import datasets  # heavy, and needed for this source only
+
+    try:
+        rows: Iterable[Any] = datasets.load_dataset(name, _DATASET_CONFIGS.get(name), split="train", streaming=True)
+        for number, row in enumerate(rows):
+            yield _row_text(row, f"hf:{name}, row {number}")
+    except (OSError, ValueError, RuntimeError) as e:
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise BitsmoeError(f"--calib hf:{name}: the dataset cannot be reached or read ({reason})") from None
+
+
+def text_windows(tokenizer: Any, source: str, length: int, limit: int | None = None) -> Tensor:
+    """Non-overlapping windows of tokens, documents joined one after another.
+
+    Args:
+        tokenizer: of the model.
+        source: see `documents`.
+        length: tokens in a window.
+        limit: at most this many windows; None: all. Spread evenly over a text file, the first ones of a dataset.
+
+    Returns:
+        int64 [windows, length].
+
+    Raises:
+        BitsmoeError: too little text for one window.
+    """
+    stream = source.startswith("hf:")
+    ids: list[int] = []
+    for text in documents(source):
+        ids += tokenizer(text, verbose=False)["input_ids"]
+        if stream and limit is not None and len(ids) >= limit * length:
+            break
+    count = len(ids) // length
+    if count == 0:
+        raise BitsmoeError(f"{source}: holds {len(ids)} tokens, but one window takes {length}; give more text")
+    windows = torch.tensor(ids[: count * length]).view(count, length)
+    if limit is not None and count > limit:
+        windows = windows[torch.linspace(0, count - 1, limit).round().long()]
+    return windows
+
+
+@torch.no_grad()
+def sample_windows(model: StreamedModel, tokenizer: Any, count: int, length: int, seed: int) -> Tensor:
+    """Tokens sampled from the model itself at temperature 1, for models whose training text is not at hand.
+
+    A window begins with the tokenizer's document-opening token, or with a random ordinary token where there is none;
+    sampling goes on past end-of-text tokens, as in packed training text.
+
+    Returns:
+        int64 [count, length].
+    """
+    generator = torch.Generator(device=model.device).manual_seed(seed)
+    whole = model.materialize()
+    start = tokenizer.bos_token_id
+    if start is None:
+        ids = torch.randint(0, tokenizer.vocab_size, (count, 1), generator=generator, device=model.device)
+    else:
+        ids = torch.full((count, 1), start, device=model.device)
+    out, cache = [ids], None
+    with bar("Sampling calibration text", length - 1) as tick:
+        for _ in range(length - 1):
+            result = whole(input_ids=out[-1], past_key_values=cache, use_cache=True)
+            cache = result.past_key_values
+            probability = result.logits[:, -1].float().softmax(-1)
+            out.append(torch.multinomial(probability, 1, generator=generator))
+            tick()
+    return torch.cat(out, 1).cpu()
+
+
+def calibration_windows(
+    model: StreamedModel, tokenizer: Any, calib: str | None, count: int, length: int, seed: int
+) -> tuple[Tensor, str]:
+    """Windows from the chosen source, and the name of the source used.
+
+    With no source chosen, the default dataset is tried; where it cannot be reached, the model's own text is used and a
+    warning says so.
+    """
+    if calib is None:
+        try:
+            return text_windows(tokenizer, DEFAULT_DATASET, length, count), DEFAULT_DATASET
+        except BitsmoeError as e:
+            console.print(f"[bold yellow]Warning:[/] {e}\nCalibrating on text sampled from the model itself instead.")
+            calib = "self"
+    if calib == "self":
+        return sample_windows(model, tokenizer, count, length, seed), "self"
+    return text_windows(tokenizer, calib, length, count), calib

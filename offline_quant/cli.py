@@ -1,0 +1,36 @@
+"""Entry point of the `bitsmoe` command: one clear message and status 2 for whatever the user can mend."""
+
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+USAGE_STATUS = 2
+
+
+def main() -> None:
+    """Run `bitsmoe`."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        from rich.markup import escape
+
+        from bitsmoe_kernels.errors import BitsmoeError
+        from offline_quant.commands import app
+        from offline_quant.progress import console
+    except ModuleNotFoundError as e:
+        sys.stderr.write(f"Error: {e.name} is not installed; run: pip install 'bitsmoe-vllm[quantize]'\n")
+        raise SystemExit(USAGE_STATUS) from None
+    try:
+        app()
+    except BitsmoeError as e:
+        console.print(f"[bold red]Error:[/] {escape(str(e))}", soft_wrap=True)
+        raise SystemExit(USAGE_STATUS) from None
+
+
+def _terminate(signum: int, _frame: FrameType | None) -> NoReturn:
+    # As an exception, so that half-written output is removed on the way out.
+    raise SystemExit(128 + signum)
+
+
+if __name__ == "__main__":
+    main()

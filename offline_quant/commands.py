@@ -1,0 +1,213 @@
+"""The commands of `bitsmoe`: options in, work elsewhere, tables out. Standard output carries results only."""
+
+import json
+import logging
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.format.checkpoint import Checkpoint
+from offline_quant.config import QuantizeConfig
+from offline_quant.dequantize import dequantize_checkpoint
+from offline_quant.evaluate import evaluate as evaluate_model
+from offline_quant.pipeline import quantize_model, resolve_model
+from offline_quant.report import inspect_checkpoint
+
+app = typer.Typer(
+    name="bitsmoe",
+    help="About 2 bits per weight for Mixture-of-Experts models, served by vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+output = Console(highlight=False)
+
+_DEFAULTS = QuantizeConfig(bits=2)
+
+
+class Dtype(StrEnum):
+    """Weight dtypes `bitsmoe dequantize` writes."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@app.callback()
+def _setup() -> None:
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Model directory, or a name on the Hugging Face Hub.")],
+    bits: Annotated[float, typer.Option(help="All-in bits per weight of the routed experts.")],
+    out: Annotated[Path, typer.Option(help="Directory to write; must not exist or be empty.")],
+    calib: Annotated[
+        str | None,
+        typer.Option(
+            help="Calibration text: self (sampled from the model), FILE.txt, FILE.jsonl or hf:DATASET. "
+            "Default: hf:allenai/c4, or self where it cannot be reached.",
+            show_default=False,
+        ),
+    ] = None,
+    basis: Annotated[
+        str, typer.Option(help="Shared basis: auto (best predicted of natural and whitened), natural, whitened, paper.")
+    ] = _DEFAULTS.basis,
+    basis_bits: Annotated[int, typer.Option(help="Bits of the basis: 8 or 16.")] = _DEFAULTS.basis_bits,
+    block_size: Annotated[
+        int, typer.Option(help="Components that share a bit-width: 16 or 32.")
+    ] = _DEFAULTS.block_size,
+    refine: Annotated[
+        int, typer.Option(help="Rounds of scale refit and re-rounding after the feedback.")
+    ] = _DEFAULTS.refine,
+    calib_samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = _DEFAULTS.calib_samples,
+    calib_length: Annotated[
+        int, typer.Option(help="Tokens in a window; at most the model's maximum is used.")
+    ] = _DEFAULTS.calib_length,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = _DEFAULTS.device,
+    seed: Annotated[int, typer.Option(help="For sampling. Equal inputs and seed give equal bytes.")] = _DEFAULTS.seed,
+    plan: Annotated[bool, typer.Option("--plan", help="Stop after the allocation and write the report only.")] = False,
+) -> None:
+    """Quantize the routed experts of a MoE model."""
+    options: dict[str, Any] = {
+        "bits": bits, "calib": calib, "basis": basis, "basis_bits": basis_bits, "block_size": block_size,
+        "refine": refine, "calib_samples": calib_samples, "calib_length": calib_length, "device": device, "seed": seed,
+    }  # fmt: skip
+    start = time.monotonic()
+    outcome = quantize_model(model, out, _config(options), plan_only=plan)
+    report = outcome.report
+    table = Table(title=f"{out} ({'plan only' if plan else 'quantized'})", title_justify="left")
+    for column in ("layer", "basis", "bpw", "predicted error", "measured error", "solver gap", "tokens per expert"):
+        table.add_column(column, justify="left" if column in ("layer", "basis") else "right")
+    for row in report["layers"]:
+        measured, tokens = row["measured_error"], row["tokens_per_expert"]
+        table.add_row(
+            row["layer"], row["basis"], f"{row['bpw']:.4f}", f"{row['predicted_error']:.4f}",
+            "-" if measured is None else f"{measured:.4f}", f"{row['solver_gap']:.1e}",
+            f"{tokens['min']}-{tokens['max']}",
+        )  # fmt: skip
+    output.print(table)
+    for row in report["layers"]:
+        if row["unseen_experts"]:
+            output.print(
+                f"[yellow]{row['layer']}: calibration never reached expert(s) {row['unseen_experts']}; they were "
+                "quantized from statistics pooled over all tokens[/]"
+            )
+    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in outcome.seconds.items())
+    output.print(
+        f"{report['bpw']:.4f} bits per weight all-in ({report['expert_bytes'] / 1e6:.2f} MB of experts), "
+        f"{time.monotonic() - start:.1f} s ({stages})"
+    )
+
+
+@app.command()
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="A bitsmoe checkpoint.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show all-in bits per weight and where the bits of a checkpoint went."""
+    checkpoint = Checkpoint(_existing(directory))
+    checkpoint.check()
+    config = checkpoint.config
+    bits = {
+        prefix: {name: checkpoint.tensors.get(f"{prefix}.{name}_bits") for name in layer.projections}
+        for prefix, layer in config.layers.items()
+    }
+    total = sum(spec.nbytes for spec in checkpoint.tensors.specs.values())
+    data = inspect_checkpoint(config, bits, total)
+    if as_json:
+        print(json.dumps(data))
+        return
+    table = Table(title=f"{directory}: {data['bpw']:.4f} bits per weight all-in", title_justify="left")
+    for column in (
+        "layer",
+        "projection",
+        "bpw",
+        "basis",
+        "codes",
+        "scales",
+        "basis bytes",
+        "other",
+        "expert code bits",
+    ):
+        table.add_column(column, justify="left" if column in ("layer", "projection", "basis") else "right")
+    for layer in data["layers"]:
+        for name, p in layer["projections"].items():
+            parts = p["bytes"]
+            scales = parts["component_scale"] + parts["feature_scale"]
+            basis = parts.get("basis", 0) + parts.get("basis_scale", 0)
+            other = sum(parts.values()) - parts["codes"] - scales - basis
+            spread = p["code_bits_by_expert"]
+            table.add_row(
+                layer["layer"], name, f"{p['bpw']:.4f}", p["basis"] or "none", f"{parts['codes']:,}", f"{scales:,}",
+                f"{basis:,}", f"{other:,}", f"{min(spread):.2f}-{max(spread):.2f}",
+            )  # fmt: skip
+    output.print(table)
+    counted = sum(data["weights_by_width"].values())
+    histogram = Table(title="Factor entries by bit-width", title_justify="left")
+    histogram.add_column("bits", justify="right")
+    histogram.add_column("share", justify="right")
+    histogram.add_column("")
+    for width, count in data["weights_by_width"].items():
+        histogram.add_row(width, f"{count / counted:.1%}", "█" * round(60 * count / counted))
+    output.print(histogram)
+    output.print(f"experts {data['expert_bytes'] / 1e6:.2f} MB, everything else {data['other_bytes'] / 1e6:.2f} MB")
+
+
+@app.command()
+def dequantize(
+    directory: Annotated[Path, typer.Argument(help="A bitsmoe checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Directory to write; must not exist or be empty.")],
+    dtype: Annotated[Dtype, typer.Option(help="Of the experts' weights; float32 is exact.")] = Dtype.bfloat16,
+) -> None:
+    """Write an ordinary checkpoint with the same weights, for other engines."""
+    dequantize_checkpoint(_existing(directory), out, getattr(torch, dtype.value))
+    output.print(f"{out}: experts in {dtype.value}")
+
+
+@app.command("eval")
+def evaluate(
+    directory: Annotated[str, typer.Argument(help="A checkpoint directory, quantized or ordinary, or a Hub name.")],
+    text: Annotated[Path, typer.Option(help="UTF-8 text, or JSON lines with a `text` key.")],
+    reference: Annotated[
+        str | None, typer.Option(help="Model to compare with: adds KL divergence and top-1 agreement.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Perplexity over non-overlapping windows of min(2048, the model's maximum) tokens."""
+    if not text.is_file():
+        raise BitsmoeError(f"--text {text}: no such file")
+    result = evaluate_model(resolve_model(directory), text, resolve_model(reference) if reference else None, device)
+    if as_json:
+        print(json.dumps(result.as_dict()))
+        return
+    table = Table(title=f"{directory} on {text.name}", title_justify="left")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in result.as_dict().items():
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.5f}")
+    output.print(table)
+
+
+def _existing(directory: Path) -> Path:
+    if not directory.is_dir():
+        raise BitsmoeError(f"{directory}: no such directory")
+    return directory
+
+
+def _config(options: dict[str, Any]) -> QuantizeConfig:
+    try:
+        return QuantizeConfig(**options)
+    except ValidationError as e:
+        faults = [f"--{str(err['loc'][0]).replace('_', '-')} {err['input']!r}: {err['msg']}" for err in e.errors()]
+        raise BitsmoeError("\n".join(faults)) from None

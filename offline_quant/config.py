@@ -1,0 +1,37 @@
+"""Options of `bitsmoe quantize`, checked together before any work."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+BasisForm = Literal["auto", "natural", "whitened", "paper"]
+
+
+class QuantizeConfig(BaseModel):
+    """Everything that decides the bytes of a checkpoint, besides the model and the calibration text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: float = Field(gt=0, le=16)
+    """All-in bits per weight of the routed experts: codes, scales, metadata and basis."""
+    basis: BasisForm = "auto"
+    basis_bits: Literal[8, 16] = 8
+    block_size: Literal[16, 32] = 16
+    widths: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 8)
+    """Bit-widths the allocation may choose from."""
+    refine: int = Field(default=2, ge=0, le=20)
+    """Rounds of scale refit and coordinate descent after the feedback."""
+    calib: str | None = None
+    """`self`, a text file, a JSON-lines file, or `hf:DATASET`; None: the default dataset, else `self`."""
+    calib_samples: int = Field(default=128, ge=1)
+    calib_length: int = Field(default=2048, ge=8)
+    seed: int = 0
+    device: str = "cpu"
+
+    def record(self) -> dict[str, object]:
+        """What the checkpoint's config.json keeps: no paths, so that equal inputs give equal bytes anywhere."""
+        data = self.model_dump(mode="json", exclude={"device"})
+        if self.calib and not self.calib.startswith("hf:") and self.calib != "self":
+            data["calib"] = Path(self.calib).name
+        return data

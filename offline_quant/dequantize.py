@@ -1,0 +1,47 @@
+"""A bitsmoe checkpoint as an ordinary one, with the weights it stands for."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from bitsmoe_kernels.format.shards import ShardWriter
+from offline_quant.model_adapter import QuantizedModel
+from offline_quant.pipeline import check_output, check_space, copy_side_files, new_directory
+from offline_quant.progress import track
+
+
+def dequantize_checkpoint(source: Path, out: Path, dtype: torch.dtype) -> None:
+    """Write every expert as three ordinary matrices; all other tensors are copied as they are.
+
+    Channels of an expert stay in the quantized checkpoint's order, which changes nothing about its function.
+
+    Args:
+        source: a bitsmoe checkpoint.
+        out: directory to make.
+        dtype: of the experts' weights, and the dtype config.json names. float32 holds the weights exactly.
+
+    Raises:
+        BitsmoeError: a damaged checkpoint, or `out` cannot be written; nothing is left behind.
+    """
+    check_output(out)
+    model = QuantizedModel(source)
+    quantized = model.checkpoint.config.tensor_specs()
+    others = sum(spec.nbytes for name, spec in model.tensors.specs.items() if name not in quantized)
+    check_space(out, others + dtype.itemsize * model.shape.num_weights)
+    with new_directory(out) as scratch:
+        writer = ShardWriter(scratch)
+        for name in model.tensors:
+            if name not in quantized:
+                writer.add(name, model.tensors.get(name))
+        for layer in track(model.shape.layers, "Dequantizing"):
+            gate_up, down = model.experts(layer)
+            for e in range(model.shape.num_experts):
+                gate, up = gate_up[e].chunk(2)
+                for name, weight in zip(model.shape.expert_names(layer, e), (gate, up, down[e]), strict=True):
+                    writer.add(name, weight.to(dtype))
+        writer.finish()
+        config = {k: v for k, v in model.config.items() if k not in ("quantization_config", "dtype", "torch_dtype")}
+        config["dtype" if "dtype" in model.config else "torch_dtype"] = str(dtype).removeprefix("torch.")
+        (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        copy_side_files(source, scratch)

@@ -1,0 +1,124 @@
+"""What a component costs at b bits: the Gaussian preview kappa_b, feedback order and conditional variances.
+
+Symbols: n experts of a chunk, K contraction axis, N output axis, F [n, K, N] factors with W = F^T (in the component
+space), M [n, K, K] second moments of what enters the contraction.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DAMPING = 0.01
+"""Added to the moments' diagonal, relative to its mean (GPTQ's customary 1%)."""
+
+
+@lru_cache
+def gaussian_quantizer(bits: int) -> tuple[float, float]:
+    """The mid-rise uniform quantizer of 2^bits levels that is best for a unit Gaussian.
+
+    Returns:
+        (step, mean squared error kappa_b); (0, 1) for 0 bits.
+    """
+    if bits == 0:
+        return 0.0, 1.0
+    x = np.linspace(0, 8, 80_001)
+    weight = np.exp(-x * x / 2) * np.sqrt(2 / np.pi) * (x[1] - x[0])
+    half = 2.0 ** (bits - 1)
+
+    def error(step: float) -> float:
+        level = (np.clip(np.floor(x / step), 0, half - 1) + 0.5) * step
+        return float(((x - level) ** 2 * weight).sum())
+
+    low, high = 1.0 / 2.0**bits, 10.0 / 2.0**bits
+    for _ in range(60):
+        a, b = low + (high - low) / 3, high - (high - low) / 3
+        low, high = (low, b) if error(a) < error(b) else (a, high)
+    return (low + high) / 2, error((low + high) / 2)
+
+
+def kappa(bits: int) -> float:
+    """Share of a Gaussian component's energy that is lost at `bits`."""
+    return gaussian_quantizer(bits)[1]
+
+
+def damped(moments: Tensor) -> Tensor:
+    """Moments with DAMPING times the mean diagonal added, so that they can be inverted. [n, K, K].
+
+    Where that is not enough in float32 (fewer distinct tokens than components), ten times as much is added, and so on.
+    """
+    diagonal = moments.diagonal(dim1=-2, dim2=-1)
+    add = (DAMPING * diagonal.mean(-1)).clamp(min=torch.finfo(moments.dtype).tiny)
+    while True:
+        out = moments + torch.diag_embed(add[:, None].expand_as(diagonal))
+        failed = torch.linalg.cholesky_ex(out.flip(-1, -2)).info > 0
+        if not bool(failed.any()):
+            return out
+        add = torch.where(failed, 10 * add, add)
+
+
+def _root(M: Tensor) -> Tensor:
+    """Upper triangular R with R R^T = M, for damped moments [n, K, K]."""
+    return torch.linalg.cholesky(M.flip(-1, -2)).flip(-1, -2)
+
+
+def conditional_variances(M: Tensor) -> Tensor:
+    """d_k, the variance of component k given all those after it, for damped moments [n, K, K]. Returns [n, K].
+
+    What is lost of k where it is quantized first and the others make up for it.
+    """
+    return _root(M).diagonal(dim1=-2, dim2=-1).square()
+
+
+def feedback_factor(M: Tensor) -> Tensor:
+    """Upper triangular U with U^T U = M^-1, as GPTQ's feedback uses it, for damped moments [n, K, K].
+
+    1 / U[k, k]^2 are the conditional variances.
+    """
+    root = _root(M)
+    identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device).expand_as(M)
+    return torch.linalg.solve_triangular(root, identity, upper=True)
+
+
+@dataclass(frozen=True)
+class Components:
+    """The components of one projection of some experts, in ascending order of importance.
+
+    Attributes:
+        order: int64 [n, C], stored row -> component.
+        energy: float32 [n, C], error energy at the output if the stored row is dropped and all later ones make up
+            for it.
+        total: float32 [n], energy of the projection's output.
+    """
+
+    order: Tensor
+    energy: Tensor
+    total: Tensor
+
+
+def rank_components(F: Tensor, M: Tensor, component_axis: str) -> Components:
+    """Order and weigh components: the contraction axis for "input", the output axis for "output".
+
+    Args:
+        F: [n, K, N].
+        M: [n, K, K].
+        component_axis: which.
+    """
+    total = (F * (M @ F)).sum((1, 2))
+    if component_axis == "output":
+        energy = (conditional_variances(damped(M))[:, :, None] * F.square()).sum(1)
+        order = energy.argsort(dim=-1, stable=True)
+        return Components(order, energy.gather(1, order), total)
+    norms = F.square().sum(-1)
+    order = (M.diagonal(dim1=-2, dim2=-1) * norms).argsort(dim=-1, stable=True)
+    d = conditional_variances(damped(permuted(M, order)))
+    return Components(order, d * norms.gather(1, order), total)
+
+
+def permuted(M: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns of M [n, K, K] in the given order [n, K]."""
+    K = M.shape[-1]
+    M = M.gather(1, order[:, :, None].expand(-1, -1, K))
+    return M.gather(2, order[:, None, :].expand(-1, K, -1))

@@ -1,0 +1,296 @@
+"""One MoE layer from weights and statistics to format tensors: decompose, allocate, quantize."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.format.packing import code_dtype, pack_codes
+from bitsmoe_kernels.format.schema import Layer, Projection, ProjectionName, num_blocks, order_dtype
+from bitsmoe_kernels.reference import LayerWeights
+from offline_quant.allocation import Allocation, allocate
+from offline_quant.basis import Decomposition, natural, paper, whitened
+from offline_quant.config import QuantizeConfig
+from offline_quant.distortion import Components, kappa, permuted, rank_components
+from offline_quant.quantize import quantize
+from offline_quant.statistics import LayerStatistics
+
+CHUNK_VALUES = 1 << 28
+"""Float32 values of one chunk of experts in the quantizer: bounds its memory."""
+
+
+@dataclass(frozen=True)
+class ProjectionPlan:
+    """A projection's decomposition and the importance of its components, before bits are chosen."""
+
+    decomposition: Decomposition
+    components: Components
+
+    @property
+    def name(self) -> ProjectionName:
+        """Which projection."""
+        return self.decomposition.name
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What was decided for a layer.
+
+    Attributes:
+        layer: schema, code_rows filled in.
+        projections: plans by name.
+        bits: uint8 [E, B] by name.
+        allocation: the solver's result; losses are shares of the projections' output energy, summed over projections.
+        basis: the form chosen.
+    """
+
+    layer: Layer
+    projections: dict[ProjectionName, ProjectionPlan]
+    bits: dict[ProjectionName, Tensor]
+    allocation: Allocation
+    basis: str
+
+
+def schema_of(
+    forms: dict[ProjectionName, Decomposition], num_experts: int, hidden_size: int, intermediate_size: int
+) -> Layer:
+    """The layer's schema for given decompositions, with no codes yet."""
+    projections = {
+        name: Projection(
+            component_axis=d.component_axis,
+            basis=d.spec,
+            # Intermediate channels are permuted with the expert's other matrices instead, at no cost.
+            order="none" if name == "down" and d.basis is None else "expert",
+            code_rows=0,
+        )
+        for name, d in forms.items()
+    }
+    return Layer(
+        num_experts=num_experts, hidden_size=hidden_size, intermediate_size=intermediate_size, projections=projections
+    )
+
+
+def decompositions(
+    form: str, gate_up: Tensor, down: Tensor, stats: LayerStatistics, config: QuantizeConfig
+) -> dict[ProjectionName, Decomposition]:
+    """The decomposition of every projection under one form: natural, whitened or paper."""
+    if form == "natural":
+        return {"gate_up": natural("gate_up"), "down": natural("down")}
+    if form == "whitened":
+        basis = whitened("gate_up", gate_up, stats.pooled, stats.share, config.basis_bits)
+        return {"gate_up": basis, "down": natural("down")}
+    gate, up = gate_up.chunk(2, 1)
+    return {
+        "gate": paper("gate", gate, "input", config.basis_bits),
+        "up": paper("up", up, "input", config.basis_bits),
+        "down": paper("down", down, "output", config.basis_bits),
+    }
+
+
+class LayerQuantizer:
+    """Plans and quantizes the experts of one layer.
+
+    Args:
+        gate_up: float32 [E, 2 I, H].
+        down: float32 [E, H, I].
+        stats: the layer's calibration statistics.
+        config: options.
+        subject: the layer's tensor prefix, for messages.
+    """
+
+    def __init__(self, gate_up: Tensor, down: Tensor, stats: LayerStatistics, config: QuantizeConfig, subject: str):
+        self.stats, self.config, self.subject = stats, config, subject
+        self.E, self.I, self.H = len(gate_up), gate_up.shape[1] // 2, gate_up.shape[2]
+        self.gate_up, self.down, self.channels = self._sort_channels(gate_up, down)
+
+    def _chunks(self, size: int) -> list[range]:
+        """Ranges of experts whose [size, size] matrices fit a chunk."""
+        step = max(1, CHUNK_VALUES // (6 * size * size))
+        return [range(i, min(i + step, self.E)) for i in range(0, self.E, step)]
+
+    def _sort_channels(self, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Components]:
+        """Sort the intermediate channels of every expert by ascending importance, at no cost to the file.
+
+        Returns:
+            gate_up and down with their channels sorted, and the channels as components of the down projection.
+        """
+        gate_up, down = gate_up.clone(), down.clone()
+        ranked = []
+        for chunk in self._chunks(self.I):
+            part = slice(chunk.start, chunk.stop)
+            D = self.stats.hidden_moments(chunk, gate_up[part])
+            found = rank_components(down[part].mT, D, "input")
+            rows = torch.cat([found.order, found.order + self.I], 1)
+            gate_up[part] = gate_up[part].gather(1, rows[:, :, None].expand(-1, -1, self.H))
+            down[part] = down[part].gather(2, found.order[:, None].expand(-1, self.H, -1))
+            ranked.append(found)
+        channels = _concatenate(ranked)
+        identity = torch.arange(self.I, device=down.device).expand_as(channels.order)
+        return gate_up, down, Components(identity, channels.energy, channels.total)
+
+    def _weights(self, name: ProjectionName) -> Tensor:
+        """W [E, N, K] of a projection."""
+        if name == "down":
+            return self.down
+        gate, up = self.gate_up.chunk(2, 1)
+        return {"gate_up": self.gate_up, "gate": gate, "up": up}[name]
+
+    def _moments(self, name: ProjectionName, chunk: range, gate_up: Tensor) -> Tensor:
+        if name == "down":
+            return self.stats.hidden_moments(chunk, gate_up[chunk.start : chunk.stop])
+        return self.stats.input_moments(chunk)
+
+    def _rank(self, d: Decomposition) -> ProjectionPlan:
+        if d.name == "down" and d.basis is None:
+            return ProjectionPlan(d, self.channels)
+        W = self._weights(d.name)
+        parts = []
+        for chunk in self._chunks(W.shape[2]):
+            M = d.moments(self._moments(d.name, chunk, self.gate_up))
+            parts.append(rank_components(d.factors(W[chunk.start : chunk.stop]), M, d.component_axis))
+        return ProjectionPlan(d, _concatenate(parts))
+
+    def plan(self) -> LayerPlan:
+        """Choose a decomposition and the bits of every block.
+
+        With `basis="auto"` every candidate gets its own allocation under the same all-in budget, and the one with the
+        smallest predicted loss is taken.
+        """
+        forms = ("natural", "whitened") if self.config.basis == "auto" else (self.config.basis,)
+        plans, refusals = [], []
+        for form in forms:
+            decomposed = decompositions(form, self.gate_up, self.down, self.stats, self.config)
+            schema = schema_of(decomposed, self.E, self.H, self.I)
+            projections = {name: self._rank(d) for name, d in decomposed.items()}
+            try:
+                plans.append(self._allocate(form, schema, projections))
+            except BitsmoeError as e:
+                refusals.append(e)
+        if not plans:
+            raise refusals[0]
+        return min(plans, key=lambda p: p.allocation.loss)
+
+    def _allocate(self, form: str, schema: Layer, projections: dict[ProjectionName, ProjectionPlan]) -> LayerPlan:
+        G, widths = self.config.block_size, np.array(self.config.widths)
+        budget = budget_bits(schema, self.config, self.subject)
+        ratio = np.array([kappa(b) for b in widths])
+        share = self.stats.share.double().cpu()
+        losses, costs = [], []
+        for name, plan in projections.items():
+            c = plan.components
+            energy = c.energy.double().cpu() * share[:, None]
+            C = energy.shape[1]
+            blocks = torch.zeros(self.E, num_blocks(C, G) * G, dtype=torch.float64)
+            blocks[:, :C] = energy
+            weight = blocks.view(self.E, -1, G).sum(-1) / (c.total.double().cpu() * share).sum().clamp(min=1e-300)
+            losses.append(weight.flatten().numpy()[:, None] * ratio)
+            costs.append(np.tile(widths * G * schema.features(name), (weight.numel(), 1)))
+        result = allocate(np.concatenate(losses), np.concatenate(costs), budget)
+        chosen = torch.from_numpy(widths[result.choice]).to(torch.uint8)
+        bits, at, filled = {}, 0, {}
+        for name in projections:
+            B = num_blocks(schema.components(name), G)
+            bits[name] = chosen[at : at + self.E * B].view(self.E, B)
+            at += self.E * B
+            filled[name] = schema.projections[name].model_copy(update={"code_rows": int(bits[name].sum())})
+        return LayerPlan(schema.model_copy(update={"projections": filled}), projections, bits, result, form)
+
+    def quantize(
+        self, plan: LayerPlan, tick: Callable[[], None] = lambda: None
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Codes, scales and metadata of every projection.
+
+        Args:
+            plan: what `plan` returned.
+            tick: called after each expert of each projection.
+
+        Returns:
+            Tensors `{projection}_{part}` on the CPU, and the relative output error of each projection as measured on
+            the calibration statistics.
+        """
+        tensors: dict[str, Tensor] = {}
+        errors: dict[str, float] = {}
+        gate_up = self.gate_up
+        for name, projection in plan.projections.items():
+            if name == "down":
+                # The down projection is fitted to what it will see: activations of the quantized gate and up.
+                gate_up = self._dequantized_gate_up(plan.layer, tensors)
+            parts, errors[name] = self._quantize_projection(plan, projection, gate_up, tick)
+            tensors |= {f"{name}_{k}": v for k, v in parts.items()}
+        return tensors, errors
+
+    def _dequantized_gate_up(self, layer: Layer, tensors: dict[str, Tensor]) -> Tensor:
+        weights = LayerWeights(
+            layer, self.config.block_size, {k: v.to(self.gate_up.device) for k, v in tensors.items()}
+        )
+        names: list[ProjectionName] = [n for n in ("gate_up", "gate", "up") if n in layer.projections]
+        out = torch.empty_like(self.gate_up)
+        for e in range(self.E):
+            out[e] = torch.cat([weights.projections[n].weight(e) for n in names])
+        return out
+
+    def _quantize_projection(
+        self, plan: LayerPlan, projection: ProjectionPlan, gate_up: Tensor, tick: Callable[[], None]
+    ) -> tuple[dict[str, Tensor], float]:
+        d, name, G = projection.decomposition, projection.name, self.config.block_size
+        W, on_input = self._weights(name), projection.decomposition.component_axis == "input"
+        C, N = plan.layer.components(name), plan.layer.features(name)
+        codes, scales, features = [], torch.empty(self.E, C), torch.empty(self.E, N)
+        share = self.stats.share
+        lost = total = 0.0
+        for chunk in self._chunks(W.shape[2]):
+            part = slice(chunk.start, chunk.stop)
+            order = projection.components.order[part]
+            bits = plan.bits[name][part].to(W.device)
+            F = d.factors(W[part])
+            M = d.moments(self._moments(name, chunk, gate_up))
+            width = bits.repeat_interleave(G, 1)[:, :C]
+            if on_input:
+                F = F.gather(1, order[:, :, None].expand_as(F))
+                M = permuted(M, order)
+            else:
+                F = F.gather(2, order[:, None].expand_as(F))
+            q = quantize(F, M, width, "K" if on_input else "N", self.config.refine)
+            residual = F - q.dequantize(width[:, :, None] if on_input else width[:, None])
+            for i, e in enumerate(chunk):
+                matrix = q.codes[i] if on_input else q.codes[i].T
+                codes.append(pack_codes(matrix.cpu(), bits[i].cpu(), G))
+                lost += float(share[e] * (residual[i] * (M[i] @ residual[i])).sum())
+                total += float(share[e] * (F[i] * (M[i] @ F[i])).sum())
+                tick()
+            scales[part], features[part] = (q.a.cpu(), q.c.cpu()) if on_input else (q.c.cpu(), q.a.cpu())
+        live = plan.bits[name].repeat_interleave(G, 1)[:, :C] > 0
+        parts = {
+            "codes": torch.cat(codes) if codes else torch.empty(0, N, dtype=code_dtype(G)),
+            "bits": plan.bits[name].clone(),
+            "component_scale": (scales * live).half(),
+            "feature_scale": features.half(),
+        }
+        if plan.layer.projections[name].order == "expert":
+            parts["order"] = projection.components.order.cpu().to(order_dtype(C))
+        parts |= {k: v.cpu() for k, v in d.tensors.items()}
+        return parts, lost / max(total, 1e-300)
+
+
+def _concatenate(parts: list[Components]) -> Components:
+    return Components(*(torch.cat([getattr(p, f) for p in parts]) for f in ("order", "energy", "total")))
+
+
+def budget_bits(schema: Layer, config: QuantizeConfig, subject: str) -> int:
+    """Bits left for codes under the all-in budget of one layer.
+
+    Raises:
+        BitsmoeError: scales, metadata and basis alone exceed it; names the smallest possible budget.
+    """
+    overhead = 8 * schema.nbytes(config.block_size)
+    budget = int(config.bits * schema.num_weights)
+    if overhead > budget:
+        least = overhead / schema.num_weights
+        raise BitsmoeError(
+            f"--bits {config.bits}: impossible for {subject}: scales, metadata and basis alone take {least:.4f} bits "
+            f"per weight; use at least --bits {np.ceil(least * 1000) / 1000:.3f}"
+        )
+    return budget - overhead

@@ -1,0 +1,120 @@
+"""What a run decided and what came of it, as data: written beside the checkpoint, free of times and paths."""
+
+from typing import Any
+
+from torch import Tensor
+
+from bitsmoe_kernels.format.schema import CheckpointConfig, Layer
+from offline_quant.config import QuantizeConfig
+from offline_quant.layer import LayerPlan
+from offline_quant.statistics import LayerStatistics
+
+REPORT_FILE = "bitsmoe_report.json"
+
+
+def width_histogram(bits: Tensor, features: int, block_size: int) -> dict[str, int]:
+    """Weights (or factor entries) at each bit-width, from block bits [E, B]."""
+    widths, counts = bits.unique(return_counts=True)
+    return {str(int(w)): int(n) * block_size * features for w, n in zip(widths, counts, strict=True)}
+
+
+def layer_report(
+    prefix: str, plan: LayerPlan, stats: LayerStatistics, config: QuantizeConfig, errors: dict[str, float] | None
+) -> dict[str, Any]:
+    """One layer: form, predicted and measured relative error, solver gap, bits and routing."""
+    layer, a = plan.layer, plan.allocation
+    return {
+        "layer": prefix,
+        "basis": plan.basis,
+        "bpw": 8 * layer.nbytes(config.block_size) / layer.num_weights,
+        "predicted_error": a.loss,
+        "measured_error": None if errors is None else sum(errors.values()),
+        "measured_error_by_projection": errors,
+        "solver_gap": a.gap,
+        "tokens_per_expert": {"min": int(stats.counts.min()), "max": int(stats.counts.max())},
+        "unseen_experts": (stats.counts == 0).nonzero()[:, 0].tolist(),
+        "mean_bits_by_expert": {
+            name: [round(v, 4) for v in bits.float().mean(1).tolist()] for name, bits in plan.bits.items()
+        },
+        "weights_by_width": {
+            name: width_histogram(bits, layer.features(name), config.block_size) for name, bits in plan.bits.items()
+        },
+    }
+
+
+def model_report(
+    reports: list[dict[str, Any]],
+    layers: dict[str, Layer],
+    config: QuantizeConfig,
+    record: dict[str, object],
+    windows: Tensor,
+) -> dict[str, Any]:
+    """The whole run: all-in bits per weight, options, calibration size and every layer's report."""
+    weights = sum(layer.num_weights for layer in layers.values())
+    size = sum(layer.nbytes(config.block_size) for layer in layers.values())
+    return {
+        "bpw": 8 * size / weights,
+        "expert_weights": weights,
+        "expert_bytes": size,
+        "calibration_tokens": windows.numel(),
+        "options": record,
+        "layers": reports,
+    }
+
+
+def inspect_checkpoint(
+    config: CheckpointConfig, bits_of: dict[str, dict[str, Tensor]], total_bytes: int
+) -> dict[str, Any]:
+    """Where the bits of a checkpoint went.
+
+    Args:
+        config: its schema.
+        bits_of: layer prefix -> projection -> block bits [E, B].
+        total_bytes: size of all tensors of the checkpoint, experts and others.
+    """
+    layers = []
+    histogram: dict[str, int] = {}
+    for prefix, layer in config.layers.items():
+        specs = layer.tensor_specs(config.block_size)
+        projections = {}
+        for name, spec in layer.projections.items():
+            parts = {k.removeprefix(f"{name}_"): s.nbytes for k, s in specs.items() if k.startswith(f"{name}_")}
+            bits = bits_of[prefix][name]
+            share = 2 if name == "gate_up" else 1
+            weights = share * layer.num_experts * layer.hidden_size * layer.intermediate_size
+            widths = width_histogram(bits, layer.features(name), config.block_size)
+            for width, count in widths.items():
+                histogram[width] = histogram.get(width, 0) + count
+            projections[name] = {
+                "bpw": 8 * sum(parts.values()) / weights,
+                "basis": f"{spec.basis.bits}-bit, rank {spec.basis.rank}" if spec.basis else None,
+                "bytes": parts,
+                "code_bits_by_expert": [
+                    round(v, 4)
+                    for v in (
+                        bits.double().sum(1) * config.block_size * layer.features(name) * layer.num_experts / weights
+                    ).tolist()
+                ],
+                "weights_by_width": widths,
+            }
+        layers.append(
+            {
+                "layer": prefix,
+                "bpw": 8 * layer.nbytes(config.block_size) / layer.num_weights,
+                "num_experts": layer.num_experts,
+                "hidden_size": layer.hidden_size,
+                "intermediate_size": layer.intermediate_size,
+                "projections": projections,
+            }
+        )
+    return {
+        "format_version": config.format_version,
+        "bpw": config.all_in_bpw(),
+        "expert_weights": config.num_weights,
+        "expert_bytes": config.nbytes,
+        "other_bytes": total_bytes - config.nbytes,
+        "weights_by_width": dict(sorted(histogram.items(), key=lambda kv: int(kv[0]))),
+        "options": config.run,
+        "tool_version": config.tool_version,
+        "layers": layers,
+    }

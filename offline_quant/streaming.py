@@ -1,0 +1,158 @@
+"""Run a causal language model decoder layer by decoder layer, with one layer's weights in memory at a time.
+
+The modules are transformers' own, built without memory ("meta") and filled from a checkpoint when their turn comes, in
+float32. Calibration and evaluation both run on this, for ordinary and for quantized checkpoints.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from bitsmoe_kernels.errors import BitsmoeError
+from offline_quant.model_adapter import WeightSource
+from offline_quant.statistics import LayerInputs
+
+
+class _Reached(Exception):  # noqa: N818 - a signal, not an error
+    pass
+
+
+class StreamedModel:
+    """A model whose layers are filled on demand.
+
+    Args:
+        source: the weights.
+        device: where layers run.
+    """
+
+    def __init__(self, source: WeightSource, device: str = "cpu"):
+        self.source = source
+        self.shape = source.shape
+        self.device = torch.device(device)
+        plain = {k: v for k, v in source.config.items() if k not in ("quantization_config", "torch_dtype", "dtype")}
+        config = AutoConfig.for_model(**plain)
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        self.decoder = self.model.get_decoder()
+        self.num_layers = len(self.decoder.layers)
+        self._fill(self.decoder.embed_tokens, "model.embed_tokens")
+        self._fill(self.decoder.norm, "model.norm")
+        # Rotary tables are buffers computed at construction; "meta" left them empty.
+        self.decoder.rotary_emb = type(self.decoder.rotary_emb)(config=config).to(self.device)
+
+    def _fill(self, module: nn.Module, prefix: str) -> None:
+        """Give a module its parameters from the checkpoint."""
+        for name, parameter in list(module.named_parameters()):
+            full = f"{prefix}.{name}"
+            if full not in self.source.tensors:
+                raise BitsmoeError(f"tensor {full} is missing from the checkpoint, but the architecture needs it")
+            value = self.source.tensors.get(full)
+            if value.shape != parameter.shape:
+                raise BitsmoeError(
+                    f"tensor {full} has shape {list(value.shape)}, the architecture needs {list(parameter.shape)}"
+                )
+            _assign(module, name, value.to(self.device, torch.float32))
+        for name, buffer in list(module.named_buffers()):
+            if buffer.is_meta:
+                raise BitsmoeError(f"buffer {prefix}.{name} cannot be rebuilt outside its module")
+
+    @contextmanager
+    def layer(self, index: int, experts: tuple[Tensor, Tensor] | None = None) -> Iterator[nn.Module]:
+        """Decoder layer `index` with its weights, released afterwards.
+
+        Args:
+            index: which.
+            experts: gate and up [E, 2 I, H] and down [E, H, I] to use instead of the checkpoint's.
+        """
+        module = self.decoder.layers[index]
+        path = self.shape.family.experts
+        prefix = self.shape.family.decoder.format(layer=index)
+        moe = index in self.shape.layers
+        if moe:
+            gate_up, down = experts or self.source.experts(index)
+            holder = module.get_submodule(path)
+            _assign(holder, "gate_up_proj", gate_up.to(self.device))
+            _assign(holder, "down_proj", down.to(self.device))
+        rest = [n for n, _ in module.named_parameters() if not (moe and n.startswith(f"{path}."))]
+        for name in rest:
+            parent, _, leaf = name.rpartition(".")
+            owner = module.get_submodule(parent)
+            full = f"{prefix}.{name}"
+            if full not in self.source.tensors:
+                raise BitsmoeError(f"tensor {full} is missing from the checkpoint, but the architecture needs it")
+            _assign(owner, leaf, self.source.tensors.get(full).to(self.device, torch.float32))
+        try:
+            yield module
+        finally:
+            for name, parameter in list(module.named_parameters()):
+                _assign(module, name, torch.empty_like(parameter, device="meta"))
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Hidden states [n, L, H] that enter the first layer, and the arguments every layer takes besides them."""
+        caught: dict[str, Any] = {}
+
+        def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught["hidden"], caught["kwargs"] = (args[0] if args else kwargs.pop("hidden_states")), kwargs
+            raise _Reached
+
+        handle = self.decoder.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            self.decoder(input_ids=ids.to(self.device), use_cache=False)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        return caught["hidden"], caught["kwargs"]
+
+    @torch.no_grad()
+    def run(self, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """One decoder layer on [n, L, H]."""
+        out = module(hidden.to(self.device), **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    @contextmanager
+    def capture(self, module: nn.Module) -> Iterator[list[LayerInputs]]:
+        """Collect what enters the routed experts of a decoder layer, one entry for each call."""
+        seen: list[LayerInputs] = []
+
+        def catch(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            x, ids, weights = args
+            seen.append(LayerInputs(x.reshape(-1, x.shape[-1]).float(), ids.long(), weights.float()))
+
+        handle = module.get_submodule(self.shape.family.experts).register_forward_pre_hook(catch)
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+    @property
+    def head(self) -> Tensor:
+        """Output embedding [V, H], float32."""
+        tied = self.source.config.get("tie_word_embeddings", False)
+        name = "model.embed_tokens.weight" if tied or "lm_head.weight" not in self.source.tensors else "lm_head.weight"
+        return self.source.tensors.get(name).to(self.device, torch.float32)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor, head: Tensor) -> Tensor:
+        """Logits [..., V] from what leaves the last layer; head as `self.head` returns it."""
+        return self.decoder.norm(hidden.to(self.device)) @ head.T
+
+    def materialize(self) -> nn.Module:
+        """The whole model in memory, for generation."""
+        for index in range(self.num_layers):
+            with self.layer(index) as module:
+                filled = {n: p.data for n, p in module.named_parameters()}
+            for name, value in filled.items():
+                _assign(module, name, value)
+        _assign(self.model, "lm_head.weight", self.head)
+        return self.model
+
+
+def _assign(root: nn.Module, name: str, value: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))

@@ -1,0 +1,443 @@
+"""The commands as a user runs them, on the demo model with little calibration text."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bitsmoe_kernels.format.checkpoint import Checkpoint
+from bitsmoe_kernels.reference import LayerWeights
+from builders import REPO, TINY_MOE
+from offline_quant.cli import main
+
+FAST = ("--calib-samples", "6", "--calib-length", "64")
+TEXT = "She opened the door, and there stood her brother with the lamp in his hand. " * 60
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished command."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def bitsmoe(*args):
+    """Run the command line in this process, which has torch loaded already."""
+    out, err, before = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["bitsmoe", *map(str, args)])
+        patch.setenv("COLUMNS", "200")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        try:
+            main()
+            status = 0
+        except SystemExit as e:
+            status = e.code or 0
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    return Done(status, out.getvalue(), err.getvalue())
+
+
+def succeed(*args):
+    done = bitsmoe(*args)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def refused(*args, message):
+    """The command ends with status 2 and one error that says `message`."""
+    done = bitsmoe(*args)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("Error:") == 1, done.stderr
+    flat = " ".join(done.stderr.split())
+    assert message in flat, flat
+    return flat
+
+
+LAYERS = 2
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """The demo model's first two layers."""
+    out = tmp_path_factory.mktemp("source") / "model"
+    shutil.copytree(TINY_MOE, out, ignore=shutil.ignore_patterns("*.py", "*.md"))
+    edit_config(out, num_hidden_layers=LAYERS)
+    keep = re.compile(rf"model\.(?!layers\.)|model\.layers\.[0-{LAYERS - 1}]\.")
+    tensors = {k: v for k, v in load_file(out / "model.safetensors").items() if keep.match(k)}
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "calib.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory, source, text):
+    out = tmp_path_factory.mktemp("q") / "checkpoint"
+    succeed("quantize", source, "--bits", "2.25", "--out", out, "--calib", text, *FAST)
+    return out
+
+
+@pytest.fixture
+def model(tmp_path, source):
+    """A copy of the model that a test may damage."""
+    return shutil.copytree(source, tmp_path / "model")
+
+
+def test_checkpoint_is_whole_and_valid(quantized, source):
+    checkpoint = Checkpoint(quantized)
+    checkpoint.check()
+    names = {p.name for p in quantized.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert {"generation_config.json", "bitsmoe_report.json"} <= names
+    assert not any(n.endswith((".tmp", ".py")) for n in names)
+    assert checkpoint.config.bpw <= 2.25
+    assert str(quantized.parent) not in (quantized / "config.json").read_text()
+    original = load_file(source / "model.safetensors")
+    for name, tensor in original.items():
+        if ".experts." not in name:
+            assert torch.equal(checkpoint.tensors.get(name), tensor)
+    assert list(quantized.parent.iterdir()) == [quantized]
+
+
+@pytest.mark.parametrize("bits", [1.5, 2.0, 2.5, 3.0, 4.0])
+def test_all_in_bits_stay_within_the_budget(tmp_path, text, bits, source):
+    out = tmp_path / "q"
+    succeed("quantize", source, "--bits", bits, "--out", out, "--calib", text, "--refine", "0", *FAST)
+    data = json.loads(succeed("inspect", out, "--json").stdout)
+    assert bits - 0.01 <= data["bpw"] <= bits
+    # The figure again, from the file itself: bytes of all tensors that replace experts.
+    size = sum(t.nbytes for name, t in load_file(out / "model.safetensors").items() if ".experts." in name)
+    assert data["bpw"] == pytest.approx(8 * size / (LAYERS * 16 * 3 * 256 * 256))
+    assert data["expert_bytes"] == size
+
+
+def test_equal_inputs_give_equal_bytes(tmp_path, text, quantized, source):
+    again = tmp_path / "elsewhere" / "again"
+    succeed("quantize", source, "--bits", "2.25", "--out", again, "--calib", text, *FAST)
+    files = sorted(p.name for p in quantized.iterdir())
+    assert files == sorted(p.name for p in again.iterdir())
+    for name in files:
+        assert (quantized / name).read_bytes() == (again / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("basis", ["natural", "whitened", "paper"])
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_every_form_dequantizes_to_what_the_reference_says(tmp_path, text, basis, block_size, source):
+    out, plain = tmp_path / "q", tmp_path / "d"
+    succeed(
+        "quantize", source, "--bits", "3", "--out", out, "--calib", text, "--basis", basis,
+        "--block-size", block_size, *FAST,
+    )  # fmt: skip
+    succeed("dequantize", out, "--out", plain, "--dtype", "float32")
+    tensors = load_file(plain / "model.safetensors")
+    assert sorted(tensors) == sorted(load_file(source / "model.safetensors"))
+    checkpoint = Checkpoint(out)
+    assert "quantization_config" not in json.loads((plain / "config.json").read_text())
+    for prefix, layer in checkpoint.config.layers.items():
+        weights = LayerWeights(layer, block_size, checkpoint.layer_tensors(prefix))
+        for e in (0, 15):
+            for name, value in zip(("gate", "up", "down"), weights.expert_weights(e), strict=True):
+                assert torch.equal(tensors[f"{prefix}.{e}.{name}_proj.weight"], value)
+    result = json.loads(succeed("eval", plain, "--text", text, "--reference", source, "--json").stdout)
+    same = json.loads(succeed("eval", out, "--text", text, "--reference", source, "--json").stdout)
+    assert same["kl"] == pytest.approx(result["kl"], rel=1e-3)
+    assert same["perplexity"] == pytest.approx(result["perplexity"], rel=1e-4)
+    assert 0 < same["kl"] < 0.1
+    assert 0.8 < same["top1_agreement"] < 1
+    assert same["bpw"] <= 3
+
+
+def test_bfloat16_is_the_rounded_weights(tmp_path, quantized):
+    succeed("dequantize", quantized, "--out", tmp_path / "b")
+    succeed("dequantize", quantized, "--out", tmp_path / "f", "--dtype", "float32")
+    rounded, exact = (load_file(tmp_path / d / "model.safetensors") for d in "bf")
+    name = "model.layers.1.mlp.experts.7.up_proj.weight"
+    assert rounded[name].dtype == torch.bfloat16
+    assert torch.equal(rounded[name], exact[name].bfloat16())
+
+
+def test_plan_writes_the_report_only(tmp_path, text, source):
+    out = tmp_path / "plan"
+    succeed("quantize", source, "--bits", "2", "--out", out, "--calib", text, "--plan", *FAST)
+    assert [p.name for p in out.iterdir()] == ["bitsmoe_report.json"]
+    report = json.loads((out / "bitsmoe_report.json").read_text())
+    assert 1.99 <= report["bpw"] <= 2
+    assert len(report["layers"]) == LAYERS
+    for layer in report["layers"]:
+        assert layer["solver_gap"] < 1e-5
+        assert layer["measured_error"] is None
+        assert 0 < layer["predicted_error"] < 1
+
+
+def test_self_calibration_and_jsonl(tmp_path, source):
+    succeed("quantize", source, "--bits", "2", "--out", tmp_path / "s", "--calib", "self", "--refine", "0", *FAST)
+    rows = tmp_path / "c.jsonl"
+    rows.write_text("".join(json.dumps({"text": TEXT}) + "\n" for _ in range(2)))
+    succeed("quantize", source, "--bits", "2", "--out", tmp_path / "j", "--calib", rows, "--refine", "0", *FAST)
+    assert json.loads((tmp_path / "s" / "config.json").read_text())["quantization_config"]["run"]["calib"] == "self"
+
+
+def test_without_a_dataset_the_fall_back_is_loud(tmp_path, source):
+    done = succeed("quantize", source, "--bits", "2", "--out", tmp_path / "q", "--refine", "0", *FAST)
+    assert "Warning:" in done.stderr
+    assert "sampled from the model itself" in done.stderr
+
+
+def test_fused_experts_on_disk_give_the_same_checkpoint(tmp_path, model, text, quantized):
+    tensors = load_file(model / "model.safetensors")
+    fused = {k: v for k, v in tensors.items() if ".experts." not in k}
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        parts = {
+            n: torch.stack([tensors[f"{prefix}.{e}.{n}_proj.weight"] for e in range(16)])
+            for n in ("gate", "up", "down")
+        }
+        fused[f"{prefix}.gate_up_proj"] = torch.cat([parts["gate"], parts["up"]], 1)
+        fused[f"{prefix}.down_proj"] = parts["down"]
+    save_file(fused, model / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "q"
+    succeed("quantize", model, "--bits", "2.25", "--out", out, "--calib", text, *FAST)
+    assert (out / "model.safetensors").read_bytes() == (quantized / "model.safetensors").read_bytes()
+
+
+def edit_config(model, **changes):
+    path = model / "config.json"
+    config = json.loads(path.read_text())
+    config.update(changes)
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def edit_tensors(model, change):
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
+
+
+def dense(model):
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2}
+    (model / "config.json").write_text(json.dumps(config))
+
+
+def split(model):
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    names = sorted(tensors)
+    files = {"model-00001-of-00002.safetensors": names[:60], "model-00002-of-00002.safetensors": names[60:]}
+    for file, part in files.items():
+        save_file({n: tensors[n] for n in part}, model / file)
+    index = {"metadata": {}, "weight_map": {n: f for f, part in files.items() for n in part}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    (model / "model-00002-of-00002.safetensors").unlink()
+
+
+def truncate(model):
+    path = model / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 1000)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (dense, "not a Mixture-of-Experts model"),
+        (
+            lambda m: edit_config(m, architectures=["MysteryMoeForCausalLM"]),
+            "['MysteryMoeForCausalLM'] is not supported",
+        ),
+        (lambda m: edit_config(m, hidden_act="gelu"), "hidden_act is 'gelu'"),
+        (lambda m: edit_config(m, moe_intermediate_size=None), "config.json lacks ['moe_intermediate_size']"),
+        (lambda m: edit_config(m, num_experts=17), "tensor model.layers.0.mlp.experts.16.gate_proj.weight is missing"),
+        (split, "model-00002-of-00002.safetensors is missing"),
+        (truncate, "bytes) is truncated or damaged"),
+        (lambda m: edit_tensors(m, lambda t: t.pop(EXPERT)), f"tensor {EXPERT} is missing"),
+        (lambda m: edit_tensors(m, lambda t: t.update({EXPERT: t[EXPERT][:8].clone()})), "has shape [8, 256]"),
+        (lambda m: edit_tensors(m, lambda t: t[EXPERT].view(-1)[5:7].fill_(float("nan"))), "2 of 65536 values are NaN"),
+        (lambda m: (m / "config.json").unlink(), "config.json: cannot be read"),
+        (lambda m: (m / "tokenizer.json").unlink(), "no tokenizer can be loaded"),
+    ],
+)
+def test_damaged_models_are_refused(tmp_path, model, text, damage, message):
+    damage(model)
+    refused("quantize", model, "--bits", "2", "--out", tmp_path / "q", "--calib", text, message=message)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+def test_all_damaged_tensors_are_named_at_once(tmp_path, model, text):
+    def spoil(tensors):
+        tensors[EXPERT][0, 0] = float("nan")
+        tensors["model.norm.weight"][3] = float("inf")
+
+    edit_tensors(model, spoil)
+    said = refused(
+        "quantize", model, "--bits", "2", "--out", tmp_path / "q", "--calib", text, message="damaged weights"
+    )
+    assert EXPERT in said
+    assert "model.norm.weight" in said
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--bits", "0.1"), "use at least --bits 0."),
+        (("--bits", "0"), "--bits 0.0: Input should be greater than 0"),
+        (("--bits", "2", "--basis", "cosine", "--basis-bits", "7"), "--basis-bits 7: Input should be 8 or 16"),
+        (("--bits", "2", "--calib", "nowhere.txt"), "--calib nowhere.txt: no such file"),
+        (("--bits", "2", "--calib", "EMPTY"), "the file is empty"),
+        (("--bits", "2", "--device", "tpu"), "--device tpu: must be cpu or cuda"),
+        (("--bits", "0.3", "--basis", "paper", "--calib-samples", "1", "--calib-length", "64"), "use at least --bits"),
+    ],
+)
+def test_bad_options_are_refused(tmp_path, args, message, source):
+    (tmp_path / "empty.txt").touch()
+    args = [str(tmp_path / "empty.txt") if a == "EMPTY" else a for a in args]
+    refused("quantize", source, "--out", tmp_path / "q", *args, message=message)
+    assert [p.name for p in tmp_path.iterdir()] == ["empty.txt"]
+
+
+def test_the_smallest_budget_named_is_possible(tmp_path, text, source):
+    said = refused("quantize", source, "--bits", "0.1", "--out", tmp_path / "q", message="use at least --bits")
+    least = said.split("use at least --bits ")[1].split()[0]
+    succeed("quantize", source, "--bits", least, "--out", tmp_path / "q", "--calib", text, "--refine", "0", *FAST)
+
+
+def test_existing_output_is_left_alone(tmp_path, text, source):
+    out = tmp_path / "q"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    message = "exists and is not an empty directory"
+    refused("quantize", source, "--bits", "2", "--out", out, "--calib", text, message=message)
+    refused("dequantize", out, "--out", out, message=message)
+    assert [p.name for p in out.iterdir()] == ["mine.txt"]
+
+
+@contextlib.contextmanager
+def small_disk(path, size):
+    """A file system of `size` bytes: a real one for root, else a cap on file sizes that fails writes the same way."""
+    path.mkdir()
+    if os.geteuid() == 0:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], check=True)
+        try:
+            yield None
+        finally:
+            subprocess.run(["umount", path], check=True)
+    else:
+        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def start(*args, prelude="", limit=None):
+    """The command in a process of its own."""
+    code = f"import sys; from offline_quant.cli import main\n{prelude}\nmain()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, args)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        cwd=REPO,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=limit,
+    )
+
+
+FILL_AFTER_CHECK = """
+import pathlib, offline_quant.pipeline as p
+check = p.check_space
+def check_then_fill(out, needed):
+    check(out, needed)
+    (out.parent / "filler").write_bytes(bytes(2_900_000))
+p.check_space = check_then_fill
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "prelude", "message", "left"),
+    [(2_000_000, "", "MB are free", []), (5_500_000, FILL_AFTER_CHECK, "cannot be written", ["filler"])],
+    ids=["full from the start", "fills up while writing"],
+)
+def test_a_full_disk_leaves_nothing_behind(tmp_path, source, text, size, prelude, message, left):
+    small = tmp_path / "small"
+    with small_disk(small, size) as limit:
+        args = ("--bits", "2", "--out", small / "q", "--calib", text, "--refine", "0", *FAST)
+        process = start("quantize", source, *args, prelude=prelude, limit=limit)
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 2, err
+        assert message in " ".join(err.split())
+        assert "Traceback" not in err
+        assert [p.name for p in small.iterdir()] == left
+
+
+def test_a_terminated_run_leaves_nothing_behind(tmp_path, source, text):
+    process = start("quantize", source, "--bits", "2", "--out", tmp_path / "q", "--calib", text)
+    deadline = time.monotonic() + 120
+    while not any(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert any(tmp_path.iterdir()), "the run never began to write"
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quantized_model_is_not_quantized_again(tmp_path, quantized, text):
+    refused("quantize", quantized, "--bits", "2", "--out", tmp_path / "q", "--calib", text, message="already quantized")
+
+
+def test_broken_checkpoints_are_refused_by_every_reader(tmp_path, quantized, text):
+    broken = tmp_path / "broken"
+    shutil.copytree(quantized, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.experts.down_bits"][4, 3] ^= 1
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    for command in (("inspect",), ("dequantize", "--out", tmp_path / "d"), ("eval", "--text", text)):
+        refused(command[0], broken, *command[1:], message="model.layers.1.mlp.experts.down_bits: block bits sum to")
+    assert not (tmp_path / "d").exists()
+
+
+def test_inspect_shows_where_the_bits_went(quantized):
+    data = json.loads(succeed("inspect", quantized, "--json").stdout)
+    for layer in data["layers"]:
+        for projection in layer["projections"].values():
+            assert len(projection["code_bits_by_expert"]) == 16
+        assert sum(sum(p["bytes"].values()) for p in layer["projections"].values()) * 8 == pytest.approx(
+            layer["bpw"] * 3 * 16 * 256 * 256
+        )
+    table = succeed("inspect", quantized).stdout
+    assert "bits per weight all-in" in table
+    assert "gate_up" in table
+
+
+def test_evaluation_refuses_what_it_cannot_compare(tmp_path, model, text, source):
+    refused("eval", source, "--text", tmp_path / "none.txt", message="no such file")
+    edit_config(model, vocab_size=4000)
+    refused("eval", source, "--text", text, "--reference", model, message="vocab_size is 4000")
+
+
+def test_usage_errors_and_help(source):
+    assert bitsmoe("quantize", source).returncode == 2
+    assert "quantize" in succeed("--help").stdout
+    refused("quantize", "no/such/model/at/all", "--bits", "2", "--out", "q", message="is not a directory")
+    assert not Path("q").exists()

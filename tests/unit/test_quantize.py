@@ -1,0 +1,313 @@
+"""The quantizer's mathematics against plain float64 loops and published constants."""
+
+import numpy as np
+import pytest
+import torch
+
+from bitsmoe_kernels.reference import LayerWeights
+from offline_quant.basis import natural, paper, whitened
+from offline_quant.config import QuantizeConfig
+from offline_quant.distortion import (
+    DAMPING,
+    conditional_variances,
+    damped,
+    feedback_factor,
+    gaussian_quantizer,
+    rank_components,
+)
+from offline_quant.layer import LayerQuantizer
+from offline_quant.quantize import Quantized, _round_row, _row_scale, quantize
+from offline_quant.statistics import LayerInputs, LayerStatistics
+
+# Best uniform quantizers of a unit Gaussian: J. Max, "Quantizing for minimum distortion", 1960, table II.
+MAX_1960 = {1: (1.5957, 0.3634), 2: (0.9957, 0.1188), 3: (0.5860, 0.03744), 4: (0.3352, 0.01154), 5: (0.1881, 0.003495)}
+
+
+def moments(n, size, seed=0, tokens=None):
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(n, size, size, generator=g) * torch.linspace(0.1, 2, size)
+    x = torch.randn(n, tokens or 4 * size, size, generator=g) @ mix
+    return x.mT @ x / x.shape[1]
+
+
+def error(F, M, approximation):
+    d = (F - approximation).double()
+    return (d * (M.double() @ d)).sum((1, 2))
+
+
+@pytest.mark.parametrize("bits", MAX_1960)
+def test_gaussian_quantizers_are_the_published_ones(bits):
+    step, loss = gaussian_quantizer(bits)
+    assert step == pytest.approx(MAX_1960[bits][0], abs=2e-3)
+    assert loss == pytest.approx(MAX_1960[bits][1], rel=2e-3)
+
+
+def test_feedback_factor_and_conditional_variances():
+    M = damped(moments(2, 9))
+    U, d = feedback_factor(M), conditional_variances(M)
+    for e in range(2):
+        m = M[e].double()
+        assert torch.allclose(U[e].double().T @ U[e].double() @ m, torch.eye(9, dtype=torch.float64), atol=1e-3)
+        assert torch.equal(U[e], U[e].triu())
+        for k in range(9):
+            rest, cross = m[k + 1 :, k + 1 :], m[k + 1 :, k]
+            schur = m[k, k] - (cross @ torch.linalg.solve(rest, cross) if len(rest) else 0)
+            assert float(d[e, k]) == pytest.approx(float(schur), rel=1e-3)
+            assert float(U[e, k, k]) ** -2 == pytest.approx(float(schur), rel=1e-3)
+
+
+def test_moments_that_float32_cannot_factor_are_damped_more():
+    """A handful of tokens in many dimensions, of very different strength."""
+    x = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.linspace(-4, 4, 64)
+    M = x.mT @ x
+    M = M - 0.05 * torch.diag_embed(M.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).expand(1, 64))
+    assert bool(torch.linalg.cholesky_ex(M + 0.01 * M[0].diagonal().mean() * torch.eye(64)).info.any())
+    assert bool(feedback_factor(damped(M)).isfinite().all())
+
+
+def test_damping_is_one_percent_of_the_mean_diagonal():
+    M = moments(1, 5)
+    assert torch.allclose(damped(M) - M, DAMPING * M[0].diagonal().mean() * torch.eye(5), atol=1e-5)
+
+
+def naive_feedback(F, M, a, c, width):
+    """Feedback by definition: after each row, the rows not yet done move to the conditional optimum."""
+    F, K = F.double().clone(), F.shape[0]
+    codes = np.zeros(F.shape, dtype=int)
+    M = M.double()
+    for k in range(K):
+        b = int(width[k])
+        half = (2**b - 1) / 2
+        step = a[k].double() * c.double()
+        level = torch.clamp(torch.round(F[k] / step + half), 0, 2 * half) - half if b else torch.zeros_like(F[k])
+        codes[k] = (level + half).numpy() if b else 0
+        delta = F[k] - (step * level if b else 0)
+        if k + 1 < K:
+            # minimise over the rest r: the change r that offsets delta solves M_rr r = M_rk delta
+            F[k + 1 :] += torch.linalg.solve(M[k + 1 :, k + 1 :], M[k + 1 :, k, None] * delta[None])
+    return codes
+
+
+@pytest.mark.parametrize(
+    "width", [[2] * 12, [0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 8, 8], [8, 0, 4, 0, 1, 2, 3, 1, 0, 2, 6, 5]]
+)
+def test_feedback_equals_its_definition(width):
+    g = torch.Generator().manual_seed(3)
+    F, M = torch.randn(2, 12, 20, generator=g), moments(2, 12, 5)
+    widths = torch.tensor([width, width[::-1]], dtype=torch.uint8)
+    q = quantize(F, M, widths, "K", passes=0)
+    for e in range(2):
+        expected = naive_feedback(F[e], damped(M)[e], q.a[e], q.c[e], widths[e])
+        # A value within float32 rounding of a boundary may fall either way, and changes what follows in its column.
+        wrong_columns = int((q.codes[e].numpy() != expected).any(0).sum())
+        assert wrong_columns <= 2
+
+
+def test_dropped_components_hand_their_part_to_the_others():
+    """With the first rows dropped and the others nearly exact, what is lost is the Schur complement's share."""
+    F, M = torch.randn(1, 16, 400, generator=torch.Generator().manual_seed(0)), moments(1, 16, 1)
+    widths = torch.tensor([[0] * 8 + [8] * 8], dtype=torch.uint8)
+    q = quantize(F, M, widths, "K", passes=0)
+    measured = float(error(F, damped(M), q.dequantize(widths[:, :, None]))[0])
+    m, f = damped(M)[0].double(), F[0, :8].double()
+    schur = m[:8, :8] - m[:8, 8:] @ torch.linalg.solve(m[8:, 8:], m[8:, :8])
+    assert measured == pytest.approx(float((f * (schur @ f)).sum()), rel=0.01)
+
+
+def test_order_is_ascending_importance():
+    F, M = torch.randn(3, 10, 6), moments(3, 10, 2)
+    ranked = rank_components(F, M, "input")
+    importance = (M.diagonal(dim1=1, dim2=2) * F.square().sum(-1)).gather(1, ranked.order)
+    assert bool((importance.diff(dim=1) >= 0).all())
+    assert float(ranked.total[0]) == pytest.approx(float((F[0] * (M[0] @ F[0])).sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("along", ["K", "N"])
+def test_refinement_never_makes_it_worse(along):
+    F, M = torch.randn(3, 48, 40, generator=torch.Generator().manual_seed(1)), moments(3, 48, 3)
+    widths = torch.randint(0, 5, (3, 48 if along == "K" else 40), dtype=torch.uint8)
+    shape = widths[:, :, None] if along == "K" else widths[:, None]
+    damped_m = damped(M)
+    errors = [error(F, damped_m, quantize(F, M, widths, along, p).dequantize(shape)) for p in (0, 1, 3)]
+    assert bool((errors[1] <= errors[0] * 1.0001).all())
+    assert bool((errors[2] <= errors[1] * 1.0001).all())
+    assert float(errors[2].sum()) < 0.97 * float(errors[0].sum())
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5])
+def test_a_representable_row_comes_back_exactly(bits):
+    g = torch.Generator().manual_seed(bits)
+    half = (2**bits - 1) / 2
+    level = ((torch.randn(3, 512, generator=g) / gaussian_quantizer(bits)[0] + half).round() - half).clamp(-half, half)
+    c = torch.rand(3, 512, generator=g).half().float() + 0.5
+    scale = torch.tensor([0.125, 1.0, 3.5])  # exact in float16
+    row, width = level * scale[:, None] * c, torch.full((3, 1), bits, dtype=torch.uint8)
+    a = _row_scale(row, c, width)
+    codes, value = _round_row(row, a, c, width)
+    assert a.tolist() == scale.tolist()
+    assert torch.equal(codes, (level + half).to(torch.uint8))
+    assert torch.equal(value, row)
+
+
+def test_more_bits_lose_less_and_top_codes_are_used():
+    F, M = torch.randn(2, 32, 64, generator=torch.Generator().manual_seed(4)), moments(2, 32, 4)
+    last = None
+    for bits in (1, 2, 3, 4, 5, 6, 8):
+        widths = torch.full((2, 32), bits, dtype=torch.uint8)
+        q = quantize(F, M, widths, "K")
+        lost = float(error(F, M, q.dequantize(widths[:, :, None])).sum())
+        assert int(q.codes.max()) <= 2**bits - 1
+        if bits <= 4:
+            assert int(q.codes.max()) == 2**bits - 1
+            assert int(q.codes.min()) == 0
+        assert last is None or lost < last
+        last = lost
+
+
+@pytest.mark.parametrize("along", ["K", "N"])
+def test_nothing_in_nothing_out(along):
+    F, M = torch.zeros(2, 16, 16), torch.zeros(2, 16, 16)
+    widths = torch.full((2, 16), 2, dtype=torch.uint8)
+    q = quantize(F, M, widths, along)
+    value = q.dequantize(widths[:, :, None] if along == "K" else widths[:, None])
+    assert bool(value.isfinite().all())
+    assert float(value.abs().max()) < 1e-3
+    dropped = quantize(torch.randn(1, 16, 16), moments(1, 16), torch.zeros(1, 16, dtype=torch.uint8), along)
+    assert float(dropped.dequantize(torch.zeros(1, 16, 1)).abs().max()) == 0
+
+
+@pytest.mark.parametrize("magnitude", [1e-6, 1e-3, 1.0, 1e4])
+def test_scales_stay_inside_float16(magnitude):
+    F, M = torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(9)), moments(1, 16)
+    widths = torch.full((1, 16), 3, dtype=torch.uint8)
+    lost = [
+        float(error(F * m, M, quantize(F * m, M, widths, "K").dequantize(widths[:, :, None]))[0]) / m**2
+        for m in (1.0, magnitude)
+    ]
+    assert lost[1] == pytest.approx(lost[0], rel=0.05)
+
+
+def test_whitened_basis_whitens_and_loses_nothing():
+    W, C = torch.randn(4, 24, 16), moments(1, 16, 6)[0]
+    d = whitened("gate_up", W, C, torch.full((4,), 0.25), 16)
+    assert d.basis is not None
+    white = d.moments(C[None])[0]
+    # Rows are normalised for storage, so the moments are diagonal rather than the identity.
+    off = white - torch.diag(white.diagonal())
+    assert float(off.abs().max() / white.diagonal().mean()) < 0.02
+    assert torch.allclose(d.factors(W).mT @ d.basis, W, atol=2e-3)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("axis", ["input", "output"])
+def test_paper_bases_lose_nothing_at_full_rank(axis, bits):
+    W = torch.randn(3, 12, 20)
+    d = paper("down", W, axis, bits)
+    assert d.basis is not None
+    F = d.factors(W)
+    again = F.mT @ d.basis if axis == "input" else (F @ d.basis).mT
+    assert torch.allclose(again, W, atol=1e-3)
+    directions = torch.nn.functional.normalize(d.basis, dim=1)
+    assert torch.allclose(directions @ directions.T, torch.eye(len(directions)), atol=0.05)
+
+
+def inputs(T=200, H=12, E=4, k=2, seed=0, unseen=None):
+    g = torch.Generator().manual_seed(seed)
+    score = torch.rand(T, E, generator=g)
+    if unseen is not None:
+        score[:, unseen] = -1
+    return LayerInputs(torch.randn(T, H, generator=g) + 0.3, score.topk(k).indices, torch.rand(T, k, generator=g))
+
+
+def test_statistics_equal_plain_loops():
+    data, E = inputs(), 4
+    stats = LayerStatistics(data, E)
+    W = torch.randn(E, 10, 12)
+    got_in, got_hidden = stats.input_moments(range(E)), stats.hidden_moments(range(E), W)
+    for e in range(E):
+        xs, hs = [], []
+        for t in range(len(data.x)):
+            for slot in range(2):
+                if int(data.topk_ids[t, slot]) == e:
+                    x = data.x[t].double()
+                    gate, up = (W[e].double() @ x).chunk(2)
+                    xs.append(x)
+                    hs.append(gate * torch.sigmoid(gate) * up * float(data.topk_weights[t, slot]))
+        n, prior = len(xs), stats.pseudo_count
+        assert n == int(stats.counts[e])
+        x, h = torch.stack(xs), torch.stack(hs)
+        pooled = data.x.double().T @ data.x.double() / len(data.x)
+        assert torch.allclose(got_in[e].double(), (x.T @ x + prior * pooled) / (n + prior), atol=1e-4)
+        # The prior of the intermediate moments is small here: what remains is the routed tokens' own.
+        own = h.T @ h / n
+        assert float((got_hidden[e] - own).norm() / own.norm()) < 0.1
+
+
+def test_an_unseen_expert_gets_pooled_statistics():
+    stats = LayerStatistics(inputs(unseen=1), 4)
+    assert int(stats.counts[1]) == 0
+    assert torch.allclose(stats.input_moments(range(1, 2))[0], stats.pooled, atol=1e-5)
+    hidden = stats.hidden_moments(range(1, 2), torch.randn(1, 8, 12))[0]
+    assert bool(hidden.isfinite().all())
+    assert float(hidden.trace()) > 0
+    assert float(stats.share[1]) > 0
+
+
+def layer(basis, bits, block_size=16, unseen=None, E=4, H=48, I=32):  # noqa: E741
+    g = torch.Generator().manual_seed(8)
+    gate_up, down = torch.randn(E, 2 * I, H, generator=g) / 7, torch.randn(E, H, I, generator=g) / 7
+    stats = LayerStatistics(inputs(600, H, E, unseen=unseen), E)
+    config = QuantizeConfig(bits=bits, basis=basis, block_size=block_size)
+    quantizer = LayerQuantizer(gate_up, down, stats, config, "layer")
+    plan = quantizer.plan()
+    tensors, errors = quantizer.quantize(plan)
+    return gate_up, down, stats, plan, tensors, errors, config
+
+
+@pytest.mark.parametrize("basis", ["natural", "whitened", "paper", "auto"])
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("unseen", [None, 2])
+def test_a_layer_keeps_its_budget_and_its_function(basis, block_size, unseen):
+    bits = 12.0 if basis == "paper" else 9.0  # four experts of 48 x 32: scales and bases weigh much
+    gate_up, down, stats, plan, tensors, errors, _ = layer(basis, bits, block_size, unseen)
+    assert 8 * plan.layer.nbytes(block_size) <= bits * plan.layer.num_weights
+    assert {k: (v.dtype, tuple(v.shape)) for k, v in tensors.items()} == {
+        k: (s.dtype, s.shape) for k, s in plan.layer.tensor_specs(block_size).items()
+    }
+    weights = LayerWeights(plan.layer, block_size, tensors)
+    x = stats.inputs.x
+    for e in range(4):
+        gate, up, out = weights.expert_weights(e)
+        h = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+        g0, u0 = gate_up[e].chunk(2)
+        y0 = (torch.nn.functional.silu(x @ g0.T) * (x @ u0.T)) @ down[e].T
+        assert float((h @ out.T - y0).square().sum() / y0.square().sum()) < (0.02 if e != unseen else 0.1)
+    assert all(0 <= v < 0.02 for v in errors.values())
+
+
+def test_reported_error_is_the_error_on_the_calibration_tokens():
+    gate_up, _, stats, plan, tensors, errors, config = layer("natural", 4.5)
+    weights = LayerWeights(plan.layer, config.block_size, tensors)
+    lost = total = 0.0
+    quantizer = LayerQuantizer(gate_up, torch.zeros(4, 48, 32), stats, config, "")
+    for e in range(4):
+        token = (stats.inputs.topk_ids == e).any(1)
+        x = stats.inputs.x[token].double()
+        # Channels were permuted: compare with the permuted original, found by matching energies of rows.
+        gate, up, _ = weights.expert_weights(e)
+        again = torch.cat([gate, up]).double()
+        reference = gate_up[e].double()
+        nearest = torch.cdist(again, reference).argmin(1)
+        lost += float(((again - reference[nearest]) @ x.T).square().sum())
+        total += float((reference @ x.T).square().sum())
+    del quantizer
+    assert errors["gate_up"] == pytest.approx(lost / total, rel=0.1)
+
+
+def test_natural_has_no_basis_and_the_file_orders_no_intermediate_channels():
+    _, _, _, plan, tensors, _, _ = layer("natural", 9.0)
+    assert natural("down").basis is None
+    assert "down_order" not in tensors
+    assert "gate_up_basis" not in tensors
+    assert plan.basis == "natural"
+    assert isinstance(quantize(torch.randn(1, 4, 4), moments(1, 4), torch.ones(1, 4), "K"), Quantized)

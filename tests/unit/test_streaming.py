@@ -1,0 +1,145 @@
+"""Layer-by-layer execution and evaluation against transformers' own model, loaded whole."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from bitsmoe_kernels.errors import BitsmoeError
+from builders import TINY_MOE
+from offline_quant.calibration import load_tokenizer, sample_windows, text_windows
+from offline_quant.evaluate import evaluate
+from offline_quant.model_adapter import SourceModel
+from offline_quant.streaming import StreamedModel
+
+TEXT = "The old man looked at the sea, and said nothing for a long while. " * 120
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return AutoModelForCausalLM.from_pretrained(str(TINY_MOE), dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def streamed():
+    return StreamedModel(SourceModel(TINY_MOE))
+
+
+def run_all(model, ids):
+    hidden, kwargs = model.embed(ids)
+    for index in range(model.num_layers):
+        with model.layer(index) as module:
+            hidden = model.run(module, hidden, kwargs)
+    return hidden
+
+
+def test_logits_equal_the_whole_model(whole, streamed):
+    ids = torch.randint(0, 4096, (3, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = whole(ids).logits
+    got = streamed.logits(run_all(streamed, ids), streamed.head)
+    assert torch.allclose(got, expected, atol=2e-4)
+
+
+def test_layers_are_released(streamed):
+    with streamed.layer(1) as module:
+        assert not any(p.is_meta for p in module.parameters())
+    assert all(p.is_meta for layer in streamed.decoder.layers for p in layer.parameters())
+
+
+def test_captured_inputs_are_those_of_the_experts(whole, streamed):
+    ids = torch.randint(0, 4096, (2, 30), generator=torch.Generator().manual_seed(1))
+    expected = []
+    handle = whole.model.layers[2].mlp.experts.register_forward_pre_hook(lambda _, args: expected.append(args))
+    with torch.no_grad():
+        whole(ids)
+    handle.remove()
+    hidden, kwargs = streamed.embed(ids)
+    for index in range(3):
+        with streamed.layer(index) as module, streamed.capture(module) as seen:
+            hidden = streamed.run(module, hidden, kwargs)
+    x, topk_ids, weights = expected[0]
+    assert torch.allclose(seen[0].x, x.reshape(-1, 256), atol=1e-4)
+    assert torch.equal(seen[0].topk_ids, topk_ids)
+    assert torch.allclose(seen[0].topk_weights, weights, atol=1e-5)
+
+
+def test_a_materialized_model_generates_like_the_whole_one(whole, streamed):
+    ids = torch.tensor([[0, 17, 99]])
+    with torch.no_grad():
+        assert torch.allclose(streamed.materialize()(ids).logits, whole(ids).logits, atol=2e-4)
+
+
+def test_perplexity_and_divergence_equal_a_plain_computation(whole, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    ids = load_tokenizer(TINY_MOE)(TEXT)["input_ids"]
+    windows = torch.tensor(ids[: len(ids) // 512 * 512]).view(-1, 512)
+    with torch.no_grad():
+        logp = whole(windows).logits[:, :-1].double().log_softmax(-1)
+    nll = -logp.gather(-1, windows[:, 1:, None]).mean()
+    result = evaluate(TINY_MOE, text, TINY_MOE)
+    assert result.tokens == windows[:, 1:].numel()
+    assert result.window == 512
+    assert result.perplexity == pytest.approx(math.exp(nll), rel=1e-5)
+    assert result.perplexity_reference == result.perplexity
+    assert result.kl == pytest.approx(0, abs=1e-9)
+    assert result.top1_agreement == 1.0
+    assert result.bpw == 16
+
+
+def test_windows_do_not_overlap_and_the_tail_is_left(tmp_path):
+    tokenizer = load_tokenizer(TINY_MOE)
+    path = tmp_path / "t.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    ids = tokenizer(TEXT)["input_ids"]
+    windows = text_windows(tokenizer, str(path), 100)
+    assert windows.flatten().tolist() == ids[: len(ids) // 100 * 100]
+    few = text_windows(tokenizer, str(path), 100, limit=3)
+    assert few.shape == (3, 100)
+    assert few[0].tolist() == windows[0].tolist()
+    assert few[-1].tolist() == windows[-1].tolist()
+
+
+def test_json_lines_are_joined(tmp_path):
+    tokenizer = load_tokenizer(TINY_MOE)
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "One two three."}\n\n"four five"\n', encoding="utf-8")
+    ids = tokenizer("One two three.")["input_ids"] + tokenizer("four five")["input_ids"]
+    assert text_windows(tokenizer, str(path), len(ids))[0].tolist() == ids
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.jsonl", '{"text": "a"}\nnot json\n', "line 2: not JSON"),
+        ("t.jsonl", '{"body": "a"}\n', r"line 1: has no text; .* found \['body'\]"),
+        ("t.txt", "short", "holds .* tokens, but one window takes 64"),
+        ("t.txt", b"\xff\xfe\x00bad", "cannot be read as UTF-8"),
+    ],
+)
+def test_bad_text_is_refused(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(BitsmoeError, match=message):
+        text_windows(load_tokenizer(TINY_MOE), str(path), 64)
+
+
+def test_sampled_text_is_the_models_own_and_repeats_with_its_seed(whole):
+    tokenizer = load_tokenizer(TINY_MOE)
+
+    def sample(seed):
+        return sample_windows(StreamedModel(SourceModel(TINY_MOE)), tokenizer, 8, 48, seed)
+
+    first = sample(0)
+    assert first.shape == (8, 48)
+    assert torch.equal(first, sample(0))
+    assert not torch.equal(first, sample(1))
+    assert first[:, 0].tolist() == [tokenizer.bos_token_id] * 8
+    with torch.no_grad():
+        logp = whole(first).logits[:, :-1].log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1).mean()
+    nll = -logp.gather(-1, first[:, 1:, None]).mean()
+    # Text drawn at temperature 1 is as surprising as the model expects it to be.
+    assert float(nll) == pytest.approx(float(entropy), rel=0.1)

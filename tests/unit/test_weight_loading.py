@@ -1,0 +1,122 @@
+"""Loading a rank's shard, as vLLM's loaders drive it: any order, full tensors, names in either of two spellings."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitsmoe_kernels.errors import BitsmoeError, FormatError
+from bitsmoe_kernels.format.schema import Layer
+from bitsmoe_kernels.format.validate import check_values
+from bitsmoe_kernels.reference import LayerWeights, moe_forward
+from bitsmoe_kernels.sharding import shard_layer
+from bitsmoe_vllm.weight_loading import LayerLoader, dummy_tensors
+from builders import FORMS, build_form
+
+G = 16
+PREFIX = "model.layers.0.mlp.experts"
+
+
+def loaded(layer: Layer, tensors: dict[str, Tensor], **shard: object) -> tuple[LayerLoader, torch.nn.Module]:
+    loader, module = LayerLoader(PREFIX, layer, G, **shard), torch.nn.Module()  # type: ignore[arg-type]
+    loader.register(module)
+    names = list(loader.load_weights((name, tensors[name]) for name in sorted(tensors)))
+    assert names == sorted(tensors)
+    return loader, module
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shard", [{}, {"tp_rank": 1, "tp_size": 2}, {"experts": [3, 0]}])
+def test_parameters_are_the_shard(form: str, shard: dict[str, object]) -> None:
+    made = build_form(form, block_size=G)
+    loader, module = loaded(made.layer, made.tensors, **shard)
+    want_layer, want = shard_layer(made.layer, made.tensors, G, **shard)  # type: ignore[arg-type]
+    assert loader.shard == want_layer
+    assert loader.missing() == []
+    got = dict(module.named_parameters())
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert got[name].dtype == tensor.dtype
+        assert torch.equal(got[name], tensor)
+
+
+def test_both_ways_vllm_hands_over_a_tensor() -> None:
+    made = build_form("natural", block_size=G)
+    loader, module = LayerLoader(PREFIX, made.layer, G), torch.nn.Module()
+    loader.register(module)
+    first, *rest = made.tensors
+    parameter = module.get_parameter(first)
+    parameter.weight_loader(parameter, made.tensors[first])  # type: ignore[operator]
+    assert list(loader.load_weights((f"routed_experts.{n}", made.tensors[n]) for n in rest)) == rest
+    assert loader.shard == made.layer
+
+
+def test_missing_tensors_are_all_named() -> None:
+    made = build_form("shared_basis", block_size=G)
+    loader = LayerLoader(PREFIX, made.layer, G)
+    loader.register(torch.nn.Module())
+    absent = {"gate_up_basis", "down_bits"}
+    list(loader.load_weights((n, t) for n, t in made.tensors.items() if n not in absent))
+    assert loader.shard is None
+    faults = loader.missing()
+    assert len(faults) == 2
+    for name in absent:
+        assert any(f"{PREFIX}.{name} is missing" in f for f in faults)
+
+
+def test_unknown_tensor() -> None:
+    made = build_form("natural", block_size=G)
+    loader = LayerLoader(PREFIX, made.layer, G)
+    with pytest.raises(BitsmoeError, match=rf"{PREFIX}\.0\.gate_proj\.weight, which"):
+        list(loader.load_weights([("0.gate_proj.weight", torch.zeros(1))]))
+
+
+def test_wrong_shapes_and_dtypes_are_all_named() -> None:
+    made = build_form("natural", block_size=G)
+    tensors = dict(made.tensors)
+    tensors["down_codes"] = tensors["down_codes"][:-1]
+    tensors["gate_up_component_scale"] = tensors["gate_up_component_scale"].float()
+    with pytest.raises(FormatError) as caught:
+        loaded(made.layer, tensors)
+    assert len(caught.value.faults) == 2
+    assert "down_codes is int16" in str(caught.value)
+    assert "gate_up_component_scale is float32" in str(caught.value)
+
+
+def test_wrong_values() -> None:
+    made = build_form("natural", block_size=G)
+    tensors = dict(made.tensors)
+    tensors["down_bits"] = tensors["down_bits"].clone()
+    tensors["down_bits"][0, 0] ^= 1
+    with pytest.raises(FormatError, match="down_bits: block bits sum to"):
+        loaded(made.layer, tensors)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_dummy_tensors_are_valid(form: str) -> None:
+    layer = build_form(form, block_size=G).layer
+    tensors = dummy_tensors(layer, G)
+    specs = layer.tensor_specs(G)
+    assert {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()} == {
+        n: (s.dtype, s.shape) for n, s in specs.items()
+    }
+    assert check_values(PREFIX, layer, G, tensors) == []
+    x = torch.ones(3, layer.hidden_size)
+    ids = torch.tensor([[0, 1], [2, 3], [3, 0]])
+    y = moe_forward(LayerWeights(layer, G, tensors), x, torch.full((3, 2), 0.5), ids)
+    assert y.isfinite().all()
+
+
+def test_parameters_outlive_the_file(tmp_path: Path) -> None:
+    """What the loader keeps does not point into the mapped checkpoint, whole layer or not."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    made = build_form("natural", block_size=G)
+    save_file(made.tensors, tmp_path / "x.safetensors")
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        mapped = {name: file.get_tensor(name) for name in made.tensors}
+    _, module = loaded(made.layer, mapped)
+    places = {t.data_ptr() for t in mapped.values()}
+    assert all(p.numel() and p.data_ptr() not in places for p in module.parameters())
