@@ -51,9 +51,10 @@ def write_held_out_text(path: Path) -> None:
 
 def completion(model: Path, name: str) -> str:
     """What a server of this checkpoint answers over HTTP."""
-    with console.status(f"vllm serve ({name})"), serve(
-        model, "--enforce-eager", "--max-model-len", "512", log=OUT / f"serve_{name}.log"
-    ) as server:
+    with (
+        console.status(f"vllm serve ({name})"),
+        serve(model, "--enforce-eager", "--max-model-len", "512", log=OUT / f"serve_{name}.log") as server,
+    ):
         text: str = server.complete(PROMPT, MAX_TOKENS)["text"]
     return text
 

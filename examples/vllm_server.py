@@ -65,7 +65,8 @@ def environment(ranks: int = 1) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         # vLLM binds one worker to each NUMA node, and refuses two on a machine with one.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": str(max(1, cores // ranks)),
+        # One core is left to the processes that only schedule and answer, as vLLM itself does when it binds.
+        "OMP_NUM_THREADS": str(max(1, (cores - 1) // ranks)),
         # Workers talk through the loopback device, whatever the machine's name resolves to.
         "VLLM_HOST_IP": "127.0.0.1",
         "GLOO_SOCKET_IFNAME": "lo",

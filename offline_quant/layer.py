@@ -9,12 +9,13 @@ from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.packing import code_dtype, pack_codes
-from bitsmoe_kernels.format.schema import Layer, Projection, ProjectionName, num_blocks, order_dtype
+from bitsmoe_kernels.format.schema import Basis, Layer, Projection, ProjectionName, num_blocks, order_dtype
 from bitsmoe_kernels.reference import LayerWeights
 from offline_quant.allocation import Allocation, allocate
 from offline_quant.basis import Decomposition, natural, paper, whitened
 from offline_quant.config import QuantizeConfig
 from offline_quant.distortion import Components, kappa, permuted, rank_components
+from offline_quant.model_adapter import MoEShape
 from offline_quant.quantize import quantize
 from offline_quant.statistics import LayerStatistics
 
@@ -54,22 +55,26 @@ class LayerPlan:
     basis: str
 
 
-def schema_of(
-    forms: dict[ProjectionName, Decomposition], num_experts: int, hidden_size: int, intermediate_size: int
-) -> Layer:
-    """The layer's schema for given decompositions, with no codes yet."""
-    projections = {
-        name: Projection(
-            component_axis=d.component_axis,
-            basis=d.spec,
-            # Intermediate channels are permuted with the expert's other matrices instead, at no cost.
-            order="none" if name == "down" and d.basis is None else "expert",
-            code_rows=0,
-        )
-        for name, d in forms.items()
-    }
+def schema_of(form: str, shape: MoEShape, config: QuantizeConfig) -> Layer:
+    """A layer's schema under one form, with no codes yet: natural, whitened or paper."""
+    basis = Basis(rank=shape.hidden_size, bits=config.basis_bits)
+    # Intermediate channels without a basis are permuted with the expert's other matrices instead, at no cost.
+    natural_down = Projection(code_rows=0)
+    inputs = Projection(code_rows=0, order="expert", basis=None if form == "natural" else basis)
+    projections: dict[ProjectionName, Projection] = (
+        {
+            "gate": inputs,
+            "up": inputs,
+            "down": Projection(code_rows=0, order="expert", basis=basis, component_axis="output"),
+        }
+        if form == "paper"
+        else {"gate_up": inputs, "down": natural_down}
+    )
     return Layer(
-        num_experts=num_experts, hidden_size=hidden_size, intermediate_size=intermediate_size, projections=projections
+        num_experts=shape.num_experts,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        projections=projections,
     )
 
 
@@ -97,13 +102,22 @@ class LayerQuantizer:
         gate_up: float32 [E, 2 I, H].
         down: float32 [E, H, I].
         stats: the layer's calibration statistics.
+        shape: sizes of the model's experts.
         config: options.
         subject: the layer's tensor prefix, for messages.
     """
 
-    def __init__(self, gate_up: Tensor, down: Tensor, stats: LayerStatistics, config: QuantizeConfig, subject: str):
-        self.stats, self.config, self.subject = stats, config, subject
-        self.E, self.I, self.H = len(gate_up), gate_up.shape[1] // 2, gate_up.shape[2]
+    def __init__(
+        self,
+        gate_up: Tensor,
+        down: Tensor,
+        stats: LayerStatistics,
+        shape: MoEShape,
+        config: QuantizeConfig,
+        subject: str,
+    ):
+        self.stats, self.shape, self.config, self.subject = stats, shape, config, subject
+        self.E, self.I, self.H = shape.num_experts, shape.intermediate_size, shape.hidden_size
         self.gate_up, self.down, self.channels = self._sort_channels(gate_up, down)
 
     def _chunks(self, size: int) -> list[range]:
@@ -163,7 +177,7 @@ class LayerQuantizer:
         plans, refusals = [], []
         for form in forms:
             decomposed = decompositions(form, self.gate_up, self.down, self.stats, self.config)
-            schema = schema_of(decomposed, self.E, self.H, self.I)
+            schema = schema_of(form, self.shape, self.config)
             projections = {name: self._rank(d) for name, d in decomposed.items()}
             try:
                 plans.append(self._allocate(form, schema, projections))

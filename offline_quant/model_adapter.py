@@ -1,6 +1,6 @@
 """Which tensors of a model are routed experts: one table. An architecture outside it is refused, never guessed."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -216,7 +216,7 @@ class SourceModel:
             w_out[e] = self.tensors.get(names[2])
         return w_in, w_out
 
-    def check_finite(self, progress: Callable[[Iterable[str], str], Iterable[str]]) -> None:
+    def check_finite(self, progress: Callable[[Sequence[str], str], Iterable[str]]) -> None:
         """Read every tensor once and look for NaN or infinity.
 
         Raises:

@@ -17,17 +17,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError
-from bitsmoe_kernels.format.schema import FORMAT_VERSION, QUANT_METHOD, CheckpointConfig, Layer
+from bitsmoe_kernels.format.schema import FORMAT_VERSION, CheckpointConfig, Layer
 from bitsmoe_kernels.format.shards import ShardWriter
 from bitsmoe_kernels.reference import LayerWeights
-from offline_quant.basis import natural
 from offline_quant.calibration import calibration_windows, check_text_source, load_tokenizer, window_length
 from offline_quant.config import QuantizeConfig
 from offline_quant.layer import LayerPlan, LayerQuantizer, budget_bits, schema_of
 from offline_quant.model_adapter import SourceModel
 from offline_quant.progress import bar, track
 from offline_quant.report import REPORT_FILE, layer_report, model_report
-from offline_quant.statistics import LayerInputs, LayerStatistics
+from offline_quant.statistics import LayerStatistics
 from offline_quant.streaming import StreamedModel
 
 BATCH_TOKENS = 16_384
@@ -137,10 +136,8 @@ def check_budget(source: SourceModel, config: QuantizeConfig) -> None:
     Raises:
         BitsmoeError: names the smallest possible budget.
     """
-    s = source.shape
-    if config.basis in ("auto", "natural"):
-        forms = {name: natural(name) for name in ("gate_up", "down")}
-        budget_bits(schema_of(forms, s.num_experts, s.hidden_size, s.intermediate_size), config, str(source.directory))
+    form = "natural" if config.basis == "auto" else config.basis
+    budget_bits(schema_of(form, source.shape, config), config, str(source.directory))
 
 
 def quantize_model(model: str, out: Path, config: QuantizeConfig, plan_only: bool = False) -> Outcome:
@@ -247,18 +244,18 @@ class _Run:
     def _moe_layer(self, index: int, prefix: str, tick: Any) -> Layer:
         device = self.streamed.device
         experts = self.source.experts(index)
-        with self.streamed.layer(index, experts) as module, self.streamed.capture(module) as seen:
-            outputs = [self.streamed.run(module, h, kw).cpu() for h, kw in self.batches]
-        inputs = LayerInputs(*(torch.cat([getattr(s, f) for s in seen]) for f in ("x", "topk_ids", "topk_weights")))
+        with self.streamed.layer(index, experts) as module:
+            inputs = self.streamed.expert_inputs(module, self.batches)
+            if self.writer is None:
+                # Nothing is quantized, so later layers see the original activations.
+                self._advance(module)
         self.clock.lap("calibration")
         stats = LayerStatistics(inputs, self.source.shape.num_experts)
         gate_up, down = (w.to(device) for w in experts)
-        quantizer = LayerQuantizer(gate_up, down, stats, self.config, prefix)
+        quantizer = LayerQuantizer(gate_up, down, stats, self.source.shape, self.config, prefix)
         plan = quantizer.plan()
         self.clock.lap("allocation")
         if self.writer is None:
-            # Nothing is quantized, so later layers see the original activations.
-            self.batches = [(h, kw) for h, (_, kw) in zip(outputs, self.batches, strict=True)]
             self.reports.append(layer_report(prefix, plan, stats, self.config, None))
             for _ in range(self.source.shape.num_experts):
                 tick()
@@ -286,7 +283,7 @@ class _Run:
                 self.writer.add(name, self.source.tensors.get(name))
         self.writer.finish()
         draft = CheckpointConfig(
-            quant_method=QUANT_METHOD,
+            quant_method="bitsmoe",
             format_version=FORMAT_VERSION,
             block_size=self.config.block_size,
             bpw=0.0,

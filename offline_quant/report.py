@@ -1,10 +1,11 @@
 """What a run decided and what came of it, as data: written beside the checkpoint, free of times and paths."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from bitsmoe_kernels.format.schema import CheckpointConfig, Layer
+from bitsmoe_kernels.format.schema import CheckpointConfig, Layer, ProjectionName
 from offline_quant.config import QuantizeConfig
 from offline_quant.layer import LayerPlan
 from offline_quant.statistics import LayerStatistics
@@ -63,7 +64,7 @@ def model_report(
 
 
 def inspect_checkpoint(
-    config: CheckpointConfig, bits_of: dict[str, dict[str, Tensor]], total_bytes: int
+    config: CheckpointConfig, bits_of: Mapping[str, Mapping[ProjectionName, Tensor]], total_bytes: int
 ) -> dict[str, Any]:
     """Where the bits of a checkpoint went.
 

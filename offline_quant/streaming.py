@@ -4,8 +4,8 @@ The modules are transformers' own, built without memory ("meta") and filled from
 float32. Calibration and evaluation both run on this, for ordinary and for quantized checkpoints.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -102,9 +102,8 @@ class StreamedModel:
 
         handle = self.decoder.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
         try:
-            self.decoder(input_ids=ids.to(self.device), use_cache=False)
-        except _Reached:
-            pass
+            with suppress(_Reached):
+                self.decoder(input_ids=ids.to(self.device), use_cache=False)
         finally:
             handle.remove()
         return caught["hidden"], caught["kwargs"]
@@ -115,20 +114,28 @@ class StreamedModel:
         out = module(hidden.to(self.device), **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    @contextmanager
-    def capture(self, module: nn.Module) -> Iterator[list[LayerInputs]]:
-        """Collect what enters the routed experts of a decoder layer, one entry for each call."""
-        seen: list[LayerInputs] = []
+    def expert_inputs(self, module: nn.Module, batches: Iterable[tuple[Tensor, dict[str, Any]]]) -> LayerInputs:
+        """What enters the routed experts of a decoder layer; the experts themselves do not run.
+
+        Args:
+            module: from `layer`.
+            batches: hidden states [n, L, H] and layer arguments.
+        """
+        seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
         def catch(_module: nn.Module, args: tuple[Any, ...]) -> None:
             x, ids, weights = args
-            seen.append(LayerInputs(x.reshape(-1, x.shape[-1]).float(), ids.long(), weights.float()))
+            seen.append((x.reshape(-1, x.shape[-1]).float(), ids.long(), weights.float()))
+            raise _Reached
 
         handle = module.get_submodule(self.shape.family.experts).register_forward_pre_hook(catch)
         try:
-            yield seen
+            for hidden, kwargs in batches:
+                with suppress(_Reached):
+                    self.run(module, hidden, kwargs)
         finally:
             handle.remove()
+        return LayerInputs(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
 
     @property
     def head(self) -> Tensor:

@@ -34,20 +34,33 @@ def pack_codes(codes: Tensor, bits: Tensor, block_size: int) -> Tensor:
     widths = bits.tolist()
     if len(widths) != num_blocks(C, block_size) or any(not 0 <= b <= MAX_BITS for b in widths):
         raise ValueError(f"{C} components in blocks of {block_size} with block bits {widths}")
-    lane = torch.arange(block_size, device=codes.device)
-    rows = []
-    for i, b in enumerate(widths):
-        block = codes[i * block_size : (i + 1) * block_size].long()
-        if b and int(block.max()) >> b:
-            raise ValueError(f"block {i}: code {int(block.max())} does not fit {b} bits")
+    blocks = torch.zeros(len(widths) * block_size, F, dtype=torch.uint8, device=codes.device)
+    blocks[:C] = codes
+    blocks = blocks.view(len(widths), block_size, F)
+    ends = bits.long().cumsum(0)
+    words = torch.empty(int(ends[-1]), F, dtype=code_dtype(block_size), device=codes.device)
+    for b in bits.unique().tolist():
+        if b == 0:
+            continue
+        chosen = (bits == b).nonzero()[:, 0]
+        block = blocks[chosen]
+        if int(block.max()) >> b:
+            at = int((block.amax((1, 2)) >> b).nonzero()[0])
+            raise ValueError(f"block {int(chosen[at])}: code {int(block[at].max())} does not fit {b} bits")
         for j in range(b):
-            rows.append(((block >> j & 1) << lane[: len(block), None]).sum(0))
-    if not rows:
-        return torch.empty(0, F, dtype=code_dtype(block_size), device=codes.device)
-    words = torch.stack(rows)
+            words[ends[chosen] - b + j] = _join_bits(block >> j & 1).to(words.dtype)
+    return words
+
+
+def _join_bits(plane: Tensor) -> Tensor:
+    """Words of one bit-plane [blocks, G, F] of zeros and ones, as signed integers [blocks, F]."""
+    n, G, F = plane.shape
+    # 16 bits at a time as a matrix product: float32 holds sums below 2^24 exactly, and nothing else is as fast.
+    weight = torch.exp2(torch.arange(16, device=plane.device, dtype=torch.float32))
+    halves = (weight @ plane.view(n * G // 16, 16, F).float()).view(n, G // 16, F).long()
+    words = halves[:, 0] if G == 16 else halves[:, 0] | halves[:, 1] << 16
     # Two's complement: the top bit is the sign of the stored word.
-    words = torch.where(words >> (block_size - 1) & 1 == 1, words - (1 << block_size), words)
-    return words.to(code_dtype(block_size))
+    return words - ((words >> (G - 1)) << G)
 
 
 def unpack_codes(words: Tensor, bits: Tensor, components: int, block_size: int) -> Tensor:
