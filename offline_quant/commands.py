@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,8 +42,18 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"bitsmoe-vllm {version('bitsmoe-vllm')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _setup() -> None:
+def _setup(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 

@@ -439,5 +439,6 @@ def test_evaluation_refuses_what_it_cannot_compare(tmp_path, model, text, source
 def test_usage_errors_and_help(source):
     assert bitsmoe("quantize", source).returncode == 2
     assert "quantize" in succeed("--help").stdout
+    assert succeed("--version").stdout.startswith("bitsmoe-vllm 0.")
     refused("quantize", "no/such/model/at/all", "--bits", "2", "--out", "q", message="is not a directory")
     assert not Path("q").exists()

@@ -1,0 +1,95 @@
+"""Everything that differs between vLLM versions. No other file branches on the version.
+
+Supported: 0.26.0 <= vLLM < 0.33. What was seen to differ within that range:
+
+- Routing on a CPU. Newer versions have `CPURouter`, plain torch, and pass its result to `apply`. Older ones
+  (0.26) route with an operator that CPU builds lack; there the method declares itself monolithic, receives the
+  router's logits and selects the experts with vLLM's own torch function.
+"""
+
+import importlib.util
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitsmoe_kernels.errors import BitsmoeError
+
+MIN_VLLM = (0, 26)
+BELOW_VLLM = (0, 33)
+
+
+def check_vllm_version() -> None:
+    """Refuse a vLLM this plugin was not written for.
+
+    Raises:
+        BitsmoeError: names the version found and the range.
+    """
+    import vllm
+
+    low, high = (".".join(map(str, v)) for v in (MIN_VLLM, BELOW_VLLM))
+    try:
+        found = tuple(int(part) for part in vllm.__version__.split(".")[:2])
+    except ValueError:
+        found = ()
+    if not MIN_VLLM <= found < BELOW_VLLM:
+        raise BitsmoeError(
+            f"vLLM {vllm.__version__} is installed, but this version of bitsmoe-vllm supports vLLM >= {low}, < {high}: "
+            f"pip install 'vllm>={low},<{high}', or a bitsmoe-vllm made for your vLLM"
+        )
+
+
+def config_under_construction() -> Any | None:
+    """The `VllmConfig` whose constructor is running, or None.
+
+    The main process builds our quantization config while it builds the `VllmConfig`, and hands it neither parallel
+    sizes nor load format. Looking up the call stack is the one way to refuse an impossible setting before any worker
+    starts, as one clear error; where nothing is found the workers refuse it.
+    """
+    from vllm.config import VllmConfig
+
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, VllmConfig):
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def needs_own_routing() -> bool:
+    """Whether this vLLM, on this platform, cannot route tokens before it calls the method's `apply`."""
+    from vllm.platforms import current_platform
+
+    router = "vllm.model_executor.layers.fused_moe.router.cpu_router"
+    return current_platform.is_cpu() and importlib.util.find_spec(router) is None
+
+
+def select_experts(layer: Any, x: Tensor, router_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Routing by vLLM's torch function for CPUs, where `needs_own_routing`.
+
+    Args:
+        layer: vLLM's RoutedExperts.
+        x: [T, H].
+        router_logits: [T, experts].
+
+    Returns:
+        Routing weights float32 [T, top_k] and global expert ids int32 [T, top_k].
+    """
+    from vllm.model_executor.layers.fused_moe.cpu_fused_moe import select_experts as vllm_select_experts
+
+    weights, ids = vllm_select_experts(
+        hidden_states=x,
+        router_logits=router_logits,
+        top_k=layer.top_k,
+        use_grouped_topk=layer.use_grouped_topk,
+        renormalize=layer.renormalize,
+        topk_group=layer.topk_group,
+        num_expert_group=layer.num_expert_group,
+        custom_routing_function=layer.custom_routing_function,
+        scoring_func=layer.scoring_func,
+        routed_scaling_factor=layer.routed_scaling_factor,
+        e_score_correction_bias=layer.e_score_correction_bias,
+    )
+    return weights.to(torch.float32), ids

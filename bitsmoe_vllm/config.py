@@ -1,0 +1,121 @@
+"""vLLM's view of a bitsmoe checkpoint: its quantization config, checked before the engine starts."""
+
+import re
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.format.schema import PARTS, PROJECTION_NAMES, QUANT_METHOD, CheckpointConfig, Layer
+from bitsmoe_vllm import _compat, startup
+from bitsmoe_vllm.weight_loading import LayerLoader
+
+
+class BitsmoeConfig(QuantizationConfig):
+    """Built by vLLM from `quantization_config` of config.json; makes the method of every layer.
+
+    Args:
+        data: the `quantization_config`; None when the checkpoint has none.
+
+    Raises:
+        BitsmoeError: unsupported vLLM, no `quantization_config`, or one this version cannot serve.
+    """
+
+    def __init__(self, data: dict[str, Any] | None = None):
+        super().__init__()
+        _compat.check_vllm_version()
+        if data is None:
+            raise BitsmoeError(
+                "--quantization bitsmoe was given, but the model's config.json has no quantization_config: "
+                "make a checkpoint with `bitsmoe quantize MODEL --out DIR` and serve DIR"
+            )
+        self.checkpoint = CheckpointConfig.parse(data, "quantization_config of config.json")
+        if self.checkpoint.linear_quantization is not None:
+            raise BitsmoeError(
+                "quantization_config of config.json: linear_quantization is set, but this version serves layers "
+                "outside the routed experts unquantized only: quantize the model without it"
+            )
+        self.layers: dict[str, Layer] = dict(self.checkpoint.layers)
+        self.loaders: list[LayerLoader] = []
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Value of `--quantization`."""
+        return QUANT_METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """Values of `--dtype`."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Ampere."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: everything is in config.json."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "BitsmoeConfig":
+        """Build from `quantization_config`."""
+        return cls(config)
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Called by vLLM once the model is known, before any worker starts: check all that can be checked by now.
+
+        Raises:
+            BitsmoeError: lists every fault of the checkpoint, or names the option that cannot work and the remedy.
+        """
+        pending = _compat.config_under_construction()
+        text_config = None if hf_config is None else hf_config.get_text_config()
+        if text_config is not None:
+            startup.check_model(self.checkpoint, text_config)
+        if pending is not None:
+            startup.check_options(self.checkpoint, text_config, pending)
+        if pending is not None and pending.load_config.load_format == "dummy":
+            return
+        if directory := startup.local_directory(model_name, revision):
+            startup.check_checkpoint(directory, hf_config)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Called by vLLM with the renaming from checkpoint to vLLM names."""
+        self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Ours for routed experts, vLLM's unquantized one for linear layers, none (vLLM's default) for others.
+
+        Raises:
+            BitsmoeError: the checkpoint does not describe these experts.
+        """
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+        from bitsmoe_vllm.moe_method import BitsmoeMoEMethod
+
+        if isinstance(layer, RoutedExperts):
+            if prefix not in self.layers:
+                raise BitsmoeError(
+                    f"the model has routed experts at {prefix}, but quantization_config of config.json describes only "
+                    f"{', '.join(self.layers)}: quantize the whole model"
+                )
+            return BitsmoeMoEMethod(self, prefix, layer)
+        if isinstance(layer, LinearBase):
+            return UnquantizedLinearMethod()
+        return None
+
+    @staticmethod
+    def get_cache_scale_mapper() -> Any:
+        """Renaming vLLM applies to checkpoint names; carries our tensors to where vLLM keeps expert parameters."""
+        from vllm.model_executor.models.utils import WeightsMapper
+
+        ours = rf"\.experts\.((?:{'|'.join(PROJECTION_NAMES)})_(?:{'|'.join(PARTS)}))$"
+        mapper = WeightsMapper(orig_to_new_regex={re.compile(ours): r".experts.routed_experts.\1"})
+        return QuantizationConfig.get_cache_scale_mapper() | mapper
+
+    def __getstate__(self) -> dict[str, Any]:
+        # vLLM sends its configuration between processes; loaders belong to the process that loads.
+        return {**self.__dict__, "loaders": []}

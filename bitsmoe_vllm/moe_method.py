@@ -1,0 +1,166 @@
+"""How vLLM computes the routed experts of a bitsmoe checkpoint."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.platforms import current_platform
+
+from bitsmoe_kernels.errors import BitsmoeError, FormatError
+from bitsmoe_kernels.ops import layout_key, moe_forward_op
+from bitsmoe_vllm import _compat
+from bitsmoe_vllm.weight_loading import LayerLoader
+
+if TYPE_CHECKING:
+    from bitsmoe_vllm.config import BitsmoeConfig
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class BitsmoeMoEMethod(FusedMoEMethodBase):
+    """The method of one layer's routed experts: loads this rank's shard and computes its part of the output.
+
+    vLLM routes before and, as `moe_kernel` stays None, sums over the ranks after.
+
+    Args:
+        config: the checkpoint's config.
+        prefix: the layer's name.
+        layer: vLLM's RoutedExperts.
+    """
+
+    def __init__(self, config: "BitsmoeConfig", prefix: str, layer: Any):
+        super().__init__(layer.moe_config)
+        self.config = config
+        self.prefix = prefix
+        self._own_routing = _compat.needs_own_routing()
+
+    @property
+    def is_monolithic(self) -> bool:
+        """Whether vLLM hands over router logits instead of the experts it selected."""
+        return self._own_routing
+
+    def get_fused_moe_quant_config(self, layer: Any) -> None:
+        """None: for kernels of vLLM's own."""
+
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Called by vLLM in each worker to make the layer's parameters; ours are empty until they are loaded.
+
+        Raises:
+            BitsmoeError: the model uses something these experts cannot do, or does not fit the checkpoint.
+        """
+        schema = self.config.layers[self.prefix]
+        moe = self.moe
+        self._refuse_unsupported(layer)
+        asked = (moe.num_experts, hidden_size, moe.intermediate_size)
+        if asked != (schema.num_experts, schema.hidden_size, schema.intermediate_size):
+            raise BitsmoeError(
+                f"{self.prefix}: config.json describes experts, hidden_size, intermediate_size {asked}, but its "
+                f"quantization_config {(schema.num_experts, schema.hidden_size, schema.intermediate_size)}: "
+                "quantize the model again"
+            )
+        self.loader = LayerLoader(
+            self.prefix,
+            schema,
+            self.config.checkpoint.block_size,
+            tp_rank=moe.moe_parallel_config.tp_rank,
+            tp_size=moe.moe_parallel_config.tp_size,
+            experts=local_experts(layer.expert_map),
+        )
+        self.loader.register(layer)
+        # Models reach expert weights in one of two ways: through this method of the layer, or through the
+        # weight_loader of its parameters.
+        layer.load_weights = self.loader.load_weights
+        self.config.loaders.append(self.loader)
+        self._dummy = get_current_vllm_config().load_config.load_format == "dummy"
+
+    def _refuse_unsupported(self, layer: Any) -> None:
+        parallel = self.moe.moe_parallel_config
+        faults = []
+        if layer.activation != MoEActivation.SILU:
+            faults.append(f"activation {layer.activation.value!r} (only 'silu')")
+        if layer.apply_router_weight_on_input:
+            faults.append("routing weights applied to the input")
+        if self.moe.has_bias:
+            faults.append("biases of experts")
+        if layer.swiglu_limit is not None:
+            faults.append(f"swiglu_limit {layer.swiglu_limit}")
+        if parallel.enable_eplb:
+            faults.append("expert-parallel load balancing (drop --enable-eplb)")
+        if faults:
+            raise BitsmoeError(f"{self.prefix}: bitsmoe does not support {', '.join(faults)}")
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Called by vLLM for each layer once all weights are loaded.
+
+        Raises:
+            FormatError: lists every tensor, of any layer, that never arrived.
+        """
+        if self._dummy:
+            self.loader.fill_dummy()
+        elif faults := [fault for loader in self.config.loaders for fault in loader.missing()]:
+            raise FormatError("the loaded weights", faults)
+        shard = self.loader.shard
+        assert shard is not None
+        self._names = list(shard.tensor_specs(self.config.checkpoint.block_size))
+        self._layout = layout_key(shard, self.config.checkpoint.block_size)
+        if current_platform.is_cpu():
+            logger.info_once("bitsmoe: routed experts are computed by the torch reference path, on the CPU")
+        else:
+            logger.warning_once(
+                "bitsmoe: routed experts are computed by the torch REFERENCE path: right, but very slow. "
+                "This version has no GPU kernels; do not judge speed by it."
+            )
+
+    def apply(
+        self,
+        layer: Any,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: Tensor | None = None,
+    ) -> Tensor:
+        """This rank's part of the experts' output.
+
+        Args:
+            layer: vLLM's RoutedExperts.
+            x: [T, H].
+            topk_weights: [T, top_k].
+            topk_ids: [T, top_k], global expert ids.
+            shared_experts: vLLM computes them.
+            shared_experts_input: likewise.
+
+        Returns:
+            [T, H] in x's dtype.
+        """
+        tensors = [getattr(layer, name) for name in self._names]
+        return moe_forward_op(x, topk_weights, topk_ids, layer.expert_map, tensors, self._layout)
+
+    def apply_monolithic(self, layer: Any, x: Tensor, router_logits: Tensor, input_ids: Tensor | None = None) -> Tensor:
+        """As `apply`, where this vLLM leaves the routing to the method."""
+        topk_weights, topk_ids = _compat.select_experts(layer, x, router_logits)
+        return self.apply(layer, x, topk_weights, topk_ids)
+
+
+def local_experts(expert_map: Tensor | None) -> list[int] | None:
+    """Global ids of a rank's experts in local order, from vLLM's map; None: all of them.
+
+    Args:
+        expert_map: int32 [experts], local index or -1 for experts of other ranks; None without expert parallelism.
+    """
+    if expert_map is None:
+        return None
+    place = expert_map.tolist()
+    return sorted((e for e, local in enumerate(place) if local >= 0), key=place.__getitem__)

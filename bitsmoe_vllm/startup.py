@@ -1,0 +1,172 @@
+"""Checks in vLLM's main process, before a worker starts: the checkpoint, and options that cannot work with it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitsmoe_kernels.errors import BitsmoeError, FormatError
+from bitsmoe_kernels.format.checkpoint import Checkpoint
+from bitsmoe_kernels.format.schema import CheckpointConfig, num_blocks
+from bitsmoe_kernels.format.shards import INDEX_FILE, SINGLE_FILE, read_json
+
+
+def local_directory(model: str, revision: str | None) -> Path | None:
+    """Where a model's files are on this machine: a directory, or a hub name already in the cache; None if nowhere."""
+    if os.path.isdir(model):
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        directory = Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    # By now vLLM may have fetched config.json alone; the weights, or the rest of them, follow later.
+    index = directory / INDEX_FILE
+    files = read_json(index).get("weight_map", {}).values() if index.exists() else [SINGLE_FILE]
+    return directory if all((directory / file).exists() for file in files) else None
+
+
+def check_checkpoint(directory: Path, hf_config: Any = None) -> None:
+    """Check files, headers of all tensors, and the block bits.
+
+    Args:
+        directory: the checkpoint.
+        hf_config: its transformers config; given, tensors outside the experts are checked as well.
+
+    Raises:
+        BitsmoeError: lists every fault.
+    """
+    checkpoint = Checkpoint(directory)
+    faults = checkpoint.bit_faults()
+    if hf_config is not None:
+        faults += _dense_faults(checkpoint, hf_config)
+    if faults:
+        raise FormatError(str(directory), faults)
+
+
+def _dense_faults(checkpoint: Checkpoint, hf_config: Any) -> list[str]:
+    """Faults of the tensors outside the routed experts, by the names and shapes transformers' own model has.
+
+    vLLM does not notice when one is missing from a quantized checkpoint, and would serve uninitialized memory. Only
+    for architectures whose checkpoints are known to name these tensors as the transformers model does.
+    """
+    if hf_config.model_type not in _SAME_NAMES_AS_TRANSFORMERS:
+        return []
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config)
+    experts = tuple(f"{prefix}." for prefix in checkpoint.config.layers)
+    faults = []
+    for name, tensor in model.named_parameters():  # names a tied tensor once
+        found = checkpoint.tensors.specs.get(name)
+        if name.startswith(experts):
+            continue
+        if found is None:
+            faults.append(f"tensor {name} is missing (expected shape {list(tensor.shape)})")
+        elif found.shape != tuple(tensor.shape):
+            faults.append(f"tensor {name} is {found}, but the model needs shape {list(tensor.shape)}")
+    return faults
+
+
+_SAME_NAMES_AS_TRANSFORMERS = {"qwen3_moe"}
+
+
+def check_model(checkpoint: CheckpointConfig, text_config: Any) -> None:
+    """Check that config.json and its `quantization_config` speak of the same model.
+
+    Args:
+        checkpoint: the parsed `quantization_config`.
+        text_config: transformers config of the language model.
+
+    Raises:
+        BitsmoeError: names what differs.
+    """
+    faults = []
+    for prefix, layer in checkpoint.layers.items():
+        for ours, keys in _SIZES.items():
+            theirs = next((v for k in keys if (v := getattr(text_config, k, None)) is not None), None)
+            if theirs is not None and theirs != getattr(layer, ours):
+                faults.append(f"{prefix}: {ours} is {getattr(layer, ours)}, but config.json says {theirs}")
+    if faults:
+        raise FormatError("config.json", faults)
+
+
+_SIZES = {
+    "num_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
+    "hidden_size": ("hidden_size",),
+    "intermediate_size": ("moe_intermediate_size",),
+}
+"""Our names of a layer's sizes and those of config.json, by architecture."""
+
+
+def check_options(checkpoint: CheckpointConfig, text_config: Any, vllm_config: Any) -> None:
+    """Refuse options of `vllm serve` that cannot work.
+
+    Args:
+        checkpoint: the parsed `quantization_config`.
+        text_config: transformers config of the language model, or None.
+        vllm_config: vLLM's VllmConfig, perhaps still under construction.
+
+    Raises:
+        BitsmoeError: names option, value and remedy; all at once.
+    """
+    from vllm.logger import init_logger
+    from vllm.platforms import current_platform
+
+    logger = init_logger(f"vllm.{__name__}")
+    if current_platform.is_cpu() and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        logger.warning_once(
+            "VLLM_CPU_KVCACHE_SPACE is not set: vLLM will take most of this machine's memory for its KV cache. "
+            "Set it to a number of GiB, for example VLLM_CPU_KVCACHE_SPACE=4"
+        )
+    parallel = vllm_config.parallel_config
+    faults = []
+    if parallel.enable_eplb:
+        faults.append("--enable-eplb: expert-parallel load balancing is not supported; drop the option")
+    if current_platform.is_cuda() and not vllm_config.model_config.enforce_eager:
+        faults.append(
+            "this version has no GPU kernels, and CUDA graphs cannot capture its torch reference path: "
+            "add --enforce-eager (slow, for trying out only)"
+        )
+    activation = getattr(text_config, "hidden_act", "silu")
+    if activation != "silu":
+        faults.append(f"hidden_act of config.json is {activation!r}; only 'silu' is supported")
+    ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
+    heads = getattr(text_config, "num_attention_heads", None)
+    for prefix, layer in checkpoint.layers.items():
+        if parallel.enable_expert_parallel:
+            if ranks > layer.num_experts:
+                faults.append(
+                    f"{prefix}: {ranks} ranks of expert parallelism, but {layer.num_experts} experts; use at most that"
+                )
+            continue
+        sizes = tensor_parallel_sizes(layer.intermediate_size, checkpoint.block_size, layer.num_experts, heads)
+        if ranks not in sizes:
+            faults.append(
+                f"--tensor-parallel-size {ranks}: {prefix} has {layer.num_experts} experts with intermediate_size "
+                f"{layer.intermediate_size} in blocks of {checkpoint.block_size} channels; sizes that work: "
+                f"{', '.join(map(str, sizes))}"
+                + (" (or add --enable-expert-parallel)" if ranks <= layer.num_experts else "")
+            )
+    if faults:
+        raise BitsmoeError("\n".join(dict.fromkeys(faults)))
+
+
+def tensor_parallel_sizes(intermediate_size: int, block_size: int, num_experts: int, heads: int | None) -> list[int]:
+    """Tensor-parallel sizes that work for routed experts.
+
+    Ours: a block of channels for every rank. vLLM's: the size divides intermediate_size and the attention heads, and
+    there is an expert for every rank.
+
+    Args:
+        intermediate_size: I.
+        block_size: G.
+        num_experts: E.
+        heads: attention heads, None if unknown.
+    """
+    most = min(num_blocks(intermediate_size, block_size), num_experts)
+    return [n for n in range(1, most + 1) if intermediate_size % n == 0 and (heads is None or heads % n == 0)]

@@ -1,0 +1,154 @@
+"""Real servers: a quantized checkpoint generates the tokens that its dequantized weights generate."""
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bitsmoe_kernels.format.shards import ShardReader, read_json
+from builders import TINY_MOE, build_form, write_checkpoint
+from offline_quant.dequantize import dequantize_checkpoint
+from vllm_server import serve
+
+MAX_TOKENS = 32
+PROMPTS = (
+    "The ship",
+    "He opened the door and",
+    '"I do not know," said she,',
+    "In the morning the rain had",
+    "There was once a king who",
+    "When they came to the river,",
+    "It",
+    "The old man looked at the sea for a long time, and then he",
+)
+TIE = 1e-4
+"""Log-probabilities this close are a tie: which of them is best depends on the order of summation."""
+MAX_ERROR = 1e-4
+"""Of a token's log-probability. Both sides compute in float32, in different orders; 1e-5 is usual."""
+
+COMMON = ("--dtype", "float32", "--max-model-len", "256")
+EAGER = ("--enforce-eager",)
+TP2 = ("--tensor-parallel-size", "2")
+EP2 = (*TP2, "--enable-expert-parallel")
+SETUPS = {
+    "tp1-eager": EAGER,
+    "tp1-compiled": (),
+    "tp2-eager": (*TP2, *EAGER),
+    "tp2-compiled": TP2,
+    "ep2-eager": (*EP2, *EAGER),
+    "ep2-compiled": EP2,
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One generated token, its log-probability, and how far the second best lies below the best."""
+
+    token: str
+    logprob: float
+    margin: float
+
+
+Completions = list[list[Step]]
+Generate = Callable[[Path, tuple[str, ...]], Completions]
+
+
+@pytest.fixture(scope="module")
+def generate(tmp_path_factory: pytest.TempPathFactory) -> Generate:
+    """Greedy completions of all PROMPTS by a server started for them."""
+    cache = tmp_path_factory.mktemp("vllm_cache")  # an old cache must not hide a fault
+    logs = tmp_path_factory.mktemp("vllm_logs")
+
+    def run(model: Path, options: tuple[str, ...]) -> Completions:
+        log = logs / f"{model.name}{'_'.join(options)}.log"
+        ranks = 2 if TP2[0] in options else 1
+        with serve(model, *COMMON, *options, log=log, ranks=ranks, cache=cache) as server:
+            # One request after another: batched together they are summed in another order.
+            return [
+                steps(server.complete(p, MAX_TOKENS, logprobs=2, ignore_eos=True, return_tokens_as_token_ids=True))
+                for p in PROMPTS
+            ]
+
+    return run
+
+
+def steps(choice: dict[str, Any]) -> list[Step]:
+    logprobs = choice["logprobs"]
+    out = []
+    for token, logprob, top in zip(
+        logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True
+    ):
+        best, second = sorted(top.values(), reverse=True)[:2]
+        out.append(Step(token, logprob, best - second))
+    assert len(out) == MAX_TOKENS
+    return out
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model, quantized by the command line; coarsely calibrated, for only the equality matters here."""
+    out = tmp_path_factory.mktemp("demo") / "quantized"
+    bitsmoe = Path(sys.executable).with_name("bitsmoe")
+    quick = ["--calib", "self", "--calib-samples", "4", "--calib-length", "256", "--refine", "0"]
+    subprocess.run(
+        [bitsmoe, "quantize", TINY_MOE, "--bits", "2.5", "--basis", "whitened", *quick, "--out", out],
+        check=True,
+        timeout=300,
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def reference(quantized: Path, generate: Generate) -> Completions:
+    """What vLLM makes of the dequantized checkpoint: an ordinary model, nothing of this project runs."""
+    out = quantized.with_name("dequantized")
+    dequantize_checkpoint(quantized, out, torch.float32)
+    return generate(out, EAGER)
+
+
+def assert_same_tokens(got: Completions, want: Completions) -> None:
+    """Completions may part only at a tie of the reference, and that is reported."""
+    for prompt, a, b in zip(PROMPTS, got, want, strict=True):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            if x.token != y.token:
+                assert y.margin <= TIE, f"{prompt!r}: step {i} is {x}, the reference has {y}"
+                warnings.warn(f"{prompt!r}: parts at step {i}, a tie within {y.margin:.1e}", stacklevel=2)
+                break
+            assert abs(x.logprob - y.logprob) <= MAX_ERROR, f"{prompt!r}: step {i} is {x}, the reference has {y}"
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_tokens_equal_those_of_the_dequantized_checkpoint(
+    setup: str, quantized: Path, reference: Completions, generate: Generate
+) -> None:
+    assert_same_tokens(generate(quantized, SETUPS[setup]), reference)
+
+
+def test_every_form_of_the_format_is_served(tmp_path: Path, generate: Generate) -> None:
+    """Layers of forms the quantizer does not write today, on two ranks: bases on either side, separate gate and up,
+    experts kept at 16 bits, compensators, an order for each expert."""
+    source, directory = ShardReader(TINY_MOE), tmp_path / "forms"
+    directory.mkdir()
+    forms = ("expert_order_basis", "paper", "left", "extras")
+    write_checkpoint(
+        directory,
+        {
+            f"model.layers.{i}.mlp.experts": build_form(
+                form, num_experts=16, hidden_size=256, intermediate_size=256, block_size=32, seed=i
+            )
+            for i, form in enumerate(forms)
+        },
+        other_tensors={name: source.get(name) for name in source if ".experts." not in name},
+        model_config=read_json(TINY_MOE / "config.json"),
+    )
+    for file in TINY_MOE.glob("*token*.json"):
+        (directory / file.name).write_bytes(file.read_bytes())
+    dequantized = tmp_path / "forms_dequantized"
+    dequantize_checkpoint(directory, dequantized, torch.float32)
+    assert_same_tokens(generate(directory, (*TP2, *EAGER)), generate(dequantized, EAGER))
