@@ -102,7 +102,7 @@ class BitsmoeConfig(QuantizationConfig):
                     f"the model has routed experts at {prefix}, but quantization_config of config.json describes only "
                     f"{', '.join(self.layers)}: quantize the whole model"
                 )
-            return BitsmoeMoEMethod(self, prefix, layer)
+            return BitsmoeMoEMethod(layer, prefix, self.layers[prefix], self.checkpoint.block_size, self.loaders)
         if isinstance(layer, LinearBase):
             return UnquantizedLinearMethod()
         return None

@@ -1,6 +1,6 @@
 """How vLLM computes the routed experts of a bitsmoe checkpoint."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +11,10 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.platforms import current_platform
 
 from bitsmoe_kernels.errors import BitsmoeError, FormatError
+from bitsmoe_kernels.format.schema import Layer
 from bitsmoe_kernels.ops import layout_key, moe_forward_op
 from bitsmoe_vllm import _compat
 from bitsmoe_vllm.weight_loading import LayerLoader
-
-if TYPE_CHECKING:
-    from bitsmoe_vllm.config import BitsmoeConfig
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -27,15 +25,16 @@ class BitsmoeMoEMethod(FusedMoEMethodBase):
     vLLM routes before and, as `moe_kernel` stays None, sums over the ranks after.
 
     Args:
-        config: the checkpoint's config.
-        prefix: the layer's name.
         layer: vLLM's RoutedExperts.
+        prefix: the layer's name.
+        schema: how the whole layer is stored.
+        block_size: G.
+        loaders: the model's loaders so far; this layer's is added.
     """
 
-    def __init__(self, config: "BitsmoeConfig", prefix: str, layer: Any):
+    def __init__(self, layer: Any, prefix: str, schema: Layer, block_size: int, loaders: list[LayerLoader]):
         super().__init__(layer.moe_config)
-        self.config = config
-        self.prefix = prefix
+        self.prefix, self.schema, self.block_size, self._loaders = prefix, schema, block_size, loaders
         self._own_routing = _compat.needs_own_routing()
 
     @property
@@ -60,8 +59,7 @@ class BitsmoeMoEMethod(FusedMoEMethodBase):
         Raises:
             BitsmoeError: the model uses something these experts cannot do, or does not fit the checkpoint.
         """
-        schema = self.config.layers[self.prefix]
-        moe = self.moe
+        schema, moe = self.schema, self.moe
         self._refuse_unsupported(layer)
         asked = (moe.num_experts, hidden_size, moe.intermediate_size)
         if asked != (schema.num_experts, schema.hidden_size, schema.intermediate_size):
@@ -73,7 +71,7 @@ class BitsmoeMoEMethod(FusedMoEMethodBase):
         self.loader = LayerLoader(
             self.prefix,
             schema,
-            self.config.checkpoint.block_size,
+            self.block_size,
             tp_rank=moe.moe_parallel_config.tp_rank,
             tp_size=moe.moe_parallel_config.tp_size,
             experts=local_experts(layer.expert_map),
@@ -82,7 +80,7 @@ class BitsmoeMoEMethod(FusedMoEMethodBase):
         # Models reach expert weights in one of two ways: through this method of the layer, or through the
         # weight_loader of its parameters.
         layer.load_weights = self.loader.load_weights
-        self.config.loaders.append(self.loader)
+        self._loaders.append(self.loader)
         self._dummy = get_current_vllm_config().load_config.load_format == "dummy"
 
     def _refuse_unsupported(self, layer: Any) -> None:
@@ -109,12 +107,12 @@ class BitsmoeMoEMethod(FusedMoEMethodBase):
         """
         if self._dummy:
             self.loader.fill_dummy()
-        elif faults := [fault for loader in self.config.loaders for fault in loader.missing()]:
+        elif faults := [fault for loader in self._loaders for fault in loader.missing()]:
             raise FormatError("the loaded weights", faults)
         shard = self.loader.shard
         assert shard is not None
-        self._names = list(shard.tensor_specs(self.config.checkpoint.block_size))
-        self._layout = layout_key(shard, self.config.checkpoint.block_size)
+        self._names = list(shard.tensor_specs(self.block_size))
+        self._layout = layout_key(shard, self.block_size)
         if current_platform.is_cpu():
             logger.info_once("bitsmoe: routed experts are computed by the torch reference path, on the CPU")
         else:

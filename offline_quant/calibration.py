@@ -166,6 +166,7 @@ def calibration_windows(
     warning says so.
     """
     if calib is None:
+        console.print(f"Reading calibration text from {DEFAULT_DATASET} (choose with --calib)")
         try:
             return text_windows(tokenizer, DEFAULT_DATASET, length, count), DEFAULT_DATASET
         except BitsmoeError as e:

@@ -52,17 +52,19 @@ class ProjectionWeights:
         basis = self.part("basis").float()
         return basis * self.part("basis_scale")[:, None] if self.spec.basis.bits == 8 else basis
 
-    def matrix(self, expert: int) -> Tensor:
-        """M of one expert, float32 [C, F], rows in stored order."""
+    def levels(self, expert: int) -> Tensor:
+        """q - (2^b - 1) / 2 of one expert, float32 [C, F], rows in stored order; 0 where b = 0."""
         bits = self.part("bits")[expert]
         start = self.row_ends[expert - 1] if expert else 0
         codes = self.part("codes")[start : self.row_ends[expert]]
         C = self.layer.components(self.name)
-        q = unpack_codes(codes, bits, C, self.block_size)
-        width = bits.repeat_interleave(self.block_size)[:C].float()
-        s = self.part("component_scale")[expert].float() * (width > 0)
-        t = self.part("feature_scale")[expert].float()
-        return (q - (torch.exp2(width) - 1)[:, None] / 2) * s[:, None] * t
+        half = (torch.exp2(bits.float()) - 1) / 2
+        return unpack_codes(codes, bits, C, self.block_size) - half.repeat_interleave(self.block_size)[:C, None]
+
+    def matrix(self, expert: int) -> Tensor:
+        """M of one expert, float32 [C, F], rows in stored order."""
+        s, t = self.part("component_scale")[expert].float(), self.part("feature_scale")[expert].float()
+        return s[:, None] * self.levels(expert) * t
 
     def _ordered(self, expert: int) -> Tensor:
         """M with its rows in the order of the components themselves."""
@@ -116,11 +118,13 @@ class ProjectionWeights:
         """
         if expert in self.spec.kept_experts:
             return x @ self.weight(expert).T
-        m, order = self.matrix(expert), self._order(expert)
+        # As kernels do: integers in the product, one scale before it and one after.
+        q, order = self.levels(expert), self._order(expert)
+        s, t = self.part("component_scale")[expert].float(), self.part("feature_scale")[expert].float()
         if self.spec.component_axis == "input":
-            y = (z if order is None else z[:, order]) @ m
+            y = ((z if order is None else z[:, order]) * s) @ q * t
         else:
-            y = x @ m.T
+            y = (x * t) @ q.T * s
             if order is not None:
                 y = torch.empty_like(y).index_copy_(1, order, y)
             if self.basis is not None:
