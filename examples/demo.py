@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from offline_quant.calibration import load_tokenizer, sample_windows
+from offline_quant.calibration import load_tokenizer, write_sampled_text
 from offline_quant.config import QuantizeConfig
 from offline_quant.evaluate import evaluate
 from offline_quant.model_adapter import SourceModel
@@ -39,14 +39,6 @@ console = Console(highlight=False)
 def step(title: str) -> None:
     """Announce a step."""
     console.rule(f"[bold]{title}", align="left")
-
-
-def write_held_out_text(path: Path) -> None:
-    """Text sampled from the original model with a seed that calibration does not use."""
-    tokenizer = load_tokenizer(MODEL)
-    model = StreamedModel(SourceModel(MODEL))
-    windows = sample_windows(model, tokenizer, HELD_OUT_WINDOWS, 512, HELD_OUT_SEED)
-    path.write_text("".join(tokenizer.batch_decode(windows, skip_special_tokens=True)), encoding="utf-8")
 
 
 def completion(model: Path, name: str) -> str:
@@ -76,7 +68,8 @@ def main() -> None:
 
     step("bitsmoe eval, on text the model wrote with another seed")
     held_out = OUT / "held_out.txt"
-    write_held_out_text(held_out)
+    original = StreamedModel(SourceModel(MODEL))
+    write_sampled_text(original, load_tokenizer(MODEL), held_out, HELD_OUT_WINDOWS, 512, HELD_OUT_SEED)
     figures = evaluate(quantized, held_out, MODEL)
 
     step("vllm serve, both models")

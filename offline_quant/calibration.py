@@ -147,7 +147,7 @@ def sample_windows(model: StreamedModel, tokenizer: Any, count: int, length: int
     else:
         ids = torch.full((count, 1), start, device=model.device)
     out, cache = [ids], None
-    with bar("Sampling calibration text", length - 1) as tick:
+    with bar("Sampling text", length - 1) as tick:
         for _ in range(length - 1):
             result = whole(input_ids=out[-1], past_key_values=cache, use_cache=True)
             cache = result.past_key_values
@@ -155,6 +155,12 @@ def sample_windows(model: StreamedModel, tokenizer: Any, count: int, length: int
             out.append(torch.multinomial(probability, 1, generator=generator))
             tick()
     return torch.cat(out, 1).cpu()
+
+
+def write_sampled_text(model: StreamedModel, tokenizer: Any, path: Path, count: int, length: int, seed: int) -> None:
+    """Write text sampled from the model: `count` windows of `length` tokens, see `sample_windows`."""
+    windows = sample_windows(model, tokenizer, count, length, seed)
+    path.write_text("".join(tokenizer.batch_decode(windows, skip_special_tokens=True)), encoding="utf-8")
 
 
 def calibration_windows(

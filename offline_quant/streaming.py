@@ -93,7 +93,17 @@ class StreamedModel:
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """Hidden states [n, L, H] that enter the first layer, and the arguments every layer takes besides them."""
+        """Hidden states [n, L, H] that enter the first layer, and the arguments every layer takes besides them.
+
+        Raises:
+            BitsmoeError: token ids beyond the model's vocabulary.
+        """
+        vocabulary = self.decoder.embed_tokens.num_embeddings
+        if int(ids.max()) >= vocabulary:
+            raise BitsmoeError(
+                f"{self.source.directory}: the tokenizer gives token id {int(ids.max())}, but the model's vocab_size "
+                f"is {vocabulary}; tokenizer and weights are not of one model"
+            )
         caught: dict[str, Any] = {}
 
         def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

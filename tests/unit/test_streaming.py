@@ -42,6 +42,11 @@ def test_logits_equal_the_whole_model(whole, streamed):
     assert torch.allclose(got, expected, atol=2e-4)
 
 
+def test_a_tokenizer_of_another_model_is_refused(streamed):
+    with pytest.raises(BitsmoeError, match="token id 5000, but the model's vocab_size is 4096"):
+        streamed.embed(torch.tensor([[1, 5000]]))
+
+
 def test_layers_are_released(streamed):
     with streamed.layer(1) as module:
         assert not any(p.is_meta for p in module.parameters())
