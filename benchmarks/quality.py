@@ -114,6 +114,8 @@ def main() -> None:
     parser.add_argument("--rtn", type=int, nargs="*", default=[2, 3, 4])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
+    if not args.bits and not args.rtn:
+        parser.error("nothing to measure: give --bits or --rtn")
     with tempfile.TemporaryDirectory() as scratch:
         text = args.text
         if text is None:

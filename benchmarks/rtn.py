@@ -12,9 +12,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.shards import ShardWriter
 from offline_quant.model_adapter import SourceModel
-from offline_quant.pipeline import copy_side_files, new_directory
+from offline_quant.output import copy_side_files, new_directory
 
 GROUP = 128
 
@@ -33,6 +34,9 @@ def round_to_nearest(weight: Tensor, bits: int) -> Tensor:
 def write_rounded(model: Path, out: Path, bits: int) -> float:
     """Write `model` with rounded experts to `out`; returns the bits per weight that takes."""
     source = SourceModel(model)
+    sizes = source.shape.hidden_size, source.shape.intermediate_size
+    if any(size % GROUP for size in sizes):
+        raise BitsmoeError(f"{model}: hidden_size and intermediate_size {sizes} must be multiples of {GROUP}")
     with new_directory(out) as scratch:
         writer = ShardWriter(scratch)
         for name in source.tensors:
@@ -42,7 +46,8 @@ def write_rounded(model: Path, out: Path, bits: int) -> float:
                 tensor = round_to_nearest(rows, bits).view(tensor.shape)
             writer.add(name, tensor)
         writer.finish()
-        config = {**source.config, "torch_dtype": "float32"}
+        config = {k: v for k, v in source.config.items() if k not in ("dtype", "torch_dtype")}
+        config["torch_dtype"] = "float32"
         (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         copy_side_files(model, scratch)
     return bits + (16 + bits) / GROUP
@@ -53,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--bits", type=int, default=3)
+    parser.add_argument("--bits", type=int, default=3, choices=range(1, 9))
     args = parser.parse_args()
     print(f"{args.out}: {write_rounded(args.model, args.out, args.bits):.3f} bits per weight")
 

@@ -135,7 +135,9 @@ def check_options(checkpoint: CheckpointConfig, text_config: Any, vllm_config: A
     activation = getattr(text_config, "hidden_act", "silu")
     if activation != "silu":
         faults.append(f"hidden_act of config.json is {activation!r}; only 'silu' is supported")
-    ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
+    tp, dp = parallel.tensor_parallel_size, parallel.data_parallel_size
+    ranks = tp * dp  # vLLM spreads routed experts over both
+    asked = f"--tensor-parallel-size {tp}" + (f" with --data-parallel-size {dp}" if dp > 1 else "")
     heads = getattr(text_config, "num_attention_heads", None)
     for prefix, layer in checkpoint.layers.items():
         if parallel.enable_expert_parallel:
@@ -144,29 +146,36 @@ def check_options(checkpoint: CheckpointConfig, text_config: Any, vllm_config: A
                     f"{prefix}: {ranks} ranks of expert parallelism, but {layer.num_experts} experts; use at most that"
                 )
             continue
-        sizes = tensor_parallel_sizes(layer.intermediate_size, checkpoint.block_size, layer.num_experts, heads)
-        if ranks not in sizes:
+        sizes = tensor_parallel_sizes(layer.intermediate_size, checkpoint.block_size, layer.num_experts, heads, dp)
+        if tp not in sizes:
             faults.append(
-                f"--tensor-parallel-size {ranks}: {prefix} has {layer.num_experts} experts with intermediate_size "
-                f"{layer.intermediate_size} in blocks of {checkpoint.block_size} channels; sizes that work: "
-                f"{', '.join(map(str, sizes))}"
+                f"{asked}: {prefix} has {layer.num_experts} experts with intermediate_size {layer.intermediate_size} "
+                f"in blocks of {checkpoint.block_size} channels; tensor parallel sizes that work: "
+                f"{', '.join(map(str, sizes)) or 'none'}"
                 + (" (or add --enable-expert-parallel)" if ranks <= layer.num_experts else "")
             )
     if faults:
         raise BitsmoeError("\n".join(dict.fromkeys(faults)))
 
 
-def tensor_parallel_sizes(intermediate_size: int, block_size: int, num_experts: int, heads: int | None) -> list[int]:
+def tensor_parallel_sizes(
+    intermediate_size: int, block_size: int, num_experts: int, heads: int | None, data_parallel: int = 1
+) -> list[int]:
     """Tensor-parallel sizes that work for routed experts.
 
-    Ours: a block of channels for every rank. vLLM's: the size divides intermediate_size and the attention heads, and
-    there is an expert for every rank.
+    Ours: a block of channels for every rank, tensor times data parallel. vLLM's: their number divides
+    intermediate_size, the tensor-parallel size divides the attention heads and is at most the number of experts.
 
     Args:
         intermediate_size: I.
         block_size: G.
         num_experts: E.
         heads: attention heads, None if unknown.
+        data_parallel: data-parallel size.
     """
-    most = min(num_blocks(intermediate_size, block_size), num_experts)
-    return [n for n in range(1, most + 1) if intermediate_size % n == 0 and (heads is None or heads % n == 0)]
+    most = min(num_blocks(intermediate_size, block_size) // data_parallel, num_experts)
+    return [
+        n
+        for n in range(1, most + 1)
+        if intermediate_size % (n * data_parallel) == 0 and (heads is None or heads % n == 0)
+    ]

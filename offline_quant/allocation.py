@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from bitsmoe_kernels.errors import BitsmoeError
 
-TIME_LIMIT_S = 120.0
+MAX_NODES = 100_000
+"""Bounds the search. Nodes, not seconds: a slower machine must not give another checkpoint."""
 RELATIVE_GAP = 1e-6
 
 
@@ -81,14 +82,14 @@ def _solve(loss: NDArray[np.float64], cost: NDArray[np.int64], budget: int) -> t
     lp.integrality_ = [highspy.HighsVarType.kInteger] * n
     solver = highspy.Highs()
     for option, value in (
-        ("output_flag", False), ("threads", 1), ("random_seed", 0), ("time_limit", TIME_LIMIT_S),
+        ("output_flag", False), ("threads", 1), ("random_seed", 0), ("mip_max_nodes", MAX_NODES),
         ("mip_rel_gap", RELATIVE_GAP),
     ):  # fmt: skip
         solver.setOptionValue(option, value)
     solver.passModel(model)
     solver.run()
     solution = np.array(solver.getSolution().col_value)
-    if len(solution) != n:
+    if solver.getInfo().primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
         raise BitsmoeError(f"allocation: HiGHS ended with {solver.getModelStatus()} and no solution")
     bound = solver.getInfo().mip_dual_bound * scale / units
     return solution.reshape(units, choices).argmax(1), bound

@@ -26,7 +26,7 @@ class Decomposition:
     Attributes:
         name: the projection.
         component_axis: the side of the components.
-        basis: [R, side] float32 as it will be read back from the file, or None.
+        basis: [R, side], R = side, float32 as it will be read back from the file, or None.
         tensors: `basis`, `basis_scale` as stored.
         spec: the schema's entry for the basis.
     """
@@ -41,13 +41,12 @@ class Decomposition:
     def _inverse(self) -> Tensor:
         """[side, R], float32."""
         assert self.basis is not None
-        rows, side = self.basis.shape
-        return (torch.linalg.inv if rows == side else torch.linalg.pinv)(self.basis.double()).float()
+        return torch.linalg.inv(self.basis.double()).float()
 
     def factors(self, W: Tensor) -> Tensor:
         """F of experts W [n, N, K]: [n, K or R, N] for input-side components, [n, K, N or R] for output-side ones.
 
-        The basis is square or has orthonormal rows up to its rounding; its pseudo-inverse undoes the rounding.
+        The basis is square, so factors of its stored form undo the rounding of its rows exactly.
         """
         if self.basis is None:
             return W.mT.contiguous()

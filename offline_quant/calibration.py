@@ -3,9 +3,11 @@
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import HfHubHTTPError
+from rich.text import Text
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -14,6 +16,9 @@ from offline_quant.progress import bar, console
 from offline_quant.streaming import StreamedModel
 
 DEFAULT_DATASET = "hf:allenai/c4"
+NETWORK_ERRORS = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
+"""What the Hub's client raises where it cannot be reached: the base error of its HTTP library, and OSError."""
+_DATASET_ERRORS: tuple[type[Exception], ...] = (*NETWORK_ERRORS, ValueError, RuntimeError)
 _TEXT_KEYS = ("text", "content", "prompt")
 _DATASET_CONFIGS = {"allenai/c4": "en"}
 
@@ -26,7 +31,7 @@ def load_tokenizer(directory: Path) -> Any:
     """
     try:
         return AutoTokenizer.from_pretrained(str(directory))
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise BitsmoeError(f"{directory}: no tokenizer can be loaded ({e})") from None
 
 
@@ -67,7 +72,8 @@ def documents(source: str) -> Iterator[str]:
     if path.suffix != ".jsonl":
         yield text
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
+        # Not splitlines, which also splits at characters that JSON strings may hold.
         if not line.strip():
             continue
         try:
@@ -94,7 +100,7 @@ def _dataset_texts(name: str) -> Iterator[str]:
         rows: Iterable[Any] = datasets.load_dataset(name, _DATASET_CONFIGS.get(name), split="train", streaming=True)
         for number, row in enumerate(rows):
             yield _row_text(row, f"hf:{name}, row {number}")
-    except (OSError, ValueError, RuntimeError) as e:
+    except _DATASET_ERRORS as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise BitsmoeError(f"--calib hf:{name}: the dataset cannot be reached or read ({reason})") from None
 
@@ -124,6 +130,8 @@ def text_windows(tokenizer: Any, source: str, length: int, limit: int | None = N
     if count == 0:
         raise BitsmoeError(f"{source}: holds {len(ids)} tokens, but one window takes {length}; give more text")
     windows = torch.tensor(ids[: count * length]).view(count, length)
+    if limit is not None and count < limit:
+        console.print(f"{source}: holds {count} windows of {length} tokens, fewer than the {limit} asked for")
     if limit is not None and count > limit:
         windows = windows[torch.linspace(0, count - 1, limit).round().long()]
     return windows
@@ -142,8 +150,11 @@ def sample_windows(model: StreamedModel, tokenizer: Any, count: int, length: int
     generator = torch.Generator(device=model.device).manual_seed(seed)
     whole = model.materialize()
     start = tokenizer.bos_token_id
+    model.check_ids(torch.tensor([start or 0]))
     if start is None:
-        ids = torch.randint(0, tokenizer.vocab_size, (count, 1), generator=generator, device=model.device)
+        ids = torch.randint(
+            0, min(tokenizer.vocab_size, model.vocabulary), (count, 1), generator=generator, device=model.device
+        )
     else:
         ids = torch.full((count, 1), start, device=model.device)
     out, cache = [ids], None
@@ -176,7 +187,9 @@ def calibration_windows(
         try:
             return text_windows(tokenizer, DEFAULT_DATASET, length, count), DEFAULT_DATASET
         except BitsmoeError as e:
-            console.print(f"[bold yellow]Warning:[/] {e}\nCalibrating on text sampled from the model itself instead.")
+            console.print(
+                Text("Warning:", "bold yellow"), f"{e}\nCalibrating on text sampled from the model itself instead."
+            )
             calib = "self"
     if calib == "self":
         return sample_windows(model, tokenizer, count, length, seed), "self"

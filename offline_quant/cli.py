@@ -12,7 +12,7 @@ def main() -> None:
     """Run `bitsmoe`."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        from rich.markup import escape
+        from rich.text import Text
 
         from bitsmoe_kernels.errors import BitsmoeError
         from offline_quant.commands import app
@@ -23,7 +23,7 @@ def main() -> None:
     try:
         app()
     except BitsmoeError as e:
-        console.print(f"[bold red]Error:[/] {escape(str(e))}", soft_wrap=True)
+        console.print(Text("Error:", "bold red"), str(e), soft_wrap=True)
         raise SystemExit(USAGE_STATUS) from None
 
 

@@ -19,7 +19,7 @@ from bitsmoe_kernels.format.checkpoint import Checkpoint
 from offline_quant.config import QuantizeConfig
 from offline_quant.dequantize import dequantize_checkpoint
 from offline_quant.evaluate import evaluate as evaluate_model
-from offline_quant.pipeline import quantize_model, resolve_model
+from offline_quant.pipeline import check_device, quantize_model, resolve_model
 from offline_quant.report import inspect_checkpoint
 
 app = typer.Typer(
@@ -29,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-output = Console(highlight=False)
+output = Console(highlight=False, markup=False, emoji=False)
 
 _DEFAULTS = QuantizeConfig(bits=2)
 
@@ -110,8 +110,9 @@ def quantize(
     for row in report["layers"]:
         if row["unseen_experts"]:
             output.print(
-                f"[yellow]{row['layer']}: calibration never reached expert(s) {row['unseen_experts']}; they were "
-                "quantized from statistics pooled over all tokens[/]"
+                f"{row['layer']}: calibration never reached expert(s) {row['unseen_experts']}; they were "
+                "quantized from statistics pooled over all tokens",
+                style="yellow",
             )
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in outcome.seconds.items())
     output.print(
@@ -198,6 +199,7 @@ def evaluate(
     """Perplexity over non-overlapping windows of min(2048, the model's maximum) tokens."""
     if not text.is_file():
         raise BitsmoeError(f"--text {text}: no such file")
+    check_device(device)
     result = evaluate_model(resolve_model(directory), text, resolve_model(reference) if reference else None, device)
     if as_json:
         print(json.dumps(result.as_dict()))

@@ -26,7 +26,7 @@ class QuantizeConfig(BaseModel):
     """`self`, a text file, a JSON-lines file, or `hf:DATASET`; None: the default dataset, else `self`."""
     calib_samples: int = Field(default=128, ge=1)
     calib_length: int = Field(default=2048, ge=8)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     device: str = "cpu"
 
     def record(self) -> dict[str, object]:

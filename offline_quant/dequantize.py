@@ -7,7 +7,7 @@ import torch
 
 from bitsmoe_kernels.format.shards import ShardWriter
 from offline_quant.model_adapter import QuantizedModel
-from offline_quant.pipeline import check_output, check_space, copy_side_files, new_directory
+from offline_quant.output import check_output, check_space, copy_side_files, new_directory
 from offline_quant.progress import track
 
 

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitsmoe_kernels.errors import BitsmoeError
+
 DAMPING = 0.01
 """Added to the moments' diagonal, relative to its mean (GPTQ's customary 1%)."""
 
@@ -48,7 +50,12 @@ def damped(moments: Tensor) -> Tensor:
     """Moments with DAMPING times the mean diagonal added, so that they can be inverted. [n, K, K].
 
     Where that is not enough in float32 (fewer distinct tokens than components), ten times as much is added, and so on.
+
+    Raises:
+        BitsmoeError: moments that are not finite.
     """
+    if not bool(moments.isfinite().all()):
+        raise BitsmoeError("second moments of the activations are not finite; a weight before them is far too large")
     diagonal = moments.diagonal(dim1=-2, dim2=-1)
     add = (DAMPING * diagonal.mean(-1)).clamp(min=torch.finfo(moments.dtype).tiny)
     while True:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.errors import BitsmoeError, FormatError
 from bitsmoe_kernels.format.checkpoint import Checkpoint, is_bitsmoe
 from bitsmoe_kernels.format.shards import ShardReader, read_json
 from bitsmoe_kernels.reference import LayerWeights
@@ -25,6 +25,7 @@ class Family:
     """Tensor and configuration names of one architecture."""
 
     architecture: str
+    model_type: str
     decoder: str
     """Tensor prefix of decoder layer {layer}."""
     experts: str
@@ -35,6 +36,9 @@ class Family:
     num_experts_key: str
     intermediate_size_key: str
     moe_layers: Callable[[dict[str, Any]], list[int]]
+    """Indices of the decoder layers that have routed experts, from config.json."""
+    optional_sizes: tuple[str, ...] = ()
+    """Further keys of config.json that must be whole numbers above 0 where present."""
 
 
 FAMILIES = {
@@ -42,6 +46,7 @@ FAMILIES = {
     for f in (
         Family(
             architecture="Qwen3MoeForCausalLM",
+            model_type="qwen3_moe",
             decoder="model.layers.{layer}",
             experts="mlp.experts",
             gate_name="gate_proj",
@@ -50,6 +55,7 @@ FAMILIES = {
             num_experts_key="num_experts",
             intermediate_size_key="moe_intermediate_size",
             moe_layers=_qwen_moe_layers,
+            optional_sizes=("decoder_sparse_step", "num_attention_heads", "num_key_value_heads", "head_dim"),
         ),
     )
 }
@@ -90,23 +96,33 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
     Raises:
         BitsmoeError: not a MoE model, or an architecture outside the table.
     """
-    architectures = config.get("architectures") or []
-    family = next((FAMILIES[a] for a in architectures if a in FAMILIES), None)
+    architectures = config.get("architectures")
+    named = [a for a in architectures if isinstance(a, str)] if isinstance(architectures, list) else []
+    family = next((FAMILIES[a] for a in named if a in FAMILIES), None)
     if family is None:
         known = ", ".join(sorted(FAMILIES))
         if not any(k for k in config if "expert" in k):
             raise BitsmoeError(
-                f"{subject}: {architectures or 'no architecture'} is not a Mixture-of-Experts model (its config names "
+                f"{subject}: {named or 'no architecture'} is not a Mixture-of-Experts model (its config names "
                 f"no experts); bitsmoe quantizes routed experts only. Supported: {known}"
             )
-        raise BitsmoeError(f"{subject}: architecture {architectures} is not supported. Supported: {known}")
-    needed = (family.num_experts_key, family.intermediate_size_key, "hidden_size", "num_hidden_layers", "hidden_act")
-    if missing := [k for k in needed if k not in config]:
+        raise BitsmoeError(f"{subject}: architecture {named} is not supported. Supported: {known}")
+    sizes = (family.num_experts_key, family.intermediate_size_key, "hidden_size", "num_hidden_layers", "vocab_size")
+    if missing := [k for k in (*sizes, "hidden_act", "model_type") if k not in config]:
         raise BitsmoeError(f"{subject}: config.json lacks {missing}")
+    faults = [
+        f"{key} is {config[key]!r}, but must be a whole number above 0"
+        for key in (*sizes, *(k for k in family.optional_sizes if k in config))
+        if type(config[key]) is not int or config[key] < 1
+    ]
+    if config["model_type"] != family.model_type:
+        faults.append(f"model_type is {config['model_type']!r}, but {family.architecture} has {family.model_type!r}")
     if config["hidden_act"] != "silu":
-        raise BitsmoeError(f"{subject}: hidden_act is {config['hidden_act']!r}, but only 'silu' experts are supported")
+        faults.append(f"hidden_act is {config['hidden_act']!r}, but only 'silu' experts are supported")
+    if faults:
+        raise BitsmoeError(fault_list(f"{subject}: config.json cannot be right", faults))
     layers = tuple(family.moe_layers(config))
-    if not layers or not config[family.num_experts_key]:
+    if not layers:
         raise BitsmoeError(f"{subject}: the model has no Mixture-of-Experts layers (config.json)")
     return MoEShape(
         family, layers, config[family.num_experts_key], config["hidden_size"], config[family.intermediate_size_key]
@@ -139,15 +155,29 @@ class QuantizedModel:
         self.config = self.checkpoint.model_config
         self.shape = moe_shape(self.config, str(directory))
         self.tensors = self.checkpoint.tensors
+        self._check_schema()
+
+    def _check_schema(self) -> None:
+        """config.json and its quantization_config must speak of the same experts."""
+        s, layers = self.shape, self.checkpoint.config.layers
+        expected = {s.prefix(i) for i in s.layers}
+        faults = [f"{p}: config.json has these experts, quantization_config does not" for p in expected - layers.keys()]
+        faults += [
+            f"{p}: quantization_config has these experts, config.json does not" for p in layers.keys() - expected
+        ]
+        for prefix, layer in layers.items():
+            for name in ("num_experts", "hidden_size", "intermediate_size"):
+                if getattr(layer, name) != getattr(s, name):
+                    faults.append(f"{prefix}: {name} is {getattr(layer, name)}, config.json says {getattr(s, name)}")
+        if faults:
+            raise FormatError(str(self.directory), sorted(faults))
 
     def experts(self, layer: int) -> tuple[Tensor, Tensor]:
         """Dequantized experts of a layer, float32: gate and up [E, 2 I, H], down [E, H, I]."""
         prefix = self.shape.prefix(layer)
         config = self.checkpoint.config
         weights = LayerWeights(config.layers[prefix], config.block_size, self.checkpoint.layer_tensors(prefix))
-        experts = [weights.expert_weights(e) for e in range(self.shape.num_experts)]
-        gate_up = torch.stack([torch.cat([gate, up]) for gate, up, _ in experts])
-        return gate_up, torch.stack([down for _, _, down in experts])
+        return weights.all_experts()
 
 
 def open_model(directory: Path) -> "SourceModel | QuantizedModel":
@@ -166,8 +196,8 @@ class SourceModel:
     def __init__(self, directory: Path):
         self.directory = directory
         self.config = read_json(directory / "config.json")
-        if "quantization_config" in self.config:
-            method = self.config["quantization_config"].get("quant_method")
+        if (quantization := self.config.get("quantization_config")) is not None:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             raise BitsmoeError(f"{directory}: is already quantized ({method}); quantize the 16-bit model instead")
         self.shape = moe_shape(self.config, str(directory))
         self.tensors = ShardReader(directory)

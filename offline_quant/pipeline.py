@@ -1,29 +1,30 @@
 """`bitsmoe quantize` from options to checkpoint: check everything, calibrate, then layer by layer plan and quantize."""
 
 import json
-import os
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.schema import FORMAT_VERSION, CheckpointConfig, Layer
 from bitsmoe_kernels.format.shards import ShardWriter
 from bitsmoe_kernels.reference import LayerWeights
-from offline_quant.calibration import calibration_windows, check_text_source, load_tokenizer, window_length
+from offline_quant.calibration import (
+    NETWORK_ERRORS,
+    calibration_windows,
+    check_text_source,
+    load_tokenizer,
+    window_length,
+)
 from offline_quant.config import QuantizeConfig
-from offline_quant.layer import LayerPlan, LayerQuantizer, budget_bits, schema_of
+from offline_quant.layer import LayerQuantizer, budget_bits, schema_of
 from offline_quant.model_adapter import SourceModel
+from offline_quant.output import SIDE_FILES, check_output, check_space, copy_side_files, new_directory
 from offline_quant.progress import bar, track
 from offline_quant.report import REPORT_FILE, layer_report, model_report
 from offline_quant.statistics import LayerStatistics
@@ -57,64 +58,14 @@ def resolve_model(name: str) -> Path:
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise BitsmoeError(f"{name}: is not a directory; give a model directory or a Hugging Face Hub name")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+    errors: tuple[type[Exception], ...] = (*NETWORK_ERRORS, HFValidationError, LocalEntryNotFoundError)
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
+        return Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors*", *SIDE_FILES]))
+    except errors as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise BitsmoeError(f"{name}: no such directory, and the Hub does not give it ({reason})") from None
-
-
-@contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
-    """A scratch directory beside `out` that becomes `out` if the block succeeds and vanishes if it does not.
-
-    Raises:
-        BitsmoeError: `out` exists and is not empty, cannot be made, or the disk fills up.
-    """
-    check_output(out)
-    scratch: Path | None = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-        yield scratch
-        scratch.chmod(0o755)
-        os.replace(scratch, out)
-        scratch = None
-    except (OSError, SafetensorError) as e:
-        free = shutil.disk_usage(out.parent).free if out.parent.exists() else 0
-        raise BitsmoeError(
-            f"{out}: cannot be written ({e}); {free / 1e6:.1f} MB are free there. Nothing was left behind"
-        ) from None
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def check_space(out: Path, needed: int) -> None:
-    """Refuse to begin where the disk cannot hold the result.
-
-    Raises:
-        BitsmoeError: names needed and free bytes.
-    """
-    existing = next(p for p in (out, *out.absolute().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise BitsmoeError(
-            f"{out}: needs {needed / 1e6:.1f} MB, but {free / 1e6:.1f} MB are free on that disk; free some space or "
-            "choose another place"
-        )
-
-
-def check_output(out: Path) -> None:
-    """Refuse an output directory that holds something.
-
-    Raises:
-        BitsmoeError: names it.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BitsmoeError(f"--out {out}: exists and is not an empty directory; choose another name or remove it")
 
 
 def check_device(device: str) -> None:
@@ -123,11 +74,17 @@ def check_device(device: str) -> None:
     Raises:
         BitsmoeError: names it.
     """
-    kind = device.split(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise BitsmoeError(f"--device {device}: must be cpu or cuda")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise BitsmoeError(f"--device {device}: torch {torch.__version__} sees no CUDA device; use --device cpu")
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        wanted = None
+    if wanted is None or wanted.type not in ("cpu", "cuda"):
+        raise BitsmoeError(f"--device {device}: must be cpu, cuda or cuda:N")
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise BitsmoeError(
+            f"--device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA device(s); use one of "
+            "those, or --device cpu"
+        )
 
 
 def check_budget(source: SourceModel, config: QuantizeConfig) -> None:
@@ -174,7 +131,7 @@ def quantize_model(model: str, out: Path, config: QuantizeConfig, plan_only: boo
         windows, used = calibration_windows(
             streamed, tokenizer, config.calib, config.calib_samples, length, config.seed
         )
-        streamed = StreamedModel(source, config.device)
+        streamed = StreamedModel(source, config.device)  # afresh: sampling leaves the whole model in memory
         clock.lap("calibration text")
         record = {**config.record(), "calib": used if used == "self" or used.startswith("hf:") else Path(used).name}
         run = _Run(source, streamed, windows, config, None if plan_only else ShardWriter(scratch), clock)
@@ -250,6 +207,11 @@ class _Run:
                 # Nothing is quantized, so later layers see the original activations.
                 self._advance(module)
         self.clock.lap("calibration")
+        if not bool(inputs.x.isfinite().all()):
+            raise BitsmoeError(
+                f"{prefix}: activations on the calibration text are not finite; a weight of an earlier layer is far "
+                "too large, so download the model again"
+            )
         stats = LayerStatistics(inputs, self.source.shape.num_experts)
         gate_up, down = (w.to(device) for w in experts)
         quantizer = LayerQuantizer(gate_up, down, stats, self.source.shape, self.config, prefix)
@@ -264,16 +226,12 @@ class _Run:
         self.clock.lap("quantization")
         for name, tensor in tensors.items():
             self.writer.add(f"{prefix}.{name}", tensor)
-        with self.streamed.layer(index, self._dequantized(plan, tensors)) as module:
+        weights = LayerWeights(plan.layer, self.config.block_size, tensors)
+        with self.streamed.layer(index, weights.all_experts()) as module:
             self._advance(module)
         self.clock.lap("calibration")
         self.reports.append(layer_report(prefix, plan, stats, self.config, errors))
         return plan.layer
-
-    def _dequantized(self, plan: LayerPlan, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        weights = LayerWeights(plan.layer, self.config.block_size, tensors)
-        experts = [weights.expert_weights(e) for e in range(plan.layer.num_experts)]
-        return torch.stack([torch.cat([g, u]) for g, u, _ in experts]), torch.stack([d for _, _, d in experts])
 
     def finish(self, scratch: Path, layers: dict[str, Layer], record: dict[str, object]) -> None:
         """Write everything else the checkpoint needs: other tensors, config.json, tokenizer, generation config."""
@@ -295,19 +253,6 @@ class _Run:
         config = {**self.source.config, "quantization_config": final.dump()}
         (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         copy_side_files(self.source.directory, scratch)
-
-
-SIDE_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.tiktoken", "*.model",
-    "generation_config.json", "chat_template*", "*.jinja", "preprocessor_config.json", "processor_config.json",
-)  # fmt: skip
-
-
-def copy_side_files(source: Path, out: Path) -> None:
-    """Carry over tokenizer, generation config and chat template."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and any(path.match(pattern) for pattern in SIDE_FILES):
-            shutil.copyfile(path, out / path.name)
 
 
 def _every(count: int, tick: Any) -> Any:

@@ -8,13 +8,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 T = TypeVar("T")
-console = Console(stderr=True, highlight=False)
+# Without markup and emoji: paths and messages may hold brackets and colons.
+console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def make_progress() -> Progress:
     """A progress display: description, bar, count, elapsed and remaining time."""
     return Progress(
-        TextColumn("{task.description:<28}"),
+        TextColumn("{task.description:<28}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

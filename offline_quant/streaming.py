@@ -9,11 +9,12 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitsmoe_kernels.errors import BitsmoeError
-from offline_quant.model_adapter import WeightSource
+from offline_quant.model_adapter import WeightSource, fault_list
 from offline_quant.statistics import LayerInputs
 
 
@@ -34,31 +35,53 @@ class StreamedModel:
         self.shape = source.shape
         self.device = torch.device(device)
         plain = {k: v for k, v in source.config.items() if k not in ("quantization_config", "torch_dtype", "dtype")}
-        config = AutoConfig.for_model(**plain)
-        with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        try:
+            config = AutoConfig.for_model(**plain)
+            with torch.device("meta"):
+                self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, StrictDataclassError) as e:
+            raise BitsmoeError(
+                f"{source.directory}: transformers cannot build the model from config.json ({e})"
+            ) from None
         self.decoder = self.model.get_decoder()
         self.num_layers = len(self.decoder.layers)
+        self.vocabulary: int = self.decoder.embed_tokens.num_embeddings
+        self._check_tensors()
         self._fill(self.decoder.embed_tokens, "model.embed_tokens")
         self._fill(self.decoder.norm, "model.norm")
         # Rotary tables are buffers computed at construction; "meta" left them empty.
         self.decoder.rotary_emb = type(self.decoder.rotary_emb)(config=config).to(self.device)
 
+    def _check_tensors(self) -> None:
+        """All tensors outside the routed experts, against the modules they go to. Tied ones count once."""
+        faults = []
+        for name, parameter in self.model.named_parameters():
+            if self.shape.is_expert_tensor(name):
+                continue
+            spec = self.source.tensors.specs.get(name)
+            if spec is None:
+                faults.append(f"tensor {name} is missing")
+            elif spec.shape != tuple(parameter.shape):
+                faults.append(f"tensor {name} has shape {list(spec.shape)}, expected {list(parameter.shape)}")
+        if faults:
+            raise BitsmoeError(fault_list(f"{self.source.directory}: tensors do not fit config.json", faults))
+
+    def check_ids(self, ids: Tensor) -> None:
+        """Refuse token ids beyond the vocabulary.
+
+        Raises:
+            BitsmoeError: names the id and vocab_size.
+        """
+        if int(ids.max()) >= self.vocabulary:
+            raise BitsmoeError(
+                f"{self.source.directory}: the tokenizer gives token id {int(ids.max())}, but the model's vocab_size "
+                f"is {self.vocabulary}; tokenizer and weights are not of one model"
+            )
+
     def _fill(self, module: nn.Module, prefix: str) -> None:
-        """Give a module its parameters from the checkpoint."""
-        for name, parameter in list(module.named_parameters()):
-            full = f"{prefix}.{name}"
-            if full not in self.source.tensors:
-                raise BitsmoeError(f"tensor {full} is missing from the checkpoint, but the architecture needs it")
-            value = self.source.tensors.get(full)
-            if value.shape != parameter.shape:
-                raise BitsmoeError(
-                    f"tensor {full} has shape {list(value.shape)}, the architecture needs {list(parameter.shape)}"
-                )
-            _assign(module, name, value.to(self.device, torch.float32))
-        for name, buffer in list(module.named_buffers()):
-            if buffer.is_meta:
-                raise BitsmoeError(f"buffer {prefix}.{name} cannot be rebuilt outside its module")
+        """Give a module outside the experts its parameters from the checkpoint."""
+        for name, _ in list(module.named_parameters()):
+            _assign(module, name, self.source.tensors.get(f"{prefix}.{name}").to(self.device, torch.float32))
 
     @contextmanager
     def layer(self, index: int, experts: tuple[Tensor, Tensor] | None = None) -> Iterator[nn.Module]:
@@ -77,14 +100,10 @@ class StreamedModel:
             holder = module.get_submodule(path)
             _assign(holder, "gate_up_proj", gate_up.to(self.device))
             _assign(holder, "down_proj", down.to(self.device))
-        rest = [n for n, _ in module.named_parameters() if not (moe and n.startswith(f"{path}."))]
-        for name in rest:
-            parent, _, leaf = name.rpartition(".")
-            owner = module.get_submodule(parent)
-            full = f"{prefix}.{name}"
-            if full not in self.source.tensors:
-                raise BitsmoeError(f"tensor {full} is missing from the checkpoint, but the architecture needs it")
-            _assign(owner, leaf, self.source.tensors.get(full).to(self.device, torch.float32))
+        for name, _ in list(module.named_parameters()):
+            if not (moe and name.startswith(f"{path}.")):
+                value = self.source.tensors.get(f"{prefix}.{name}")
+                _assign(module, name, value.to(self.device, torch.float32))
         try:
             yield module
         finally:
@@ -98,12 +117,7 @@ class StreamedModel:
         Raises:
             BitsmoeError: token ids beyond the model's vocabulary.
         """
-        vocabulary = self.decoder.embed_tokens.num_embeddings
-        if int(ids.max()) >= vocabulary:
-            raise BitsmoeError(
-                f"{self.source.directory}: the tokenizer gives token id {int(ids.max())}, but the model's vocab_size "
-                f"is {vocabulary}; tokenizer and weights are not of one model"
-            )
+        self.check_ids(ids)
         caught: dict[str, Any] = {}
 
         def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -151,7 +165,7 @@ class StreamedModel:
     def head(self) -> Tensor:
         """Output embedding [V, H], float32."""
         tied = self.source.config.get("tie_word_embeddings", False)
-        name = "model.embed_tokens.weight" if tied or "lm_head.weight" not in self.source.tensors else "lm_head.weight"
+        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
         return self.source.tensors.get(name).to(self.device, torch.float32)
 
     @torch.no_grad()

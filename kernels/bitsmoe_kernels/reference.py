@@ -156,6 +156,11 @@ class LayerWeights:
             gate, up = p["gate"].weight(expert), p["up"].weight(expert)
         return gate, up, p["down"].weight(expert)
 
+    def all_experts(self) -> tuple[Tensor, Tensor]:
+        """Dequantized gate and up [E, 2 I, H] and down [E, H, I] of all experts, float32."""
+        experts = [self.expert_weights(e) for e in range(self.layer.num_experts)]
+        return torch.stack([torch.cat([g, u]) for g, u, _ in experts]), torch.stack([d for _, _, d in experts])
+
 
 def moe_forward(
     weights: LayerWeights,

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitsmoe_kernels.errors import BitsmoeError
+from offline_quant import allocation
 from offline_quant.allocation import allocate
 
 
@@ -88,3 +89,19 @@ def test_impossible_budget_names_the_smallest():
 def test_degenerate_losses_are_refused():
     with pytest.raises(BitsmoeError, match="not finite"):
         allocate(np.array([[np.nan, 1.0]]), np.array([[0, 1]]), 1)
+
+
+def test_a_search_that_ends_without_a_solution_is_an_error(monkeypatch):
+    """HiGHS then returns zeros, which would read as no bits anywhere."""
+    rng = np.random.default_rng(3)
+    loss = rng.lognormal(0, 1.5, (2000, 1)) * np.array([1, 0.36, 0.12, 0.037])
+    cost = np.tile(np.arange(4), (2000, 1))
+    run = allocation.highspy.Highs.run
+
+    def stopped(self):
+        self.setOptionValue("time_limit", 0.0)
+        return run(self)
+
+    monkeypatch.setattr(allocation.highspy.Highs, "run", stopped)
+    with pytest.raises(BitsmoeError, match="no solution"):
+        allocate(loss, cost, 3000)

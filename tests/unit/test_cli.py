@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import resource
@@ -18,10 +19,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.reference import LayerWeights
 from builders import REPO, TINY_MOE
+from offline_quant.calibration import load_tokenizer
 from offline_quant.cli import main
 
 FAST = ("--calib-samples", "6", "--calib-length", "64")
@@ -223,6 +226,59 @@ def test_fused_experts_on_disk_give_the_same_checkpoint(tmp_path, model, text, q
     assert (out / "model.safetensors").read_bytes() == (quantized / "model.safetensors").read_bytes()
 
 
+def test_shards_on_disk_give_the_same_checkpoint(tmp_path, model, text, quantized):
+    split(model)
+    succeed("quantize", model, "--bits", "2.25", "--out", tmp_path / "q", "--calib", text, *FAST)
+    assert (tmp_path / "q" / "model.safetensors").read_bytes() == (quantized / "model.safetensors").read_bytes()
+
+
+def test_dense_layers_pass_through_and_an_untied_head_is_used(tmp_path, model, text):
+    """The first layer an ordinary MLP, the output embedding a tensor of its own."""
+
+    def change(tensors):
+        for name in [n for n in tensors if n.startswith("model.layers.0.mlp.")]:
+            del tensors[name]
+        g = torch.Generator().manual_seed(0)
+        for name, shape in (("gate", (1024, 256)), ("up", (1024, 256)), ("down", (256, 1024))):
+            tensors[f"model.layers.0.mlp.{name}_proj.weight"] = (torch.randn(shape, generator=g) / 40).bfloat16()
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 0.5
+
+    edit_tensors(model, change)
+    edit_config(model, mlp_only_layers=[0], tie_word_embeddings=False)
+    out = tmp_path / "q"
+    succeed("quantize", model, "--bits", "2.5", "--out", out, "--calib", text, *FAST)
+    assert list(Checkpoint(out).config.layers) == ["model.layers.1.mlp.experts"]
+    succeed("dequantize", out, "--out", tmp_path / "d", "--dtype", "float32")
+    whole = AutoModelForCausalLM.from_pretrained(str(tmp_path / "d"), dtype=torch.float32).eval()
+    ids = torch.tensor(load_tokenizer(model)(TEXT)["input_ids"])
+    windows = ids[: len(ids) // 512 * 512].view(-1, 512)
+    with torch.no_grad():
+        logp = whole(windows).logits[:, :-1].log_softmax(-1)
+    nll = float(-logp.gather(-1, windows[:, 1:, None]).mean())
+    result = json.loads(succeed("eval", out, "--text", text, "--json").stdout)
+    assert result["perplexity"] == pytest.approx(math.exp(nll), rel=1e-4)
+
+
+def test_output_may_be_an_empty_directory_or_a_link_to_one(tmp_path, source, text):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link [v2]").symlink_to("here")
+    out = tmp_path / "link [v2]"
+    done = succeed("quantize", source, "--bits", "2", "--out", out, "--calib", text, "--refine", "0", *FAST)
+    assert "link [v2]" in done.stdout
+    Checkpoint(out).check()
+    assert not any(p.name.startswith(".") for p in out.iterdir())
+    (tmp_path / "file").touch()
+    message = "cannot be written"
+    refused("quantize", source, "--bits", "2", "--out", tmp_path / "file" / "q", "--calib", text, message=message)
+
+
+def test_made_parents_are_removed_after_a_failure(tmp_path, model, text):
+    edit_tensors(model, lambda t: t[EXPERT][0].fill_(float("nan")))
+    out = tmp_path / "new" / "parents" / "q"
+    refused("quantize", model, "--bits", "2", "--out", out, "--calib", text, message="damaged weights")
+    assert not (tmp_path / "new").exists()
+
+
 def edit_config(model, **changes):
     path = model / "config.json"
     config = json.loads(path.read_text())
@@ -244,16 +300,24 @@ def dense(model):
     (model / "config.json").write_text(json.dumps(config))
 
 
+SECOND_SHARD = "model-00002-of-00002.safetensors"
+
+
 def split(model):
+    """Spread the weights over two shards."""
     tensors = load_file(model / "model.safetensors")
     (model / "model.safetensors").unlink()
     names = sorted(tensors)
-    files = {"model-00001-of-00002.safetensors": names[:60], "model-00002-of-00002.safetensors": names[60:]}
+    files = {"model-00001-of-00002.safetensors": names[:60], SECOND_SHARD: names[60:]}
     for file, part in files.items():
-        save_file({n: tensors[n] for n in part}, model / file)
+        save_file({n: tensors[n] for n in part}, model / file, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": {n: f for f, part in files.items() for n in part}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    (model / "model-00002-of-00002.safetensors").unlink()
+
+
+def lose_a_shard(model):
+    split(model)
+    (model / SECOND_SHARD).unlink()
 
 
 def truncate(model):
@@ -264,6 +328,23 @@ def truncate(model):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (lambda m: edit_config(m, num_experts=-1), "num_experts is -1, but must be a whole number above 0"),
+        (lambda m: edit_config(m, hidden_size="256"), "hidden_size is '256', but must be a whole number above 0"),
+        (lambda m: edit_config(m, decoder_sparse_step=0), "decoder_sparse_step is 0"),
+        (
+            lambda m: edit_config(m, model_type="llama"),
+            "model_type is 'llama', but Qwen3MoeForCausalLM has",
+        ),
+        (lambda m: edit_config(m, rope_theta="x"), "transformers cannot build the model"),
+        (lambda m: edit_config(m, architectures=5), "architecture [] is not supported"),
+        (
+            lambda m: edit_config(m, num_attention_heads=4),
+            "q_proj.weight has shape [256, 256], expected [128",
+        ),
+        (lambda m: edit_config(m, tie_word_embeddings=False), "tensor lm_head.weight is missing"),
+        (lambda m: edit_tensors(m, lambda t: t.pop("model.norm.weight")), "tensor model.norm.weight is missing"),
+        (lambda m: edit_tensors(m, lambda t: t[EXPERT][0].fill_(3e38)), "not finite"),
+        (lambda m: (m / "tokenizer_config.json").write_text("[]"), "no tokenizer can be loaded"),
         (dense, "not a Mixture-of-Experts model"),
         (
             lambda m: edit_config(m, architectures=["MysteryMoeForCausalLM"]),
@@ -272,7 +353,7 @@ def truncate(model):
         (lambda m: edit_config(m, hidden_act="gelu"), "hidden_act is 'gelu'"),
         (lambda m: edit_config(m, moe_intermediate_size=None), "config.json lacks ['moe_intermediate_size']"),
         (lambda m: edit_config(m, num_experts=17), "tensor model.layers.0.mlp.experts.16.gate_proj.weight is missing"),
-        (split, "model-00002-of-00002.safetensors is missing"),
+        (lose_a_shard, f"{SECOND_SHARD} is missing"),
         (truncate, "bytes) is truncated or damaged"),
         (lambda m: edit_tensors(m, lambda t: t.pop(EXPERT)), f"tensor {EXPERT} is missing"),
         (lambda m: edit_tensors(m, lambda t: t.update({EXPERT: t[EXPERT][:8].clone()})), "has shape [8, 256]"),
@@ -306,9 +387,13 @@ def test_all_damaged_tensors_are_named_at_once(tmp_path, model, text):
         (("--bits", "0.1"), "use at least --bits 0."),
         (("--bits", "0"), "--bits 0.0: Input should be greater than 0"),
         (("--bits", "2", "--basis", "cosine", "--basis-bits", "7"), "--basis-bits 7: Input should be 8 or 16"),
+        (("--bits", "2", "--seed", str(2**70)), "--seed 1180591620717411303424: Input should be less than"),
+        (("--bits", "2", "--device", "cpu:x"), "--device cpu:x: must be cpu, cuda or cuda:N"),
+        (("--bits", "2", "--device", "cuda:99"), "--device cuda:99: torch"),
+        (("--bits", "2", "--calib", "tests"), "--calib tests: no such file"),
         (("--bits", "2", "--calib", "nowhere.txt"), "--calib nowhere.txt: no such file"),
         (("--bits", "2", "--calib", "EMPTY"), "the file is empty"),
-        (("--bits", "2", "--device", "tpu"), "--device tpu: must be cpu or cuda"),
+        (("--bits", "2", "--device", "tpu"), "--device tpu: must be cpu, cuda or cuda:N"),
         (("--bits", "0.3", "--basis", "paper", "--calib-samples", "1", "--calib-length", "64"), "use at least --bits"),
     ],
 )
@@ -417,6 +502,28 @@ def test_broken_checkpoints_are_refused_by_every_reader(tmp_path, quantized, tex
     assert not (tmp_path / "d").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": 15}, "num_experts is 16, config.json says 15"),
+        ({"moe_intermediate_size": 128}, "intermediate_size is 256, config.json says 128"),
+        (
+            {"num_hidden_layers": 1},
+            "layers.1.mlp.experts: quantization_config has these experts, config.json does not",
+        ),
+        (
+            {"num_hidden_layers": 3},
+            "layers.2.mlp.experts: config.json has these experts, quantization_config does not",
+        ),
+    ],
+)
+def test_a_config_that_contradicts_the_checkpoint_is_refused(tmp_path, quantized, changes, message):
+    broken = shutil.copytree(quantized, tmp_path / "broken")
+    edit_config(broken, **changes)
+    refused("dequantize", broken, "--out", tmp_path / "d", message=message)
+    assert not (tmp_path / "d").exists()
+
+
 def test_inspect_shows_where_the_bits_went(quantized):
     data = json.loads(succeed("inspect", quantized, "--json").stdout)
     for layer in data["layers"]:
@@ -432,6 +539,10 @@ def test_inspect_shows_where_the_bits_went(quantized):
 
 def test_evaluation_refuses_what_it_cannot_compare(tmp_path, model, text, source):
     refused("eval", source, "--text", tmp_path / "none.txt", message="no such file")
+    refused("eval", source, "--text", text, "--device", "tpu", message="--device tpu: must be cpu, cuda or cuda:N")
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    refused("eval", source, "--text", short, message="but one window takes 512")
     edit_config(model, vocab_size=4000)
     refused("eval", source, "--text", text, "--reference", model, message="vocab_size is 4000")
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.reference import LayerWeights
 from offline_quant.basis import natural, paper, whitened
 from offline_quant.config import QuantizeConfig
@@ -64,6 +65,13 @@ def test_moments_that_float32_cannot_factor_are_damped_more():
     M = M - 0.05 * torch.diag_embed(M.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).expand(1, 64))
     assert bool(torch.linalg.cholesky_ex(M + 0.01 * M[0].diagonal().mean() * torch.eye(64)).info.any())
     assert bool(feedback_factor(damped(M)).isfinite().all())
+
+
+def test_moments_that_are_not_finite_are_refused():
+    M = moments(2, 8)
+    M[1, 3, 3] = float("inf")
+    with pytest.raises(BitsmoeError, match="not finite"):
+        damped(M)
 
 
 def test_damping_is_one_percent_of_the_mean_diagonal():

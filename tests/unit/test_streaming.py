@@ -112,8 +112,8 @@ def test_windows_do_not_overlap_and_the_tail_is_left(tmp_path):
 def test_json_lines_are_joined(tmp_path):
     tokenizer = load_tokenizer(TINY_MOE)
     path = tmp_path / "t.jsonl"
-    path.write_text('{"text": "One two three."}\n\n"four five"\n', encoding="utf-8")
-    ids = tokenizer("One two three.")["input_ids"] + tokenizer("four five")["input_ids"]
+    path.write_text('{"text": "One\u2028two three."}\n\n"four five"\n', encoding="utf-8")
+    ids = tokenizer("One\u2028two three.")["input_ids"] + tokenizer("four five")["input_ids"]
     assert text_windows(tokenizer, str(path), len(ids))[0].tolist() == ids
 
 

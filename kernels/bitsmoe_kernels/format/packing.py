@@ -8,12 +8,7 @@ Plain torch, runs on any device. Layout and worked bytes: SPEC.md.
 import torch
 from torch import Tensor
 
-from bitsmoe_kernels.format.schema import MAX_BITS, num_blocks
-
-
-def code_dtype(block_size: int) -> torch.dtype:
-    """Word type: int16 for blocks of 16 components, int32 for blocks of 32."""
-    return {16: torch.int16, 32: torch.int32}[block_size]
+from bitsmoe_kernels.format.schema import MAX_BITS, code_dtype, num_blocks
 
 
 def pack_codes(codes: Tensor, bits: Tensor, block_size: int) -> Tensor:

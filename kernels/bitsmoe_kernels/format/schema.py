@@ -13,10 +13,10 @@ tensor data is read. See SPEC.md for the meaning of each tensor.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from bitsmoe_kernels.errors import FormatError
 
@@ -34,7 +34,17 @@ Part = Literal[
 PARTS: tuple[Part, ...] = get_args(Part)
 PROJECTION_NAMES: tuple[ProjectionName, ...] = get_args(ProjectionName)
 
-_CODE_DTYPES = {16: torch.int16, 32: torch.int32}
+
+def code_dtype(block_size: int) -> torch.dtype:
+    """Word type of codes: int16 for blocks of 16 components, int32 for blocks of 32."""
+    return {16: torch.int16, 32: torch.int32}[block_size]
+
+
+def _json_integer(value: Any) -> Any:
+    # Literal compares by value, and 16.0 == 16.
+    if type(value) is not int:
+        raise ValueError("must be an integer")
+    return value
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,7 @@ class Basis(_Model):
     """
 
     rank: int = Field(ge=1)
-    bits: Literal[8, 16]
+    bits: Annotated[Literal[8, 16], BeforeValidator(_json_integer)]
     """16: float16 rows. 8: int8 rows with one float32 scale each."""
 
 
@@ -175,7 +185,7 @@ def _projection_specs(
 ) -> Iterator[tuple[Part, TensorSpec]]:
     E, C, F = layer.num_experts, layer.components(name), layer.features(name)
     half = torch.float16
-    yield "codes", TensorSpec(_CODE_DTYPES[block], (p.code_rows, F))
+    yield "codes", TensorSpec(code_dtype(block), (p.code_rows, F))
     yield "bits", TensorSpec(torch.uint8, (E, num_blocks(C, block)))
     yield "component_scale", TensorSpec(half, (E, C))
     yield "feature_scale", TensorSpec(half, (E, F))
@@ -200,7 +210,7 @@ class CheckpointConfig(_Model):
 
     quant_method: Literal["bitsmoe"]
     format_version: int
-    block_size: Literal[16, 32]
+    block_size: Annotated[Literal[16, 32], BeforeValidator(_json_integer)]
     bpw: float = Field(ge=0, allow_inf_nan=False)
     """All-in bits per weight: bytes of all tensors below times 8, over the weights they replace."""
     layers: dict[str, Layer]

@@ -139,7 +139,9 @@ class ShardWriter:
     def _flush(self) -> None:
         path = self.directory / f"shard-{len(self._shards)}.tmp"
         save_file(self._pending, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # safetensors makes files only their owner can read
+        mask = os.umask(0)
+        os.umask(mask)
+        path.chmod(0o666 & ~mask)  # safetensors makes files only their owner can read
         self._shards.append((path, list(self._pending)))
         self._pending, self._pending_bytes = {}, 0
 

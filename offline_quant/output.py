@@ -1,0 +1,98 @@
+"""Writing a checkpoint directory: all or nothing."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from bitsmoe_kernels.errors import BitsmoeError
+
+SIDE_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.tiktoken", "*.model",
+    "generation_config.json", "chat_template*", "*.jinja", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+"""What a checkpoint holds besides config.json and weights."""
+
+
+def check_output(out: Path) -> None:
+    """Refuse an output directory that holds something.
+
+    Raises:
+        BitsmoeError: names it.
+    """
+    if out.is_symlink() and not out.exists():
+        raise BitsmoeError(f"--out {out}: is a dangling symbolic link; remove it or choose another name")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BitsmoeError(f"--out {out}: exists and is not an empty directory; choose another name or remove it")
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Refuse to begin where the disk cannot hold the result.
+
+    Raises:
+        BitsmoeError: names needed and free bytes.
+    """
+    existing = next(p for p in (out, *out.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise BitsmoeError(
+            f"{out}: needs {needed / 1e6:.1f} MB, but {free / 1e6:.1f} MB are free on that disk; free some space or "
+            "choose another place"
+        )
+
+
+@contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """A scratch directory whose files appear in `out` if the block succeeds, and which vanishes if it does not.
+
+    An `out` that does not exist is renamed into place whole. An empty one (it may be a mount point, which cannot be
+    replaced) holds the scratch directory, and receives its files at the end, config.json last.
+
+    Raises:
+        BitsmoeError: `out` exists and is not empty, cannot be made, or the disk fills up.
+    """
+    check_output(out)
+    out = out.absolute()
+    made = [p for p in out.parents if not p.exists()]
+    inside = out.exists()
+    scratch: Path | None = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out if inside else out.parent))
+        yield scratch
+        if inside:
+            for path in sorted(scratch.iterdir(), key=lambda p: p.name == "config.json"):
+                os.replace(path, out / path.name)
+            scratch.rmdir()
+        else:
+            scratch.chmod(0o777 & ~_umask())
+            os.replace(scratch, out)
+        scratch = None
+    except (OSError, SafetensorError) as e:
+        free = shutil.disk_usage(next(p for p in out.parents if p.exists())).free
+        raise BitsmoeError(
+            f"{out}: cannot be written ({e}); {free / 1e6:.1f} MB are free there. Nothing was left behind"
+        ) from None
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+            for parent in made:
+                if parent.exists() and not any(parent.iterdir()):
+                    parent.rmdir()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def copy_side_files(source: Path, out: Path) -> None:
+    """Carry over tokenizer, generation config and chat template."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and any(path.match(pattern) for pattern in SIDE_FILES):
+            shutil.copyfile(path, out / path.name)
