@@ -9,7 +9,7 @@ import torch
 from bitsmoe_kernels.errors import BitsmoeError, FormatError
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.format.schema import CheckpointConfig, num_blocks
-from bitsmoe_kernels.format.shards import INDEX_FILE, SINGLE_FILE, read_json
+from bitsmoe_kernels.format.shards import SINGLE_FILE, read_index
 
 
 def local_directory(model: str, revision: str | None) -> Path | None:
@@ -24,8 +24,8 @@ def local_directory(model: str, revision: str | None) -> Path | None:
     except (LocalEntryNotFoundError, HFValidationError):
         return None
     # By now vLLM may have fetched config.json alone; the weights, or the rest of them, follow later.
-    index = directory / INDEX_FILE
-    files = read_json(index).get("weight_map", {}).values() if index.exists() else [SINGLE_FILE]
+    index = read_index(directory)
+    files = [SINGLE_FILE] if index is None else index.values()
     return directory if all((directory / file).exists() for file in files) else None
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bitsmoe_kernels.format.schema import CheckpointConfig, Layer, ProjectionName
@@ -13,10 +14,13 @@ from offline_quant.statistics import LayerStatistics
 REPORT_FILE = "bitsmoe_report.json"
 
 
-def width_histogram(bits: Tensor, features: int, block_size: int) -> dict[str, int]:
-    """Weights (or factor entries) at each bit-width, from block bits [E, B]."""
-    widths, counts = bits.unique(return_counts=True)
-    return {str(int(w)): int(n) * block_size * features for w, n in zip(widths, counts, strict=True)}
+def width_histogram(layer: Layer, name: ProjectionName, bits: Tensor, block_size: int) -> dict[str, int]:
+    """Factor entries of a projection at each bit-width, from its block bits [E, B]; kept experts are left out."""
+    C, kept = layer.components(name), set(layer.projections[name].kept_experts)
+    coded = bits[[e for e in range(layer.num_experts) if e not in kept]]
+    size = torch.full((bits.shape[1],), block_size)
+    size[-1] = C - (bits.shape[1] - 1) * block_size
+    return {str(int(w)): int(((coded == w) * size).sum()) * layer.features(name) for w in coded.unique().tolist()}
 
 
 def layer_report(
@@ -38,7 +42,7 @@ def layer_report(
             name: [round(v, 4) for v in bits.float().mean(1).tolist()] for name, bits in plan.bits.items()
         },
         "weights_by_width": {
-            name: width_histogram(bits, layer.features(name), config.block_size) for name, bits in plan.bits.items()
+            name: width_histogram(layer, name, bits, config.block_size) for name, bits in plan.bits.items()
         },
     }
 
@@ -83,7 +87,7 @@ def inspect_checkpoint(
             bits = bits_of[prefix][name]
             share = 2 if name == "gate_up" else 1
             weights = share * layer.num_experts * layer.hidden_size * layer.intermediate_size
-            widths = width_histogram(bits, layer.features(name), config.block_size)
+            widths = width_histogram(layer, name, bits, config.block_size)
             for width, count in widths.items():
                 histogram[width] = histogram.get(width, 0) + count
             projections[name] = {

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.format.schema import Layer, Projection
 from bitsmoe_kernels.reference import LayerWeights
 from offline_quant.basis import natural, paper, whitened
 from offline_quant.config import QuantizeConfig
@@ -19,6 +20,7 @@ from offline_quant.distortion import (
 from offline_quant.layer import LayerQuantizer
 from offline_quant.model_adapter import FAMILIES, MoEShape
 from offline_quant.quantize import Quantized, _round_row, _row_scale, quantize
+from offline_quant.report import width_histogram
 from offline_quant.statistics import LayerInputs, LayerStatistics
 
 # Best uniform quantizers of a unit Gaussian: J. Max, "Quantizing for minimum distortion", 1960, table II.
@@ -319,3 +321,17 @@ def test_natural_has_no_basis_and_the_file_orders_no_intermediate_channels():
     assert "gate_up_basis" not in tensors
     assert plan.basis == "natural"
     assert isinstance(quantize(torch.randn(1, 4, 4), moments(1, 4), torch.ones(1, 4), "K"), Quantized)
+
+
+def test_histogram_counts_no_padding_and_no_kept_experts():
+    made = Layer(
+        num_experts=3,
+        hidden_size=20,
+        intermediate_size=5,
+        projections={
+            "gate_up": Projection(code_rows=9, kept_experts=(1,)),
+            "down": Projection(code_rows=0),
+        },
+    )
+    bits = torch.tensor([[2, 3], [0, 0], [0, 4]], dtype=torch.uint8)
+    assert width_histogram(made, "gate_up", bits, 16) == {"0": 160, "2": 160, "3": 40, "4": 40}

@@ -40,6 +40,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def read_index(directory: Path) -> dict[str, str] | None:
+    """Tensor name -> file from the index of a sharded checkpoint; None without an index.
+
+    Raises:
+        BitsmoeError: not such a mapping, or one that leads out of the directory.
+    """
+    index = directory / INDEX_FILE
+    if not index.exists():
+        return None
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise BitsmoeError(f"{index}: has no `weight_map` from tensor names to files")
+    outside = sorted({f for f in weight_map.values() if os.path.basename(f) != f or f in ("", ".", "..")})
+    if outside:
+        raise BitsmoeError(f"{index}: names files outside the checkpoint: {outside[:3]}")
+    return weight_map
+
+
 class ShardReader:
     """Tensors of a checkpoint directory, memory-mapped and read one at a time.
 
@@ -51,7 +69,10 @@ class ShardReader:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        files, weight_map, faults = self._files()
+        weight_map, faults = read_index(directory), []
+        if weight_map is None and not (directory / SINGLE_FILE).exists():
+            raise BitsmoeError(f"{directory}: holds neither {SINGLE_FILE} nor {INDEX_FILE} (only safetensors are read)")
+        files = [SINGLE_FILE] if weight_map is None else sorted(set(weight_map.values()))
         self.specs: dict[str, TensorSpec] = {}
         self._file_of: dict[str, str] = {}
         self._open: dict[str, Any] = {}
@@ -73,29 +94,13 @@ class ShardReader:
                 size = (directory / file).stat().st_size
                 faults.append(f"{file} ({size} bytes) is truncated or damaged ({e}): download it again")
         if not faults:
-            for name, file in weight_map.items():
+            for name, file in (weight_map or {}).items():
                 if self._file_of.get(name) != file:
                     faults.append(f"{file} does not hold tensor {name}, though {INDEX_FILE} says so")
         if faults:
             raise BitsmoeError(
                 "\n".join([f"{directory}: the checkpoint is not complete:", *(f"  - {f}" for f in faults)])
             )
-
-    def _files(self) -> tuple[list[str], dict[str, str], list[str]]:
-        index = self.directory / INDEX_FILE
-        if index.exists():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-                raise BitsmoeError(f"{index}: has no `weight_map` from tensor names to files")
-            outside = sorted({f for f in weight_map.values() if os.path.basename(f) != f or f in ("", ".", "..")})
-            if outside:
-                raise BitsmoeError(f"{index}: names files outside the checkpoint: {outside[:3]}")
-            return sorted(set(weight_map.values())), weight_map, []
-        if (self.directory / SINGLE_FILE).exists():
-            return [SINGLE_FILE], {}, []
-        raise BitsmoeError(
-            f"{self.directory}: holds neither {SINGLE_FILE} nor {INDEX_FILE} (only safetensors are read)"
-        )
 
     def __contains__(self, name: object) -> bool:
         return name in self.specs
