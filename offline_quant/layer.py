@@ -176,20 +176,23 @@ class LayerQuantizer:
         forms = ("natural", "whitened") if self.config.basis == "auto" else (self.config.basis,)
         plans, refusals = [], []
         for form in forms:
-            decomposed = decompositions(form, self.gate_up, self.down, self.stats, self.config)
             schema = schema_of(form, self.shape, self.config)
-            projections = {name: self._rank(d) for name, d in decomposed.items()}
             try:
-                plans.append(self._allocate(form, schema, projections))
+                budget = budget_bits(schema, self.config, self.subject)
             except BitsmoeError as e:
                 refusals.append(e)
+                continue
+            decomposed = decompositions(form, self.gate_up, self.down, self.stats, self.config)
+            projections = {name: self._rank(d) for name, d in decomposed.items()}
+            plans.append(self._allocate(form, schema, projections, budget))
         if not plans:
             raise refusals[0]
         return min(plans, key=lambda p: p.allocation.loss)
 
-    def _allocate(self, form: str, schema: Layer, projections: dict[ProjectionName, ProjectionPlan]) -> LayerPlan:
+    def _allocate(
+        self, form: str, schema: Layer, projections: dict[ProjectionName, ProjectionPlan], budget: int
+    ) -> LayerPlan:
         G, widths = self.config.block_size, np.array(self.config.widths)
-        budget = budget_bits(schema, self.config, self.subject)
         ratio = np.array([kappa(b) for b in widths])
         share = self.stats.share.double().cpu()
         losses, costs = [], []
