@@ -28,10 +28,10 @@ from vllm_server import serve
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "tiny_moe"
 OUT = ROOT / "build" / "demo"
-BITS = 2.25
+BITS, CALIB_SAMPLES = 2.25, 64
 PROMPT = "The old man looked at the sea, and"
 MAX_TOKENS = 40
-HELD_OUT_WINDOWS, HELD_OUT_SEED = 64, 1
+HELD_OUT_WINDOWS, HELD_OUT_SEED = 32, 1
 
 console = Console(highlight=False)
 
@@ -63,8 +63,10 @@ def main() -> None:
     OUT.mkdir(parents=True)
     quantized = OUT / "tiny_moe-bitsmoe"
 
-    step(f"bitsmoe quantize examples/tiny_moe --bits {BITS} --calib self --out {quantized.relative_to(ROOT)}")
-    outcome = quantize_model(str(MODEL), quantized, QuantizeConfig(bits=BITS, calib="self"))
+    step(f"bitsmoe quantize examples/tiny_moe --bits {BITS} --calib self --calib-samples {CALIB_SAMPLES}")
+    outcome = quantize_model(
+        str(MODEL), quantized, QuantizeConfig(bits=BITS, calib="self", calib_samples=CALIB_SAMPLES)
+    )
 
     step("bitsmoe eval, on text the model wrote with another seed")
     held_out = OUT / "held_out.txt"

@@ -10,7 +10,8 @@ USAGE_STATUS = 2
 
 def main() -> None:
     """Run `bitsmoe`."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         from rich.text import Text
 
@@ -27,9 +28,10 @@ def main() -> None:
         raise SystemExit(USAGE_STATUS) from None
 
 
-def _terminate(signum: int, _frame: FrameType | None) -> NoReturn:
+def _stop(number: int, _frame: FrameType | None) -> NoReturn:
     # As an exception, so that half-written output is removed on the way out.
-    raise SystemExit(128 + signum)
+    sys.stderr.write(f"\nStopped by {signal.Signals(number).name}; nothing is left behind\n")
+    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

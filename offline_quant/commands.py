@@ -102,7 +102,7 @@ def quantize(
     for row in report["layers"]:
         measured, tokens = row["measured_error"], row["tokens_per_expert"]
         table.add_row(
-            row["layer"], row["basis"], f"{row['bpw']:.4f}", f"{row['predicted_error']:.4f}",
+            _layer_number(row["layer"]), row["basis"], f"{row['bpw']:.4f}", f"{row['predicted_error']:.4f}",
             "-" if measured is None else f"{measured:.4f}", f"{row['solver_gap']:.1e}",
             f"{tokens['min']}-{tokens['max']}",
         )  # fmt: skip
@@ -160,8 +160,8 @@ def inspect(
             other = sum(parts.values()) - parts["codes"] - scales - basis
             spread = p["code_bits_by_expert"]
             table.add_row(
-                layer["layer"], name, f"{p['bpw']:.4f}", p["basis"] or "none", f"{parts['codes']:,}", f"{scales:,}",
-                f"{basis:,}", f"{other:,}", f"{min(spread):.2f}-{max(spread):.2f}",
+                _layer_number(layer["layer"]), name, f"{p['bpw']:.4f}", p["basis"] or "none", f"{parts['codes']:,}",
+                f"{scales:,}", f"{basis:,}", f"{other:,}", f"{min(spread):.2f}-{max(spread):.2f}",
             )  # fmt: skip
     output.print(table)
     counted = sum(data["weights_by_width"].values())
@@ -210,6 +210,11 @@ def evaluate(
     for name, value in result.as_dict().items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.5f}")
     output.print(table)
+
+
+def _layer_number(prefix: str) -> str:
+    """The decoder layer's number: tables have no room for whole tensor prefixes."""
+    return next((part for part in prefix.split(".") if part.isdecimal()), prefix)
 
 
 def _existing(directory: Path) -> Path:

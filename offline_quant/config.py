@@ -13,7 +13,7 @@ class QuantizeConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    bits: float = Field(gt=0, le=16)
+    bits: float = Field(gt=0, le=16, allow_inf_nan=False)
     """All-in bits per weight of the routed experts: codes, scales, metadata and basis."""
     basis: BasisForm = "auto"
     basis_bits: Literal[8, 16] = 8

@@ -103,8 +103,8 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
         known = ", ".join(sorted(FAMILIES))
         if not any(k for k in config if "expert" in k):
             raise BitsmoeError(
-                f"{subject}: {named or 'no architecture'} is not a Mixture-of-Experts model (its config names "
-                f"no experts); bitsmoe quantizes routed experts only. Supported: {known}"
+                f"{subject}: {named or 'a config without architectures'} is not a Mixture-of-Experts model (its config "
+                f"names no experts); bitsmoe quantizes routed experts only. Supported: {known}"
             )
         raise BitsmoeError(f"{subject}: architecture {named} is not supported. Supported: {known}")
     sizes = (family.num_experts_key, family.intermediate_size_key, "hidden_size", "num_hidden_layers", "vocab_size")

@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 
 from bitsmoe_kernels.errors import BitsmoeError
 
+REPORT_FILE = "bitsmoe_report.json"
+"""Written beside the checkpoint, or alone by `--plan`."""
 SIDE_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.tiktoken", "*.model",
     "generation_config.json", "chat_template*", "*.jinja", "preprocessor_config.json", "processor_config.json",
@@ -19,14 +21,14 @@ SIDE_FILES = (
 
 
 def check_output(out: Path) -> None:
-    """Refuse an output directory that holds something.
+    """Refuse an output directory that holds something, the report of an earlier `--plan` excepted.
 
     Raises:
         BitsmoeError: names it.
     """
     if out.is_symlink() and not out.exists():
         raise BitsmoeError(f"--out {out}: is a dangling symbolic link; remove it or choose another name")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(p.name != REPORT_FILE for p in out.iterdir())):
         raise BitsmoeError(f"--out {out}: exists and is not an empty directory; choose another name or remove it")
 
 

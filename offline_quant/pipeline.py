@@ -24,9 +24,9 @@ from offline_quant.calibration import (
 from offline_quant.config import QuantizeConfig
 from offline_quant.layer import LayerQuantizer, budget_bits, schema_of
 from offline_quant.model_adapter import SourceModel
-from offline_quant.output import SIDE_FILES, check_output, check_space, copy_side_files, new_directory
+from offline_quant.output import REPORT_FILE, SIDE_FILES, check_output, check_space, copy_side_files, new_directory
 from offline_quant.progress import bar, track
-from offline_quant.report import REPORT_FILE, layer_report, model_report
+from offline_quant.report import layer_report, model_report
 from offline_quant.statistics import LayerStatistics
 from offline_quant.streaming import StreamedModel
 

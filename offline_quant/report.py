@@ -11,8 +11,6 @@ from offline_quant.config import QuantizeConfig
 from offline_quant.layer import LayerPlan
 from offline_quant.statistics import LayerStatistics
 
-REPORT_FILE = "bitsmoe_report.json"
-
 
 def width_histogram(layer: Layer, name: ProjectionName, bits: Tensor, block_size: int) -> dict[str, int]:
     """Factor entries of a projection at each bit-width, from its block bits [E, B]; kept experts are left out."""

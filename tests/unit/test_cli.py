@@ -42,7 +42,8 @@ class Done:
 
 def bitsmoe(*args):
     """Run the command line in this process, which has torch loaded already."""
-    out, err, before = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
+    out, err = io.StringIO(), io.StringIO()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["bitsmoe", *map(str, args)])
         patch.setenv("COLUMNS", "200")
@@ -53,7 +54,8 @@ def bitsmoe(*args):
         except SystemExit as e:
             status = e.code or 0
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
     return Done(status, out.getvalue(), err.getvalue())
 
 
@@ -193,6 +195,9 @@ def test_plan_writes_the_report_only(tmp_path, text, source):
         assert layer["solver_gap"] < 1e-5
         assert layer["measured_error"] is None
         assert 0 < layer["predicted_error"] < 1
+    # The same directory then takes the checkpoint.
+    succeed("quantize", source, "--bits", "2", "--out", out, "--calib", text, "--refine", "0", *FAST)
+    assert json.loads((out / "bitsmoe_report.json").read_text())["layers"][0]["measured_error"] > 0
 
 
 def test_self_calibration_and_jsonl(tmp_path, source):
@@ -385,6 +390,7 @@ def test_all_damaged_tensors_are_named_at_once(tmp_path, model, text):
     ("args", "message"),
     [
         (("--bits", "0.1"), "use at least --bits 0."),
+        (("--bits", "nan"), "--bits nan: Input should be"),
         (("--bits", "0"), "--bits 0.0: Input should be greater than 0"),
         (("--bits", "2", "--basis", "cosine", "--basis-bits", "7"), "--basis-bits 7: Input should be 8 or 16"),
         (("--bits", "2", "--seed", str(2**70)), "--seed 1180591620717411303424: Input should be less than"),
@@ -475,15 +481,18 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, source, text, size, prelude
         assert [p.name for p in small.iterdir()] == left
 
 
-def test_a_terminated_run_leaves_nothing_behind(tmp_path, source, text):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_leaves_nothing_behind(tmp_path, source, text, number):
     process = start("quantize", source, "--bits", "2", "--out", tmp_path / "q", "--calib", text)
     deadline = time.monotonic() + 120
     while not any(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert any(tmp_path.iterdir()), "the run never began to write"
-    process.terminate()
-    process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert f"Stopped by {number.name}; nothing is left behind" in err
+    assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
 
 
