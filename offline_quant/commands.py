@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import rich.box
 import torch
 import typer
 from pydantic import ValidationError
@@ -96,9 +97,10 @@ def quantize(
     start = time.monotonic()
     outcome = quantize_model(model, out, _config(options), plan_only=plan)
     report = outcome.report
-    table = Table(title=f"{out} ({'plan only' if plan else 'quantized'})", title_justify="left")
-    for column in ("layer", "basis", "bpw", "predicted error", "measured error", "solver gap", "tokens per expert"):
-        table.add_column(column, justify="left" if column in ("layer", "basis") else "right")
+    title = f"{out} ({'plan only' if plan else 'quantized'})"
+    table = _table(
+        title, "layer", "basis", "bpw", "predicted error", "measured error", "solver gap", "tokens per expert"
+    )
     for row in report["layers"]:
         measured, tokens = row["measured_error"], row["tokens_per_expert"]
         table.add_row(
@@ -139,19 +141,8 @@ def inspect(
     if as_json:
         print(json.dumps(data))
         return
-    table = Table(title=f"{directory}: {data['bpw']:.4f} bits per weight all-in", title_justify="left")
-    for column in (
-        "layer",
-        "projection",
-        "bpw",
-        "basis",
-        "codes",
-        "scales",
-        "basis bytes",
-        "other",
-        "expert code bits",
-    ):
-        table.add_column(column, justify="left" if column in ("layer", "projection", "basis") else "right")
+    title = f"{directory}: {data['bpw']:.4f} bits per weight all-in"
+    table = _table(title, "layer", "projection", "bpw", "code bits by expert", "codes", "scales", "basis", "other")
     for layer in data["layers"]:
         for name, p in layer["projections"].items():
             parts = p["bytes"]
@@ -159,18 +150,15 @@ def inspect(
             basis = parts.get("basis", 0) + parts.get("basis_scale", 0)
             other = sum(parts.values()) - parts["codes"] - scales - basis
             spread = p["code_bits_by_expert"]
-            table.add_row(
-                _layer_number(layer["layer"]), name, f"{p['bpw']:.4f}", p["basis"] or "none", f"{parts['codes']:,}",
-                f"{scales:,}", f"{basis:,}", f"{other:,}", f"{min(spread):.2f}-{max(spread):.2f}",
-            )  # fmt: skip
+            total = sum(parts.values())
+            shares = [f"{n / total:.1%}" for n in (parts["codes"], scales, basis, other)]
+            bits_range = f"{min(spread):.2f}-{max(spread):.2f}"
+            table.add_row(_layer_number(layer["layer"]), name, f"{p['bpw']:.4f}", bits_range, *shares)
     output.print(table)
     counted = sum(data["weights_by_width"].values())
-    histogram = Table(title="Factor entries by bit-width", title_justify="left")
-    histogram.add_column("bits", justify="right")
-    histogram.add_column("share", justify="right")
-    histogram.add_column("")
+    histogram = _table("Factor entries by bit-width", "bits", "share", "")
     for width, count in data["weights_by_width"].items():
-        histogram.add_row(width, f"{count / counted:.1%}", "█" * round(60 * count / counted))
+        histogram.add_row(width, f"{count / counted:.1%}", "█" * round(50 * count / counted))
     output.print(histogram)
     output.print(f"experts {data['expert_bytes'] / 1e6:.2f} MB, everything else {data['other_bytes'] / 1e6:.2f} MB")
 
@@ -204,12 +192,18 @@ def evaluate(
     if as_json:
         print(json.dumps(result.as_dict()))
         return
-    table = Table(title=f"{directory} on {text.name}", title_justify="left")
-    table.add_column("figure")
-    table.add_column("value", justify="right")
+    table = _table(f"{directory} on {text.name}", "figure", "value")
     for name, value in result.as_dict().items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.5f}")
     output.print(table)
+
+
+def _table(title: str, *columns: str) -> Table:
+    """A table that fits 80 columns: no frame, words to the left and figures to the right."""
+    table = Table(title=title, title_justify="left", box=rich.box.SIMPLE, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("layer", "projection", "figure", "") else "right")
+    return table
 
 
 def _layer_number(prefix: str) -> str:
