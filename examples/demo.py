@@ -7,10 +7,15 @@ calibration text, and, from another seed, the text its perplexity is measured on
 """
 
 import json
+import os
 import shutil
 import sys
 import time
 from pathlib import Path
+
+# Before torch loads: see offline_quant/cli.py.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.insert(0, str(Path(__file__).parent))
 
 from rich.console import Console
 from rich.table import Table
@@ -21,8 +26,6 @@ from offline_quant.evaluate import evaluate
 from offline_quant.model_adapter import SourceModel
 from offline_quant.pipeline import quantize_model
 from offline_quant.streaming import StreamedModel
-
-sys.path.insert(0, str(Path(__file__).parent))
 from vllm_server import serve
 
 ROOT = Path(__file__).resolve().parent.parent

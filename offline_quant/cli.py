@@ -1,5 +1,6 @@
 """Entry point of the `bitsmoe` command: one clear message and status 2 for whatever the user can mend."""
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -10,6 +11,8 @@ USAGE_STATUS = 2
 
 def main() -> None:
     """Run `bitsmoe`."""
+    # Before torch loads: its threads would spin while they wait, which on a busy machine takes several times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
