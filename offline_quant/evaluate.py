@@ -104,10 +104,7 @@ def _log_probabilities(model: StreamedModel, hidden: Tensor, head: Tensor) -> Te
 def final_states(source: WeightSource, windows: Tensor, device: str) -> tuple[Tensor, Tensor, StreamedModel]:
     """Hidden states [n, L, H] after the last layer on the CPU, the output embedding, and the model."""
     model = StreamedModel(source, device)
-    batches = []
-    for ids in windows.split(max(1, BATCH_TOKENS // windows.shape[1])):
-        hidden, kwargs = model.embed(ids)
-        batches.append((hidden.cpu(), kwargs))
+    batches = model.embed_windows(windows, BATCH_TOKENS)
     with bar(f"Evaluating {source.directory.name}"[:28], model.num_layers * len(batches)) as tick:
         for index in range(model.num_layers):
             with model.layer(index) as module:

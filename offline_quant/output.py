@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.format.shards import umask
 
 REPORT_FILE = "bitsmoe_report.json"
 """Written beside the checkpoint, or alone by `--plan`."""
@@ -71,7 +72,7 @@ def new_directory(out: Path) -> Iterator[Path]:
                 os.replace(path, out / path.name)
             scratch.rmdir()
         else:
-            scratch.chmod(0o777 & ~_umask())
+            scratch.chmod(0o777 & ~umask())
             os.replace(scratch, out)
         scratch = None
     except (OSError, SafetensorError) as e:
@@ -85,12 +86,6 @@ def new_directory(out: Path) -> Iterator[Path]:
             for parent in made:
                 if parent.exists() and not any(parent.iterdir()):
                     parent.rmdir()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def copy_side_files(source: Path, out: Path) -> None:

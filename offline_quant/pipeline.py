@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError
-from bitsmoe_kernels.format.schema import FORMAT_VERSION, CheckpointConfig, Layer
+from bitsmoe_kernels.format.schema import FORMAT_VERSION, QUANT_METHOD, CheckpointConfig, Layer
 from bitsmoe_kernels.format.shards import ShardWriter
 from bitsmoe_kernels.reference import LayerWeights
 from offline_quant.calibration import (
@@ -131,7 +131,8 @@ def quantize_model(model: str, out: Path, config: QuantizeConfig, plan_only: boo
         windows, used = calibration_windows(
             streamed, tokenizer, config.calib, config.calib_samples, length, config.seed
         )
-        streamed = StreamedModel(source, config.device)  # afresh: sampling leaves the whole model in memory
+        if used == "self":  # sampling leaves the whole model in memory
+            streamed = StreamedModel(source, config.device)
         clock.lap("calibration text")
         record = {**config.record(), "calib": used if used == "self" or used.startswith("hf:") else Path(used).name}
         run = _Run(source, streamed, windows, config, None if plan_only else ShardWriter(scratch), clock)
@@ -172,11 +173,7 @@ class _Run:
     ):
         self.source, self.streamed, self.config, self.writer, self.clock = source, streamed, config, writer, clock
         self.reports: list[dict[str, Any]] = []
-        batch = max(1, BATCH_TOKENS // windows.shape[1])
-        self.batches = []
-        for ids in windows.split(batch):
-            hidden, kwargs = streamed.embed(ids)
-            self.batches.append((hidden.cpu(), kwargs))
+        self.batches = streamed.embed_windows(windows, BATCH_TOKENS)
 
     def layers(self) -> dict[str, Layer]:
         """Quantize every MoE layer, passing dense ones through; returns the schema of each by tensor prefix."""
@@ -188,8 +185,7 @@ class _Run:
                 if index not in shape.layers:
                     with self.streamed.layer(index) as module:
                         self._advance(module)
-                    for _ in range(shape.num_experts):
-                        tick()
+                    tick(shape.num_experts)
                     continue
                 prefix = shape.prefix(index)
                 done[prefix] = self._moe_layer(index, prefix, tick)
@@ -219,8 +215,7 @@ class _Run:
         self.clock.lap("allocation")
         if self.writer is None:
             self.reports.append(layer_report(prefix, plan, stats, self.config, None))
-            for _ in range(self.source.shape.num_experts):
-                tick()
+            tick(self.source.shape.num_experts)
             return plan.layer
         tensors, errors = quantizer.quantize(plan, _every(len(plan.projections), tick))
         self.clock.lap("quantization")
@@ -241,7 +236,7 @@ class _Run:
                 self.writer.add(name, self.source.tensors.get(name))
         self.writer.finish()
         draft = CheckpointConfig(
-            quant_method="bitsmoe",
+            quant_method=QUANT_METHOD,
             format_version=FORMAT_VERSION,
             block_size=self.config.block_size,
             bpw=0.0,

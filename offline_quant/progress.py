@@ -39,15 +39,15 @@ def bar(description: str, total: int) -> Iterator["Bar"]:
 
 
 class Bar:
-    """One bar: call it to advance by one, `describe` it to change its text."""
+    """One bar: call it to advance, `describe` it to change its text."""
 
     def __init__(self, progress: Progress, description: str, total: int):
         self._progress = progress
         self._task = progress.add_task(description, total=total)
 
-    def __call__(self) -> None:
-        """Advance by one."""
-        self._progress.advance(self._task)
+    def __call__(self, count: int = 1) -> None:
+        """Advance."""
+        self._progress.advance(self._task, count)
 
     def describe(self, description: str) -> None:
         """Change the text."""

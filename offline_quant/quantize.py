@@ -11,10 +11,12 @@ and 1-bit components hand their error to well-quantized ones.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from bitsmoe_kernels.format.schema import MAX_BITS
 from offline_quant.distortion import damped, feedback_factor, gaussian_quantizer
 
 COLUMN_BLOCK = 64
@@ -71,6 +73,12 @@ def _centred(codes: Tensor, width: Tensor) -> Tensor:
     return (codes - (torch.exp2(width.float()) - 1) / 2) * (width > 0)
 
 
+@lru_cache
+def _steps(device: torch.device) -> Tensor:
+    """Best step of a unit Gaussian at each bit-width. Kept: every row of every factor asks."""
+    return torch.tensor([gaussian_quantizer(b)[0] for b in range(MAX_BITS + 1)], device=device)
+
+
 def _half(x: Tensor) -> Tensor:
     return x.half().float()
 
@@ -91,8 +99,7 @@ def _column_scale(F: Tensor, U: Tensor, width: Tensor) -> Tensor:
     c = rms / rms.log().mean(-1, keepdim=True).exp()
     c = c * F.square().mean((1, 2)).sqrt().sqrt().clamp(min=1e-6)[:, None]
     if width.shape[1] == 1:
-        steps = torch.tensor([gaussian_quantizer(b)[0] for b in range(9)], device=F.device)
-        c = c * steps[width[:, 0].long()]
+        c = c * _steps(F.device)[width[:, 0].long()]
     return _half(c)
 
 
@@ -102,9 +109,8 @@ def _row_scale(w: Tensor, c: Tensor, width: Tensor) -> Tensor:
     live = (width > 0) & (c > 0)
     v = torch.where(live, w / c.clamp(min=1e-30), 0.0)
     weight = torch.where(live, c.square(), 0.0)
-    steps = torch.tensor([gaussian_quantizer(b)[0] for b in range(9)], device=w.device)
     # A Gaussian's levels have a root mean square of about 1 / step.
-    spread = torch.where(live, steps[width.long()].clamp(min=1e-6).pow(-2), 0.0)
+    spread = torch.where(live, _steps(w.device)[width.long()].clamp(min=1e-6).pow(-2), 0.0)
     start = ((weight * v.square()).sum(-1) / (weight * spread).sum(-1).clamp(min=1e-30)).sqrt()
     best = torch.zeros_like(start)
     best_error = torch.full_like(start, torch.inf)

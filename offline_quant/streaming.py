@@ -4,7 +4,7 @@ The modules are transformers' own, built without memory ("meta") and filled from
 float32. Calibration and evaluation both run on this, for ordinary and for quantized checkpoints.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -16,6 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bitsmoe_kernels.errors import BitsmoeError
 from offline_quant.model_adapter import WeightSource, fault_list
 from offline_quant.statistics import LayerInputs
+
+Batches = list[tuple[Tensor, dict[str, Any]]]
+"""Hidden states [n, L, H] and the arguments every decoder layer takes besides them."""
 
 
 class _Reached(Exception):  # noqa: N818 - a signal, not an error
@@ -132,13 +135,21 @@ class StreamedModel:
             handle.remove()
         return caught["hidden"], caught["kwargs"]
 
+    def embed_windows(self, windows: Tensor, batch_tokens: int) -> Batches:
+        """`embed` of windows [n, L] in batches of about `batch_tokens`, hidden states on the CPU."""
+        batches = []
+        for ids in windows.split(max(1, batch_tokens // windows.shape[1])):
+            hidden, kwargs = self.embed(ids)
+            batches.append((hidden.cpu(), kwargs))
+        return batches
+
     @torch.no_grad()
     def run(self, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """One decoder layer on [n, L, H]."""
         out = module(hidden.to(self.device), **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def expert_inputs(self, module: nn.Module, batches: Iterable[tuple[Tensor, dict[str, Any]]]) -> LayerInputs:
+    def expert_inputs(self, module: nn.Module, batches: Batches) -> LayerInputs:
         """What enters the routed experts of a decoder layer; the experts themselves do not run.
 
         Args:

@@ -13,7 +13,7 @@ tensor data is read. See SPEC.md for the meaning of each tensor.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -21,7 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from bitsmoe_kernels.errors import FormatError
 
 FORMAT_VERSION = 1
-QUANT_METHOD = "bitsmoe"
+QUANT_METHOD: Final = "bitsmoe"
 MAX_BITS = 8
 """Widest code. Whole experts may also stay at 16 bits (`Projection.kept_experts`)."""
 

@@ -40,6 +40,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def umask() -> int:
+    """The process's file mode creation mask."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def read_index(directory: Path) -> dict[str, str] | None:
     """Tensor name -> file from the index of a sharded checkpoint; None without an index.
 
@@ -144,9 +151,7 @@ class ShardWriter:
     def _flush(self) -> None:
         path = self.directory / f"shard-{len(self._shards)}.tmp"
         save_file(self._pending, path, metadata={"format": "pt"})
-        mask = os.umask(0)
-        os.umask(mask)
-        path.chmod(0o666 & ~mask)  # safetensors makes files only their owner can read
+        path.chmod(0o666 & ~umask())  # safetensors makes files only their owner can read
         self._shards.append((path, list(self._pending)))
         self._pending, self._pending_bytes = {}, 0
 
