@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_kernels.format.schema import Axis, Basis, ProjectionName
-from offline_quant.distortion import DAMPING
+from offline_quant.statistics import DAMPING
 
 
 @dataclass(frozen=True)

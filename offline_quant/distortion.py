@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError
-
-DAMPING = 0.01
-"""Added to the moments' diagonal, relative to its mean (GPTQ's customary 1%)."""
+from offline_quant.statistics import DAMPING
 
 
 @lru_cache

@@ -17,7 +17,7 @@ from offline_quant.config import QuantizeConfig
 from offline_quant.distortion import Components, kappa, permuted, rank_components
 from offline_quant.model_adapter import MoEShape
 from offline_quant.quantize import quantize
-from offline_quant.statistics import LayerStatistics
+from offline_quant.statistics import LayerStatistics, corrected
 
 CHUNK_VALUES = 1 << 28
 """Float32 values of one chunk of experts in the quantizer: bounds its memory."""
@@ -98,6 +98,10 @@ def decompositions(
 class LayerQuantizer:
     """Plans and quantizes the experts of one layer.
 
+    Errors of gate and up are weighed by what the layer's output feels of them: rows of their weights are scaled by the
+    root of that weight before quantization, and feature scales divided by it afterwards. Down is fitted to the
+    activations of the quantized gate and up, and makes up for their error.
+
     Args:
         gate_up: float32 [E, 2 I, H].
         down: float32 [E, H, I].
@@ -118,44 +122,58 @@ class LayerQuantizer:
     ):
         self.stats, self.shape, self.config, self.subject = stats, shape, config, subject
         self.E, self.I, self.H = shape.num_experts, shape.intermediate_size, shape.hidden_size
-        self.gate_up, self.down, self.channels = self._sort_channels(gate_up, down)
+        self.gate_up, self.down = gate_up.clone(), down.clone()
+        self.input_moments = torch.empty(self.E, self.H, self.H, device=gate_up.device)
+        self.output_root = torch.empty(self.E, 2 * self.I, device=gate_up.device)
+        """Root of the weight of each gate and up output, in units of the layer's mean weight."""
+        self.channels = self._survey()
 
     def _chunks(self, size: int) -> list[range]:
         """Ranges of experts whose [size, size] matrices fit a chunk."""
         step = max(1, CHUNK_VALUES // (6 * size * size))
         return [range(i, min(i + step, self.E)) for i in range(0, self.E, step)]
 
-    def _sort_channels(self, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Components]:
-        """Sort the intermediate channels of every expert by ascending importance, at no cost to the file.
+    def _survey(self) -> Components:
+        """Moments and output weights; sorts the intermediate channels of every expert by ascending importance.
+
+        Sorting channels in place costs the file nothing.
 
         Returns:
-            gate_up and down with their channels sorted, and the channels as components of the down projection.
+            The channels as components of the down projection.
         """
-        gate_up, down = gate_up.clone(), down.clone()
         ranked = []
         for chunk in self._chunks(self.I):
             part = slice(chunk.start, chunk.stop)
-            D = self.stats.hidden_moments(chunk, gate_up[part])
-            found = rank_components(down[part].mT, D, "input")
+            D = torch.empty(len(chunk), self.I, self.I, device=self.down.device)
+            for i, e in enumerate(chunk):
+                self.input_moments[e], self.output_root[e], D[i] = self.stats.expert_moments(
+                    e, self.gate_up[e], self.down[e]
+                )
+            found = rank_components(self.down[part].mT, D, "input")
             rows = torch.cat([found.order, found.order + self.I], 1)
-            gate_up[part] = gate_up[part].gather(1, rows[:, :, None].expand(-1, -1, self.H))
-            down[part] = down[part].gather(2, found.order[:, None].expand(-1, self.H, -1))
+            self.gate_up[part] = self.gate_up[part].gather(1, rows[:, :, None].expand(-1, -1, self.H))
+            self.output_root[part] = self.output_root[part].gather(1, rows)
+            self.down[part] = self.down[part].gather(2, found.order[:, None].expand(-1, self.H, -1))
             ranked.append(found)
+        self.output_root = (self.output_root / self.output_root.mean()).sqrt()
         channels = _concatenate(ranked)
-        identity = torch.arange(self.I, device=down.device).expand_as(channels.order)
-        return gate_up, down, Components(identity, channels.energy, channels.total)
+        identity = torch.arange(self.I, device=self.down.device).expand_as(channels.order)
+        return Components(identity, channels.energy, channels.total)
+
+    def _roots(self, name: ProjectionName) -> Tensor | None:
+        """Roots of the weights of a projection's outputs [E, N]; None for down, whose outputs all weigh the same."""
+        gate, up = self.output_root.chunk(2, 1)
+        return {"gate_up": self.output_root, "gate": gate, "up": up}.get(name)
 
     def _weights(self, name: ProjectionName) -> Tensor:
-        """W [E, N, K] of a projection."""
+        """W [E, N, K] of a projection, rows scaled by the roots of their weights."""
         if name == "down":
             return self.down
         gate, up = self.gate_up.chunk(2, 1)
-        return {"gate_up": self.gate_up, "gate": gate, "up": up}[name]
-
-    def _moments(self, name: ProjectionName, chunk: range, gate_up: Tensor) -> Tensor:
-        if name == "down":
-            return self.stats.hidden_moments(chunk, gate_up[chunk.start : chunk.stop])
-        return self.stats.input_moments(chunk)
+        W = {"gate_up": self.gate_up, "gate": gate, "up": up}[name]
+        roots = self._roots(name)
+        assert roots is not None
+        return W * roots[:, :, None]
 
     def _rank(self, d: Decomposition) -> ProjectionPlan:
         if d.name == "down" and d.basis is None:
@@ -163,8 +181,11 @@ class LayerQuantizer:
         W = self._weights(d.name)
         parts = []
         for chunk in self._chunks(W.shape[2]):
-            M = d.moments(self._moments(d.name, chunk, self.gate_up))
-            parts.append(rank_components(d.factors(W[chunk.start : chunk.stop]), M, d.component_axis))
+            if d.name == "down":
+                M = torch.stack([self.stats.hidden_moments(e, self.gate_up[e], self.gate_up[e])[0] for e in chunk])
+            else:
+                M = self.input_moments[chunk.start : chunk.stop]
+            parts.append(rank_components(d.factors(W[chunk.start : chunk.stop]), d.moments(M), d.component_axis))
         return ProjectionPlan(d, _concatenate(parts))
 
     def plan(self) -> LayerPlan:
@@ -182,7 +203,7 @@ class LayerQuantizer:
             except BitsmoeError as e:
                 refusals.append(e)
                 continue
-            decomposed = decompositions(form, self.gate_up, self.down, self.stats, self.config)
+            decomposed = decompositions(form, self._weights("gate_up"), self.down, self.stats, self.config)
             projections = {name: self._rank(d) for name, d in decomposed.items()}
             plans.append(self._allocate(form, schema, projections, budget))
         if not plans:
@@ -230,12 +251,10 @@ class LayerQuantizer:
         """
         tensors: dict[str, Tensor] = {}
         errors: dict[str, float] = {}
-        gate_up = self.gate_up
         for name, projection in plan.projections.items():
-            if name == "down":
-                # The down projection is fitted to what it will see: activations of the quantized gate and up.
-                gate_up = self._dequantized_gate_up(plan.layer, tensors)
-            parts, errors[name] = self._quantize_projection(plan, projection, gate_up, tick)
+            # The down projection comes last: it is fitted to the activations of the quantized gate and up.
+            quantized = self._dequantized_gate_up(plan.layer, tensors) if name == "down" else None
+            parts, errors[name] = self._quantize_projection(plan, projection, quantized, tick)
             tensors |= {f"{name}_{k}": v for k, v in parts.items()}
         return tensors, errors
 
@@ -249,21 +268,33 @@ class LayerQuantizer:
             out[e] = torch.cat([weights.projections[n].weight(e) for n in names])
         return out
 
+    def _targets(self, name: ProjectionName, chunk: range, quantized: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What to quantize, W [n, N, K], and the moments [n, K, K] its error is measured with."""
+        if quantized is None:
+            part = slice(chunk.start, chunk.stop)
+            return self._weights(name)[part], self.input_moments[part]
+        W, M = [], []
+        for e in chunk:
+            moments, missing = self.stats.hidden_moments(e, quantized[e], self.gate_up[e])
+            W.append(corrected(self.down[e], moments, missing))
+            M.append(moments)
+        return torch.stack(W), torch.stack(M)
+
     def _quantize_projection(
-        self, plan: LayerPlan, projection: ProjectionPlan, gate_up: Tensor, tick: Callable[[], None]
+        self, plan: LayerPlan, projection: ProjectionPlan, quantized: Tensor | None, tick: Callable[[], None]
     ) -> tuple[dict[str, Tensor], float]:
         d, name, G = projection.decomposition, projection.name, self.config.block_size
-        W, on_input = self._weights(name), projection.decomposition.component_axis == "input"
+        on_input = d.component_axis == "input"
         C, N = plan.layer.components(name), plan.layer.features(name)
         codes, scales, features = [], torch.empty(self.E, C), torch.empty(self.E, N)
         share = self.stats.share
         lost = total = 0.0
-        for chunk in self._chunks(W.shape[2]):
+        for chunk in self._chunks(plan.layer.side(name, "input")):
             part = slice(chunk.start, chunk.stop)
             order = projection.components.order[part]
-            bits = plan.bits[name][part].to(W.device)
-            F = d.factors(W[part])
-            M = d.moments(self._moments(name, chunk, gate_up))
+            bits = plan.bits[name][part].to(order.device)
+            W, M = self._targets(name, chunk, quantized)
+            F, M = d.factors(W), d.moments(M)
             width = bits.repeat_interleave(G, 1)[:, :C]
             if on_input:
                 F = F.gather(1, order[:, :, None].expand_as(F))
@@ -280,6 +311,8 @@ class LayerQuantizer:
                 tick()
             scales[part], features[part] = (q.a.cpu(), q.c.cpu()) if on_input else (q.c.cpu(), q.a.cpu())
         live = plan.bits[name].repeat_interleave(G, 1)[:, :C] > 0
+        if (roots := self._roots(name)) is not None:
+            features /= roots.cpu()
         parts = {
             "codes": torch.cat(codes) if codes else torch.empty(0, N, dtype=code_dtype(G)),
             "bits": plan.bits[name].clone(),

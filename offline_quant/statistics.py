@@ -1,4 +1,7 @@
-"""Second moments of what the experts of one layer see on calibration text."""
+"""Second moments of what the experts of one layer see on calibration text, weighed by what the layer's output feels.
+
+Symbols: w routing weight of a token at an expert, g and u its gate and up outputs, h = silu(g) * u, D the down matrix.
+"""
 
 from dataclasses import dataclass
 
@@ -8,6 +11,12 @@ from torch import Tensor
 
 RARE_SHARE = 0.25
 """Least weight of an expert in the allocation, relative to the mean expert's."""
+HEAVIEST_TOKEN = 20.0
+"""Most that one token counts in an expert's moments, relative to the mean token: a few would else decide alone."""
+LEAST_OUTPUT = 0.02
+"""Least weight of a gate or up output, relative to the expert's mean output."""
+DAMPING = 0.01
+"""Added to the diagonal of moments, relative to its mean (GPTQ's customary 1%)."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,8 @@ class LayerInputs:
 class LayerStatistics:
     """Moments for each expert, shrunk towards those of all tokens, so that a rare expert has usable ones too.
 
-    Moments are taken about zero: the mean activation stays one strong direction.
+    An expert's own tokens count once each; a sample of all tokens adds the weight of H / 8 more. Moments are taken
+    about zero: the mean activation stays one strong direction.
 
     Args:
         inputs: calibration activations of the layer.
@@ -37,7 +47,6 @@ class LayerStatistics:
 
     def __init__(self, inputs: LayerInputs, num_experts: int):
         self.inputs = inputs
-        self.num_experts = num_experts
         tokens, slots = inputs.topk_ids.shape
         flat = inputs.topk_ids.flatten()
         self.counts = torch.bincount(flat, minlength=num_experts)
@@ -49,8 +58,8 @@ class LayerStatistics:
         self.pooled = inputs.x.T @ inputs.x / tokens
         """C [H, H] over all tokens."""
         self.pseudo_count = max(1, hidden // 8)
-        step = max(1, tokens // (2 * self.pseudo_count))
-        self._sample = inputs.x[::step]
+        self._sample = inputs.x[:: max(1, tokens // hidden)]
+        self._typical = inputs.topk_weights.square().mean()
 
     @property
     def share(self) -> Tensor:
@@ -66,35 +75,79 @@ class LayerStatistics:
             / self.inputs.topk_ids.shape[1]
         )
 
-    def input_moments(self, experts: range) -> Tensor:
-        """E[x x^T] for each of these experts, [n, H, H]."""
-        out = torch.empty(len(experts), *self.pooled.shape, device=self.pooled.device)
-        for i, e in enumerate(experts):
-            x = self.inputs.x[self._token[e]]
-            out[i] = (x.T @ x + self.pseudo_count * self.pooled) / (len(x) + self.pseudo_count)
-        return out
+    def _tokens(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Inputs [n, H] of an expert and of the sample, and their weight [n]: w^2, divided by the tokens they are."""
+        own = self._weight[expert].square()
+        prior = self._typical * (self.pseudo_count / len(self._sample))
+        x = torch.cat([self.inputs.x[self._token[expert]], self._sample])
+        return x, torch.cat([own, prior.expand(len(self._sample))]) / (len(own) + self.pseudo_count)
 
-    def hidden_moments(self, experts: range, gate_up: Tensor) -> Tensor:
-        """E[w^2 h h^T] of the intermediate activations h = silu(gate x) * up x, w the routing weight.
+    def expert_moments(self, expert: int, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What errors of an expert's matrices cost at the layer's output, to first order.
+
+        An error d of gate output n moves the output by w D[:, n] silu'(g) u d, one of up output n by
+        w D[:, n] silu(g) d. The mean square of these factors over tokens is the weight of an output; their sum over
+        outputs weighs a token.
 
         Args:
-            experts: which.
-            gate_up: [n, 2 I, H], weights of exactly these experts.
+            expert: which.
+            gate_up: [2 I, H].
+            down: [H, I].
 
         Returns:
-            [n, I, I].
+            M [H, H], second moments of x with tokens weighed, of mean weight one; the outputs' weights [2 I];
+            E[w^2 h h^T] [I, I].
         """
-        intermediate = gate_up.shape[1] // 2
-        out = torch.empty(len(experts), intermediate, intermediate, device=gate_up.device)
-        typical = self.inputs.topk_weights.square().mean()
-        for i, e in enumerate(experts):
-            h = _hidden(self.inputs.x[self._token[e]], gate_up[i]) * self._weight[e][:, None]
-            pool = _hidden(self._sample, gate_up[i])
-            prior = self.pseudo_count * typical / len(pool) * (pool.T @ pool)
-            out[i] = (h.T @ h + prior) / (len(h) + self.pseudo_count)
-        return out
+        x, mass = self._tokens(expert)
+        gate, up = (x @ gate_up.T).chunk(2, -1)
+        sigmoid = gate.sigmoid()
+        silu = gate * sigmoid
+        slope = (sigmoid + silu * (1 - sigmoid)).mul_(up)
+        hidden = silu * up
+        D = (hidden * mass[:, None]).T @ hidden
+        norms = down.square().sum(0)
+        felt = torch.cat([slope, silu], 1).square_().mul_(torch.cat([norms, norms]))
+        token = felt.sum(1)
+        outputs = mass @ felt
+        outputs = outputs.clamp(min=LEAST_OUTPUT * float(outputs.mean())).clamp(min=1e-30)
+        token = (token * mass).clamp(max=HEAVIEST_TOKEN * float((token * mass).mean()))
+        M = (x * (token / token.sum().clamp(min=1e-30))[:, None]).T @ x
+        return M, outputs, D
+
+    def hidden_moments(self, expert: int, gate_up: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
+        """Moments of the activations that the down projection will see, and how they miss the original ones.
+
+        Args:
+            expert: which.
+            gate_up: [2 I, H], quantized.
+            original: [2 I, H].
+
+        Returns:
+            E[w^2 h' h'^T] and E[w^2 (h - h') h'^T], both [I, I]; h' from the quantized weights, h from the original.
+        """
+        x, mass = self._tokens(expert)
+        seen = _hidden(x, gate_up)
+        missing = _hidden(x, original) - seen
+        weighed = seen * mass[:, None]
+        return weighed.T @ seen, missing.T @ weighed
 
 
 def _hidden(x: Tensor, gate_up: Tensor) -> Tensor:
     gate, up = (x @ gate_up.T).chunk(2, -1)
     return F.silu(gate) * up
+
+
+def corrected(down: Tensor, moments: Tensor, missing: Tensor) -> Tensor:
+    """The down matrix that makes up for errors of gate and up, as far as the activations h' tell them.
+
+    Least squares: D' = D E[h h'^T] E[h' h'^T]^-1. Rounding shrinks gate and up coherently, and D' undoes most of that
+    for nothing (compare GPTAQ, arXiv 2504.02692, which corrects the inputs of a layer in this way).
+
+    Args:
+        down: D [H, I].
+        moments: E[h' h'^T] [I, I].
+        missing: E[(h - h') h'^T] [I, I].
+    """
+    ridge = (DAMPING * moments.diagonal().mean()).clamp(min=torch.finfo(moments.dtype).tiny)
+    M = moments + ridge * torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+    return down + down @ torch.linalg.solve(M, missing.T).T

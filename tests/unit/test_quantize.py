@@ -6,11 +6,11 @@ import torch
 
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.schema import Layer, Projection
-from bitsmoe_kernels.reference import LayerWeights
+from bitsmoe_kernels.reference import LayerWeights, moe_forward
+from offline_quant import layer as layer_module
 from offline_quant.basis import natural, paper, whitened
 from offline_quant.config import QuantizeConfig
 from offline_quant.distortion import (
-    DAMPING,
     conditional_variances,
     damped,
     feedback_factor,
@@ -21,7 +21,7 @@ from offline_quant.layer import LayerQuantizer
 from offline_quant.model_adapter import FAMILIES, MoEShape
 from offline_quant.quantize import Quantized, _round_row, _row_scale, quantize
 from offline_quant.report import width_histogram
-from offline_quant.statistics import LayerInputs, LayerStatistics
+from offline_quant.statistics import DAMPING, LayerInputs, LayerStatistics, corrected
 
 # Best uniform quantizers of a unit Gaussian: J. Max, "Quantizing for minimum distortion", 1960, table II.
 MAX_1960 = {1: (1.5957, 0.3634), 2: (0.9957, 0.1188), 3: (0.5860, 0.03744), 4: (0.3352, 0.01154), 5: (0.1881, 0.003495)}
@@ -230,36 +230,84 @@ def inputs(T=200, H=12, E=4, k=2, seed=0, unseen=None):
     return LayerInputs(torch.randn(T, H, generator=g) + 0.3, score.topk(k).indices, torch.rand(T, k, generator=g))
 
 
-def test_statistics_equal_plain_loops():
-    data, E = inputs(), 4
+def weighed_tokens(data, stats, e):
+    """Inputs and masses of an expert's tokens and of the sample that stands for all tokens, in float64."""
+    T = len(data.x)
+    rows = [(data.x[t], data.topk_weights[t, s] ** 2) for t in range(T) for s in range(2) if data.topk_ids[t, s] == e]
+    own = len(rows)
+    sample = data.x[:: T // data.x.shape[1]]
+    rows += [(x, data.topk_weights.square().mean() * stats.pseudo_count / len(sample)) for x in sample]
+    x, mass = torch.stack([r[0] for r in rows]).double(), torch.stack([r[1] for r in rows]).double()
+    return x, mass / (own + stats.pseudo_count), own
+
+
+def test_expert_moments_weigh_by_the_jacobian_of_the_output():
+    """Against autograd: d(w D h)/d(gate, up) of every token."""
+    data, E, intermediate = inputs(), 4, 5
     stats = LayerStatistics(data, E)
-    W = torch.randn(E, 10, 12)
-    got_in, got_hidden = stats.input_moments(range(E)), stats.hidden_moments(range(E), W)
+    g = torch.Generator().manual_seed(3)
+    W, D = torch.randn(E, 2 * intermediate, 12, generator=g), torch.randn(E, 12, intermediate, generator=g)
     for e in range(E):
-        xs, hs = [], []
-        for t in range(len(data.x)):
-            for slot in range(2):
-                if int(data.topk_ids[t, slot]) == e:
-                    x = data.x[t].double()
-                    gate, up = (W[e].double() @ x).chunk(2)
-                    xs.append(x)
-                    hs.append(gate * torch.sigmoid(gate) * up * float(data.topk_weights[t, slot]))
-        n, prior = len(xs), stats.pseudo_count
-        assert n == int(stats.counts[e])
-        x, h = torch.stack(xs), torch.stack(hs)
-        pooled = data.x.double().T @ data.x.double() / len(data.x)
-        assert torch.allclose(got_in[e].double(), (x.T @ x + prior * pooled) / (n + prior), atol=1e-4)
-        # The prior of the intermediate moments is small here: what remains is the routed tokens' own.
-        own = h.T @ h / n
-        assert float((got_hidden[e] - own).norm() / own.norm()) < 0.1
+        M, outputs, moments_of_hidden = stats.expert_moments(e, W[e], D[e])
+        x, mass, own = weighed_tokens(data, stats, e)
+        assert own == int(stats.counts[e])
+
+        def output(o, D=D[e].double()):
+            gate, up = o.chunk(2)
+            return D @ (gate * torch.sigmoid(gate) * up)
+
+        felt = torch.stack(
+            [torch.autograd.functional.jacobian(output, W[e].double() @ row).square().sum(0) for row in x]
+        )
+        assert torch.allclose(outputs.double(), mass @ felt, rtol=1e-4)
+        token = mass * felt.sum(1)
+        token = token.clamp(max=20 * token.mean())
+        assert torch.allclose(M.double(), (x.T * token) @ x / token.sum(), atol=1e-4)
+        gate, up = (x @ W[e].double().T).chunk(2, 1)
+        h = gate * torch.sigmoid(gate) * up
+        assert torch.allclose(moments_of_hidden.double(), (h.T * mass) @ h, rtol=1e-4, atol=1e-4)
 
 
-def test_an_unseen_expert_gets_pooled_statistics():
-    stats = LayerStatistics(inputs(unseen=1), 4)
+def test_corrected_down_is_the_least_squares_fit_to_quantized_activations():
+    data = inputs(T=4000)
+    stats = LayerStatistics(data, 4)
+    g = torch.Generator().manual_seed(4)
+    original, down = torch.randn(10, 12, generator=g), torch.randn(12, 5, generator=g)
+    quantized = original * 0.8 + 0.1 * torch.randn(10, 12, generator=g)
+    M, missing = stats.hidden_moments(1, quantized, original)
+    x, mass, _ = weighed_tokens(data, stats, 1)
+
+    def hidden(W):
+        gate, up = (x @ W.double().T).chunk(2, 1)
+        return gate * torch.sigmoid(gate) * up * mass.sqrt()[:, None]
+
+    h, seen = hidden(original), hidden(quantized)
+    assert torch.allclose(M.double(), seen.T @ seen, rtol=1e-4, atol=1e-4)
+    fitted = corrected(down, M, missing).double()
+    best = torch.linalg.lstsq(seen, h @ down.double().T).solution.T
+
+    def lost(D):
+        return float((h @ down.double().T - seen @ D.T).square().sum())
+
+    assert lost(best) <= lost(fitted) < 1.02 * lost(best)
+    assert lost(fitted) < 0.5 * lost(down.double())
+
+
+def test_nothing_missing_leaves_down_as_it_is():
+    down = torch.randn(6, 4)
+    assert torch.equal(corrected(down, torch.eye(4), torch.zeros(4, 4)), down)
+    assert torch.equal(corrected(down, torch.zeros(4, 4), torch.zeros(4, 4)), down)
+
+
+def test_an_unseen_expert_gets_statistics_of_all_tokens():
+    data = inputs(unseen=1)
+    stats = LayerStatistics(data, 4)
     assert int(stats.counts[1]) == 0
-    assert torch.allclose(stats.input_moments(range(1, 2))[0], stats.pooled, atol=1e-5)
-    hidden = stats.hidden_moments(range(1, 2), torch.randn(1, 8, 12))[0]
-    assert bool(hidden.isfinite().all())
+    M, outputs, hidden = stats.expert_moments(1, torch.randn(8, 12), torch.randn(12, 4))
+    for value in (M, outputs, hidden):
+        assert bool(value.isfinite().all())
+    assert int(torch.linalg.matrix_rank(M)) == 12
+    assert float(outputs.min()) > 0
     assert float(hidden.trace()) > 0
     assert float(stats.share[1]) > 0
 
@@ -297,21 +345,45 @@ def test_a_layer_keeps_its_budget_and_its_function(basis, block_size, unseen):
     assert all(0 <= v < 0.02 for v in errors.values())
 
 
-def test_reported_error_is_the_error_on_the_calibration_tokens():
-    gate_up, _, stats, plan, tensors, errors, config = layer("natural", 4.5)
+def test_reported_error_is_what_the_stored_weights_lose():
+    gate_up, down, stats, plan, tensors, errors, config = layer("natural", 4.5)
     weights = LayerWeights(plan.layer, config.block_size, tensors)
     lost = total = 0.0
     for e in range(4):
-        token = (stats.inputs.topk_ids == e).any(1)
-        x = stats.inputs.x[token].double()
+        M, outputs, _ = stats.expert_moments(e, gate_up[e], down[e])
         # Channels were permuted: compare with the permuted original, found by matching energies of rows.
         gate, up, _ = weights.expert_weights(e)
-        again = torch.cat([gate, up]).double()
-        reference = gate_up[e].double()
+        again, reference = torch.cat([gate, up]).double(), gate_up[e].double()
         nearest = torch.cdist(again, reference).argmin(1)
-        lost += float(((again - reference[nearest]) @ x.T).square().sum())
-        total += float((reference @ x.T).square().sum())
-    assert errors["gate_up"] == pytest.approx(lost / total, rel=0.1)
+        feel, share = outputs.double()[nearest], float(stats.share[e])
+        d, r = again - reference[nearest], reference[nearest]
+        lost += share * float((feel * ((d @ M.double()) * d).sum(1)).sum())
+        total += share * float((feel * ((r @ M.double()) * r).sum(1)).sum())
+    assert errors["gate_up"] == pytest.approx(lost / total, rel=0.02)
+
+
+@pytest.mark.parametrize("basis", ["natural", "whitened"])
+def test_down_makes_up_for_gate_and_up(basis, monkeypatch):
+    """The layer's output is nearer to the original's than with a down fitted to its original weights."""
+
+    def output_error():
+        gate_up, down, stats, plan, tensors, _, config = layer(basis, 4.5 if basis == "natural" else 5.5)
+        data = stats.inputs
+        again = moe_forward(
+            LayerWeights(plan.layer, config.block_size, tensors), data.x, data.topk_weights, data.topk_ids
+        )
+        y = torch.zeros_like(again)
+        for slot in range(2):
+            for e in range(4):
+                rows = data.topk_ids[:, slot] == e
+                gate, up = (data.x[rows] @ gate_up[e].T).chunk(2, 1)
+                h = torch.nn.functional.silu(gate) * up
+                y[rows] += data.topk_weights[rows, slot, None] * (h @ down[e].T)
+        return float((again - y).square().sum() / y.square().sum())
+
+    with_correction = output_error()
+    monkeypatch.setattr(layer_module, "corrected", lambda down, moments, missing: down)
+    assert with_correction < 0.95 * output_error()
 
 
 def test_natural_has_no_basis_and_the_file_orders_no_intermediate_channels():
