@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.rtn import write_rounded
+from benchmarks.baselines.driver import run_baseline
 from offline_quant.calibration import load_tokenizer, window_length, write_sampled_text
 from offline_quant.config import QuantizeConfig
 from offline_quant.evaluate import MAX_WINDOW, evaluate
@@ -50,7 +50,7 @@ def measure(model: Path, calib: str, text: Path, bits: list[float], rtn: list[in
             rows.append(_row("bitsmoe", bpw, seconds, evaluate(out, text, model).as_dict()))
         for width in rtn:
             start, out = time.monotonic(), Path(scratch) / f"rtn-{width}"
-            bpw = write_rounded(model, out, width)
+            bpw = run_baseline("rtn", model, None, width, out)["bpw"]
             seconds = time.monotonic() - start
             rows.append(_row("round-to-nearest g128", bpw, seconds, evaluate(out, text, model).as_dict()))
     return rows

@@ -1,11 +1,13 @@
 """Options of `bitsmoe quantize`, checked together before any work."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 BasisForm = Literal["auto", "natural", "whitened", "paper"]
+ObjectiveName = Literal["bitsmoe", "alphaq", "bt-moe", "frequency", "uniform"]
+Scope = Literal["layer", "model"]
 
 
 class QuantizeConfig(BaseModel):
@@ -15,11 +17,21 @@ class QuantizeConfig(BaseModel):
 
     bits: float = Field(gt=0, le=16, allow_inf_nan=False)
     """All-in bits per weight of the routed experts: codes, scales, metadata and basis."""
+    objective: ObjectiveName = "bitsmoe"
+    """What the bits are spent for; see `objectives`."""
+    budget: Scope | None = None
+    """One budget for each layer, or one for the model; None: as the objective's authors have it."""
+    gamma: float = Field(default=1.0, ge=0, le=10, allow_inf_nan=False)
+    """How much AlphaQ's exponents count."""
+    ranks: tuple[Annotated[int, Field(ge=0)], ...] = (0, 8, 16, 32, 64, 128)
+    """Ranks of BT-MoE's compensators to choose from."""
     basis: BasisForm = "auto"
     basis_bits: Literal[8, 16] = 8
     block_size: Literal[16, 32] = 16
     widths: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 8)
     """Bit-widths the allocation may choose from."""
+    feedback: bool = True
+    """Hand rounding errors on to components not yet rounded; without, rounding takes a fraction of the time."""
     refine: int = Field(default=2, ge=0, le=20)
     """Rounds of scale refit and coordinate descent after the feedback."""
     calib: str | None = None

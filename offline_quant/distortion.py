@@ -93,33 +93,41 @@ class Components:
 
     Attributes:
         order: int64 [n, C], stored row -> component.
-        energy: float32 [n, C], error energy at the output if the stored row is dropped and all later ones make up
-            for it.
+        norms: float32 [n, C], squared norm of the stored row; with what other rows hand it, once that was measured.
+        variance: float32 [n, C], of the stored row's component, given those after it. Where components are outputs,
+            the variances are within `norms` and this is one.
         total: float32 [n], energy of the projection's output.
     """
 
     order: Tensor
-    energy: Tensor
+    norms: Tensor
+    variance: Tensor
     total: Tensor
 
+    @property
+    def energy(self) -> Tensor:
+        """Error energy at the output if the row is dropped and all later ones make up for it, [n, C]."""
+        return self.variance * self.norms
 
-def rank_components(F: Tensor, M: Tensor, component_axis: str) -> Components:
+
+def rank_components(F: Tensor, M: Tensor, component_axis: str, sort: bool = True) -> Components:
     """Order and weigh components: the contraction axis for "input", the output axis for "output".
 
     Args:
         F: [n, K, N].
         M: [n, K, K].
         component_axis: which.
+        sort: by ascending importance; else in their own order.
     """
     total = (F * (M @ F)).sum((1, 2))
     if component_axis == "output":
         energy = (conditional_variances(damped(M))[:, :, None] * F.square()).sum(1)
         order = energy.argsort(dim=-1, stable=True)
-        return Components(order, energy.gather(1, order), total)
+        return Components(order, energy.gather(1, order), torch.ones_like(energy), total)
     norms = F.square().sum(-1)
-    order = (M.diagonal(dim1=-2, dim2=-1) * norms).argsort(dim=-1, stable=True)
-    d = conditional_variances(damped(permuted(M, order)))
-    return Components(order, d * norms.gather(1, order), total)
+    importance = M.diagonal(dim1=-2, dim2=-1) * norms if sort else torch.zeros_like(norms)
+    order = importance.argsort(dim=-1, stable=True)
+    return Components(order, norms.gather(1, order), conditional_variances(damped(permuted(M, order))), total)
 
 
 def permuted(M: Tensor, order: Tensor) -> Tensor:

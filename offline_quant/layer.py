@@ -1,7 +1,7 @@
 """One MoE layer from weights and statistics to format tensors: decompose, allocate, quantize."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -9,18 +9,22 @@ from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.packing import code_dtype, pack_codes
-from bitsmoe_kernels.format.schema import Basis, Layer, Projection, ProjectionName, num_blocks, order_dtype
+from bitsmoe_kernels.format.schema import Basis, Layer, Projection, ProjectionName, order_dtype
 from bitsmoe_kernels.reference import LayerWeights
+from offline_quant import compensator
 from offline_quant.allocation import Allocation, allocate
 from offline_quant.basis import Decomposition, natural, paper, whitened
 from offline_quant.config import QuantizeConfig
-from offline_quant.distortion import Components, kappa, permuted, rank_components
+from offline_quant.distortion import Components, damped, permuted, rank_components
 from offline_quant.model_adapter import MoEShape
-from offline_quant.quantize import quantize
+from offline_quant.objectives import OBJECTIVES, Table, table
+from offline_quant.quantize import Quantized, quantize
 from offline_quant.statistics import LayerStatistics, corrected
 
 CHUNK_VALUES = 1 << 28
 """Float32 values of one chunk of experts in the quantizer: bounds its memory."""
+COMPENSATOR_ROUNDS = 2
+"""How often codes and compensator are fitted to what the other leaves over."""
 
 
 @dataclass(frozen=True)
@@ -41,52 +45,73 @@ class LayerPlan:
     """What was decided for a layer.
 
     Attributes:
-        layer: schema, code_rows filled in.
-        projections: plans by name.
-        bits: uint8 [E, B] by name.
-        allocation: the solver's result; losses are shares of the projections' output energy, summed over projections.
-        basis: the form chosen.
+        layer: schema, code_rows and ranks filled in.
+        bits: uint8 [E, B] by projection.
+        ranks: compensators' ranks int32 [E]; None without compensators.
+        allocation: the solver's result.
+        table: the choices it was made from.
+        trial: measured relative error of a first pass, summed over projections; None if there was none.
     """
 
     layer: Layer
-    projections: dict[ProjectionName, ProjectionPlan]
     bits: dict[ProjectionName, Tensor]
+    ranks: Tensor | None
     allocation: Allocation
-    basis: str
+    table: Table
+    trial: float | None = None
+
+    @property
+    def basis(self) -> str:
+        """The form chosen."""
+        return self.table.form
+
+    @property
+    def projections(self) -> dict[ProjectionName, ProjectionPlan]:
+        """Components of every projection."""
+        return self.table.projections
 
 
 def schema_of(form: str, shape: MoEShape, config: QuantizeConfig) -> Layer:
-    """A layer's schema under one form, with no codes yet: natural, whitened or paper."""
+    """A layer's schema under one form, with no codes yet: natural, whitened, paper, or split (gate and up apart)."""
     basis = Basis(rank=shape.hidden_size, bits=config.basis_bits)
     # Intermediate channels without a basis are permuted with the expert's other matrices instead, at no cost.
     natural_down = Projection(code_rows=0)
-    inputs = Projection(code_rows=0, order="expert", basis=None if form == "natural" else basis)
-    projections: dict[ProjectionName, Projection] = (
-        {
+    inputs = Projection(code_rows=0, order="expert", basis=basis)
+    forms: dict[str, dict[ProjectionName, Projection]] = {
+        "natural": {"gate_up": Projection(code_rows=0, order="expert"), "down": natural_down},
+        "whitened": {"gate_up": inputs, "down": natural_down},
+        "paper": {
             "gate": inputs,
             "up": inputs,
             "down": Projection(code_rows=0, order="expert", basis=basis, component_axis="output"),
-        }
-        if form == "paper"
-        else {"gate_up": inputs, "down": natural_down}
-    )
+        },
+        # One width for a matrix: nothing to sort.
+        "split": {"gate": Projection(code_rows=0), "up": Projection(code_rows=0), "down": natural_down},
+    }
     return Layer(
         num_experts=shape.num_experts,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
-        projections=projections,
+        projections=forms[form],
     )
+
+
+def forms_of(config: QuantizeConfig) -> tuple[str, ...]:
+    """The forms that may be chosen from."""
+    return OBJECTIVES[config.objective].forms if config.basis == "auto" else (config.basis,)
 
 
 def decompositions(
     form: str, gate_up: Tensor, down: Tensor, stats: LayerStatistics, config: QuantizeConfig
 ) -> dict[ProjectionName, Decomposition]:
-    """The decomposition of every projection under one form: natural, whitened or paper."""
+    """The decomposition of every projection under one form, see `schema_of`."""
     if form == "natural":
         return {"gate_up": natural("gate_up"), "down": natural("down")}
     if form == "whitened":
         basis = whitened("gate_up", gate_up, stats.pooled, stats.share, config.basis_bits)
         return {"gate_up": basis, "down": natural("down")}
+    if form == "split":
+        return {"gate": natural("gate"), "up": natural("up"), "down": natural("down")}
     gate, up = gate_up.chunk(2, 1)
     return {
         "gate": paper("gate", gate, "input", config.basis_bits),
@@ -128,7 +153,7 @@ class LayerQuantizer:
         """Root of the weight of each gate and up output, in units of the layer's mean weight."""
         self.channels = self._survey()
 
-    def _chunks(self, size: int) -> list[range]:
+    def chunks(self, size: int) -> list[range]:
         """Ranges of experts whose [size, size] matrices fit a chunk."""
         step = max(1, CHUNK_VALUES // (6 * size * size))
         return [range(i, min(i + step, self.E)) for i in range(0, self.E, step)]
@@ -142,7 +167,7 @@ class LayerQuantizer:
             The channels as components of the down projection.
         """
         ranked = []
-        for chunk in self._chunks(self.I):
+        for chunk in self.chunks(self.I):
             part = slice(chunk.start, chunk.stop)
             D = torch.empty(len(chunk), self.I, self.I, device=self.down.device)
             for i, e in enumerate(chunk):
@@ -155,10 +180,10 @@ class LayerQuantizer:
             self.output_root[part] = self.output_root[part].gather(1, rows)
             self.down[part] = self.down[part].gather(2, found.order[:, None].expand(-1, self.H, -1))
             ranked.append(found)
-        self.output_root = (self.output_root / self.output_root.mean()).sqrt()
+        self.output_unit = float(self.output_root.mean())
+        self.output_root = (self.output_root / self.output_unit).sqrt()
         channels = _concatenate(ranked)
-        identity = torch.arange(self.I, device=self.down.device).expand_as(channels.order)
-        return Components(identity, channels.energy, channels.total)
+        return replace(channels, order=torch.arange(self.I, device=self.down.device).expand_as(channels.order))
 
     def _roots(self, name: ProjectionName) -> Tensor | None:
         """Roots of the weights of a projection's outputs [E, N]; None for down, whose outputs all weigh the same."""
@@ -169,72 +194,139 @@ class LayerQuantizer:
         """W [E, N, K] of a projection, rows scaled by the roots of their weights."""
         if name == "down":
             return self.down
-        gate, up = self.gate_up.chunk(2, 1)
-        W = {"gate_up": self.gate_up, "gate": gate, "up": up}[name]
         roots = self._roots(name)
         assert roots is not None
-        return W * roots[:, :, None]
+        return self.original(name) * roots[:, :, None]
 
-    def _rank(self, d: Decomposition) -> ProjectionPlan:
+    def original(self, name: ProjectionName) -> Tensor:
+        """W [E, N, K] of a projection as the model has it, but for the order of intermediate channels."""
+        gate, up = self.gate_up.chunk(2, 1)
+        return {"gate_up": self.gate_up, "gate": gate, "up": up, "down": self.down}[name]
+
+    def originals(self, name: ProjectionName, chunk: range) -> tuple[Tensor, Tensor]:
+        """W [n, N, K], rows scaled by the roots of their weights, and moments [n, K, K] of its original inputs."""
+        part = slice(chunk.start, chunk.stop)
+        if name != "down":
+            return self._weights(name)[part], self.input_moments[part]
+        M = [self.stats.hidden_moments(e, self.gate_up[e], self.gate_up[e])[0] for e in chunk]
+        return self.down[part], torch.stack(M)
+
+    def unit_energy(self, name: ProjectionName) -> float:
+        """Energy at the layer's output of one unit of a projection's error."""
+        return 1.0 if name == "down" else self.output_unit
+
+    def _rank(self, d: Decomposition, sort: bool) -> ProjectionPlan:
         if d.name == "down" and d.basis is None:
             return ProjectionPlan(d, self.channels)
-        W = self._weights(d.name)
         parts = []
-        for chunk in self._chunks(W.shape[2]):
-            if d.name == "down":
-                M = torch.stack([self.stats.hidden_moments(e, self.gate_up[e], self.gate_up[e])[0] for e in chunk])
-            else:
-                M = self.input_moments[chunk.start : chunk.stop]
-            parts.append(rank_components(d.factors(W[chunk.start : chunk.stop]), d.moments(M), d.component_axis))
+        for chunk in self.chunks(self.I if d.name == "down" else self.H):
+            W, M = self.originals(d.name, chunk)
+            parts.append(rank_components(d.factors(W), d.moments(M), d.component_axis, sort))
         return ProjectionPlan(d, _concatenate(parts))
 
-    def plan(self) -> LayerPlan:
-        """Choose a decomposition and the bits of every block.
+    def tables(self) -> list[Table]:
+        """The choices under every form the budget allows.
 
-        With `basis="auto"` every candidate gets its own allocation under the same all-in budget, and the one with the
-        smallest predicted loss is taken.
+        Raises:
+            BitsmoeError: it allows none; names the smallest possible one.
         """
-        forms = ("natural", "whitened") if self.config.basis == "auto" else (self.config.basis,)
-        plans, refusals = [], []
-        for form in forms:
+        found, refusals = [], []
+        for form in forms_of(self.config):
             schema = schema_of(form, self.shape, self.config)
+            overhead = 8 * schema.nbytes(self.config.block_size)
             try:
-                budget = budget_bits(schema, self.config, self.subject)
+                budget_bits(schema, self.config, self.subject)
             except BitsmoeError as e:
                 refusals.append(e)
                 continue
             decomposed = decompositions(form, self._weights("gate_up"), self.down, self.stats, self.config)
-            projections = {name: self._rank(d) for name, d in decomposed.items()}
-            plans.append(self._allocate(form, schema, projections, budget))
-        if not plans:
+            plans = {
+                name: self._rank(d, name == "down" or schema.projections[name].order != "none")
+                for name, d in decomposed.items()
+            }
+            found.append(table(OBJECTIVES[self.config.objective], self, form, schema, plans, overhead))
+        if not found:
             raise refusals[0]
-        return min(plans, key=lambda p: p.allocation.loss)
+        return found
 
-    def _allocate(
-        self, form: str, schema: Layer, projections: dict[ProjectionName, ProjectionPlan], budget: int
-    ) -> LayerPlan:
-        G, widths = self.config.block_size, np.array(self.config.widths)
-        ratio = np.array([kappa(b) for b in widths])
-        share = self.stats.share.double().cpu()
-        losses, costs = [], []
-        for name, plan in projections.items():
-            c = plan.components
-            energy = c.energy.double().cpu() * share[:, None]
-            C = energy.shape[1]
-            blocks = torch.zeros(self.E, num_blocks(C, G) * G, dtype=torch.float64)
-            blocks[:, :C] = energy
-            weight = blocks.view(self.E, -1, G).sum(-1) / (c.total.double().cpu() * share).sum().clamp(min=1e-300)
-            losses.append(weight.flatten().numpy()[:, None] * ratio)
-            costs.append(np.tile(widths * G * schema.features(name), (weight.numel(), 1)))
-        result = allocate(np.concatenate(losses), np.concatenate(costs), budget)
-        chosen = torch.from_numpy(widths[result.choice]).to(torch.uint8)
-        bits, at, filled = {}, 0, {}
-        for name in projections:
-            B = num_blocks(schema.components(name), G)
-            bits[name] = chosen[at : at + self.E * B].view(self.E, B)
-            at += self.E * B
-            filled[name] = schema.projections[name].model_copy(update={"code_rows": int(bits[name].sum())})
-        return LayerPlan(schema.model_copy(update={"projections": filled}), projections, bits, result, form)
+    def plan(self, budget: int | None = None) -> LayerPlan:
+        """Choose a decomposition, and bits and ranks of every unit.
+
+        Every form gets its own allocation under the same all-in budget, then a first quantization, which measures what
+        rows hand to one another; with those row norms it is allocated again. The form that lost least is taken.
+
+        Args:
+            budget: all-in bits of the layer; None: `--bits` for each of its weights.
+        """
+        plans = []
+        for choices in self.tables():
+            left = (int(self.config.bits * choices.schema.num_weights) if budget is None else budget) - choices.overhead
+            if left < choices.cost.min(1).sum():
+                continue
+            plan = self._decide(choices, left)
+            plans.append(self._retry(plan, left) if self.config.objective == "bitsmoe" else plan)
+        if len(plans) == 1:
+            return plans[0]
+        return min(plans, key=lambda p: p.allocation.loss if p.trial is None else p.trial)
+
+    def _decide(self, choices: Table, budget: int) -> LayerPlan:
+        result = allocate(choices.loss, choices.cost, budget)
+        width, rank = choices.width[result.choice], choices.rank[result.choice]
+        bits: dict[ProjectionName, Tensor] = {}
+        filled = {}
+        ranks = None
+        for name, unit in choices.unit_of.items():
+            bits[name] = torch.from_numpy(width[unit]).to(torch.uint8)
+            update: dict[str, int] = {"code_rows": int(bits[name].sum())}
+            if choices.rank.any():
+                ranks = torch.from_numpy(rank[unit[:, 0]]).to(torch.int32)
+                update["lowrank_total"] = int(ranks.sum())
+            filled[name] = choices.schema.projections[name].model_copy(update=update)
+        schema = choices.schema.model_copy(update={"projections": filled})
+        return LayerPlan(schema, bits, ranks, result, choices)
+
+    def _retry(self, plan: LayerPlan, budget: int) -> LayerPlan:
+        """The same with row norms as a first pass measured them, and its error."""
+        projections, error = {}, 0.0
+        for name, projection in plan.projections.items():
+            norms, lost, total = [], 0.0, 0.0
+            on_input = projection.decomposition.component_axis == "input"
+            for chunk in self.chunks(plan.layer.side(name, "input")):
+                q, F, M = self._round(plan, projection, chunk, *self.originals(name, chunk), 0)
+                d = F - q.dequantize(self._width(plan, name, chunk))
+                share = self.stats.share[chunk.start : chunk.stop]
+                lost += float((share * (d * (M @ d)).sum((1, 2))).sum())
+                total += float((share * (F * (M @ F)).sum((1, 2))).sum())
+                norms.append(q.norms)
+            error += lost / max(total, 1e-300)
+            if on_input:
+                components = replace(projection.components, norms=torch.cat(norms))
+                projection = ProjectionPlan(projection.decomposition, components)
+            projections[name] = projection
+        objective = OBJECTIVES[self.config.objective]
+        choices = table(objective, self, plan.basis, plan.table.schema, projections, plan.table.overhead)
+        return replace(self._decide(choices, budget), trial=error)
+
+    def _width(self, plan: LayerPlan, name: ProjectionName, chunk: range) -> Tensor:
+        """Widths of every component, [n, C, 1] where components are inputs, [n, 1, C] where they are outputs."""
+        bits = plan.bits[name][chunk.start : chunk.stop].to(self.down.device)
+        width = bits.repeat_interleave(self.config.block_size, 1)[:, : plan.layer.components(name)]
+        return width[:, :, None] if plan.layer.projections[name].component_axis == "input" else width[:, None]
+
+    def _round(
+        self, plan: LayerPlan, projection: ProjectionPlan, chunk: range, W: Tensor, M: Tensor, refine: int
+    ) -> tuple[Quantized, Tensor, Tensor]:
+        """Codes of W [n, N, K] under the plan, with the factor [n, K', N'] and moments, rows in stored order."""
+        d = projection.decomposition
+        order = projection.components.order[chunk.start : chunk.stop]
+        F, M = d.factors(W), d.moments(M)
+        on_input = d.component_axis == "input"
+        if on_input:
+            F, M = F.gather(1, order[:, :, None].expand_as(F)), permuted(M, order)
+        else:
+            F = F.gather(2, order[:, None].expand_as(F))
+        width = self._width(plan, projection.name, chunk).flatten(1)
+        return quantize(F, M, width, "K" if on_input else "N", refine, self.config.feedback), F, M
 
     def quantize(
         self, plan: LayerPlan, tick: Callable[[], None] = lambda: None
@@ -289,23 +381,18 @@ class LayerQuantizer:
         codes, scales, features = [], torch.empty(self.E, C), torch.empty(self.E, N)
         share = self.stats.share
         lost = total = 0.0
-        for chunk in self._chunks(plan.layer.side(name, "input")):
+        lowrank = _LowRank(plan.ranks)
+        for chunk in self.chunks(plan.layer.side(name, "input")):
             part = slice(chunk.start, chunk.stop)
-            order = projection.components.order[part]
-            bits = plan.bits[name][part].to(order.device)
+            bits, width = plan.bits[name][part], self._width(plan, name, chunk)
             W, M = self._targets(name, chunk, quantized)
-            F, M = d.factors(W), d.moments(M)
-            width = bits.repeat_interleave(G, 1)[:, :C]
-            if on_input:
-                F = F.gather(1, order[:, :, None].expand_as(F))
-                M = permuted(M, order)
-            else:
-                F = F.gather(2, order[:, None].expand_as(F))
-            q = quantize(F, M, width, "K" if on_input else "N", self.config.refine)
-            residual = F - q.dequantize(width[:, :, None] if on_input else width[:, None])
+            q, F, M = self._round(plan, projection, chunk, W, M, self.config.refine)
+            residual = F - q.dequantize(width)
+            if plan.ranks is not None:
+                q, residual = lowrank.fit(q, F, M, width, chunk, self.config)
             for i, e in enumerate(chunk):
                 matrix = q.codes[i] if on_input else q.codes[i].T
-                codes.append(pack_codes(matrix.cpu(), bits[i].cpu(), G))
+                codes.append(pack_codes(matrix.cpu(), bits[i], G))
                 lost += float(share[e] * (residual[i] * (M[i] @ residual[i])).sum())
                 total += float(share[e] * (F[i] * (M[i] @ F[i])).sum())
                 tick()
@@ -322,11 +409,54 @@ class LayerQuantizer:
         if plan.layer.projections[name].order == "expert":
             parts["order"] = projection.components.order.cpu().to(order_dtype(C))
         parts |= {k: v.cpu() for k, v in d.tensors.items()}
+        if plan.layer.projections[name].lowrank_total:
+            parts |= lowrank.parts(projection.components.order, roots)
         return parts, lost / max(total, 1e-300)
 
 
+class _LowRank:
+    """Compensators of one projection, expert by expert."""
+
+    def __init__(self, ranks: Tensor | None):
+        self.ranks = ranks
+        self.V: list[Tensor] = []
+        self.U: list[Tensor] = []
+
+    def fit(
+        self, q: Quantized, F: Tensor, M: Tensor, width: Tensor, chunk: range, config: QuantizeConfig
+    ) -> tuple[Quantized, Tensor]:
+        """Codes and compensators in turn; returns the last codes and what is left of F [n, K, N]."""
+        assert self.ranks is not None
+        ranks = self.ranks[chunk.start : chunk.stop]
+        most, M = int(ranks.max()), damped(M)
+        live = (torch.arange(most)[None] < ranks[:, None]).to(F.device)[:, :, None]
+        for turn in range(COMPENSATOR_ROUNDS):
+            V, U = compensator.fit(F - q.dequantize(width), M, most)
+            V, U = (V * live).half().float(), (U * live).half().float()
+            made_up = V.mT @ U
+            if turn < COMPENSATOR_ROUNDS - 1:
+                q = quantize(F - made_up, M, width.flatten(1), "K", config.refine, config.feedback)
+        for i, rank in enumerate(ranks.tolist()):
+            self.V.append(V[i, :rank])
+            self.U.append(U[i, :rank])
+        return q, F - q.dequantize(width) - made_up
+
+    def parts(self, order: Tensor, roots: Tensor | None) -> dict[str, Tensor]:
+        """Tensors as the file stores them: components and features of the weight itself."""
+        V, U = [], []
+        for e, (v, u) in enumerate(zip(self.V, self.U, strict=True)):
+            V.append(torch.empty_like(v).index_copy_(1, order[e], v))
+            U.append(u if roots is None else u / roots[e])
+        assert self.ranks is not None
+        return {
+            "lowrank_rank": self.ranks.clone(),
+            "lowrank_in": torch.cat(V).half().cpu(),
+            "lowrank_out": torch.cat(U).half().cpu(),
+        }
+
+
 def _concatenate(parts: list[Components]) -> Components:
-    return Components(*(torch.cat([getattr(p, f) for p in parts]) for f in ("order", "energy", "total")))
+    return Components(*(torch.cat([getattr(p, f) for p in parts]) for f in ("order", "norms", "variance", "total")))
 
 
 def budget_bits(schema: Layer, config: QuantizeConfig, subject: str) -> int:

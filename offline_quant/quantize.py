@@ -26,18 +26,26 @@ _SCALE_STEPS = 3
 
 @dataclass
 class Quantized:
-    """Codes uint8 [n, K, N], scales a [n, K] and c [n, N] (float32 values that float16 holds exactly)."""
+    """Codes and scales of a batch of factors.
+
+    Attributes:
+        codes: uint8 [n, K, N].
+        a: [n, K], and
+        c: [n, N]: scales, float32 values that float16 holds exactly.
+        norms: [n, K], squared norms of the rows as they were rounded, with what others had handed them.
+    """
 
     codes: Tensor
     a: Tensor
     c: Tensor
+    norms: Tensor
 
     def dequantize(self, width: Tensor) -> Tensor:
         """F^ [n, K, N], float32."""
         return self.a[:, :, None] * self.c[:, None] * _centred(self.codes, width)
 
 
-def quantize(F: Tensor, M: Tensor, width: Tensor, along: str, passes: int = 2) -> Quantized:
+def quantize(F: Tensor, M: Tensor, width: Tensor, along: str, passes: int = 2, feedback: bool = True) -> Quantized:
     """Quantize a batch of factors.
 
     Args:
@@ -46,12 +54,13 @@ def quantize(F: Tensor, M: Tensor, width: Tensor, along: str, passes: int = 2) -
         width: uint8 [n, K] if along is "K", else [n, N].
         along: the axis that the widths run along, "K" or "N".
         passes: rounds of scale refit and coordinate descent after the feedback; 0: feedback only.
+        feedback: whether errors are handed on; without, and without passes, every row is rounded on its own.
     """
     width = width[:, :, None] if along == "K" else width[:, None, :]
     M = damped(M)
-    U = feedback_factor(M)
+    U = feedback_factor(M) if feedback else M.diagonal(dim1=-2, dim2=-1).rsqrt().diag_embed()
     c = _column_scale(F, U, width)
-    out = _feedback(F, U, width, c)
+    out = _feedback(F, U, width, c) if feedback else _round_all(F, width, c)
     best, best_error = out, _error(F, M, out.dequantize(width))
     for _ in range(passes):
         out = _refit(F, M, out, width)
@@ -63,6 +72,7 @@ def quantize(F: Tensor, M: Tensor, width: Tensor, along: str, passes: int = 2) -
             torch.where(better[:, None, None], out.codes, best.codes),
             torch.where(better[:, None], out.a, best.a),
             torch.where(better[:, None], out.c, best.c),
+            best.norms,
         )
         best_error = torch.minimum(error, best_error)
     return best
@@ -148,18 +158,30 @@ def _feedback(F: Tensor, U: Tensor, width: Tensor, c: Tensor) -> Quantized:
     n, K, _ = F.shape
     F = F.clone()
     codes = torch.zeros_like(F, dtype=torch.uint8)
-    a = F.new_zeros(n, K)
+    a, norms = F.new_zeros(n, K), F.new_zeros(n, K)
     for start in range(0, K, COLUMN_BLOCK):
         end = min(start + COLUMN_BLOCK, K)
         errors = torch.empty_like(F[:, start:end])
         for k in range(start, end):
             bits = _row_width(width, k)
+            norms[:, k] = F[:, k].square().sum(-1)
             a[:, k] = _row_scale(F[:, k], c, bits)
             codes[:, k], value = _round_row(F[:, k], a[:, k], c, bits)
             errors[:, k - start] = (F[:, k] - value) / U[:, k, k, None]
             F[:, k + 1 : end] -= U[:, k, k + 1 : end, None] * errors[:, k - start, None]
         F[:, end:] -= U[:, start:end, end:].mT @ errors
-    return Quantized(codes, a, c)
+    return Quantized(codes, a, c, norms)
+
+
+def _round_all(F: Tensor, width: Tensor, c: Tensor) -> Quantized:
+    """Every row to its own best scale, all at once."""
+    n, K, N = F.shape
+    rows = F.reshape(n * K, N)
+    columns = c[:, None].expand(n, K, N).reshape(n * K, N)
+    widths = width.expand(n, K, width.shape[2]).reshape(n * K, -1)
+    a = _row_scale(rows, columns, widths)
+    codes, _ = _round_row(rows, a, columns, widths)
+    return Quantized(codes.view(n, K, N), a.view(n, K), c, F.square().sum(-1))
 
 
 def _refit(F: Tensor, M: Tensor, q: Quantized, width: Tensor) -> Quantized:
@@ -176,7 +198,7 @@ def _refit(F: Tensor, M: Tensor, q: Quantized, width: Tensor) -> Quantized:
     A = level * a[:, :, None]
     power = (A * (M @ A)).sum(1)
     c = torch.where(power > 0, (A * MF).sum(1) / power.clamp(min=1e-30), q.c)
-    return Quantized(q.codes, a, _half(c))
+    return Quantized(q.codes, a, _half(c), q.norms)
 
 
 def _coordinate_descent(F: Tensor, M: Tensor, q: Quantized, width: Tensor) -> Quantized:
@@ -196,4 +218,4 @@ def _coordinate_descent(F: Tensor, M: Tensor, q: Quantized, width: Tensor) -> Qu
             value[:, k] = new
             residual[:, k] -= change
             gradient -= M[:, start:end, k, None] * change[:, None]
-    return Quantized(codes, q.a, q.c)
+    return Quantized(codes, q.a, q.c, q.norms)

@@ -241,6 +241,11 @@ def weighed_tokens(data, stats, e):
     return x, mass / (own + stats.pseudo_count), own
 
 
+def swiglu(outputs):
+    gate, up = outputs.chunk(2, -1)
+    return gate * torch.sigmoid(gate) * up
+
+
 def test_expert_moments_weigh_by_the_jacobian_of_the_output():
     """Against autograd: d(w D h)/d(gate, up) of every token."""
     data, E, intermediate = inputs(), 4, 5
@@ -252,19 +257,13 @@ def test_expert_moments_weigh_by_the_jacobian_of_the_output():
         x, mass, own = weighed_tokens(data, stats, e)
         assert own == int(stats.counts[e])
 
-        def output(o, D=D[e].double()):
-            gate, up = o.chunk(2)
-            return D @ (gate * torch.sigmoid(gate) * up)
-
-        felt = torch.stack(
-            [torch.autograd.functional.jacobian(output, W[e].double() @ row).square().sum(0) for row in x]
-        )
+        jacobians = [torch.autograd.functional.jacobian(swiglu, W[e].double() @ row) for row in x]
+        felt = torch.stack([(D[e].double() @ j).square().sum(0) for j in jacobians])
         assert torch.allclose(outputs.double(), mass @ felt, rtol=1e-4)
         token = mass * felt.sum(1)
         token = token.clamp(max=20 * token.mean())
         assert torch.allclose(M.double(), (x.T * token) @ x / token.sum(), atol=1e-4)
-        gate, up = (x @ W[e].double().T).chunk(2, 1)
-        h = gate * torch.sigmoid(gate) * up
+        h = swiglu(x @ W[e].double().T)
         assert torch.allclose(moments_of_hidden.double(), (h.T * mass) @ h, rtol=1e-4, atol=1e-4)
 
 
@@ -278,8 +277,7 @@ def test_corrected_down_is_the_least_squares_fit_to_quantized_activations():
     x, mass, _ = weighed_tokens(data, stats, 1)
 
     def hidden(W):
-        gate, up = (x @ W.double().T).chunk(2, 1)
-        return gate * torch.sigmoid(gate) * up * mass.sqrt()[:, None]
+        return swiglu(x @ W.double().T) * mass.sqrt()[:, None]
 
     h, seen = hidden(original), hidden(quantized)
     assert torch.allclose(M.double(), seen.T @ seen, rtol=1e-4, atol=1e-4)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from benchmarks.rtn import GROUP, round_to_nearest
+from benchmarks.baselines.rtn import SETTINGS, round_to_nearest
+
+GROUP = SETTINGS["group_size"]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

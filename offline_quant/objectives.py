@@ -1,0 +1,191 @@
+"""What the bits are spent for: every objective fills the same table of choices, and one knapsack solves them all.
+
+bitsmoe     blocks of components; predicted error of the layer's output (BitsMoE, arXiv 2606.00079)
+alphaq      expert matrices; heavy-tail exponent of the spectrum, free of calibration (AlphaQ, arXiv 2606.04980)
+bt-moe      experts; bits and compensator rank jointly, activation frequency times output error (BT-MoE)
+frequency   expert matrices; activation frequency times what a width loses of a Gaussian
+uniform     expert matrices; all alike
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bitsmoe_kernels.format.schema import Layer, ProjectionName, num_blocks
+from offline_quant.compensator import tail_energies
+from offline_quant.config import Scope
+from offline_quant.distortion import damped, kappa, permuted
+from offline_quant.quantize import quantize
+from offline_quant.spectrum import alpha_hill
+
+if TYPE_CHECKING:  # the quantizer of a layer asks its objective, which looks at the layer
+    from offline_quant.layer import LayerQuantizer, ProjectionPlan
+
+Plans = dict[ProjectionName, "ProjectionPlan"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Choices of one layer under one form of decomposition.
+
+    Attributes:
+        form: natural, whitened, paper or split.
+        schema: the layer's, with no codes yet.
+        projections: components of every projection.
+        loss: [units, choices], infinite where there is no such choice.
+        cost: [units, choices], bits of codes and compensators.
+        unit_of: for each projection the unit of every block, int64 [E, B].
+        width: [choices].
+        rank: [choices], of the compensators of the unit's projections.
+        overhead: bits of scales, metadata and basis.
+    """
+
+    form: str
+    schema: Layer
+    projections: Plans
+    loss: NDArray[np.float64]
+    cost: NDArray[np.int64]
+    unit_of: dict[ProjectionName, NDArray[np.int64]]
+    width: NDArray[np.int64]
+    rank: NDArray[np.int64]
+    overhead: int
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One way to value bits.
+
+    Attributes:
+        name: as `--objective` takes it.
+        unit: what gets one width: a block of components, an expert's matrix, or a whole expert.
+        forms: decompositions it chooses from with `--basis auto`.
+        scope: whether one budget holds for each layer or for the model.
+        loss: [units, choices] of a layer, given its projections, widths and ranks of all choices.
+        ranks: whether compensators are among the choices.
+    """
+
+    name: str
+    unit: Literal["block", "matrix", "expert"]
+    forms: tuple[str, ...]
+    scope: Scope
+    loss: Callable[["LayerQuantizer", Plans, NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]
+    ranks: bool = False
+
+
+def table(
+    objective: Objective, quantizer: "LayerQuantizer", form: str, schema: Layer, plans: Plans, overhead: int
+) -> Table:
+    """All choices of a layer under one form."""
+    config, E = quantizer.config, schema.num_experts
+    widths = np.array(config.widths, dtype=np.int64)
+    ranks = np.array([r for r in config.ranks if r < min(quantizer.H, quantizer.I)] if objective.ranks else [0])
+    width, rank = np.repeat(widths, len(ranks)), np.tile(ranks, len(widths))
+    unit_of: dict[ProjectionName, NDArray[np.int64]] = {}
+    units = 0
+    for name in plans:
+        B = num_blocks(schema.components(name), config.block_size)
+        if objective.unit == "block":
+            unit_of[name] = units + np.arange(E * B, dtype=np.int64).reshape(E, B)
+            units += E * B
+        else:
+            unit_of[name] = (units + np.arange(E, dtype=np.int64))[:, None].repeat(B, 1)
+            units += E if objective.unit == "matrix" else 0
+    units = units or E
+    cost = np.zeros((units, len(width)), dtype=np.int64)
+    for name, unit in unit_of.items():
+        rows = np.bincount(unit.ravel(), minlength=units) * config.block_size
+        cost += rows[:, None] * schema.features(name) * width
+        if objective.ranks:
+            cost += 16 * rank * (schema.side(name, "input") + schema.side(name, "output"))
+    loss = objective.loss(quantizer, plans, width, rank)
+    return Table(form, schema, plans, loss, cost, unit_of, width, rank, overhead)
+
+
+def _ratios(width: NDArray[np.int64]) -> NDArray[np.float64]:
+    return np.array([kappa(int(b)) for b in width])
+
+
+def _bitsmoe(
+    quantizer: "LayerQuantizer", plans: Plans, width: NDArray[np.int64], rank: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """kappa_b d_k |F_k|^2 f_e, summed over a block, as a share of the projection's output energy."""
+    G, share, losses = quantizer.config.block_size, quantizer.stats.share.double().cpu(), []
+    for plan in plans.values():
+        c = plan.components
+        energy = c.energy.double().cpu() * share[:, None]
+        E, C = energy.shape
+        blocks = torch.zeros(E, num_blocks(C, G) * G, dtype=torch.float64)
+        blocks[:, :C] = energy
+        weight = blocks.view(E, -1, G).sum(-1) / (c.total.double().cpu() * share).sum().clamp(min=1e-300)
+        losses.append(weight.flatten().numpy())
+    return np.concatenate(losses)[:, None] * _ratios(width)
+
+
+def _per_matrix(plans: Plans, value: Callable[[ProjectionName], Tensor], ratio: NDArray[np.float64]) -> NDArray:
+    return np.concatenate([value(name).double().cpu().numpy() for name in plans])[:, None] * ratio
+
+
+def _alphaq(
+    quantizer: "LayerQuantizer", plans: Plans, width: NDArray[np.int64], rank: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """alpha^-gamma Var(W) 2^-2b; the paper's median of alpha is one factor for all and changes nothing."""
+    gamma = quantizer.config.gamma
+
+    def value(name: ProjectionName) -> Tensor:
+        W = quantizer.original(name)
+        return alpha_hill(W) ** -gamma * W.double().var((1, 2), correction=0)
+
+    return _per_matrix(plans, value, 2.0 ** (-2 * width))
+
+
+def _frequency(
+    quantizer: "LayerQuantizer", plans: Plans, width: NDArray[np.int64], rank: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    return _per_matrix(plans, lambda _: quantizer.stats.share, _ratios(width))
+
+
+def _uniform(
+    quantizer: "LayerQuantizer", plans: Plans, width: NDArray[np.int64], rank: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    return _per_matrix(plans, lambda _: torch.ones(quantizer.E), _ratios(width))
+
+
+def _bt_moe(
+    quantizer: "LayerQuantizer", plans: Plans, width: NDArray[np.int64], rank: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """F_i L_ij: activation frequency times L2 of the layer's output change at width and rank j.
+
+    Measured: the expert is quantized at every width, and the singular values of the residual, in the metric of its
+    activations, tell what each rank leaves over.
+    """
+    energy = np.zeros((quantizer.E, len(width)))
+    for name, plan in plans.items():
+        for chunk in quantizer.chunks(plan.components.order.shape[1]):
+            part = slice(chunk.start, chunk.stop)
+            W, M = quantizer.originals(name, chunk)
+            order = plan.components.order[part]
+            F, M = W.mT.gather(1, order[:, :, None].expand(-1, -1, W.shape[1])), damped(permuted(M, order))
+            for bits in np.unique(width):
+                widths = torch.full(order.shape, int(bits), dtype=torch.uint8, device=F.device)
+                found = quantize(F, M, widths, "K", 0, quantizer.config.feedback)
+                tail = tail_energies(F - found.dequantize(widths[:, :, None]), M).double().cpu().numpy()
+                here = width == bits
+                energy[part, here] += tail[:, rank[here]] * quantizer.unit_energy(name)
+    return quantizer.stats.share.double().cpu().numpy()[:, None] * np.sqrt(energy)
+
+
+OBJECTIVES = {
+    o.name: o
+    for o in (
+        Objective("bitsmoe", "block", ("natural", "whitened"), "layer", _bitsmoe),
+        Objective("alphaq", "matrix", ("split",), "model", _alphaq),
+        Objective("bt-moe", "expert", ("natural",), "model", _bt_moe, ranks=True),
+        Objective("frequency", "matrix", ("natural",), "layer", _frequency),
+        Objective("uniform", "matrix", ("natural",), "layer", _uniform),
+    )
+}
