@@ -20,6 +20,7 @@ from bitsmoe_kernels.format.checkpoint import Checkpoint
 from offline_quant.config import QuantizeConfig
 from offline_quant.dequantize import dequantize_checkpoint
 from offline_quant.evaluate import evaluate as evaluate_model
+from offline_quant.output import PAGE_FILE
 from offline_quant.pipeline import check_device, quantize_model, resolve_model
 from offline_quant.report import inspect_checkpoint
 
@@ -71,6 +72,17 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    objective: Annotated[
+        str, typer.Option(help="What bits are spent for: bitsmoe, alphaq, bt-moe, frequency or uniform.")
+    ] = _DEFAULTS.objective,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="One budget for each layer, or one for the whole model shared by measured sensitivities: layer or "
+            "model. Default: model for alphaq and bt-moe, else layer.",
+            show_default=False,
+        ),
+    ] = None,
     basis: Annotated[
         str, typer.Option(help="Shared basis: auto (best predicted of natural and whitened), natural, whitened, paper.")
     ] = _DEFAULTS.basis,
@@ -78,6 +90,13 @@ def quantize(
     block_size: Annotated[
         int, typer.Option(help="Components that share a bit-width: 16 or 32.")
     ] = _DEFAULTS.block_size,
+    gamma: Annotated[float, typer.Option(help="alphaq: power of the heavy-tail exponents.")] = _DEFAULTS.gamma,
+    ranks: Annotated[
+        str, typer.Option(help="bt-moe: ranks of compensators to choose from, separated by commas.")
+    ] = ",".join(map(str, _DEFAULTS.ranks)),
+    feedback: Annotated[
+        bool, typer.Option(help="Hand rounding errors on to components not yet rounded.")
+    ] = _DEFAULTS.feedback,
     refine: Annotated[
         int, typer.Option(help="Rounds of scale refit and re-rounding after the feedback.")
     ] = _DEFAULTS.refine,
@@ -91,21 +110,32 @@ def quantize(
 ) -> None:
     """Quantize the routed experts of a MoE model."""
     options: dict[str, Any] = {
-        "bits": bits, "calib": calib, "basis": basis, "basis_bits": basis_bits, "block_size": block_size,
-        "refine": refine, "calib_samples": calib_samples, "calib_length": calib_length, "device": device, "seed": seed,
+        "bits": bits, "calib": calib, "objective": objective, "budget": budget, "gamma": gamma,
+        "ranks": tuple(r.strip() for r in ranks.split(",")), "feedback": feedback, "basis": basis,
+        "basis_bits": basis_bits, "block_size": block_size, "refine": refine, "calib_samples": calib_samples,
+        "calib_length": calib_length, "device": device, "seed": seed,
     }  # fmt: skip
     start = time.monotonic()
     outcome = quantize_model(model, out, _config(options), plan_only=plan)
     report = outcome.report
     title = f"{out} ({'plan only' if plan else 'quantized'})"
     table = _table(
-        title, "layer", "basis", "bpw", "predicted error", "measured error", "solver gap", "tokens per expert"
+        title,
+        "layer",
+        "basis",
+        "bpw",
+        "predicted error",
+        "measured error",
+        "output error",
+        "solver gap",
+        "tokens per expert",
     )
     for row in report["layers"]:
         measured, tokens = row["measured_error"], row["tokens_per_expert"]
         table.add_row(
             _layer_number(row["layer"]), row["basis"], f"{row['bpw']:.4f}", f"{row['predicted_error']:.4f}",
-            "-" if measured is None else f"{measured:.4f}", f"{row['solver_gap']:.1e}",
+            "-" if measured is None else f"{measured:.4f}",
+            "-" if row["output_error"] is None else f"{row['output_error']:.4f}", f"{row['solver_gap']:.1e}",
             f"{tokens['min']}-{tokens['max']}",
         )  # fmt: skip
     output.print(table)
@@ -116,6 +146,15 @@ def quantize(
                 "quantized from statistics pooled over all tokens",
                 style="yellow",
             )
+    if (sanity := report["sanity"]) is not None:
+        if sanity["degenerate"]:
+            output.print(f"This model is broken: {'; '.join(sanity['faults'])}. {sanity['advice']}", style="bold red")
+        else:
+            output.print(
+                f"Sane: perplexity {sanity['perplexity_original']:.4g} -> {sanity['perplexity_quantized']:.4g} on "
+                f"{sanity['tokens']} tokens of the calibration text"
+            )
+    output.print(f"Report: {out / PAGE_FILE}")
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in outcome.seconds.items())
     output.print(
         f"{report['bpw']:.4f} bits per weight all-in ({report['expert_bytes'] / 1e6:.2f} MB of experts), "
@@ -221,5 +260,10 @@ def _config(options: dict[str, Any]) -> QuantizeConfig:
     try:
         return QuantizeConfig(**options)
     except ValidationError as e:
-        faults = [f"--{str(err['loc'][0]).replace('_', '-')} {err['input']!r}: {err['msg']}" for err in e.errors()]
+        faults = [
+            f"--{str(err['loc'][0]).replace('_', '-')} {err['input']!r}: {err['msg']}"
+            if err["loc"]
+            else err["msg"].removeprefix("Value error, ")
+            for err in e.errors()
+        ]
         raise BitsmoeError("\n".join(faults)) from None

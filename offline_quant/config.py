@@ -1,9 +1,9 @@
 """Options of `bitsmoe quantize`, checked together before any work."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 BasisForm = Literal["auto", "natural", "whitened", "paper"]
 ObjectiveName = Literal["bitsmoe", "alphaq", "bt-moe", "frequency", "uniform"]
@@ -34,12 +34,27 @@ class QuantizeConfig(BaseModel):
     """Hand rounding errors on to components not yet rounded; without, rounding takes a fraction of the time."""
     refine: int = Field(default=2, ge=0, le=20)
     """Rounds of scale refit and coordinate descent after the feedback."""
+    without: tuple[Literal["output-weights", "correction", "trial"], ...] = ()
+    """Parts left out, to measure what they bring: weights of gate and up outputs and of tokens; the correction of
+    down; the first pass that measures row norms and chooses the form."""
     calib: str | None = None
     """`self`, a text file, a JSON-lines file, or `hf:DATASET`; None: the default dataset, else `self`."""
     calib_samples: int = Field(default=128, ge=1)
     calib_length: int = Field(default=2048, ge=8)
     seed: int = Field(default=0, ge=0, lt=2**63)
     device: str = "cpu"
+
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        allowed = {"alphaq": ("auto",), "bt-moe": ("auto", "natural")}.get(self.objective)
+        if allowed and self.basis not in allowed:
+            raise ValueError(
+                f"--objective {self.objective} works on whole matrices without a basis, not with --basis {self.basis}; "
+                "leave --basis out"
+            )
+        if 0 not in self.ranks or list(self.ranks) != sorted(set(self.ranks)):
+            raise ValueError(f"--ranks {','.join(map(str, self.ranks))}: must begin with 0 and ascend")
+        return self
 
     def record(self) -> dict[str, object]:
         """What the checkpoint's config.json keeps: no paths, so that equal inputs give equal bytes anywhere."""

@@ -23,6 +23,8 @@ from offline_quant.statistics import LayerStatistics, corrected
 
 CHUNK_VALUES = 1 << 28
 """Float32 values of one chunk of experts in the quantizer: bounds its memory."""
+TRIAL = -1
+"""Stands for the rounds of refinement in a first pass: none, and scales by one guess."""
 COMPENSATOR_ROUNDS = 2
 """How often codes and compensator are fitted to what the other leaves over."""
 
@@ -149,6 +151,7 @@ class LayerQuantizer:
         self.E, self.I, self.H = shape.num_experts, shape.intermediate_size, shape.hidden_size
         self.gate_up, self.down = gate_up.clone(), down.clone()
         self.input_moments = torch.empty(self.E, self.H, self.H, device=gate_up.device)
+        self.hidden_moments = torch.empty(self.E, self.I, self.I, device=gate_up.device)
         self.output_root = torch.empty(self.E, 2 * self.I, device=gate_up.device)
         """Root of the weight of each gate and up output, in units of the layer's mean weight."""
         self.channels = self._survey()
@@ -169,12 +172,15 @@ class LayerQuantizer:
         ranked = []
         for chunk in self.chunks(self.I):
             part = slice(chunk.start, chunk.stop)
-            D = torch.empty(len(chunk), self.I, self.I, device=self.down.device)
+            D = self.hidden_moments[part]
             for i, e in enumerate(chunk):
                 self.input_moments[e], self.output_root[e], D[i] = self.stats.expert_moments(
                     e, self.gate_up[e], self.down[e]
                 )
+                if "output-weights" in self.config.without:
+                    self.input_moments[e], self.output_root[e] = self.stats.plain_moments(e), 1.0
             found = rank_components(self.down[part].mT, D, "input")
+            self.hidden_moments[part] = permuted(D, found.order)
             rows = torch.cat([found.order, found.order + self.I], 1)
             self.gate_up[part] = self.gate_up[part].gather(1, rows[:, :, None].expand(-1, -1, self.H))
             self.output_root[part] = self.output_root[part].gather(1, rows)
@@ -208,8 +214,7 @@ class LayerQuantizer:
         part = slice(chunk.start, chunk.stop)
         if name != "down":
             return self._weights(name)[part], self.input_moments[part]
-        M = [self.stats.hidden_moments(e, self.gate_up[e], self.gate_up[e])[0] for e in chunk]
-        return self.down[part], torch.stack(M)
+        return self.down[part], self.hidden_moments[part]
 
     def unit_energy(self, name: ProjectionName) -> float:
         """Energy at the layer's output of one unit of a projection's error."""
@@ -264,9 +269,15 @@ class LayerQuantizer:
             if left < choices.cost.min(1).sum():
                 continue
             plan = self._decide(choices, left)
-            plans.append(self._retry(plan, left) if self.config.objective == "bitsmoe" else plan)
-        if len(plans) == 1:
-            return plans[0]
+            trial = self.config.objective == "bitsmoe" and "trial" not in self.config.without
+            plans.append(self._retry(plan, left) if trial else plan)
+        if not plans:
+            tables = self.tables()
+            least = min((t.overhead + int(t.cost.min(1).sum())) / t.schema.num_weights for t in tables)
+            raise BitsmoeError(
+                f"--bits {self.config.bits}: impossible for {self.subject} with the bit-widths {self.config.widths}; "
+                f"use at least --bits {np.ceil(least * 1000) / 1000:.3f}"
+            )
         return min(plans, key=lambda p: p.allocation.loss if p.trial is None else p.trial)
 
     def _decide(self, choices: Table, budget: int) -> LayerPlan:
@@ -292,7 +303,7 @@ class LayerQuantizer:
             norms, lost, total = [], 0.0, 0.0
             on_input = projection.decomposition.component_axis == "input"
             for chunk in self.chunks(plan.layer.side(name, "input")):
-                q, F, M = self._round(plan, projection, chunk, *self.originals(name, chunk), 0)
+                q, F, M = self._round(plan, projection, chunk, *self.originals(name, chunk), TRIAL)
                 d = F - q.dequantize(self._width(plan, name, chunk))
                 share = self.stats.share[chunk.start : chunk.stop]
                 lost += float((share * (d * (M @ d)).sum((1, 2))).sum())
@@ -326,7 +337,8 @@ class LayerQuantizer:
         else:
             F = F.gather(2, order[:, None].expand_as(F))
         width = self._width(plan, projection.name, chunk).flatten(1)
-        return quantize(F, M, width, "K" if on_input else "N", refine, self.config.feedback), F, M
+        along = "K" if on_input else "N"
+        return quantize(F, M, width, along, max(refine, 0), self.config.feedback, refine == TRIAL), F, M
 
     def quantize(
         self, plan: LayerPlan, tick: Callable[[], None] = lambda: None
@@ -350,6 +362,18 @@ class LayerQuantizer:
             tensors |= {f"{name}_{k}": v for k, v in parts.items()}
         return tensors, errors
 
+    def output_error(self, gate_up: Tensor, down: Tensor) -> float:
+        """Relative error of the layer's output with quantized experts, on a sample of the calibration tokens.
+
+        Args:
+            gate_up: [E, 2 I, H], channels sorted as in this object.
+            down: [E, H, I].
+        """
+        lost, total = self.stats.output_errors(
+            (self.gate_up, self.down), (gate_up.to(self.down.device), down.to(self.down.device))
+        )
+        return lost / max(total, 1e-300)
+
     def _dequantized_gate_up(self, layer: Layer, tensors: dict[str, Tensor]) -> Tensor:
         weights = LayerWeights(
             layer, self.config.block_size, {k: v.to(self.gate_up.device) for k, v in tensors.items()}
@@ -368,7 +392,7 @@ class LayerQuantizer:
         W, M = [], []
         for e in chunk:
             moments, missing = self.stats.hidden_moments(e, quantized[e], self.gate_up[e])
-            W.append(corrected(self.down[e], moments, missing))
+            W.append(self.down[e] if "correction" in self.config.without else corrected(self.down[e], moments, missing))
             M.append(moments)
         return torch.stack(W), torch.stack(M)
 

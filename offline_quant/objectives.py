@@ -67,6 +67,7 @@ class Objective:
         scope: whether one budget holds for each layer or for the model.
         loss: [units, choices] of a layer, given its projections, widths and ranks of all choices.
         ranks: whether compensators are among the choices.
+        sensitive: whether losses are relative errors, to be weighed by layer sensitivities under one model budget.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Objective:
     scope: Scope
     loss: Callable[["LayerQuantizer", Plans, NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]
     ranks: bool = False
+    sensitive: bool = False
 
 
 def table(
@@ -140,7 +142,7 @@ def _alphaq(
         W = quantizer.original(name)
         return alpha_hill(W) ** -gamma * W.double().var((1, 2), correction=0)
 
-    return _per_matrix(plans, value, 2.0 ** (-2 * width))
+    return _per_matrix(plans, value, np.exp2(-2.0 * width))
 
 
 def _frequency(
@@ -182,10 +184,10 @@ def _bt_moe(
 OBJECTIVES = {
     o.name: o
     for o in (
-        Objective("bitsmoe", "block", ("natural", "whitened"), "layer", _bitsmoe),
+        Objective("bitsmoe", "block", ("natural", "whitened"), "layer", _bitsmoe, sensitive=True),
         Objective("alphaq", "matrix", ("split",), "model", _alphaq),
         Objective("bt-moe", "expert", ("natural",), "model", _bt_moe, ranks=True),
-        Objective("frequency", "matrix", ("natural",), "layer", _frequency),
-        Objective("uniform", "matrix", ("natural",), "layer", _uniform),
+        Objective("frequency", "matrix", ("natural",), "layer", _frequency, sensitive=True),
+        Objective("uniform", "matrix", ("natural",), "layer", _uniform, sensitive=True),
     )
 }

@@ -13,7 +13,8 @@ from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.shards import umask
 
 REPORT_FILE = "bitsmoe_report.json"
-"""Written beside the checkpoint, or alone by `--plan`."""
+PAGE_FILE = "report.html"
+"""Both are written beside the checkpoint, or alone by `--plan`. The page holds times and memory too."""
 SIDE_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.tiktoken", "*.model",
     "generation_config.json", "chat_template*", "*.jinja", "preprocessor_config.json", "processor_config.json",
@@ -29,7 +30,7 @@ def check_output(out: Path) -> None:
     """
     if out.is_symlink() and not out.exists():
         raise BitsmoeError(f"--out {out}: is a dangling symbolic link; remove it or choose another name")
-    if out.exists() and (not out.is_dir() or any(p.name != REPORT_FILE for p in out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(p.name not in (REPORT_FILE, PAGE_FILE) for p in out.iterdir())):
         raise BitsmoeError(f"--out {out}: exists and is not an empty directory; choose another name or remove it")
 
 

@@ -1,12 +1,14 @@
 """`bitsmoe quantize` from options to checkpoint: check everything, calibrate, then layer by layer plan and quantize."""
 
 import json
+import resource
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +16,8 @@ from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.schema import FORMAT_VERSION, QUANT_METHOD, CheckpointConfig, Layer
 from bitsmoe_kernels.format.shards import ShardWriter
 from bitsmoe_kernels.reference import LayerWeights
+from offline_quant import sanity
+from offline_quant.allocation import allocate
 from offline_quant.calibration import (
     NETWORK_ERRORS,
     calibration_windows,
@@ -22,11 +26,23 @@ from offline_quant.calibration import (
     window_length,
 )
 from offline_quant.config import QuantizeConfig
-from offline_quant.layer import LayerQuantizer, budget_bits, schema_of
+from offline_quant.layer import LayerQuantizer, budget_bits, forms_of, schema_of
 from offline_quant.model_adapter import SourceModel
-from offline_quant.output import REPORT_FILE, SIDE_FILES, check_output, check_space, copy_side_files, new_directory
+from offline_quant.objectives import OBJECTIVES
+from offline_quant.output import (
+    PAGE_FILE,
+    REPORT_FILE,
+    SIDE_FILES,
+    check_output,
+    check_space,
+    copy_side_files,
+    new_directory,
+)
 from offline_quant.progress import bar, track
-from offline_quant.report import layer_report, model_report
+from offline_quant.report import LayerPicture, layer_picture, layer_report, model_report
+from offline_quant.report_page import write_page
+from offline_quant.sensitivity import layer_sensitivities
+from offline_quant.spectrum import tail_length
 from offline_quant.statistics import LayerStatistics
 from offline_quant.streaming import StreamedModel
 
@@ -40,10 +56,12 @@ class Outcome:
     Attributes:
         report: see `report.model_report`.
         seconds: wall time by stage.
+        peak_bytes: largest resident memory of the process by the end of each stage.
     """
 
     report: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
 
 
 def resolve_model(name: str) -> Path:
@@ -93,8 +111,11 @@ def check_budget(source: SourceModel, config: QuantizeConfig) -> None:
     Raises:
         BitsmoeError: names the smallest possible budget.
     """
-    form = "natural" if config.basis == "auto" else config.basis
-    budget_bits(schema_of(form, source.shape, config), config, str(source.directory))
+    schemas = [schema_of(form, source.shape, config) for form in forms_of(config)]
+    least = min(schemas, key=lambda schema: schema.nbytes(config.block_size))
+    budget_bits(least, config, str(source.directory))
+    if config.objective == "alphaq":
+        tail_length(min(source.shape.hidden_size, source.shape.intermediate_size))
 
 
 def quantize_model(model: str, out: Path, config: QuantizeConfig, plan_only: bool = False) -> Outcome:
@@ -136,30 +157,38 @@ def quantize_model(model: str, out: Path, config: QuantizeConfig, plan_only: boo
         clock.lap("calibration text")
         record = {**config.record(), "calib": used if used == "self" or used.startswith("hf:") else Path(used).name}
         run = _Run(source, streamed, windows, config, None if plan_only else ShardWriter(scratch), clock)
+        if (config.budget or OBJECTIVES[config.objective].scope) == "model":
+            run.share_budget()
         layers = run.layers()
-        report = model_report(run.reports, layers, config, record, windows)
+        report = model_report(run.reports, layers, config, record, windows, run.judge(), run.shared)
         if not plan_only:
             run.finish(scratch, layers, record)
         (scratch / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         clock.lap("write")
-    return Outcome(report, clock.laps)
+        write_page(scratch / PAGE_FILE, report, run.pictures, clock.laps, clock.peaks)
+    return Outcome(report, clock.laps, clock.peaks)
 
 
 class _Clock:
+    """Wall time and peak memory by stage."""
+
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
         self._last = time.monotonic()
 
     def lap(self, name: str) -> None:
         now = time.monotonic()
         self.laps[name] = self.laps.get(name, 0.0) + now - self._last
+        self.peaks[name] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self._last = now
 
 
 class _Run:
     """The layer loop: hidden states of the calibration text travel from layer to layer.
 
-    A layer is calibrated on what the quantized layers before it give out, so that it can make up for their error.
+    A layer is calibrated on what the quantized layers before it give out, so that it can make up for their error. A
+    few windows travel through the original layers too, to judge the result by.
     """
 
     def __init__(
@@ -172,8 +201,62 @@ class _Run:
         clock: _Clock,
     ):
         self.source, self.streamed, self.config, self.writer, self.clock = source, streamed, config, writer, clock
+        self.windows = windows
         self.reports: list[dict[str, Any]] = []
+        self.pictures: dict[str, LayerPicture] = {}
+        self.shared: dict[str, Any] | None = None
+        self.budgets: dict[str, int] = {}
         self.batches = streamed.embed_windows(windows, BATCH_TOKENS)
+        self.judged = windows[: max(1, sanity.TOKENS // windows.shape[1])]
+        self.originals = streamed.embed_windows(self.judged, BATCH_TOKENS)
+
+    def share_budget(self) -> None:
+        """Solve one program over all layers, on the original model's activations; leaves a budget for each layer."""
+        shape, objective = self.source.shape, OBJECTIVES[self.config.objective]
+        weight: dict[int, float] = {}
+        if objective.sensitive:
+            with bar("Measuring sensitivities", 2 * self.streamed.num_layers) as tick:
+                weight = layer_sensitivities(self.streamed, self.windows, self.config.seed, tick)
+            self.clock.lap("sensitivities")
+        start, losses, costs, tables = self.batches, [], [], []
+        with bar("Planning", self.streamed.num_layers) as tick:
+            for index in range(self.streamed.num_layers):
+                if index in shape.layers:
+                    quantizer, _ = self._quantizer(index)
+                    plan = quantizer.plan()
+                    table = replace(plan.table, projections={})
+                    losses.append(table.loss * weight.get(index, 1.0))
+                    costs.append(table.cost)
+                    tables.append((shape.prefix(index), table))
+                with self.streamed.layer(index) as module:
+                    self._advance(module)
+                tick()
+        self.batches = start
+        whole = int(self.config.bits * shape.num_weights) - sum(table.overhead for _, table in tables)
+        result = allocate(np.concatenate(losses), np.concatenate(costs), whole)
+        at = 0
+        for prefix, table in tables:
+            choice = result.choice[at : at + len(table.loss)]
+            self.budgets[prefix] = table.overhead + int(table.cost[np.arange(len(choice)), choice].sum())
+            at += len(table.loss)
+        each = shape.num_weights / len(tables)
+        self.shared = {
+            "solver_gap": result.gap,
+            "sensitivity": {shape.prefix(index): value for index, value in sorted(weight.items())},
+            "bits_per_weight": {prefix: bits / each for prefix, bits in self.budgets.items()},
+        }
+        self.clock.lap("allocation")
+
+    def judge(self) -> dict[str, Any] | None:
+        """Whether the quantized model still works; None where nothing was quantized."""
+        if self.writer is None:
+            return None
+        found = sanity.verdict(
+            sanity.tally(self.streamed, self.judged, [h for h, _ in self.originals]),
+            sanity.tally(self.streamed, self.judged, [h for h, _ in self.batches]),
+        )
+        self.clock.lap("sanity")
+        return found
 
     def layers(self) -> dict[str, Layer]:
         """Quantize every MoE layer, passing dense ones through; returns the schema of each by tensor prefix."""
@@ -185,6 +268,7 @@ class _Run:
                 if index not in shape.layers:
                     with self.streamed.layer(index) as module:
                         self._advance(module)
+                        self.originals = [(self.streamed.run(module, h, kw).cpu(), kw) for h, kw in self.originals]
                     tick(shape.num_experts)
                     continue
                 prefix = shape.prefix(index)
@@ -194,38 +278,46 @@ class _Run:
     def _advance(self, module: torch.nn.Module) -> None:
         self.batches = [(self.streamed.run(module, h, kw).cpu(), kw) for h, kw in self.batches]
 
-    def _moe_layer(self, index: int, prefix: str, tick: Any) -> Layer:
-        device = self.streamed.device
-        experts = self.source.experts(index)
+    def _quantizer(self, index: int) -> tuple[LayerQuantizer, LayerStatistics]:
+        """The quantizer of a layer, calibrated on the hidden states at hand."""
+        prefix, experts = self.source.shape.prefix(index), self.source.experts(index)
         with self.streamed.layer(index, experts) as module:
             inputs = self.streamed.expert_inputs(module, self.batches)
-            if self.writer is None:
-                # Nothing is quantized, so later layers see the original activations.
-                self._advance(module)
-        self.clock.lap("calibration")
         if not bool(inputs.x.isfinite().all()):
             raise BitsmoeError(
                 f"{prefix}: activations on the calibration text are not finite; a weight of an earlier layer is far "
                 "too large, so download the model again"
             )
+        self.clock.lap("calibration")
         stats = LayerStatistics(inputs, self.source.shape.num_experts)
-        gate_up, down = (w.to(device) for w in experts)
-        quantizer = LayerQuantizer(gate_up, down, stats, self.source.shape, self.config, prefix)
-        plan = quantizer.plan()
+        gate_up, down = (w.to(self.streamed.device) for w in experts)
+        return LayerQuantizer(gate_up, down, stats, self.source.shape, self.config, prefix), stats
+
+    def _moe_layer(self, index: int, prefix: str, tick: Any) -> Layer:
+        quantizer, stats = self._quantizer(index)
+        plan = quantizer.plan(self.budgets.get(prefix))
+        self.pictures[prefix] = layer_picture(plan, stats)
         self.clock.lap("allocation")
         if self.writer is None:
-            self.reports.append(layer_report(prefix, plan, stats, self.config, None))
+            # Nothing is quantized, so later layers see the original activations.
+            with self.streamed.layer(index) as module:
+                self._advance(module)
+            self.clock.lap("calibration")
+            self.reports.append(layer_report(prefix, plan, stats, self.config, None, None))
             tick(self.source.shape.num_experts)
             return plan.layer
         tensors, errors = quantizer.quantize(plan, _every(len(plan.projections), tick))
         self.clock.lap("quantization")
         for name, tensor in tensors.items():
             self.writer.add(f"{prefix}.{name}", tensor)
-        weights = LayerWeights(plan.layer, self.config.block_size, tensors)
-        with self.streamed.layer(index, weights.all_experts()) as module:
+        experts = LayerWeights(plan.layer, self.config.block_size, tensors).all_experts()
+        output_error = quantizer.output_error(*experts)
+        with self.streamed.layer(index) as module:
+            self.originals = [(self.streamed.run(module, h, kw).cpu(), kw) for h, kw in self.originals]
+        with self.streamed.layer(index, experts) as module:
             self._advance(module)
         self.clock.lap("calibration")
-        self.reports.append(layer_report(prefix, plan, stats, self.config, errors))
+        self.reports.append(layer_report(prefix, plan, stats, self.config, errors, output_error))
         return plan.layer
 
     def finish(self, scratch: Path, layers: dict[str, Layer], record: dict[str, object]) -> None:

@@ -1,15 +1,46 @@
 """What a run decided and what came of it, as data: written beside the checkpoint, free of times and paths."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bitsmoe_kernels.format.schema import CheckpointConfig, Layer, ProjectionName
 from offline_quant.config import QuantizeConfig
 from offline_quant.layer import LayerPlan
+from offline_quant.objectives import OBJECTIVES
 from offline_quant.statistics import LayerStatistics
+
+
+@dataclass(frozen=True)
+class LayerPicture:
+    """What the report page draws of one layer; too large for report.json.
+
+    Attributes:
+        bits: uint8 [E, B] by projection.
+        spectrum: float32 [C] by projection: a component's share of the error if all were dropped, mean over experts,
+            in stored order.
+        share: float32 [E], share of expert slots that went to each expert.
+    """
+
+    bits: dict[str, NDArray[np.uint8]]
+    spectrum: dict[str, NDArray[np.float32]]
+    share: NDArray[np.float32]
+
+
+def layer_picture(plan: LayerPlan, stats: LayerStatistics) -> LayerPicture:
+    """Bits, spectra and activation shares of a planned layer."""
+    spectrum = {}
+    for name, projection in plan.projections.items():
+        energy = projection.components.energy
+        spectrum[str(name)] = (energy / energy.sum(1, keepdim=True).clamp(min=1e-30)).mean(0).float().cpu().numpy()
+    counts = stats.counts.float()
+    share = (counts / counts.sum().clamp(min=1)).cpu().numpy()
+    return LayerPicture({str(k): v.numpy() for k, v in plan.bits.items()}, spectrum, share)
 
 
 def width_histogram(layer: Layer, name: ProjectionName, bits: Tensor, block_size: int) -> dict[str, int]:
@@ -22,17 +53,27 @@ def width_histogram(layer: Layer, name: ProjectionName, bits: Tensor, block_size
 
 
 def layer_report(
-    prefix: str, plan: LayerPlan, stats: LayerStatistics, config: QuantizeConfig, errors: dict[str, float] | None
+    prefix: str,
+    plan: LayerPlan,
+    stats: LayerStatistics,
+    config: QuantizeConfig,
+    errors: dict[str, float] | None,
+    output_error: float | None,
 ) -> dict[str, Any]:
     """One layer: form, predicted and measured relative error, solver gap, bits and routing."""
     layer, a = plan.layer, plan.allocation
+    taken = plan.table.loss[np.arange(len(a.choice)), a.choice]
+    by_block = OBJECTIVES[config.objective].unit == "block"
+    predicted = {str(n): float(taken[unit].sum()) for n, unit in plan.table.unit_of.items()} if by_block else None
     return {
         "layer": prefix,
         "basis": plan.basis,
         "bpw": 8 * layer.nbytes(config.block_size) / layer.num_weights,
         "predicted_error": a.loss,
+        "predicted_error_by_projection": predicted,
         "measured_error": None if errors is None else sum(errors.values()),
         "measured_error_by_projection": errors,
+        "output_error": output_error,
         "solver_gap": a.gap,
         "tokens_per_expert": {"min": int(stats.counts.min()), "max": int(stats.counts.max())},
         "unseen_experts": (stats.counts == 0).nonzero()[:, 0].tolist(),
@@ -42,6 +83,7 @@ def layer_report(
         "weights_by_width": {
             name: width_histogram(layer, name, bits, config.block_size) for name, bits in plan.bits.items()
         },
+        "compensator_ranks": None if plan.ranks is None else plan.ranks.tolist(),
     }
 
 
@@ -51,8 +93,20 @@ def model_report(
     config: QuantizeConfig,
     record: dict[str, object],
     windows: Tensor,
+    sanity: dict[str, Any] | None,
+    shared: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """The whole run: all-in bits per weight, options, calibration size and every layer's report."""
+    """The whole run: all-in bits per weight, options, calibration size and every layer's report.
+
+    Args:
+        reports: of the layers.
+        layers: their schemas, by tensor prefix.
+        config: options.
+        record: options as the checkpoint keeps them.
+        windows: calibration tokens.
+        sanity: see `sanity.verdict`; None where nothing was quantized.
+        shared: the program over the whole model: proven gap and sensitivities; None with a budget for each layer.
+    """
     weights = sum(layer.num_weights for layer in layers.values())
     size = sum(layer.nbytes(config.block_size) for layer in layers.values())
     return {
@@ -61,6 +115,8 @@ def model_report(
         "expert_bytes": size,
         "calibration_tokens": windows.numel(),
         "options": record,
+        "sanity": sanity,
+        "model_budget": shared,
         "layers": reports,
     }
 

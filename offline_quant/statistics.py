@@ -15,6 +15,8 @@ HEAVIEST_TOKEN = 20.0
 """Most that one token counts in an expert's moments, relative to the mean token: a few would else decide alone."""
 LEAST_OUTPUT = 0.02
 """Least weight of a gate or up output, relative to the expert's mean output."""
+OUTPUT_TOKENS = 2_048
+"""Tokens on which a layer's output is compared."""
 DAMPING = 0.01
 """Added to the diagonal of moments, relative to its mean (GPTQ's customary 1%)."""
 
@@ -114,6 +116,11 @@ class LayerStatistics:
         M = (x * (token / token.sum().clamp(min=1e-30))[:, None]).T @ x
         return M, outputs, D
 
+    def plain_moments(self, expert: int) -> Tensor:
+        """Second moments [H, H] of an expert's inputs, every token alike."""
+        x = self.inputs.x[self._token[expert]]
+        return (x.T @ x + self.pseudo_count * self.pooled) / (len(x) + self.pseudo_count)
+
     def hidden_moments(self, expert: int, gate_up: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
         """Moments of the activations that the down projection will see, and how they miss the original ones.
 
@@ -130,6 +137,26 @@ class LayerStatistics:
         missing = _hidden(x, original) - seen
         weighed = seen * mass[:, None]
         return weighed.T @ seen, missing.T @ weighed
+
+    def output_errors(self, original: tuple[Tensor, Tensor], quantized: tuple[Tensor, Tensor]) -> tuple[float, float]:
+        """Energy of the error and of the original output of the routed experts, on a sample of tokens.
+
+        Args:
+            original: gate_up [E, 2 I, H] and down [E, H, I], and
+            quantized: the same.
+        """
+        step = max(1, len(self.inputs.x) // OUTPUT_TOKENS)
+        x, ids, weights = self.inputs.x[::step], self.inputs.topk_ids[::step], self.inputs.topk_weights[::step]
+        y, error = torch.zeros_like(x), torch.zeros_like(x)
+        for e in range(len(self.counts)):
+            token, slot = (ids == e).nonzero(as_tuple=True)
+            if len(token) == 0:
+                continue
+            out = [_hidden(x[token], gate_up[e]) @ down[e].T for gate_up, down in (original, quantized)]
+            w = weights[token, slot, None]
+            y.index_add_(0, token, w * out[0])
+            error.index_add_(0, token, w * (out[1] - out[0]))
+        return float(error.double().square().sum()), float(y.double().square().sum())
 
 
 def _hidden(x: Tensor, gate_up: Tensor) -> Tensor:
