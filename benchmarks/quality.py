@@ -1,85 +1,274 @@
-"""Quality against size on one model: bitsmoe at several budgets beside round-to-nearest.
+"""Quality against size on one model: bitsmoe beside GPTQ, AutoRound, HQQ and rounding, from their own libraries.
 
-    python -m benchmarks.quality [--model DIR] [--calib FILE] [--text FILE] [--bits 2 2.5 3] [--rtn 2 3 4] [--out DIR]
+    python -m benchmarks.quality [--model DIR] [--calib FILE] [--text FILE] [--rows main seeds ...] [--out DIR]
 
-Without --calib and --text the model writes both itself, from different seeds. All methods are compared with the
-original model on the same tokens, as `bitsmoe eval` does it. Prints a table; writes quality.json and quality.md
-to --out.
+All methods calibrate on the same windows of the same text and are compared with the original model on the same tokens,
+as `bitsmoe eval` does it. Groups of rows:
+
+    main        bitsmoe at 1.75, 2.125, 2.5 and 3.125 bits; every baseline at 2 and 3 bits
+    seeds       bitsmoe and GPTQ about 2.125 bits on other calibration windows of the same text
+    forms       every decomposition forced, beside what `auto` takes
+    objectives  AlphaQ, BT-MoE, frequency and uniform beside bitsmoe
+    ablation    parts of the method left out
+
+Without --calib and --text the model writes both itself, from different seeds. Every row is kept as soon as it is done:
+the same command goes on where it was stopped. Writes quality-MODEL.json, .md and .png to --out.
 """
 
 import argparse
 import json
+import os
 import platform
+import statistics
 import subprocess
+import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from benchmarks.baselines.driver import run_baseline
+from benchmarks.baselines.driver import run_baseline, write_windows
+from bitsmoe_kernels.errors import BitsmoeError
 from offline_quant.calibration import load_tokenizer, window_length, write_sampled_text
 from offline_quant.config import QuantizeConfig
-from offline_quant.evaluate import MAX_WINDOW, evaluate
+from offline_quant.evaluate import MAX_WINDOW, Reference
 from offline_quant.model_adapter import SourceModel
+from offline_quant.output import REPORT_FILE
 from offline_quant.pipeline import quantize_model
+from offline_quant.report_page import spearman
 from offline_quant.streaming import StreamedModel
 
 ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT_WINDOWS, HELD_OUT_SEED = 64, 1
+OURS = "bitsmoe"
+BITS = (1.75, 2.125, 2.5, 3.125)
+FORM_BITS = (2.125, 3.125)
+STRONG = {"observer": "memoryless_mse", "calibrate_all_experts": False}
+"""Settings that helped GPTQ most, none of them its library's default."""
 
 
-def write_held_out_text(model: Path, path: Path) -> None:
-    """Text the model wrote with a seed that calibration does not use."""
+@dataclass(frozen=True)
+class Row:
+    """One run of one method.
+
+    Attributes:
+        label: as the table names it.
+        method: `bitsmoe` or a baseline.
+        bits: budget of bitsmoe, code width of a baseline.
+        seed: of the calibration windows.
+        options: of the quantizer or the baseline.
+    """
+
+    label: str
+    method: str
+    bits: float
+    seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """The same for the same run."""
+        return json.dumps([self.method, self.bits, self.seed, self.options], sort_keys=True)
+
+
+def _ours(label: str, bits: tuple[float, ...], **options: Any) -> list[Row]:
+    return [Row(label, OURS, b, options=options) for b in bits]
+
+
+GROUPS: dict[str, list[Row]] = {
+    "main": [
+        *_ours("bitsmoe", BITS),
+        *(Row("GPTQ g128, static order", "gptq", b) for b in (2, 3)),
+        *(Row("GPTQ g128, its strongest settings", "gptq", b, options=STRONG) for b in (2,)),
+        *(Row("AutoRound g128, 200 iterations", "autoround", b) for b in (2, 3)),
+        *(Row("HQQ g64", "hqq", b) for b in (2, 3)),
+        *(Row("round-to-nearest g128", "rtn", b) for b in (2, 3)),
+    ],
+    "seeds": [
+        *(Row("bitsmoe", OURS, 2.125, seed) for seed in range(5)),
+        *(Row("GPTQ g128, static order", "gptq", 2, seed) for seed in range(5)),
+    ],
+    "forms": [
+        *_ours("bitsmoe", FORM_BITS),
+        *(r for form in ("natural", "whitened", "paper") for r in _ours(f"--basis {form}", FORM_BITS, basis=form)),
+    ],
+    "objectives": [
+        *_ours("bitsmoe", (2.5, 3.5)),
+        *_ours("--objective alphaq", (2.5, 3.5), objective="alphaq"),
+        *_ours("--objective bt-moe", (2.5, 3.5), objective="bt-moe"),
+        *_ours("--objective frequency", (2.5,), objective="frequency"),
+        *_ours("--objective uniform", (2.5,), objective="uniform"),
+    ],
+    "ablation": [
+        *_ours("bitsmoe", (2.125,)),
+        *_ours("one budget for the model, by sensitivities", (2.125,), budget="model"),
+        *_ours("without the surrogate: uniform widths", (2.125,), objective="uniform"),
+        *_ours("without feedback", (2.125,), feedback=False),
+        *_ours(
+            "without feedback, refinement, first pass, on 16 windows",
+            (2.125,),
+            feedback=False,
+            refine=0,
+            without=["trial"],
+            calib_samples=16,
+        ),  # the fastest
+        *_ours("without refinement", (2.125,), refine=0),
+        *_ours("without whitening: plain SVD bases", (2.125,), basis="paper"),
+        *_ours("without weights of outputs and tokens", (2.125,), without=["output-weights"]),
+        *_ours("without correction of down", (2.125,), without=["correction"]),
+        *_ours("without the first pass", (2.125,), without=["trial"]),
+    ],
+}
+
+
+def write_held_out_text(model: Path, path: Path, seed: int = HELD_OUT_SEED) -> None:
+    """Text the model wrote; calibration by `self` uses another seed."""
     source = SourceModel(model)
     length = window_length(source.config, MAX_WINDOW)
-    write_sampled_text(StreamedModel(source), load_tokenizer(model), path, HELD_OUT_WINDOWS, length, HELD_OUT_SEED)
+    write_sampled_text(StreamedModel(source), load_tokenizer(model), path, HELD_OUT_WINDOWS, length, seed)
 
 
-def measure(model: Path, calib: str, text: Path, bits: list[float], rtn: list[int]) -> list[dict[str, Any]]:
-    """One row for each method and budget."""
-    rows = []
+def measure(model: Path, calib: str, reference: Reference, row: Row) -> dict[str, Any]:
+    """Quantize and evaluate: figures of one row."""
     with tempfile.TemporaryDirectory() as scratch:
-        for budget in bits:
-            start, out = time.monotonic(), Path(scratch) / f"bitsmoe-{budget}"
-            outcome = quantize_model(str(model), out, QuantizeConfig(bits=budget, calib=calib))
-            seconds = time.monotonic() - start
-            bpw = outcome.report["bpw"]
-            rows.append(_row("bitsmoe", bpw, seconds, evaluate(out, text, model).as_dict()))
-        for width in rtn:
-            start, out = time.monotonic(), Path(scratch) / f"rtn-{width}"
-            bpw = run_baseline("rtn", model, None, width, out)["bpw"]
-            seconds = time.monotonic() - start
-            rows.append(_row("round-to-nearest g128", bpw, seconds, evaluate(out, text, model).as_dict()))
-    return rows
+        out = Path(scratch) / "model"
+        if row.method == OURS:
+            figures = _quantize_apart(model, out, {**row.options, "bits": row.bits, "calib": calib, "seed": row.seed})
+        else:
+            windows = Path(scratch) / "windows.safetensors"
+            write_windows(model, calib, windows, seed=row.seed)
+            figures = run_baseline(row.method, model, windows, int(row.bits), out, **row.options)
+        found = reference.evaluate(out).as_dict()
+    excess = found["perplexity"] - found["perplexity_reference"]
+    return {
+        "label": row.label, "method": row.method, "bits": row.bits, "seed": row.seed, "options": row.options,
+        "run": figures, **found, "bpw": figures["bpw"], "excess": excess,
+    }  # fmt: skip
 
 
-def _row(method: str, bpw: float, seconds: float, figures: dict[str, Any]) -> dict[str, Any]:
-    base = figures["perplexity_reference"]
-    return {**figures, "method": method, "bpw": bpw, "excess": figures["perplexity"] - base, "seconds": seconds}
+def _quantize_apart(model: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Quantize in a process of its own, so that its peak of memory is its own."""
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-m", "benchmarks.quality", "--quantize", json.dumps(options)]
+    result = subprocess.run(
+        [*command, "--model", str(model), "--out", str(out)], cwd=ROOT, env=env, stdout=subprocess.PIPE, check=False
+    )
+    if result.returncode:
+        raise BitsmoeError(f"bitsmoe quantize {options} ended with status {result.returncode}")
+    return json.loads(result.stdout)
+
+
+def _quantize_here(model: Path, out: Path, options: dict[str, Any]) -> None:
+    start, cpu = time.monotonic(), time.process_time()
+    outcome = quantize_model(str(model), out, QuantizeConfig(**options))
+    layers = [
+        {k: v for k, v in layer.items() if k.startswith(("layer", "basis", "predicted", "measured", "output_error"))}
+        for layer in outcome.report["layers"]
+    ]
+    figures = {
+        "bpw": outcome.report["bpw"], "seconds": time.monotonic() - start - outcome.seconds["calibration text"],
+        "cpu_seconds": time.process_time() - cpu - outcome.seconds["calibration text"],  # baselines are given tokens
+        "stages": outcome.seconds, "peak_bytes": max(outcome.peak_bytes.values()), "threads": torch.get_num_threads(),
+        "solver_gap": max(layer["solver_gap"] for layer in outcome.report["layers"]), "layers": layers,
+        "model_budget": outcome.report["model_budget"],
+    }  # fmt: skip
+    assert (out / REPORT_FILE).is_file()
+    print(json.dumps(figures))
+
+
+def surrogate_points(rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """(predicted, measured) relative error of every layer and projection of bitsmoe's rows."""
+    points = []
+    for row in rows:
+        if row["method"] != OURS or row["options"] or row["seed"]:
+            continue
+        for layer in row["run"]["layers"]:
+            for name, predicted in layer["predicted_error_by_projection"].items():
+                points.append((predicted, layer["measured_error_by_projection"][name]))
+    return points
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    """The table, with what it ran on."""
-    lines = [
-        "| method | bits per weight, all-in | KL, nats per token | excess perplexity | top-1 agreement | seconds |",
-        "|---|---|---|---|---|---|",
-    ]
-    for r in result["rows"]:
-        lines.append(
-            f"| {r['method']} | {r['bpw']:.3f} | {r['kl']:.4f} | {r['excess']:.3f} | {r['top1_agreement']:.3f} "
-            f"| {r['seconds']:.0f} |"
-        )
+    """Tables of all groups, with what they ran on."""
+    rows = {row["key"]: row for row in result["rows"]}
+    lines = []
+    for name, group in GROUPS.items():
+        done = [rows[r.key] | {"label": r.label} for r in group if r.key in rows]
+        if not done:
+            continue
+        lines += [f"## {name}", ""]
+        lines += _seed_table(done) if name == "seeds" else _table(done)
+        lines.append("")
+    points = surrogate_points(result["rows"])
+    if len(points) > 2:
+        predicted, measured = np.array(points).T
+        lines += [
+            f"Predicted against measured error: Spearman correlation {spearman(predicted, measured):.4f} over "
+            f"{len(points)} points (layer, projection, budget).",
+            "",
+        ]
     first, on = result["rows"][0], result["environment"]
-    lines += [
-        "",
+    lines.append(
         f"{result['model']}, perplexity {first['perplexity_reference']:.2f} unquantized; {first['tokens']:,} tokens of "
-        f"{result['text']}; calibrated on {result['calibration']}; float32 on {on['threads']} threads of {on['cpu']}, "
-        f"torch {on['torch']}, commit {on['commit']}.",
-    ]
-    return "\n".join(lines) + "\n"
+        f"{result['text']}; calibrated on {result['calibration']}, windows of seed 0 where not said otherwise. KL in "
+        f"nats per token; bits per weight all-in; seconds of quantization on the clock and on the processors, on "
+        f"{on['threads']} thread(s) of {on['cpu']}, imports left out; torch {on['torch']}, commit {on['commit']}."
+    )
+    return f"# Quality: {result['model']}\n\n" + "\n".join(lines) + "\n"
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    head = ["method", "bpw", "KL", "excess perplexity", "top-1 agreement", "seconds", "CPU s", "peak GB"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for r in rows:
+        run = r["run"]
+        lines.append(
+            f"| {r['label']} | {r['bpw']:.3f} | {r['kl']:.5f} | {r['excess']:.3f} | {r['top1_agreement']:.4f} "
+            f"| {run['seconds']:.0f} | {run['cpu_seconds']:.0f} | {run['peak_bytes'] / 1e9:.2f} |"
+        )
+    return lines
+
+
+def _seed_table(rows: list[dict[str, Any]]) -> list[str]:
+    head = ["method", "seeds", "KL, mean", "KL, standard deviation", "excess, mean", "excess, standard deviation"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for label in dict.fromkeys(r["label"] for r in rows):
+        kl, excess = ([r[k] for r in rows if r["label"] == label] for k in ("kl", "excess"))
+        spread = [statistics.stdev(v) if len(v) > 1 else float("nan") for v in (kl, excess)]
+        lines.append(
+            f"| {label} | {len(kl)} | {statistics.mean(kl):.5f} | {spread[0]:.5f} | {statistics.mean(excess):.3f} "
+            f"| {spread[1]:.3f} |"
+        )
+    return lines
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """KL against all-in bits per weight, one line for each method of the main group."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = {row["key"]: row for row in result["rows"]}
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    labels = dict.fromkeys(r.label for r in GROUPS["main"])
+    for label in labels:
+        points = sorted((rows[r.key]["bpw"], rows[r.key]["kl"]) for r in GROUPS["main"]
+                        if r.label == label and r.key in rows)  # fmt: skip
+        if points:
+            ours = label == OURS
+            axes.plot(*zip(*points, strict=True), marker="o", label=label, linewidth=2.5 if ours else 1.2,
+                      color="black" if ours else None, zorder=3 if ours else 2)  # fmt: skip
+    axes.set(yscale="log", xlabel="all-in bits per weight of the experts", ylabel="KL to the original, nats per token",
+             title=result["model"])  # fmt: skip
+    axes.grid(True, which="both", alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
 
 
 def environment() -> dict[str, Any]:
@@ -104,35 +293,62 @@ def _read(path: str) -> str:
     return Path(path).read_text(encoding="utf-8") if Path(path).exists() else ""
 
 
+def _earlier_rows(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an earlier run of the same model and texts."""
+    if not path.is_file():
+        return []
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return data["rows"] if all(data[k] == header[k] for k in ("model", "calibration", "text")) else []
+
+
+def run(args: argparse.Namespace, scratch: Path) -> None:
+    """All rows asked for."""
+    text, calib = args.text, args.calib
+    if text is None:
+        text = scratch / "held_out.txt"
+        write_held_out_text(args.model, text)
+    if calib == "self":
+        calib = str(scratch / "calibration.txt")
+        write_held_out_text(args.model, Path(calib), seed=0)
+    result: dict[str, Any] = {
+        "model": args.model.name,
+        "calibration": "text sampled from the model" if args.calib == "self" else Path(args.calib).name,
+        "text": args.text.name if args.text else "text sampled from the model with another seed",
+        "environment": environment(),
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    base = args.out / f"quality-{args.model.name}"
+    result["rows"] = _earlier_rows(base.with_suffix(".json"), result)
+    done = {row["key"] for row in result["rows"]}
+    wanted = {r.key: r for name in args.rows for r in GROUPS[name] if r.key not in done}
+    reference = Reference(args.model, text) if wanted else None
+    for number, row in enumerate(wanted.values(), 1):
+        print(f"[{number}/{len(wanted)}] {row.label}, {row.bits} bits, seed {row.seed}", file=sys.stderr, flush=True)
+        assert reference is not None
+        result["rows"].append({"key": row.key, **measure(args.model, calib, reference, row)})
+        new = base.with_suffix(".json.new")
+        new.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        new.replace(base.with_suffix(".json"))
+    base.with_suffix(".md").write_text(as_markdown(result), encoding="utf-8")
+    draw(result, base.with_suffix(".png"))
+    print(as_markdown(result))
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "examples" / "tiny_moe")
     parser.add_argument("--calib", default="self")
     parser.add_argument("--text", type=Path)
-    parser.add_argument("--bits", type=float, nargs="*", default=[1.75, 2.125, 2.5, 3.125])
-    parser.add_argument("--rtn", type=int, nargs="*", default=[2, 3, 4])
+    parser.add_argument("--rows", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--quantize", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if not args.bits and not args.rtn:
-        parser.error("nothing to measure: give --bits or --rtn")
+    if args.quantize:
+        _quantize_here(args.model, args.out, args.quantize)
+        return
     with tempfile.TemporaryDirectory() as scratch:
-        text = args.text
-        if text is None:
-            text = Path(scratch) / "held_out.txt"
-            write_held_out_text(args.model, text)
-        result = {
-            "model": args.model.name,
-            "calibration": "text sampled from the model" if args.calib == "self" else Path(args.calib).name,
-            "text": args.text.name if args.text else "text sampled from the model with another seed",
-            "environment": environment(),
-            "rows": measure(args.model, args.calib, text, args.bits, args.rtn),
-        }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "quality.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    table = as_markdown(result)
-    (args.out / "quality.md").write_text(table, encoding="utf-8")
-    print(table)
+        run(args, Path(scratch))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ DEFAULT_DATASET = "hf:allenai/c4"
 NETWORK_ERRORS = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
 """What the Hub's client raises where it cannot be reached: the base error of its HTTP library, and OSError."""
 _DATASET_ERRORS: tuple[type[Exception], ...] = (*NETWORK_ERRORS, ValueError, RuntimeError)
+_GOLDEN = 0.6180339887498949
 _TEXT_KEYS = ("text", "content", "prompt")
 _DATASET_CONFIGS = {"allenai/c4": "en"}
 
@@ -105,7 +106,7 @@ def _dataset_texts(name: str) -> Iterator[str]:
         raise BitsmoeError(f"--calib hf:{name}: the dataset cannot be reached or read ({reason})") from None
 
 
-def text_windows(tokenizer: Any, source: str, length: int, limit: int | None = None) -> Tensor:
+def text_windows(tokenizer: Any, source: str, length: int, limit: int | None = None, seed: int = 0) -> Tensor:
     """Non-overlapping windows of tokens, documents joined one after another.
 
     Args:
@@ -113,6 +114,7 @@ def text_windows(tokenizer: Any, source: str, length: int, limit: int | None = N
         source: see `documents`.
         length: tokens in a window.
         limit: at most this many windows; None: all. Spread evenly over a text file, the first ones of a dataset.
+        seed: which of the evenly spread sets.
 
     Returns:
         int64 [windows, length].
@@ -133,7 +135,8 @@ def text_windows(tokenizer: Any, source: str, length: int, limit: int | None = N
     if limit is not None and count < limit:
         console.print(f"{source}: holds {count} windows of {length} tokens, fewer than the {limit} asked for")
     if limit is not None and count > limit:
-        windows = windows[torch.linspace(0, count - 1, limit).round().long()]
+        start = seed * _GOLDEN % 1  # fractional parts of multiples lie far apart
+        windows = windows[((torch.arange(limit, dtype=torch.float64) + start) * count / limit).long()]
     return windows
 
 
@@ -185,7 +188,7 @@ def calibration_windows(
     if calib is None:
         console.print(f"Reading calibration text from {DEFAULT_DATASET} (choose with --calib)")
         try:
-            return text_windows(tokenizer, DEFAULT_DATASET, length, count), DEFAULT_DATASET
+            return text_windows(tokenizer, DEFAULT_DATASET, length, count, seed), DEFAULT_DATASET
         except BitsmoeError as e:
             console.print(
                 Text("Warning:", "bold yellow"), f"{e}\nCalibrating on text sampled from the model itself instead."
@@ -193,4 +196,4 @@ def calibration_windows(
             calib = "self"
     if calib == "self":
         return sample_windows(model, tokenizer, count, length, seed), "self"
-    return text_windows(tokenizer, calib, length, count), calib
+    return text_windows(tokenizer, calib, length, count, seed), calib

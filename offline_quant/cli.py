@@ -22,6 +22,8 @@ def main() -> None:
         from offline_quant.commands import app
         from offline_quant.progress import console
     except ModuleNotFoundError as e:
+        if e.name and e.name.partition(".")[0] in ("offline_quant", "bitsmoe_kernels"):
+            raise
         sys.stderr.write(f"Error: {e.name} is not installed; run: pip install 'bitsmoe-vllm[quantize]'\n")
         raise SystemExit(USAGE_STATUS) from None
     try:

@@ -105,7 +105,9 @@ def quantize(
         int, typer.Option(help="Tokens in a window; at most the model's maximum is used.")
     ] = _DEFAULTS.calib_length,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = _DEFAULTS.device,
-    seed: Annotated[int, typer.Option(help="For sampling. Equal inputs and seed give equal bytes.")] = _DEFAULTS.seed,
+    seed: Annotated[
+        int, typer.Option(help="Of calibration windows and sampling. Equal inputs and seed give equal bytes.")
+    ] = _DEFAULTS.seed,
     plan: Annotated[bool, typer.Option("--plan", help="Stop after the allocation and write the report only.")] = False,
 ) -> None:
     """Quantize the routed experts of a MoE model."""

@@ -1,6 +1,6 @@
 """Perplexity, and divergence from a reference model, over non-overlapping windows of text."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,50 +59,89 @@ def evaluate(model: Path, text: Path, reference: Path | None = None, device: str
     """
     source = open_model(model)
     other = open_model(reference) if reference else None
-    if other and other.config["vocab_size"] != source.config["vocab_size"]:
-        raise BitsmoeError(
-            f"--reference {reference}: vocab_size is {other.config['vocab_size']}, that of {model} is "
-            f"{source.config['vocab_size']}; only models with one vocabulary can be compared"
-        )
+    if other:
+        _check_comparable(source, other)
     length = window_length(source.config, MAX_WINDOW)
     windows = text_windows(load_tokenizer(model), str(text), length)
-    hidden, head, streamed = final_states(source, windows, device)
-    reference_hidden = reference_head = reference_model = None
-    if other:
-        reference_hidden, reference_head, reference_model = final_states(other, windows, device)
+    mine = final_states(source, windows, device)
+    return _compare(mine, final_states(other, windows, device) if other else None, windows, bits_per_weight(source))
 
+
+class Reference:
+    """A model that many others are compared with on one text: it is run once.
+
+    Args:
+        model: checkpoint directory.
+        text: UTF-8 text or JSON-lines file.
+    """
+
+    def __init__(self, model: Path, text: Path, device: str = "cpu"):
+        self.source, self.device = open_model(model), device
+        length = window_length(self.source.config, MAX_WINDOW)
+        self.windows = text_windows(load_tokenizer(model), str(text), length)
+        self.states = final_states(self.source, self.windows, device)
+
+    def evaluate(self, model: Path) -> Evaluation:
+        """As `evaluate` with this reference.
+
+        Raises:
+            BitsmoeError: as there.
+        """
+        source = open_model(model)
+        _check_comparable(source, self.source)
+        mine = final_states(source, self.windows, self.device)
+        return _compare(mine, self.states, self.windows, bits_per_weight(source))
+
+
+def _check_comparable(model: WeightSource, reference: WeightSource) -> None:
+    if reference.config["vocab_size"] != model.config["vocab_size"]:
+        raise BitsmoeError(
+            f"--reference {reference.directory}: vocab_size is {reference.config['vocab_size']}, that of "
+            f"{model.directory} is {model.config['vocab_size']}; only models with one vocabulary can be compared"
+        )
+
+
+def _compare(mine: "States", other: "States | None", windows: Tensor, bpw: float) -> Evaluation:
     nll = reference_nll = kl = agree = 0.0
-    count = 0
+    count, length = 0, windows.shape[1]
     step = max(1, _HEAD_TOKENS // length)
     for at in range(0, len(windows), step):
-        target = windows[at : at + step, 1:].to(streamed.device)
-        logp = _log_probabilities(streamed, hidden[at : at + step], head)
+        logp = mine.log_probabilities(at, step)
+        target = windows[at : at + step, 1:].to(logp.device)
         nll -= float(logp.gather(-1, target[..., None]).double().sum())
         count += target.numel()
-        if reference_model is not None and reference_hidden is not None and reference_head is not None:
-            ref = _log_probabilities(reference_model, reference_hidden[at : at + step], reference_head)
+        if other is not None:
+            ref = other.log_probabilities(at, step)
             reference_nll -= float(ref.gather(-1, target[..., None]).double().sum())
             kl += float((ref.exp() * (ref - logp)).sum(-1).double().sum())
             agree += float((ref.argmax(-1) == logp.argmax(-1)).sum())
-    result = Evaluation(_exp(nll / count), count, length, bits_per_weight(source))
-    if not other:
+    result = Evaluation(_exp(nll / count), count, length, bpw)
+    if other is None:
         return result
-    return Evaluation(
-        **{**asdict(result), "kl": kl / count, "top1_agreement": agree / count,
-           "perplexity_reference": _exp(reference_nll / count)}
-    )  # fmt: skip
+    return replace(
+        result, kl=kl / count, top1_agreement=agree / count, perplexity_reference=_exp(reference_nll / count)
+    )
 
 
 def _exp(x: float) -> float:
     return float(torch.tensor(x, dtype=torch.float64).exp())
 
 
-def _log_probabilities(model: StreamedModel, hidden: Tensor, head: Tensor) -> Tensor:
-    return model.logits(hidden[:, :-1], head).log_softmax(-1)
+@dataclass(frozen=True)
+class States:
+    """What leaves a model's last layer: hidden [n, L, H] on the CPU, its output embedding, and the model."""
+
+    hidden: Tensor
+    head: Tensor
+    model: StreamedModel
+
+    def log_probabilities(self, start: int, count: int) -> Tensor:
+        """Of every token but each window's first, for `count` windows from `start`: [count, L - 1, V]."""
+        return self.model.logits(self.hidden[start : start + count, :-1], self.head).log_softmax(-1)
 
 
-def final_states(source: WeightSource, windows: Tensor, device: str) -> tuple[Tensor, Tensor, StreamedModel]:
-    """Hidden states [n, L, H] after the last layer on the CPU, the output embedding, and the model."""
+def final_states(source: WeightSource, windows: Tensor, device: str) -> States:
+    """Run a model over windows [n, L]."""
     model = StreamedModel(source, device)
     batches = model.embed_windows(windows, BATCH_TOKENS)
     with bar(f"Evaluating {source.directory.name}"[:28], model.num_layers * len(batches)) as tick:
@@ -111,7 +150,7 @@ def final_states(source: WeightSource, windows: Tensor, device: str) -> tuple[Te
                 for i, (hidden, kwargs) in enumerate(batches):
                     batches[i] = (model.run(module, hidden, kwargs).cpu(), kwargs)
                     tick()
-    return torch.cat([h for h, _ in batches]), model.head, model
+    return States(torch.cat([h for h, _ in batches]), model.head, model)
 
 
 def bits_per_weight(source: WeightSource) -> float:

@@ -125,27 +125,25 @@ def _row_scale(w: Tensor, c: Tensor, width: Tensor, rough: bool = False) -> Tens
     # A Gaussian's levels have a root mean square of about 1 / step.
     spread = torch.where(live, _steps(w.device)[width.long()].clamp(min=1e-6).pow(-2), 0.0)
     start = ((weight * v.square()).sum(-1) / (weight * spread).sum(-1).clamp(min=1e-30)).sqrt()
-    best = torch.zeros_like(start)
-    best_error = torch.full_like(start, torch.inf)
     if rough:
         level = _nearest(v, start[:, None], half)
         return _half((weight * v * level).sum(-1) / (weight * level.square()).sum(-1).clamp(min=1e-30))
-    for factor in _SCALE_CANDIDATES:
-        a = start * factor
-        for _ in range(_SCALE_STEPS):
-            level = _nearest(v, a[:, None], half)
-            a = (weight * v * level).sum(-1) / (weight * level.square()).sum(-1).clamp(min=1e-30)
-        a = _half(a)
-        error = (weight * (v - a[:, None] * _nearest(v, a[:, None], half)).square()).sum(-1)
-        best = torch.where(error < best_error, a, best)
-        best_error = torch.minimum(error, best_error)
-    return best
+    # All candidates at once: rows are short, so the number of operations is what takes time.
+    a = start * torch.tensor(_SCALE_CANDIDATES, device=w.device)[:, None]
+    product = weight * v
+    for _ in range(_SCALE_STEPS):
+        level = _nearest(v, a[..., None], half)
+        a = (product * level).sum(-1) / (weight * level.square()).sum(-1).clamp(min=1e-30)
+    a = _half(a)
+    error = (weight * (v - a[..., None] * _nearest(v, a[..., None], half)).square()).sum(-1)
+    return a.gather(0, error.argmin(0, keepdim=True))[0]
 
 
 def _nearest(v: Tensor, step: Tensor, half: Tensor) -> Tensor:
     """Nearest level of v / step among -half, -half + 1, ..., half."""
-    x = torch.where(step == 0, 0.0, v / torch.where(step == 0, 1.0, step))
-    return torch.minimum(torch.maximum((x + half).round() - half, -half), half)
+    # A step of zero gives zero levels' values anyway; it must not give NaN.
+    x = (v / torch.where(step == 0, torch.inf, step)).add_(half).round_().sub_(half)
+    return torch.minimum(torch.maximum(x, -half, out=x), half, out=x)
 
 
 def _round_row(w: Tensor, a: Tensor, c: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,9 @@ _ROOT = Path(__file__).resolve().parents[2]
 _LOG_LINES = 15
 
 
-def write_windows(model: Path, calib: str, path: Path, count: int | None = None, length: int | None = None) -> Tensor:
+def write_windows(
+    model: Path, calib: str, path: Path, count: int | None = None, length: int | None = None, seed: int = 0
+) -> Tensor:
     """Write the token windows that `bitsmoe quantize --calib` takes from the same text, for all methods to share.
 
     Args:
@@ -38,13 +40,14 @@ def write_windows(model: Path, calib: str, path: Path, count: int | None = None,
         path: file to write.
         count: windows at most; None: the quantizer's default.
         length: tokens in a window at most; None: the quantizer's default.
+        seed: which of the evenly spread sets of windows.
 
     Returns:
         int64 [windows, length].
     """
     defaults = QuantizeConfig.model_fields
     length = window_length(SourceModel(model).config, length or defaults["calib_length"].default)
-    windows = text_windows(load_tokenizer(model), calib, length, count or defaults["calib_samples"].default)
+    windows = text_windows(load_tokenizer(model), calib, length, count or defaults["calib_samples"].default, seed)
     save_file({WINDOWS: windows.contiguous()}, path)
     return windows
 

@@ -1,13 +1,17 @@
 """The quality the project promises at the least: 2.5 all-in bits beat round-to-nearest at 3.15."""
 
-from benchmarks.quality import measure, write_held_out_text
+from benchmarks.quality import Row, measure, write_held_out_text
 from builders import TINY_MOE
+from offline_quant.evaluate import Reference
 
 
 def test_two_and_a_half_bits_beat_round_to_nearest_at_three(tmp_path):
-    text = tmp_path / "held_out.txt"
+    text, calib = tmp_path / "held_out.txt", tmp_path / "calib.txt"
     write_held_out_text(TINY_MOE, text)
-    ours, rounded = measure(TINY_MOE, "self", text, bits=[2.5], rtn=[3])
+    write_held_out_text(TINY_MOE, calib, seed=0)
+    reference = Reference(TINY_MOE, text)
+    ours = measure(TINY_MOE, str(calib), reference, Row("bitsmoe", "bitsmoe", 2.5))
+    rounded = measure(TINY_MOE, str(calib), reference, Row("round-to-nearest", "rtn", 3))
     print(ours, rounded)
     assert ours["bpw"] <= 2.5 < 3.1 < rounded["bpw"]
     assert ours["excess"] < rounded["excess"]

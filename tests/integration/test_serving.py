@@ -1,7 +1,5 @@
 """Real servers: a quantized checkpoint generates the tokens that its dequantized weights generate."""
 
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,25 +89,9 @@ def steps(choice: dict[str, Any]) -> list[Step]:
 
 
 @pytest.fixture(scope="module")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model, quantized by the command line; coarsely calibrated, for only the equality matters here."""
-    out = tmp_path_factory.mktemp("demo") / "quantized"
-    bitsmoe = Path(sys.executable).with_name("bitsmoe")
-    quick = ["--calib", "self", "--calib-samples", "4", "--calib-length", "256", "--refine", "0"]
-    subprocess.run(
-        [bitsmoe, "quantize", TINY_MOE, "--bits", "2.5", "--basis", "whitened", *quick, "--out", out],
-        check=True,
-        timeout=300,
-    )
-    return out
-
-
-@pytest.fixture(scope="module")
-def reference(quantized: Path, generate: Generate) -> Completions:
+def reference(dequantized: Path, generate: Generate) -> Completions:
     """What vLLM makes of the dequantized checkpoint: an ordinary model, nothing of this project runs."""
-    out = quantized.with_name("dequantized")
-    dequantize_checkpoint(quantized, out, torch.float32)
-    return generate(out, EAGER)
+    return generate(dequantized, EAGER)
 
 
 def assert_same_tokens(got: Completions, want: Completions) -> None:

@@ -268,7 +268,7 @@ def test_expert_moments_weigh_by_the_jacobian_of_the_output():
 
 
 def test_corrected_down_is_the_least_squares_fit_to_quantized_activations():
-    data = inputs(T=4000)
+    data = inputs(T=500)
     stats = LayerStatistics(data, 4)
     g = torch.Generator().manual_seed(4)
     original, down = torch.randn(10, 12, generator=g), torch.randn(12, 5, generator=g)

@@ -1,0 +1,31 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from builders import TINY_MOE
+from offline_quant.dequantize import dequantize_checkpoint
+
+
+@pytest.fixture(scope="session")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model, quantized by the command line; coarsely calibrated, for only the equality matters here."""
+    out = tmp_path_factory.mktemp("demo") / "quantized"
+    bitsmoe = Path(sys.executable).with_name("bitsmoe")
+    quick = ["--calib", "self", "--calib-samples", "4", "--calib-length", "256", "--refine", "0"]
+    subprocess.run(
+        [bitsmoe, "quantize", TINY_MOE, "--bits", "2.5", "--basis", "whitened", *quick, "--out", out],
+        check=True,
+        timeout=300,
+    )
+    return out
+
+
+@pytest.fixture(scope="session")
+def dequantized(quantized: Path) -> Path:
+    """The same weights as an ordinary checkpoint in float32, with which nothing of this project runs."""
+    out = quantized.with_name("dequantized")
+    dequantize_checkpoint(quantized, out, torch.float32)
+    return out
