@@ -320,7 +320,14 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
     base = args.out / f"quality-{args.model.name}"
     result["rows"] = _earlier_rows(base.with_suffix(".json"), result)
     done = {row["key"] for row in result["rows"]}
-    wanted = {r.key: r for name in args.rows for r in GROUPS[name] if r.key not in done}
+    asked = [r for name in args.rows for r in GROUPS[name]]
+    wanted = {
+        r.key: r
+        for r in asked
+        if r.key not in done
+        and (not args.methods or r.method in args.methods)
+        and (not args.bits or r.bits in args.bits)
+    }
     reference = Reference(args.model, text) if wanted else None
     for number, row in enumerate(wanted.values(), 1):
         print(f"[{number}/{len(wanted)}] {row.label}, {row.bits} bits, seed {row.seed}", file=sys.stderr, flush=True)
@@ -341,6 +348,8 @@ def main() -> None:
     parser.add_argument("--calib", default="self")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--rows", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--methods", nargs="+", help="only rows of these: bitsmoe, gptq, autoround, hqq, rtn")
+    parser.add_argument("--bits", nargs="+", type=float, help="only rows of these budgets or code widths")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--quantize", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
