@@ -148,6 +148,9 @@ def quantize(
                 "quantized from statistics pooled over all tokens",
                 style="yellow",
             )
+    for row in report["layers"]:
+        if row["extreme_experts"]:
+            output.print(f"{row['layer']}: expert(s) {row['extreme_experts']} put out far more than the others")
     if (sanity := report["sanity"]) is not None:
         if sanity["degenerate"]:
             output.print(f"This model is broken: {'; '.join(sanity['faults'])}. {sanity['advice']}", style="bold red")

@@ -23,6 +23,8 @@ from offline_quant.statistics import LayerStatistics, corrected
 
 CHUNK_VALUES = 1 << 28
 """Float32 values of one chunk of experts in the quantizer: bounds its memory."""
+EXTREME = 100.0
+"""Output energy, relative to the layer's median expert, from which an expert is reported as extreme."""
 TRIAL = -1
 """Stands for the rounds of refinement in a first pass: none, and scales by one guess."""
 COMPENSATOR_ROUNDS = 2
@@ -190,6 +192,14 @@ class LayerQuantizer:
         self.output_root = (self.output_root / self.output_unit).sqrt()
         channels = _concatenate(ranked)
         return replace(channels, order=torch.arange(self.I, device=self.down.device).expand_as(channels.order))
+
+    def extreme_experts(self) -> list[int]:
+        """Experts whose mean output energy is EXTREME times the layer's median ('super experts').
+
+        Nothing treats them specially: their weight in the program earns them more bits.
+        """
+        energy = self.channels.total
+        return (energy > EXTREME * energy.median()).nonzero()[:, 0].tolist()
 
     def _roots(self, name: ProjectionName) -> Tensor | None:
         """Roots of the weights of a projection's outputs [E, N]; None for down, whose outputs all weigh the same."""

@@ -303,7 +303,7 @@ class _Run:
             with self.streamed.layer(index) as module:
                 self._advance(module)
             self.clock.lap("calibration")
-            self.reports.append(layer_report(prefix, plan, stats, self.config, None, None))
+            self.reports.append(layer_report(prefix, plan, stats, self.config, None, None, quantizer.extreme_experts()))
             tick(self.source.shape.num_experts)
             return plan.layer
         tensors, errors = quantizer.quantize(plan, _every(len(plan.projections), tick))
@@ -317,7 +317,9 @@ class _Run:
         with self.streamed.layer(index, experts) as module:
             self._advance(module)
         self.clock.lap("calibration")
-        self.reports.append(layer_report(prefix, plan, stats, self.config, errors, output_error))
+        self.reports.append(
+            layer_report(prefix, plan, stats, self.config, errors, output_error, quantizer.extreme_experts())
+        )
         return plan.layer
 
     def finish(self, scratch: Path, layers: dict[str, Layer], record: dict[str, object]) -> None:

@@ -59,6 +59,7 @@ def layer_report(
     config: QuantizeConfig,
     errors: dict[str, float] | None,
     output_error: float | None,
+    extreme: list[int],
 ) -> dict[str, Any]:
     """One layer: form, predicted and measured relative error, solver gap, bits and routing."""
     layer, a = plan.layer, plan.allocation
@@ -76,6 +77,7 @@ def layer_report(
         "output_error": output_error,
         "solver_gap": a.gap,
         "tokens_per_expert": {"min": int(stats.counts.min()), "max": int(stats.counts.max())},
+        "extreme_experts": extreme,
         "unseen_experts": (stats.counts == 0).nonzero()[:, 0].tolist(),
         "mean_bits_by_expert": {
             name: [round(v, 4) for v in bits.float().mean(1).tolist()] for name, bits in plan.bits.items()

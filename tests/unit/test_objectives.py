@@ -175,6 +175,18 @@ def test_prediction_scales_with_kappa():
         assert table.loss[:, table.width == b] == pytest.approx(zero * kappa(b))
 
 
+def test_an_extreme_expert_is_found_and_earns_bits():
+    q, gate_up, down = quantizer("bitsmoe", bits=4.0, basis="natural")
+    assert q.extreme_experts() == []
+    down = down.clone()
+    down[1] *= 40
+    extreme = LayerQuantizer(gate_up, down, q.stats, q.shape, q.config, "layer")
+    assert extreme.extreme_experts() == [1]
+    bits = [p.bits["down"].float().mean(1) for p in (q.plan(), extreme.plan())]
+    assert float(bits[1][1]) > float(bits[0][1]) + 1
+    assert float(bits[1][1]) > float(bits[1][0]) + 2
+
+
 def test_contradicting_options_are_refused():
     with pytest.raises(ValidationError, match="works on whole matrices"):
         QuantizeConfig(bits=2, objective="alphaq", basis="whitened")
