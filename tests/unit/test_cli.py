@@ -144,8 +144,54 @@ def test_equal_inputs_give_equal_bytes(tmp_path, text, quantized, source):
     succeed("quantize", source, "--bits", "2.25", "--out", again, "--calib", text, *FAST)
     files = sorted(p.name for p in quantized.iterdir())
     assert files == sorted(p.name for p in again.iterdir())
+    assert "report.html" in files
     for name in files:
-        assert (quantized / name).read_bytes() == (again / name).read_bytes(), name
+        if name != "report.html":  # it tells times
+            assert (quantized / name).read_bytes() == (again / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--objective", "alphaq", "--gamma", "0.5"],
+        ["--objective", "bt-moe", "--ranks", "0,4"],
+        ["--objective", "frequency"],
+        ["--objective", "uniform"],
+        ["--budget", "model"],
+        ["--no-feedback", "--refine", "0"],
+    ],
+    ids=" ".join,
+)
+def test_every_objective_keeps_the_budget(tmp_path, text, options, source):
+    out = tmp_path / "q"
+    printed = succeed("quantize", source, "--bits", "3", "--out", out, "--calib", text, *options, *FAST)
+    checkpoint = Checkpoint(out)
+    checkpoint.check()
+    assert 2 < checkpoint.config.all_in_bpw() <= 3
+    report = json.loads((out / "bitsmoe_report.json").read_text())
+    assert all(layer["solver_gap"] < 1e-5 for layer in report["layers"])
+    assert all(0 < layer["output_error"] < 1 for layer in report["layers"])
+    of_model = options[0] == "--budget" or options[1] in ("alphaq", "bt-moe")
+    assert (report["model_budget"] is not None) == of_model
+    if options[0] == "--budget":
+        assert all(v > 0 for v in report["model_budget"]["sensitivity"].values())
+    assert "report.html" in printed.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--objective", "alphaq", "--basis", "whitened"], "works on whole matrices"),
+        (["--ranks", "4,2"], "must begin with 0 and ascend"),
+        (["--objective", "best"], "--objective 'best'"),
+        (["--budget", "planet"], "--budget 'planet'"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_options_of_the_objectives_are_checked(tmp_path, text, options, message, source):
+    out = tmp_path / "q"
+    refused("quantize", source, "--bits", "3", "--out", out, "--calib", text, *options, message=message)
+    assert not (tmp_path / "q").exists()
 
 
 @pytest.mark.parametrize("basis", ["natural", "whitened", "paper"])
@@ -187,7 +233,7 @@ def test_bfloat16_is_the_rounded_weights(tmp_path, quantized):
 def test_plan_writes_the_report_only(tmp_path, text, source):
     out = tmp_path / "plan"
     succeed("quantize", source, "--bits", "2", "--out", out, "--calib", text, "--plan", *FAST)
-    assert [p.name for p in out.iterdir()] == ["bitsmoe_report.json"]
+    assert sorted(p.name for p in out.iterdir()) == ["bitsmoe_report.json", "report.html"]
     report = json.loads((out / "bitsmoe_report.json").read_text())
     assert 1.99 <= report["bpw"] <= 2
     assert len(report["layers"]) == LAYERS

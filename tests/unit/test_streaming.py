@@ -106,7 +106,21 @@ def test_windows_do_not_overlap_and_the_tail_is_left(tmp_path):
     few = text_windows(tokenizer, str(path), 100, limit=3)
     assert few.shape == (3, 100)
     assert few[0].tolist() == windows[0].tolist()
-    assert few[-1].tolist() == windows[-1].tolist()
+
+
+def test_a_seed_picks_one_of_several_evenly_spread_sets_of_windows(tmp_path):
+    tokenizer, path = load_tokenizer(TINY_MOE), tmp_path / "numbers.txt"
+    path.write_text(" ".join(map(str, range(2000))), encoding="utf-8")
+    windows = text_windows(tokenizer, str(path), 50)
+    place = {tuple(w): i for i, w in enumerate(windows.tolist())}
+    assert len(place) == len(windows) > 20
+    seen = set()
+    for seed in range(5):
+        places = [place[tuple(w)] for w in text_windows(tokenizer, str(path), 50, 4, seed).tolist()]
+        assert places == sorted(set(places))
+        assert all(b - a >= len(windows) // 4 for a, b in zip(places, places[1:], strict=False))
+        seen.add(tuple(places))
+    assert len(seen) == 5
 
 
 def test_json_lines_are_joined(tmp_path):
