@@ -327,6 +327,7 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
         if r.key not in done
         and (not args.methods or r.method in args.methods)
         and (not args.bits or r.bits in args.bits)
+        and (not args.match or any(part in r.label for part in args.match))
     }
     reference = Reference(args.model, text) if wanted else None
     for number, row in enumerate(wanted.values(), 1):
@@ -350,6 +351,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--methods", nargs="+", help="only rows of these: bitsmoe, gptq, autoround, hqq, rtn")
     parser.add_argument("--bits", nargs="+", type=float, help="only rows of these budgets or code widths")
+    parser.add_argument("--match", nargs="+", help="only rows whose label holds one of these")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--quantize", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
