@@ -41,9 +41,9 @@ EP2 = (*TP2, "--enable-expert-parallel")
 SETUPS = {
     "tp1-eager": EAGER,
     "tp1-compiled": (),
-    "tp2-compiled": TP2,
-    "ep2-eager": (*EP2, *EAGER),
+    "ep2-compiled": EP2,
 }
+"""Tensor parallelism, eager, is in the test of all forms below."""
 
 
 @dataclass(frozen=True)
