@@ -199,11 +199,11 @@ def as_markdown(result: dict[str, Any]) -> str:
     lines = []
     for name, group in GROUPS.items():
         done = [rows[r.key] | {"label": r.label} for r in group if r.key in rows]
-        if not done:
-            continue
-        lines += [f"## {name}", ""]
-        lines += _seed_table(done) if name == "seeds" else _table(done)
-        lines.append("")
+        if name != "seeds" and len({r["label"] for r in done}) < 2:
+            continue  # nothing to compare yet
+        body = _seed_table(done) if name == "seeds" else _table(done)
+        if len(body) > 2:
+            lines += [f"## {name}", "", *body, ""]
     points = surrogate_points(result["rows"])
     if len(points) > 2:
         predicted, measured = np.array(points).T
@@ -237,9 +237,10 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
 def _seed_table(rows: list[dict[str, Any]]) -> list[str]:
     head = ["method", "seeds", "KL, mean", "KL, standard deviation", "excess, mean", "excess, standard deviation"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for label in dict.fromkeys(r["label"] for r in rows):
+    labels = [r["label"] for r in rows]
+    for label in (one for one in dict.fromkeys(labels) if labels.count(one) > 1):
         kl, excess = ([r[k] for r in rows if r["label"] == label] for k in ("kl", "excess"))
-        spread = [statistics.stdev(v) if len(v) > 1 else float("nan") for v in (kl, excess)]
+        spread = [statistics.stdev(v) for v in (kl, excess)]
         lines.append(
             f"| {label} | {len(kl)} | {statistics.mean(kl):.5f} | {spread[0]:.5f} | {statistics.mean(excess):.3f} "
             f"| {spread[1]:.3f} |"
