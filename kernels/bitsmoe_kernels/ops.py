@@ -1,14 +1,18 @@
-"""The MoE layer as a torch custom op, opaque to torch.compile, with a fake for tracing."""
+"""The MoE layer as torch custom ops, opaque to torch.compile, with fakes for tracing: one by torch, one by kernels."""
 
 import json
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from bitsmoe_kernels.format.schema import Layer
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
+
+if TYPE_CHECKING:
+    from bitsmoe_kernels.layout import KernelLayer
 
 
 def layout_key(layer: Layer, block_size: int) -> str:
@@ -61,3 +65,56 @@ def _(
     layout: str,
 ) -> Tensor:
     return x.new_empty(x.shape)  # contiguous, as the op's result is, whatever the strides of x
+
+
+def kernel_key(layer: "KernelLayer") -> str:
+    """The kernel op's static description of a layer's tensors."""
+    return json.dumps({"static": layer.static(), "names": list(layer.tensors())})
+
+
+@lru_cache(maxsize=1024)
+def _parse_kernel_key(key: str) -> tuple[dict[str, int], list[str]]:
+    data = json.loads(key)
+    return data["static"], data["names"]
+
+
+@torch.library.custom_op("bitsmoe::moe_kernels", mutates_args=())
+def moe_kernels_op(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    tensors: Sequence[Tensor],
+    key: str,
+) -> Tensor:
+    """`moe.moe_forward` as an op: free of synchronization, for CUDA graphs.
+
+    Args:
+        x: [T, H], float16 or bfloat16.
+        topk_weights: [T, top_k].
+        topk_ids: [T, top_k].
+        expert_map: see `reference.moe_forward`.
+        tensors: `KernelLayer.tensors`, in its order.
+        key: `kernel_key` of the layer.
+
+    Returns:
+        [T, H] in x's dtype.
+    """
+    from bitsmoe_kernels import moe  # triton, where it is needed only
+    from bitsmoe_kernels.layout import KernelLayer
+
+    static, names = _parse_kernel_key(key)
+    layer = KernelLayer.of(dict(zip(names, tensors, strict=True)), static)
+    return moe.moe_forward(layer, x, topk_weights, topk_ids, expert_map)
+
+
+@moe_kernels_op.register_fake
+def _(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    tensors: Sequence[Tensor],
+    key: str,
+) -> Tensor:
+    return x.new_empty(x.shape)

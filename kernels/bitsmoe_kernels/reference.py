@@ -52,14 +52,17 @@ class ProjectionWeights:
         basis = self.part("basis").float()
         return basis * self.part("basis_scale")[:, None] if self.spec.basis.bits == 8 else basis
 
+    def codes(self, expert: int) -> Tensor:
+        """q of one expert, uint8 [C, F], rows in stored order; 0 where b = 0."""
+        start = self.row_ends[expert - 1] if expert else 0
+        words = self.part("codes")[start : self.row_ends[expert]]
+        return unpack_codes(words, self.part("bits")[expert], self.layer.components(self.name), self.block_size)
+
     def levels(self, expert: int) -> Tensor:
         """q - (2^b - 1) / 2 of one expert, float32 [C, F], rows in stored order; 0 where b = 0."""
-        bits = self.part("bits")[expert]
-        start = self.row_ends[expert - 1] if expert else 0
-        codes = self.part("codes")[start : self.row_ends[expert]]
-        C = self.layer.components(self.name)
-        half = (torch.exp2(bits.float()) - 1) / 2
-        return unpack_codes(codes, bits, C, self.block_size) - half.repeat_interleave(self.block_size)[:C, None]
+        half = (torch.exp2(self.part("bits")[expert].float()) - 1) / 2
+        q = self.codes(expert)
+        return q - half.repeat_interleave(self.block_size)[: len(q), None]
 
     def matrix(self, expert: int) -> Tensor:
         """M of one expert, float32 [C, F], rows in stored order."""
@@ -69,16 +72,17 @@ class ProjectionWeights:
     def _ordered(self, expert: int) -> Tensor:
         """M with its rows in the order of the components themselves."""
         m = self.matrix(expert)
-        order = self._order(expert)
+        order = self.order(expert)
         return m if order is None else torch.empty_like(m).index_copy_(0, order, m)
 
-    def _order(self, expert: int) -> Tensor | None:
+    def order(self, expert: int) -> Tensor | None:
+        """The component each stored row describes, int64 [C]; None: its own."""
         if self.spec.order == "none":
             return None
         order = self.part("order")
         return (order if order.dim() == 1 else order[expert]).long()
 
-    def _lowrank(self, expert: int) -> tuple[Tensor, Tensor] | None:
+    def lowrank(self, expert: int) -> tuple[Tensor, Tensor] | None:
         """Compensator of one expert: [r, K] and [r, N], or None."""
         if not self.spec.lowrank_total:
             return None
@@ -95,7 +99,7 @@ class ProjectionWeights:
         if self.basis is not None:
             m = self.basis.T @ m
         w = m.T if self.spec.component_axis == "input" else m
-        if (lowrank := self._lowrank(expert)) is not None:
+        if (lowrank := self.lowrank(expert)) is not None:
             w = w + lowrank[1].T @ lowrank[0]
         return w.contiguous()
 
@@ -119,7 +123,7 @@ class ProjectionWeights:
         if expert in self.spec.kept_experts:
             return x @ self.weight(expert).T
         # As kernels do: integers in the product, one scale before it and one after.
-        q, order = self.levels(expert), self._order(expert)
+        q, order = self.levels(expert), self.order(expert)
         s, t = self.part("component_scale")[expert].float(), self.part("feature_scale")[expert].float()
         if self.spec.component_axis == "input":
             y = ((z if order is None else z[:, order]) * s) @ q * t
@@ -129,7 +133,7 @@ class ProjectionWeights:
                 y = torch.empty_like(y).index_copy_(1, order, y)
             if self.basis is not None:
                 y = y @ self.basis
-        if (lowrank := self._lowrank(expert)) is not None:
+        if (lowrank := self.lowrank(expert)) is not None:
             y = y + (x @ lowrank[0].T) @ lowrank[1]
         return y
 

@@ -1,0 +1,1 @@
+"""Triton kernels. Only `moe.py` and the benchmarks import them: triton may be absent."""

@@ -1,0 +1,129 @@
+"""Everything around the GEMM: who goes where, the shared basis, scaled activations.
+
+T tokens      S slots, T * top_k      E experts held here
+"""
+
+import triton
+import triton.language as tl
+
+from bitsmoe_kernels._triton.codes import product, rounded
+
+
+@triton.jit
+def route_kernel(ids, local, block_expert, block_slot, num_blocks, arrived, S, NT,
+                 E: tl.constexpr, E_POW2: tl.constexpr, BT: tl.constexpr, CHUNK: tl.constexpr,
+                 EXPERT_MAP: tl.constexpr, expert_map):  # fmt: skip
+    """Slots in blocks of one expert each, in the order of experts and of slots within one: one program does it all.
+
+    ids: int32 or int64 [S], global experts, negative ones skipped. local: int32 [S], written: expert here or -1.
+    expert_map: int32 [global experts], local index or -1. arrived: int32 [T * NT], cleared here.
+    """
+    e = tl.arange(0, E_POW2)
+    counts = tl.zeros((E_POW2,), tl.int32)
+    for first in range(0, S, CHUNK):
+        s = first + tl.arange(0, CHUNK)
+        expert = tl.load(ids + s, mask=s < S, other=-1).to(tl.int32)
+        if EXPERT_MAP:
+            expert = tl.where(expert >= 0, tl.load(expert_map + tl.maximum(expert, 0)).to(tl.int32), -1)
+        tl.store(local + s, expert, mask=s < S)
+        counts += tl.sum((expert[:, None] == e[None, :]).to(tl.int32), 0)
+    blocks = (counts + BT - 1) // BT
+    ends = tl.cumsum(blocks, 0)
+    begin = (ends - blocks) * BT
+    total = tl.sum(blocks)
+    tl.store(num_blocks, total)
+    for first in range(0, total, CHUNK):
+        b = first + tl.arange(0, CHUNK)
+        expert = tl.sum((ends[None, :] <= b[:, None]).to(tl.int32), 1)
+        tl.store(block_expert + b, expert, mask=b < total)
+        for t in range(0, BT):
+            tl.store(block_slot + b * BT + t, tl.zeros((CHUNK,), tl.int32) - 1, mask=b < total)
+    for first in range(0, NT, CHUNK):
+        at = first + tl.arange(0, CHUNK)
+        tl.store(arrived + at, tl.zeros((CHUNK,), tl.int32), mask=at < NT)
+    tl.debug_barrier()
+    for first in range(0, S, CHUNK):
+        s = first + tl.arange(0, CHUNK)
+        expert = tl.load(ids + s, mask=s < S, other=-1).to(tl.int32)
+        if EXPERT_MAP:
+            expert = tl.where(expert >= 0, tl.load(expert_map + tl.maximum(expert, 0)).to(tl.int32), -1)
+        hit = (expert[:, None] == e[None, :]).to(tl.int32)
+        before = tl.cumsum(hit, 0) - hit
+        place = tl.sum(hit * (begin[None, :] + before), 1)
+        tl.store(block_slot + place, s, mask=(s < S) & (expert >= 0))
+        begin += tl.sum(hit, 0)
+
+
+@triton.jit
+def basis_kernel(x, basis, basis_scale, z, T, H, R,
+                 BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+                 ASM: tl.constexpr):  # fmt: skip
+    """z [T, R] float32 = (basis [R, H] * basis_scale [R]) x; basis int8 or x's dtype."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    t = tl.program_id(1) * BT + tl.arange(0, BT)
+    kk = tl.arange(0, BK)
+    acc = tl.zeros((BN, BT), tl.float32)
+    pb = basis + n[:, None].to(tl.int64) * H + kk[None, :]
+    px = x + t[None, :].to(tl.int64) * H + kk[:, None]
+    for first in tl.range(0, H, BK, num_stages=STAGES):
+        inside = kk < H - first
+        b = tl.load(pb, mask=(n[:, None] < R) & inside[None, :], other=0)
+        right = tl.load(px, mask=(t[None, :] < T) & inside[:, None], other=0.0)
+        acc = product(b.to(tl.float32).to(right.dtype), right, acc, ASM)
+        pb += BK
+        px += BK
+    acc *= tl.load(basis_scale + n, mask=n < R, other=0.0)[:, None]
+    tl.store(z + t[None, :].to(tl.int64) * R + n[:, None], acc, mask=(n[:, None] < R) & (t[None, :] < T))
+
+
+@triton.jit
+def scale_kernel(source, local, index, factor, offset, tiles, act, corr, rank, lowrank, lowrank_start, out,
+                 STRIDE, WIDTH, KMAX, NCORR, H,
+                 ROWS_PER: tl.constexpr, PER: tl.constexpr, CHUNK: tl.constexpr, FP16: tl.constexpr,
+                 LOWRANK: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    """act[row, k] = source[token, index[k]] * factor[k], and the partial corrections of CHUNK components.
+
+    source: [S / ROWS_PER, STRIDE], any float type. lowrank: [ranks, WIDTH].
+    out: [S / ROWS_PER, H], the layer's: rows of tokens none of whose experts is here are cleared, as nobody else writes
+    them. Nothing is with H = 0.
+    Program (slot, chunk, which of the PER matrices of an expert).
+    """
+    slot, chunk, which = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    expert = tl.load(local + slot)
+    if expert < 0:
+        token = slot // ROWS_PER
+        elsewhere = 1
+        for j in tl.static_range(ROWS_PER):
+            elsewhere = elsewhere & (tl.load(local + token * ROWS_PER + j) < 0).to(tl.int32)
+        if elsewhere > 0:
+            for i in range((chunk * PER + which) * CHUNK, H, tl.num_programs(1) * PER * CHUNK):
+                n = i + tl.arange(0, CHUNK)
+                tl.store(out + token * H + n, tl.zeros((CHUNK,), tl.float32), mask=n < H)
+        return
+    matrix = expert.to(tl.int64) * PER + which
+    k = chunk * CHUNK + tl.arange(0, CHUNK)
+    inside = k < tl.sum(tl.load(tiles + matrix * 5 + tl.arange(0, 8), mask=tl.arange(0, 8) < 5, other=0)) * 64
+    at = matrix * KMAX + k
+    where = tl.load(index + at, mask=inside, other=0)
+    f = tl.load(factor + at, mask=inside, other=0.0)
+    own = inside & (where >= 0)
+    v = tl.load(source + (slot // ROWS_PER) * STRIDE + where, mask=own & (f != 0), other=0.0).to(tl.float32) * f
+    a = rounded(v, FP16, ASM)
+    row = slot * PER + which
+    tl.store(act + row * KMAX + k, a, mask=own)
+    c = tl.sum(a.to(tl.float32) * tl.load(offset + at, mask=own, other=0.0), 0)
+    tl.store(corr + row * NCORR + chunk, c)
+    if LOWRANK:
+        # The compensator's components: its inner products with the source; the rest of their tile is 0.
+        r = tl.load(rank + matrix)
+        first = tl.load(lowrank_start + matrix)
+        begin = tl.sum(tl.load(tiles + matrix * 5 + tl.arange(0, 4))) * 64
+        for j in range(chunk, tl.cdiv(r, 64) * 64, tl.num_programs(1)):
+            total = 0.0
+            if j < r:
+                for i in range(0, WIDTH, CHUNK):
+                    kk = i + tl.arange(0, CHUNK)
+                    x = tl.load(source + (slot // ROWS_PER) * STRIDE + kk, mask=kk < WIDTH, other=0.0).to(tl.float32)
+                    w = tl.load(lowrank + (first + j).to(tl.int64) * WIDTH + kk, mask=kk < WIDTH, other=0.0)
+                    total += tl.sum(x * w.to(tl.float32), 0)
+            tl.store(act + row * KMAX + begin + j, rounded(total, FP16, ASM))

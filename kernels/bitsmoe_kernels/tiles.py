@@ -1,0 +1,92 @@
+"""Tile sizes of the kernels: a pure function of the architecture and of what the CPU knows about a call.
+
+`python -m benchmarks.kernels --tune` measures candidates on a GPU. Until that has run on an architecture its rows are
+chosen by the machine code alone (instructions per weight, registers, shared memory): see docs/kernels.md.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One configuration of the GEMM kernels.
+
+    Attributes:
+        outputs: outputs of a program; gate and up count as two.
+        tokens: slots of a block.
+        warps: of a program.
+        unroll: tiles of 64 components in one turn of the main loop.
+        stages: of the pipeline that brings tiles to shared memory.
+    """
+
+    outputs: int
+    tokens: int
+    warps: int
+    unroll: int
+    stages: int
+
+
+DECODE, PREFILL = "decode", "prefill"
+HOPPER = 90
+
+TILES: dict[int, dict[str, tuple[Tile, ...]]] = {
+    80: {
+        DECODE: (Tile(128, 16, 4, 2, 4),),
+        PREFILL: (Tile(128, 32, 4, 2, 3), Tile(128, 64, 8, 1, 4)),
+    },
+    90: {
+        DECODE: (Tile(128, 16, 4, 4, 3),),
+        PREFILL: (Tile(128, 32, 4, 2, 3), Tile(128, 64, 8, 1, 3)),
+    },
+    # Blocks of 8: from 16 on Triton takes the matrix unit of sm_100, which has no way in for weights from registers,
+    # and gives up. Good for decoding, slow for long prompts.
+    100: {
+        DECODE: (Tile(128, 8, 4, 2, 3),),
+        PREFILL: (Tile(128, 8, 4, 4, 3),),
+    },
+    120: {
+        DECODE: (Tile(128, 16, 4, 2, 2),),
+        PREFILL: (Tile(128, 32, 4, 2, 2), Tile(128, 64, 8, 1, 2)),
+    },
+}
+"""By the oldest architecture they serve."""
+
+
+def why_no_table(capability: int) -> str | None:
+    """Why there are no kernels for a compute capability such as 90; None where there are."""
+    if capability < min(TILES):
+        return f"compute capability {capability / 10} is below {min(TILES) / 10}"
+    return None
+
+
+def table_of(capability: int) -> dict[str, tuple[Tile, ...]]:
+    """The rows for a compute capability such as 90; of the newest table not newer than it.
+
+    Raises:
+        ValueError: no kernels for it.
+    """
+    if reason := why_no_table(capability):
+        raise ValueError(reason)
+    known = [arch for arch in TILES if arch <= capability]
+    return TILES[max(known)]
+
+
+def pick_tile(capability: int, slots: int, experts: int) -> Tile:
+    """The configuration for a call, from numbers that are known without asking the device.
+
+    Args:
+        capability: such as 90.
+        slots: tokens times top_k.
+        experts: held here.
+    """
+    table = table_of(capability)
+    mean = slots / max(1, experts)
+    (decode,), prefill = table[DECODE], table[PREFILL]
+    if mean <= decode.tokens:
+        return decode
+    return next((tile for tile in prefill if mean <= 2 * tile.tokens), prefill[-1])
+
+
+def kwidth_of(capability: int) -> int:
+    """Neighbouring components in one thread of the matrix unit: 2 where weights enter wgmma from registers, else 4."""
+    return 2 if capability == HOPPER else 4
