@@ -12,7 +12,11 @@ from vllm.platforms import current_platform
 
 from bitsmoe_kernels.errors import BitsmoeError, FormatError
 from bitsmoe_kernels.format.schema import Layer
-from bitsmoe_kernels.ops import layout_key, moe_forward_op
+from bitsmoe_kernels.layout import to_kernel_layout
+from bitsmoe_kernels.ops import kernel_key, layout_key, moe_forward_op, moe_kernels_op
+from bitsmoe_kernels.reference import LayerWeights
+from bitsmoe_kernels.select import why_not_kernels
+from bitsmoe_kernels.tiles import kwidth_of
 from bitsmoe_vllm import _compat
 from bitsmoe_vllm.weight_loading import LayerLoader
 
@@ -81,6 +85,7 @@ class BitsmoeMoEMethod(FusedMoEMethodBase):
         # weight_loader of its parameters.
         layer.load_weights = self.loader.load_weights
         self._loaders.append(self.loader)
+        self._dtype = params_dtype
         self._dummy = get_current_vllm_config().load_config.load_format == "dummy"
 
     def _refuse_unsupported(self, layer: Any) -> None:
@@ -111,15 +116,38 @@ class BitsmoeMoEMethod(FusedMoEMethodBase):
             raise FormatError("the loaded weights", faults)
         shard = self.loader.shard
         assert shard is not None
-        self._names = list(shard.tensor_specs(self.block_size))
-        self._layout = layout_key(shard, self.block_size)
+        names = list(shard.tensor_specs(self.block_size))
+        capability = _capability()
+        reason = why_not_kernels(shard, self._dtype, capability)
+        if reason is None:
+            assert capability is not None
+            self._use_kernels(layer, shard, names, kwidth_of(capability))
+            logger.info_once(
+                "bitsmoe: routed experts are computed by Triton kernels: mixed-bit grouped GEMM for sm_%d, %s",
+                capability,
+                str(self._dtype).removeprefix("torch."),
+            )
+            return
+        self._op, self._names, self._key = moe_forward_op, names, layout_key(shard, self.block_size)
         if current_platform.is_cpu():
             logger.info_once("bitsmoe: routed experts are computed by the torch reference path, on the CPU")
         else:
             logger.warning_once(
                 "bitsmoe: routed experts are computed by the torch REFERENCE path: right, but very slow. "
-                "This version has no GPU kernels; do not judge speed by it."
+                "The GPU kernels cannot be used: %s. Do not judge speed by this.",
+                reason,
             )
+
+    def _use_kernels(self, layer: Any, shard: Layer, names: list[str], kwidth: int) -> None:
+        """Trade the parameters of the file's layout for those of the kernels'."""
+        weights = LayerWeights(shard, self.block_size, {name: getattr(layer, name).data for name in names})
+        packed = to_kernel_layout(weights, self._dtype, kwidth)
+        for name in names:
+            delattr(layer, name)
+        self._op, self._key = moe_kernels_op, kernel_key(packed)
+        self._names = [f"kernel_{name}" for name in packed.tensors()]
+        for name, tensor in packed.tensors().items():
+            layer.register_parameter(f"kernel_{name}", torch.nn.Parameter(tensor, requires_grad=False))
 
     def apply(
         self,
@@ -144,12 +172,19 @@ class BitsmoeMoEMethod(FusedMoEMethodBase):
             [T, H] in x's dtype.
         """
         tensors = [getattr(layer, name) for name in self._names]
-        return moe_forward_op(x, topk_weights, topk_ids, layer.expert_map, tensors, self._layout)
+        return self._op(x, topk_weights, topk_ids, layer.expert_map, tensors, self._key)
 
     def apply_monolithic(self, layer: Any, x: Tensor, router_logits: Tensor, input_ids: Tensor | None = None) -> Tensor:
         """As `apply`, where this vLLM leaves the routing to the method."""
         topk_weights, topk_ids = _compat.select_experts(layer, x, router_logits)
         return self.apply(layer, x, topk_weights, topk_ids)
+
+
+def _capability() -> int | None:
+    """Compute capability of this worker's GPU, such as 90; None without CUDA."""
+    if not current_platform.is_cuda():
+        return None
+    return current_platform.get_device_capability().to_int()
 
 
 def local_experts(expert_map: Tensor | None) -> list[int] | None:

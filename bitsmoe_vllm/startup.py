@@ -10,6 +10,7 @@ from bitsmoe_kernels.errors import BitsmoeError, FormatError
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.format.schema import CheckpointConfig, num_blocks
 from bitsmoe_kernels.format.shards import SINGLE_FILE, read_index
+from bitsmoe_kernels.select import why_not_kernels
 
 
 def local_directory(model: str, revision: str | None) -> Path | None:
@@ -128,10 +129,14 @@ def check_options(checkpoint: CheckpointConfig, text_config: Any, vllm_config: A
     if parallel.enable_eplb:
         faults.append("--enable-eplb: expert-parallel load balancing is not supported; drop the option")
     if current_platform.is_cuda() and not vllm_config.model_config.enforce_eager:
-        faults.append(
-            "this version has no GPU kernels, and CUDA graphs cannot capture its torch reference path: "
-            "add --enforce-eager (slow, for trying out only)"
-        )
+        capability = current_platform.get_device_capability().to_int()
+        for prefix, layer in checkpoint.layers.items():
+            if reason := why_not_kernels(layer, vllm_config.model_config.dtype, capability):
+                faults.append(
+                    f"{prefix}: the GPU kernels cannot compute these experts ({reason}), and CUDA graphs cannot "
+                    "capture the torch reference path: add --enforce-eager (very slow, for trying out only)"
+                )
+                break  # the other layers are as a rule alike
     activation = getattr(text_config, "hidden_act", "silu")
     if activation != "silu":
         faults.append(f"hidden_act of config.json is {activation!r}; only 'silu' is supported")

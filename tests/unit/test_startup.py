@@ -46,6 +46,39 @@ def test_options_that_work(checkpoint: CheckpointConfig, parallel: dict[str, Any
 
 
 @pytest.mark.parametrize(
+    ("form", "dtype", "capability", "said"),
+    [
+        ("natural", torch.bfloat16, 90, None),
+        ("natural", torch.float16, 80, None),
+        ("natural", torch.float32, 90, "activations are float32.* add --enforce-eager"),
+        ("natural", torch.bfloat16, 75, "capability 7.5 is below 8.0"),
+        ("natural", torch.bfloat16, 100, None),
+        ("paper", torch.bfloat16, 90, "components on the output side .--basis paper.*add --enforce-eager"),
+    ],
+)
+@pytest.mark.parametrize("eager", [False, True])
+def test_graphs_need_layers_that_the_kernels_can_compute(
+    form: str, dtype: torch.dtype, capability: int, said: str | None, eager: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import vllm.platforms
+
+    gpu = SimpleNamespace(
+        is_cpu=lambda: False,
+        is_cuda=lambda: True,
+        get_device_capability=lambda: SimpleNamespace(to_int=lambda: capability),
+    )
+    monkeypatch.setattr(vllm.platforms, "current_platform", gpu)
+    made = make_config({PREFIX: build_form(form, num_experts=8, hidden_size=64, intermediate_size=96)})
+    asked = options()
+    asked.model_config = SimpleNamespace(enforce_eager=eager, dtype=dtype)
+    if said is None or eager:
+        startup.check_options(made, TEXT, asked)
+    else:
+        with pytest.raises(BitsmoeError, match=said):
+            startup.check_options(made, TEXT, asked)
+
+
+@pytest.mark.parametrize(
     ("text", "parallel", "said"),
     [
         ({}, {"tensor_parallel_size": 4}, "--tensor-parallel-size 4: .* sizes that work: 1, 2 "),

@@ -1,0 +1,131 @@
+"""Which path the plugin takes for a layer, and what it hands to it: the CUDA path's Python, on a CPU."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from bitsmoe_kernels import ops
+from bitsmoe_kernels.layout import KernelLayer, to_kernel_layout
+from bitsmoe_kernels.reference import LayerWeights, moe_forward
+from bitsmoe_vllm import moe_method
+from builders import MadeLayer, build_form
+
+SIZES = {"num_experts": 4, "hidden_size": 48, "intermediate_size": 64}
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the method says, formatted."""
+    said: list[str] = []
+
+    def take(message: str, *args: Any) -> None:
+        said.append(message % args)
+
+    monkeypatch.setattr(moe_method, "logger", SimpleNamespace(info_once=take, warning_once=take))
+    return said
+
+
+def loaded(made: MadeLayer, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """The method and module of a layer, all tensors loaded, as vLLM makes them."""
+    parallel = SimpleNamespace(tp_rank=0, tp_size=1, enable_eplb=False)
+    moe = SimpleNamespace(
+        moe_parallel_config=parallel,
+        num_experts=SIZES["num_experts"],
+        intermediate_size=SIZES["intermediate_size"],
+        has_bias=False,
+    )
+    module: Any = torch.nn.Module()
+    module.moe_config, module.expert_map, module.swiglu_limit = moe, None, None
+    module.activation, module.apply_router_weight_on_input = moe_method.MoEActivation.SILU, False
+    config = SimpleNamespace(load_config=SimpleNamespace(load_format="auto"))
+    monkeypatch.setattr(moe_method, "get_current_vllm_config", lambda: config)
+    method = moe_method.BitsmoeMoEMethod(module, "experts", made.layer, made.block_size, [])
+    method.create_weights(module, SIZES["num_experts"], SIZES["hidden_size"], SIZES["intermediate_size"], dtype)
+    assert set(method.loader.load_weights(made.tensors.items())) == set(made.tensors)
+    method.process_weights_after_loading(module)
+    return method, module
+
+
+def call(method: Any, module: Any, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(5, SIZES["hidden_size"], generator=gen).to(dtype)
+    ids = torch.rand(5, SIZES["num_experts"], generator=gen).topk(2).indices.int()
+    weights = torch.rand(5, 2, generator=gen)
+    return x, weights, ids, method.apply(module, x, weights, ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("capability", "kwidth"), [(80, 4), (90, 2), (120, 4)])
+@pytest.mark.parametrize("form", ["natural", "shared_basis", "extras"])
+def test_kernels_get_their_layout_and_nothing_else(
+    form: str, capability: int, kwidth: int, dtype: torch.dtype, logged: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[KernelLayer, Any]] = []
+
+    def record(layer: KernelLayer, x: Any, weights: Any, ids: Any, expert_map: Any) -> torch.Tensor:
+        calls.append((layer, expert_map))
+        return torch.full_like(x, 7)
+
+    import bitsmoe_kernels.moe
+
+    monkeypatch.setattr(bitsmoe_kernels.moe, "moe_forward", record)
+    monkeypatch.setattr(moe_method, "_capability", lambda: capability)
+    made = build_form(form, **SIZES)
+    method, module = loaded(made, dtype, monkeypatch)
+    *_, y = call(method, module, dtype)
+    assert torch.equal(y, torch.full_like(y, 7))
+    ((layer, expert_map),) = calls
+    assert expert_map is None
+    expected = to_kernel_layout(LayerWeights(made.layer, made.block_size, made.tensors), dtype, kwidth)
+    assert layer.static() == expected.static()
+    assert layer.static()["kwidth"] == kwidth
+    assert {k: v.tolist() for k, v in layer.tensors().items()} == {k: v.tolist() for k, v in expected.tensors().items()}
+    # The file's layout is gone, so that weights are in memory once.
+    assert {name.removeprefix("kernel_") for name, _ in module.named_parameters()} == set(expected.tensors())
+    assert logged == [
+        f"bitsmoe: routed experts are computed by Triton kernels: mixed-bit grouped GEMM for sm_{capability}, "
+        f"{str(dtype).removeprefix('torch.')}"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "reason"),
+    [
+        ("natural", torch.float32, "activations are float32"),
+        ("paper", torch.bfloat16, "components on the output side"),
+    ],
+)
+def test_what_kernels_cannot_do_runs_on_torch_and_says_so(
+    form: str, dtype: torch.dtype, reason: str, logged: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moe_method, "_capability", lambda: 90)
+    monkeypatch.setattr(moe_method.current_platform, "is_cpu", lambda: False)
+    made = build_form(form, **SIZES)
+    method, module = loaded(made, dtype, monkeypatch)
+    x, weights, ids, y = call(method, module, dtype)
+    expected = moe_forward(LayerWeights(made.layer, made.block_size, made.tensors), x, weights, ids)
+    assert torch.equal(y, expected)
+    (said,) = logged
+    assert "REFERENCE path" in said
+    assert reason in said
+
+
+def test_on_a_cpu_the_reference_runs_and_is_reported(logged: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    method, module = loaded(build_form("natural", **SIZES), torch.float32, monkeypatch)
+    call(method, module, torch.float32)
+    assert logged == ["bitsmoe: routed experts are computed by the torch reference path, on the CPU"]
+
+
+def test_the_fake_of_the_kernel_op_has_the_real_ones_shape() -> None:
+    """torch.compile traces with it."""
+    made = build_form("natural", **SIZES)
+    layer = to_kernel_layout(LayerWeights(made.layer, made.block_size, made.tensors), torch.bfloat16, 2)
+    with torch.device("meta"):
+        x = torch.empty(3, SIZES["hidden_size"], dtype=torch.bfloat16)
+        ids, weights = torch.empty(3, 2, dtype=torch.int32), torch.empty(3, 2)
+    y = ops.moe_kernels_op(
+        x, weights, ids, None, [t.to("meta") for t in layer.tensors().values()], ops.kernel_key(layer)
+    )
+    assert (y.shape, y.dtype, y.is_contiguous()) == (x.shape, x.dtype, True)
