@@ -1,0 +1,204 @@
+"""Compile the kernels ahead of time, without a GPU, and read what the main loops became.
+
+Triton brings NVIDIA's assembler and disassembler; `nvdisasm` prints the machine code. A main loop is one that holds
+matrix instructions; one kernel is compiled for each bit-width, so that its loops are those of that width. Counted per
+weight: instructions of one turn of the unrolled loop, over the weights that a thread turns into numbers in it.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bitsmoe_kernels._triton import gemm, prepare
+from bitsmoe_kernels.fields import CLASSES, TILE
+from bitsmoe_kernels.tiles import DECODE, PREFILL, TILES, Tile, kwidth_of
+
+MATRIX = {"HGMMA", "HMMA", "QGMMA", "IMMA"}
+NOT_ALU = MATRIX | {
+    "LDS", "LDSM", "LDG", "LDGSTS", "LDGDEPBAR", "STS", "STSM", "STG", "LDC", "LDL", "STL", "ATOMG", "RED", "UTMALDG",
+    "DEPBAR", "BAR", "WARPGROUP", "WARPSYNC", "SYNCS", "MEMBAR", "FENCE", "ERRBAR", "CCTL",
+    "BRA", "BSSY", "BSYNC", "EXIT", "NOP", "NANOSLEEP", "R2UR", "S2UR",
+}  # fmt: skip
+"""Matrix, memory, barrier, control and (by their U) uniform-datapath instructions are no ALU work."""
+WARP = 32
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one kernel became.
+
+    Attributes:
+        arch: such as `sm_90`.
+        regime: decode or prefill.
+        kernel: `gate_up` or `down`.
+        bits: code width.
+        dtype: of activations.
+        outputs, tokens, warps, unroll, stages: see `tiles.Tile`.
+        alu_per_weight: instructions for arithmetic and logic in the main loop, a thread's, over the weights it unpacks.
+        instructions_per_weight: all of them.
+        i2f: conversions from integers in the main loop.
+        spill_bytes: local memory a thread needs in the whole kernel.
+        registers: of a thread.
+        shared_bytes: of a program.
+    """
+
+    arch: str
+    regime: str
+    kernel: str
+    bits: int
+    dtype: str
+    outputs: int
+    tokens: int
+    warps: int
+    unroll: int
+    stages: int
+    alu_per_weight: float
+    instructions_per_weight: float
+    i2f: int
+    spill_bytes: int
+    registers: int
+    shared_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON data."""
+        return asdict(self)
+
+
+_POINTERS = {
+    "codes32": "*i32", "codes16": "*i32", "start": "*i64", "tiles": "*i32", "columns": "*i32", "scale": "*fp32",
+    "corr": "*fp32", "block_expert": "*i32", "block_slot": "*i32", "num_blocks": "*i32", "down_factor": "*fp32",
+    "down_offset": "*fp32", "out_corr": "*fp32", "weight": "*fp32", "local": "*i32", "partial": "*fp32",
+    "arrived": "*i32",
+}  # fmt: skip
+
+
+def compiled(kernel: Any, capability: int, constants: dict[str, Any], types: dict[str, str], warps: int) -> Any:
+    """One kernel for one architecture; arguments that are no constants are pointers (aligned) or sizes."""
+    names = kernel.arg_names
+    constexprs = {(names.index(k),): v for k, v in constants.items()}
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+    aligned = [n for n in names if signature[n].startswith("*") or n in ("KMAX", "NMAX", "KDOWN", "OUT_STRIDE", "H")]
+    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(kernel, signature, constexprs, attrs)
+    options = {"num_warps": warps}
+    return triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=options)
+
+
+def gemm_kernels(capability: int, tile: Tile, fp16: bool, widths: int) -> Iterator[tuple[str, Any]]:
+    """Both GEMM kernels as a layer without extras runs them, compiled, under their names."""
+    kind = "*fp16" if fp16 else "*bf16"
+    types = {**_POINTERS, "act": kind, "dense": kind, "out": kind}
+    common = {
+        "BN": 2 * TILE, "BT": tile.tokens, "DENSE": False, "WIDTHS": widths, "KWIDTH": kwidth_of(capability),
+        "FP16": fp16, "ASM": True, "UNROLL": tile.unroll, "STAGES": tile.stages,
+    }  # fmt: skip
+    inputs = {"NCORR": 4, "NCORR_POW2": 4, "CORR_CHUNK": 512, "OUT_NCORR": 12, "SPLIT": False, "FUSED": True}
+    yield "gate_up", compiled(gemm.gate_up_kernel, capability, common | inputs, types, tile.warps)
+    down = {"NCORR": 12, "NCORR_POW2": 16, "CORR_CHUNK": TILE, "TOP_K": 8, "EVEN": True, "BN": tile.outputs}
+    yield "down", compiled(gemm.down_kernel, capability, common | down, types, tile.warps)
+
+
+def other_kernels(capability: int, fp16: bool) -> Iterator[tuple[str, Any]]:
+    """The kernels around the GEMM, compiled."""
+    kind = "*fp16" if fp16 else "*bf16"
+    for bt, bn in ((16, 32), (64, 64)):
+        constants = {"BN": bn, "BT": bt, "BK": 128, "STAGES": 3, "ASM": True}
+        types = {"x": kind, "basis": "*i8", "basis_scale": "*fp32", "z": "*fp32"}
+        yield f"basis, {bt} tokens", compiled(prepare.basis_kernel, capability, constants, types, 4)
+    types = {"source": "*fp32", "local": "*i32", "index": "*i32", "factor": "*fp32", "offset": "*fp32", "tiles": "*i32",
+             "act": kind, "corr": "*fp32", "rank": "*i32", "lowrank": "*fp16", "lowrank_start": "*i32",
+             "out": kind}  # fmt: skip
+    for low in (False, True):
+        constants = {"ROWS_PER": 8, "PER": 1, "CHUNK": 512, "FP16": fp16, "LOWRANK": low, "ASM": True}
+        yield f"scale{', compensators' * low}", compiled(prepare.scale_kernel, capability, constants, types, 4)
+    types = {"ids": "*i32", "local": "*i32", "block_expert": "*i32", "block_slot": "*i32", "num_blocks": "*i32",
+             "arrived": "*i32", "expert_map": "*i32"}  # fmt: skip
+    constants = {"E": 128, "E_POW2": 128, "BT": 16, "CHUNK": 64, "EXPERT_MAP": True}
+    yield "route", compiled(prepare.route_kernel, capability, constants, types, 4)
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def machine_code(kernel: Any) -> list[str]:
+    """Disassembly, line by line."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        return subprocess.run(
+            [_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+
+
+def resources(kernel: Any) -> dict[str, int]:
+    """Registers, local (stack) and shared bytes, as the binary declares them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [_tool("cuobjdump"), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {
+        "registers": found["REG"],
+        "spill_bytes": found["STACK"] + found["LOCAL"],
+        "shared_bytes": kernel.metadata.shared,
+    }
+
+
+def loops(lines: list[str]) -> list[list[str]]:
+    """Bodies of all innermost loops that hold matrix instructions: opcodes without modifiers."""
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    for line in lines:
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(instruction[1])
+    spans = []
+    for end, text in enumerate(code):
+        target = re.search(r"\bBRA\b.*?(\.L_x_\d+)", text)
+        if target and labels.get(target[1], len(code)) <= end:
+            spans.append((labels[target[1]], end))
+    inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
+    bodies = [[_opcode(text) for text in code[a : b + 1]] for a, b in inner]
+    return [body for body in bodies if MATRIX & set(body)]
+
+
+def _opcode(text: str) -> str:
+    return re.sub(r"^@!?U?P[T\d]+\s+", "", text).split()[0].split(".")[0]
+
+
+def is_alu(opcode: str) -> bool:
+    """Whether an instruction counts against the arithmetic budget."""
+    return opcode not in NOT_ALU and not opcode.startswith("U")
+
+
+def rows(capability: int, fp16: bool, regimes: tuple[str, ...] = (DECODE, PREFILL)) -> Iterator[Row]:
+    """All GEMM kernels of one architecture's tile table, one width at a time."""
+    for regime in regimes:
+        for tile in TILES[capability][regime]:
+            for c, bits in enumerate(CLASSES):
+                for name, kernel in gemm_kernels(capability, tile, fp16, 1 << c):
+                    bodies = loops(machine_code(kernel))
+                    body = Counter(max(bodies, key=len))
+                    outputs = 2 * TILE if name == "gate_up" else tile.outputs
+                    weights = outputs * TILE * tile.unroll / (tile.warps * WARP)
+                    yield Row(
+                        arch=f"sm_{capability}", regime=regime, kernel=name, bits=bits,
+                        dtype="float16" if fp16 else "bfloat16", outputs=outputs, tokens=tile.tokens, warps=tile.warps,
+                        unroll=tile.unroll, stages=tile.stages,
+                        alu_per_weight=round(sum(n for k, n in body.items() if is_alu(k)) / weights, 3),
+                        instructions_per_weight=round(sum(body.values()) / weights, 3),
+                        i2f=body["I2F"] + body["I2FP"], **resources(kernel),
+                    )  # fmt: skip
