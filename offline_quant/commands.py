@@ -84,7 +84,10 @@ def quantize(
         ),
     ] = None,
     basis: Annotated[
-        str, typer.Option(help="Shared basis: auto (best predicted of natural and whitened), natural, whitened, paper.")
+        str,
+        typer.Option(
+            help="Shared basis: auto (the better of natural and whitened in a first pass), natural, whitened, paper."
+        ),
     ] = _DEFAULTS.basis,
     basis_bits: Annotated[int, typer.Option(help="Bits of the basis: 8 or 16.")] = _DEFAULTS.basis_bits,
     block_size: Annotated[
@@ -121,17 +124,8 @@ def quantize(
     outcome = quantize_model(model, out, _config(options), plan_only=plan)
     report = outcome.report
     title = f"{out} ({'plan only' if plan else 'quantized'})"
-    table = _table(
-        title,
-        "layer",
-        "basis",
-        "bpw",
-        "predicted error",
-        "measured error",
-        "output error",
-        "solver gap",
-        "tokens per expert",
-    )
+    columns = ("layer", "basis", "bpw", "predicted error", "measured error", "output error", "solver gap")
+    table = _table(title, *columns, "tokens per expert")
     for row in report["layers"]:
         measured, tokens = row["measured_error"], row["tokens_per_expert"]
         table.add_row(

@@ -156,6 +156,8 @@ class LayerQuantizer:
         self.hidden_moments = torch.empty(self.E, self.I, self.I, device=gate_up.device)
         self.output_root = torch.empty(self.E, 2 * self.I, device=gate_up.device)
         """Root of the weight of each gate and up output, in units of the layer's mean weight."""
+        self.channel_order = torch.empty(self.E, self.I, dtype=torch.int64, device=gate_up.device)
+        """The intermediate channel of the model that stands at each place here."""
         self.channels = self._survey()
 
     def chunks(self, size: int) -> list[range]:
@@ -182,6 +184,7 @@ class LayerQuantizer:
                 if "output-weights" in self.config.without:
                     self.input_moments[e], self.output_root[e] = self.stats.plain_moments(e), 1.0
             found = rank_components(self.down[part].mT, D, "input")
+            self.channel_order[part] = found.order
             self.hidden_moments[part] = permuted(D, found.order)
             rows = torch.cat([found.order, found.order + self.I], 1)
             self.gate_up[part] = self.gate_up[part].gather(1, rows[:, :, None].expand(-1, -1, self.H))
@@ -401,7 +404,7 @@ class LayerQuantizer:
             return self._weights(name)[part], self.input_moments[part]
         W, M = [], []
         for e in chunk:
-            moments, missing = self.stats.hidden_moments(e, quantized[e], self.gate_up[e])
+            moments, missing = self.stats.hidden_moments(e, quantized[e], self.channel_order[e])
             W.append(self.down[e] if "correction" in self.config.without else corrected(self.down[e], moments, missing))
             M.append(moments)
         return torch.stack(W), torch.stack(M)

@@ -148,13 +148,17 @@ def _alphaq(
 def _frequency(
     quantizer: "LayerQuantizer", plans: Plans, width: NDArray[np.int64], rank: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    return _per_matrix(plans, lambda _: quantizer.stats.share, _ratios(width))
+    """Every weight counts as often as its expert is used."""
+    share = quantizer.stats.share
+    return _per_matrix(plans, lambda name: share * quantizer.original(name)[0].numel(), _ratios(width))
 
 
 def _uniform(
     quantizer: "LayerQuantizer", plans: Plans, width: NDArray[np.int64], rank: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    return _per_matrix(plans, lambda _: torch.ones(quantizer.E), _ratios(width))
+    """Every weight counts the same."""
+    size = {name: quantizer.original(name)[0].numel() for name in plans}
+    return _per_matrix(plans, lambda name: torch.full((quantizer.E,), float(size[name])), _ratios(width))
 
 
 def _bt_moe(

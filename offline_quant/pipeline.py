@@ -56,11 +56,13 @@ class Outcome:
     Attributes:
         report: see `report.model_report`.
         seconds: wall time by stage.
+        cpu_seconds: the same on all processors.
         peak_bytes: largest resident memory of the process by the end of each stage.
     """
 
     report: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
 
 
@@ -166,22 +168,25 @@ def quantize_model(model: str, out: Path, config: QuantizeConfig, plan_only: boo
         (scratch / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         clock.lap("write")
         write_page(scratch / PAGE_FILE, report, run.pictures, clock.laps, clock.peaks)
-    return Outcome(report, clock.laps, clock.peaks)
+        clock.lap("report page")
+    return Outcome(report, clock.laps, clock.cpu, clock.peaks)
 
 
 class _Clock:
-    """Wall time and peak memory by stage."""
+    """Wall time, processor time and peak memory by stage."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
+        self.cpu: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
-        self._last = time.monotonic()
+        self._last, self._last_cpu = time.monotonic(), time.process_time()
 
     def lap(self, name: str) -> None:
-        now = time.monotonic()
+        now, cpu = time.monotonic(), time.process_time()
         self.laps[name] = self.laps.get(name, 0.0) + now - self._last
+        self.cpu[name] = self.cpu.get(name, 0.0) + cpu - self._last_cpu
         self.peaks[name] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        self._last = now
+        self._last, self._last_cpu = now, cpu
 
 
 class _Run:
@@ -222,14 +227,16 @@ class _Run:
         with bar("Planning", self.streamed.num_layers) as tick:
             for index in range(self.streamed.num_layers):
                 if index in shape.layers:
-                    quantizer, _ = self._quantizer(index)
+                    quantizer, stats = self._quantizer(index)
                     plan = quantizer.plan()
                     table = replace(plan.table, projections={})
                     losses.append(table.loss * weight.get(index, 1.0))
                     costs.append(table.cost)
                     tables.append((shape.prefix(index), table))
-                with self.streamed.layer(index) as module:
-                    self._advance(module)
+                    self._add(stats.routed_output(self._on_device(self.source.experts(index)[1])))
+                else:
+                    with self.streamed.layer(index) as module:
+                        self.batches = self.streamed.through(module, self.batches)
                 tick()
         self.batches = start
         whole = int(self.config.bits * shape.num_weights) - sum(table.overhead for _, table in tables)
@@ -267,22 +274,27 @@ class _Run:
                 tick.describe(f"Quantizing layer {index + 1}/{self.streamed.num_layers}")
                 if index not in shape.layers:
                     with self.streamed.layer(index) as module:
-                        self._advance(module)
-                        self.originals = [(self.streamed.run(module, h, kw).cpu(), kw) for h, kw in self.originals]
+                        self.batches = self.streamed.through(module, self.batches)
+                        self.originals = self.streamed.through(module, self.originals)
                     tick(shape.num_experts)
                     continue
                 prefix = shape.prefix(index)
                 done[prefix] = self._moe_layer(index, prefix, tick)
         return done
 
-    def _advance(self, module: torch.nn.Module) -> None:
-        self.batches = [(self.streamed.run(module, h, kw).cpu(), kw) for h, kw in self.batches]
+    def _on_device(self, weights: Tensor) -> Tensor:
+        return weights.to(self.streamed.device)
+
+    def _add(self, routed: Tensor) -> None:
+        """Complete the hidden states that left a layer with what its experts add, [tokens, H]."""
+        shares = routed.cpu().split([hidden[..., 0].numel() for hidden, _ in self.batches])
+        self.batches = [(h + share.view_as(h), kw) for (h, kw), share in zip(self.batches, shares, strict=True)]
 
     def _quantizer(self, index: int) -> tuple[LayerQuantizer, LayerStatistics]:
-        """The quantizer of a layer, calibrated on the hidden states at hand."""
+        """The quantizer of a layer, calibrated on the hidden states at hand, which go on without its experts' share."""
         prefix, experts = self.source.shape.prefix(index), self.source.experts(index)
         with self.streamed.layer(index, experts) as module:
-            inputs = self.streamed.expert_inputs(module, self.batches)
+            inputs, self.batches = self.streamed.expert_inputs(module, self.batches)
         if not bool(inputs.x.isfinite().all()):
             raise BitsmoeError(
                 f"{prefix}: activations on the calibration text are not finite; a weight of an earlier layer is far "
@@ -290,7 +302,7 @@ class _Run:
             )
         self.clock.lap("calibration")
         stats = LayerStatistics(inputs, self.source.shape.num_experts)
-        gate_up, down = (w.to(self.streamed.device) for w in experts)
+        gate_up, down = map(self._on_device, experts)
         return LayerQuantizer(gate_up, down, stats, self.source.shape, self.config, prefix), stats
 
     def _moe_layer(self, index: int, prefix: str, tick: Any) -> Layer:
@@ -300,8 +312,7 @@ class _Run:
         self.clock.lap("allocation")
         if self.writer is None:
             # Nothing is quantized, so later layers see the original activations.
-            with self.streamed.layer(index) as module:
-                self._advance(module)
+            self._add(stats.routed_output(self._on_device(self.source.experts(index)[1])))
             self.clock.lap("calibration")
             self.reports.append(layer_report(prefix, plan, stats, self.config, None, None, quantizer.extreme_experts()))
             tick(self.source.shape.num_experts)
@@ -310,13 +321,13 @@ class _Run:
         self.clock.lap("quantization")
         for name, tensor in tensors.items():
             self.writer.add(f"{prefix}.{name}", tensor)
-        experts = LayerWeights(plan.layer, self.config.block_size, tensors).all_experts()
-        output_error = quantizer.output_error(*experts)
-        with self.streamed.layer(index) as module:
-            self.originals = [(self.streamed.run(module, h, kw).cpu(), kw) for h, kw in self.originals]
-        with self.streamed.layer(index, experts) as module:
-            self._advance(module)
+        gate_up, down = map(self._on_device, LayerWeights(plan.layer, self.config.block_size, tensors).all_experts())
+        output_error = quantizer.output_error(gate_up, down)
+        self._add(stats.routed_output(down))
         self.clock.lap("calibration")
+        with self.streamed.layer(index) as module:
+            self.originals = self.streamed.through(module, self.originals)
+        self.clock.lap("sanity")
         self.reports.append(
             layer_report(prefix, plan, stats, self.config, errors, output_error, quantizer.extreme_experts())
         )

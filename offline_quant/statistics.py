@@ -62,6 +62,7 @@ class LayerStatistics:
         self.pseudo_count = max(1, hidden // 8)
         self._sample = inputs.x[:: max(1, tokens // hidden)]
         self._typical = inputs.topk_weights.square().mean()
+        self._hidden: dict[int, Tensor] = {}
 
     @property
     def share(self) -> Tensor:
@@ -89,7 +90,7 @@ class LayerStatistics:
 
         An error d of gate output n moves the output by w D[:, n] silu'(g) u d, one of up output n by
         w D[:, n] silu(g) d. The mean square of these factors over tokens is the weight of an output; their sum over
-        outputs weighs a token.
+        outputs weighs a token. The activations h are kept for `hidden_moments`.
 
         Args:
             expert: which.
@@ -104,16 +105,16 @@ class LayerStatistics:
         gate, up = (x @ gate_up.T).chunk(2, -1)
         sigmoid = gate.sigmoid()
         silu = gate * sigmoid
-        slope = (sigmoid + silu * (1 - sigmoid)).mul_(up)
-        hidden = silu * up
-        D = (hidden * mass[:, None]).T @ hidden
+        slope = torch.addcmul(sigmoid, silu, 1 - sigmoid).mul_(up)
+        hidden = self._hidden[expert] = silu * up
         norms = down.square().sum(0)
-        felt = torch.cat([slope, silu], 1).square_().mul_(torch.cat([norms, norms]))
-        token = felt.sum(1)
-        outputs = mass @ felt
+        D = _second_moment(hidden, mass)
+        felt = slope.square_(), silu.square_()
+        token = mass * (felt[0] @ norms + felt[1] @ norms)
+        outputs = torch.cat([(mass @ f) * norms for f in felt])
         outputs = outputs.clamp(min=LEAST_OUTPUT * float(outputs.mean())).clamp(min=1e-30)
-        token = (token * mass).clamp(max=HEAVIEST_TOKEN * float((token * mass).mean()))
-        M = (x * (token / token.sum().clamp(min=1e-30))[:, None]).T @ x
+        token = token.clamp(max=HEAVIEST_TOKEN * float(token.mean()))
+        M = _second_moment(x, token / token.sum().clamp(min=1e-30))
         return M, outputs, D
 
     def plain_moments(self, expert: int) -> Tensor:
@@ -121,22 +122,38 @@ class LayerStatistics:
         x = self.inputs.x[self._token[expert]]
         return (x.T @ x + self.pseudo_count * self.pooled) / (len(x) + self.pseudo_count)
 
-    def hidden_moments(self, expert: int, gate_up: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
+    def hidden_moments(self, expert: int, gate_up: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
         """Moments of the activations that the down projection will see, and how they miss the original ones.
+
+        To be called after `expert_moments`. The new activations are kept for `routed_output`.
 
         Args:
             expert: which.
-            gate_up: [2 I, H], quantized.
-            original: [2 I, H].
+            gate_up: [2 I, H], quantized, its channels sorted.
+            order: int64 [I], the original channel that stands at each place now.
 
         Returns:
             E[w^2 h' h'^T] and E[w^2 (h - h') h'^T], both [I, I]; h' from the quantized weights, h from the original.
         """
         x, mass = self._tokens(expert)
         seen = _hidden(x, gate_up)
-        missing = _hidden(x, original) - seen
         weighed = seen * mass[:, None]
-        return weighed.T @ seen, missing.T @ weighed
+        moments = weighed.T @ seen
+        missing = (self._hidden[expert].T @ weighed)[order] - moments
+        self._hidden[expert] = seen
+        return moments, missing
+
+    def routed_output(self, down: Tensor) -> Tensor:
+        """What the routed experts add to the layer's output, [T, H], with the activations last kept for each expert.
+
+        Args:
+            down: [E, H, I], channels in the order of those activations.
+        """
+        y = torch.zeros_like(self.inputs.x)
+        for expert, (token, weight) in enumerate(zip(self._token, self._weight, strict=True)):
+            own = self._hidden[expert][: len(token)]  # after them come those of the sample
+            y.index_add_(0, token, (own @ down[expert].T).mul_(weight[:, None]))
+        return y
 
     def output_errors(self, original: tuple[Tensor, Tensor], quantized: tuple[Tensor, Tensor]) -> tuple[float, float]:
         """Energy of the error and of the original output of the routed experts, on a sample of tokens.
@@ -157,6 +174,11 @@ class LayerStatistics:
             y.index_add_(0, token, w * out[0])
             error.index_add_(0, token, w * (out[1] - out[0]))
         return float(error.double().square().sum()), float(y.double().square().sum())
+
+
+def _second_moment(x: Tensor, mass: Tensor) -> Tensor:
+    """sum_t mass[t] x[t] x[t]^T."""
+    return (x * mass[:, None]).T @ x
 
 
 def _hidden(x: Tensor, gate_up: Tensor) -> Tensor:

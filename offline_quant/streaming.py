@@ -149,28 +149,35 @@ class StreamedModel:
         out = module(hidden.to(self.device), **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def expert_inputs(self, module: nn.Module, batches: Batches) -> LayerInputs:
-        """What enters the routed experts of a decoder layer; the experts themselves do not run.
+    def expert_inputs(self, module: nn.Module, batches: Batches) -> tuple[LayerInputs, Batches]:
+        """What enters the routed experts of a decoder layer, and what leaves it without their share.
+
+        The experts do not run: their output is added to what is returned later, which saves a second attention.
 
         Args:
             module: from `layer`.
             batches: hidden states [n, L, H] and layer arguments.
+
+        Returns:
+            The experts' inputs, and the layer's output with zeros from the experts, as the next layer's batches.
         """
         seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
-        def catch(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            x, ids, weights = args
+        def catch(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
             seen.append((x.reshape(-1, x.shape[-1]).float(), ids.long(), weights.float()))
-            raise _Reached
+            return torch.zeros_like(x)
 
-        handle = module.get_submodule(self.shape.family.experts).register_forward_pre_hook(catch)
+        experts: Any = module.get_submodule(self.shape.family.experts)
+        experts.forward = catch
         try:
-            for hidden, kwargs in batches:
-                with suppress(_Reached):
-                    self.run(module, hidden, kwargs)
+            rest = self.through(module, batches)
         finally:
-            handle.remove()
-        return LayerInputs(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
+            del experts.forward
+        return LayerInputs(*(torch.cat(parts) for parts in zip(*seen, strict=True))), rest
+
+    def through(self, module: nn.Module, batches: Batches) -> Batches:
+        """`run` of every batch, results on the CPU."""
+        return [(self.run(module, hidden, kwargs).cpu(), kwargs) for hidden, kwargs in batches]
 
     @property
     def head(self) -> Tensor:

@@ -273,7 +273,10 @@ def test_corrected_down_is_the_least_squares_fit_to_quantized_activations():
     g = torch.Generator().manual_seed(4)
     original, down = torch.randn(10, 12, generator=g), torch.randn(12, 5, generator=g)
     quantized = original * 0.8 + 0.1 * torch.randn(10, 12, generator=g)
-    M, missing = stats.hidden_moments(1, quantized, original)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    stats.expert_moments(1, original, down)
+    original, down = original[torch.cat([order, order + 5])], down[:, order]
+    M, missing = stats.hidden_moments(1, quantized, order)
     x, mass, _ = weighed_tokens(data, stats, 1)
 
     def hidden(W):
@@ -289,6 +292,14 @@ def test_corrected_down_is_the_least_squares_fit_to_quantized_activations():
 
     assert lost(best) <= lost(fitted) < 1.02 * lost(best)
     assert lost(fitted) < 0.5 * lost(down.double())
+
+
+def test_what_experts_add_is_that_of_the_quantized_layer():
+    """Including an expert that no token reaches."""
+    _, _, stats, plan, tensors, _, config = layer("natural", 4.5, unseen=1)
+    weights, data = LayerWeights(plan.layer, config.block_size, tensors), stats.inputs
+    expected = moe_forward(weights, data.x, data.topk_weights, data.topk_ids)
+    assert torch.allclose(stats.routed_output(weights.all_experts()[1]), expected, atol=1e-5)
 
 
 def test_nothing_missing_leaves_down_as_it_is():

@@ -66,7 +66,11 @@ def test_captured_inputs_are_those_of_the_experts(whole, streamed):
         with streamed.layer(index) as module:
             hidden = streamed.run(module, hidden, kwargs)
     with streamed.layer(2) as module:
-        seen = streamed.expert_inputs(module, [(h, kwargs) for h in hidden.split(1)])
+        seen, rest = streamed.expert_inputs(module, [(h, kwargs) for h in hidden.split(1)])
+        full = streamed.run(module, hidden, kwargs)
+        with torch.no_grad():
+            share = module.mlp.experts(seen.x, seen.topk_ids, seen.topk_weights)
+    assert torch.allclose(torch.cat([h for h, _ in rest]) + share.view_as(full), full, atol=1e-4)
     x, topk_ids, weights = expected[0]
     assert torch.allclose(seen.x, x.reshape(-1, 256), atol=1e-4)
     assert torch.equal(seen.topk_ids, topk_ids)
