@@ -13,8 +13,26 @@ def main() -> None:
     """Run `bitsmoe`."""
     # Before torch loads: its threads would spin while they wait, which on a busy machine takes several times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    received: list[int] = []
+
+    def stop(number: int, _frame: FrameType | None) -> NoReturn:
+        # As an exception, so that half-written output is removed on the way out.
+        received.append(number)
+        raise SystemExit(128 + number)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+        signal.signal(number, stop)
+    try:
+        _run()
+    except BaseException:
+        # Whatever it is: compiled modules that are being imported turn the exit into an ImportError.
+        if not received:
+            raise
+        sys.stderr.write(f"\nStopped by {signal.Signals(received[0]).name}; nothing is left behind\n")
+        raise SystemExit(128 + received[0]) from None
+
+
+def _run() -> None:
     try:
         from rich.text import Text
 
@@ -31,12 +49,6 @@ def main() -> None:
     except BitsmoeError as e:
         console.print(Text("Error:", "bold red"), str(e), soft_wrap=True)
         raise SystemExit(USAGE_STATUS) from None
-
-
-def _stop(number: int, _frame: FrameType | None) -> NoReturn:
-    # As an exception, so that half-written output is removed on the way out.
-    sys.stderr.write(f"\nStopped by {signal.Signals(number).name}; nothing is left behind\n")
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

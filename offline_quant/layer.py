@@ -375,22 +375,28 @@ class LayerQuantizer:
             tensors |= {f"{name}_{k}": v for k, v in parts.items()}
         return tensors, errors
 
-    def output_error(self, gate_up: Tensor, down: Tensor) -> float:
-        """Relative error of the layer's output with quantized experts, on a sample of the calibration tokens.
+    def original_output(self) -> Tensor:
+        """What the layer's experts give before they are quantized, [T, H]; to be called before `quantize`."""
+        order = self.channel_order[:, None].expand_as(self.down)
+        return self.stats.routed_output(torch.empty_like(self.down).scatter_(2, order, self.down))
+
+    def quantized_output(self, layer: Layer, tensors: dict[str, Tensor]) -> tuple[Tensor, float]:
+        """What the layer's experts give after `quantize`, [T, H], and its relative error on a sample of the tokens.
 
         Args:
-            gate_up: [E, 2 I, H], channels sorted as in this object.
-            down: [E, H, I].
+            layer: schema.
+            tensors: what `quantize` returned.
         """
-        lost, total = self.stats.output_errors(
-            (self.gate_up, self.down), (gate_up.to(self.down.device), down.to(self.down.device))
-        )
-        return lost / max(total, 1e-300)
+        weights = self._on_device(layer, tensors).projections["down"]
+        output = self.stats.routed_output(torch.stack([weights.weight(e) for e in range(self.E)]))
+        lost, total = self.stats.output_errors(self.gate_up, self.down, output)
+        return output, lost / max(total, 1e-300)
+
+    def _on_device(self, layer: Layer, tensors: dict[str, Tensor]) -> LayerWeights:
+        return LayerWeights(layer, self.config.block_size, {k: v.to(self.down.device) for k, v in tensors.items()})
 
     def _dequantized_gate_up(self, layer: Layer, tensors: dict[str, Tensor]) -> Tensor:
-        weights = LayerWeights(
-            layer, self.config.block_size, {k: v.to(self.gate_up.device) for k, v in tensors.items()}
-        )
+        weights = self._on_device(layer, tensors)
         names: list[ProjectionName] = [n for n in ("gate_up", "gate", "up") if n in layer.projections]
         out = torch.empty_like(self.gate_up)
         for e in range(self.E):

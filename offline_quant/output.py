@@ -1,8 +1,8 @@
 """Writing a checkpoint directory: all or nothing."""
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +10,6 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from bitsmoe_kernels.errors import BitsmoeError
-from bitsmoe_kernels.format.shards import umask
 
 REPORT_FILE = "bitsmoe_report.json"
 PAGE_FILE = "report.html"
@@ -63,26 +62,26 @@ def new_directory(out: Path) -> Iterator[Path]:
     out = out.absolute()
     made = [p for p in out.parents if not p.exists()]
     inside = out.exists()
-    scratch: Path | None = None
+    # Named before it is made, so that a signal in between leaves nothing.
+    scratch = (out if inside else out.parent) / f".{out.name}.partial-{secrets.token_hex(4)}"
+    done = False
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out if inside else out.parent))
+        scratch.mkdir(parents=True)
         yield scratch
         if inside:
             for path in sorted(scratch.iterdir(), key=lambda p: p.name == "config.json"):
                 os.replace(path, out / path.name)
             scratch.rmdir()
         else:
-            scratch.chmod(0o777 & ~umask())
             os.replace(scratch, out)
-        scratch = None
+        done = True
     except (OSError, SafetensorError) as e:
         free = shutil.disk_usage(next(p for p in out.parents if p.exists())).free
         raise BitsmoeError(
             f"{out}: cannot be written ({e}); {free / 1e6:.1f} MB are free there. Nothing was left behind"
         ) from None
     finally:
-        if scratch is not None:
+        if not done:
             shutil.rmtree(scratch, ignore_errors=True)
             for parent in made:
                 if parent.exists() and not any(parent.iterdir()):

@@ -15,7 +15,6 @@ from torch import Tensor
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.schema import FORMAT_VERSION, QUANT_METHOD, CheckpointConfig, Layer
 from bitsmoe_kernels.format.shards import ShardWriter
-from bitsmoe_kernels.reference import LayerWeights
 from offline_quant import sanity
 from offline_quant.allocation import allocate
 from offline_quant.calibration import (
@@ -227,13 +226,13 @@ class _Run:
         with bar("Planning", self.streamed.num_layers) as tick:
             for index in range(self.streamed.num_layers):
                 if index in shape.layers:
-                    quantizer, stats = self._quantizer(index)
+                    quantizer, _ = self._quantizer(index)
                     plan = quantizer.plan()
                     table = replace(plan.table, projections={})
                     losses.append(table.loss * weight.get(index, 1.0))
                     costs.append(table.cost)
                     tables.append((shape.prefix(index), table))
-                    self._add(stats.routed_output(self._on_device(self.source.experts(index)[1])))
+                    self._add(quantizer.original_output())
                 else:
                     with self.streamed.layer(index) as module:
                         self.batches = self.streamed.through(module, self.batches)
@@ -282,9 +281,6 @@ class _Run:
                 done[prefix] = self._moe_layer(index, prefix, tick)
         return done
 
-    def _on_device(self, weights: Tensor) -> Tensor:
-        return weights.to(self.streamed.device)
-
     def _add(self, routed: Tensor) -> None:
         """Complete the hidden states that left a layer with what its experts add, [tokens, H]."""
         shares = routed.cpu().split([hidden[..., 0].numel() for hidden, _ in self.batches])
@@ -302,7 +298,7 @@ class _Run:
             )
         self.clock.lap("calibration")
         stats = LayerStatistics(inputs, self.source.shape.num_experts)
-        gate_up, down = map(self._on_device, experts)
+        gate_up, down = (weights.to(self.streamed.device) for weights in experts)
         return LayerQuantizer(gate_up, down, stats, self.source.shape, self.config, prefix), stats
 
     def _moe_layer(self, index: int, prefix: str, tick: Any) -> Layer:
@@ -312,7 +308,7 @@ class _Run:
         self.clock.lap("allocation")
         if self.writer is None:
             # Nothing is quantized, so later layers see the original activations.
-            self._add(stats.routed_output(self._on_device(self.source.experts(index)[1])))
+            self._add(quantizer.original_output())
             self.clock.lap("calibration")
             self.reports.append(layer_report(prefix, plan, stats, self.config, None, None, quantizer.extreme_experts()))
             tick(self.source.shape.num_experts)
@@ -321,9 +317,8 @@ class _Run:
         self.clock.lap("quantization")
         for name, tensor in tensors.items():
             self.writer.add(f"{prefix}.{name}", tensor)
-        gate_up, down = map(self._on_device, LayerWeights(plan.layer, self.config.block_size, tensors).all_experts())
-        output_error = quantizer.output_error(gate_up, down)
-        self._add(stats.routed_output(down))
+        output, output_error = quantizer.quantized_output(plan.layer, tensors)
+        self._add(output)
         self.clock.lap("calibration")
         with self.streamed.layer(index) as module:
             self.originals = self.streamed.through(module, self.originals)

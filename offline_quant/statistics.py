@@ -155,25 +155,21 @@ class LayerStatistics:
             y.index_add_(0, token, (own @ down[expert].T).mul_(weight[:, None]))
         return y
 
-    def output_errors(self, original: tuple[Tensor, Tensor], quantized: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    def output_errors(self, gate_up: Tensor, down: Tensor, quantized: Tensor) -> tuple[float, float]:
         """Energy of the error and of the original output of the routed experts, on a sample of tokens.
 
         Args:
-            original: gate_up [E, 2 I, H] and down [E, H, I], and
-            quantized: the same.
+            gate_up: [E, 2 I, H] and
+            down: [E, H, I], the original experts.
+            quantized: [T, H], what `routed_output` said of the quantized ones.
         """
         step = max(1, len(self.inputs.x) // OUTPUT_TOKENS)
         x, ids, weights = self.inputs.x[::step], self.inputs.topk_ids[::step], self.inputs.topk_weights[::step]
-        y, error = torch.zeros_like(x), torch.zeros_like(x)
+        y = torch.zeros_like(x)
         for e in range(len(self.counts)):
             token, slot = (ids == e).nonzero(as_tuple=True)
-            if len(token) == 0:
-                continue
-            out = [_hidden(x[token], gate_up[e]) @ down[e].T for gate_up, down in (original, quantized)]
-            w = weights[token, slot, None]
-            y.index_add_(0, token, w * out[0])
-            error.index_add_(0, token, w * (out[1] - out[0]))
-        return float(error.double().square().sum()), float(y.double().square().sum())
+            y.index_add_(0, token, weights[token, slot, None] * (_hidden(x[token], gate_up[e]) @ down[e].T))
+        return float((quantized[::step] - y).double().square().sum()), float(y.double().square().sum())
 
 
 def _second_moment(x: Tensor, mass: Tensor) -> Tensor:

@@ -527,16 +527,31 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, source, text, size, prelude
         assert [p.name for p in small.iterdir()] == left
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_leaves_nothing_behind(tmp_path, source, text, number):
-    process = start("quantize", source, "--bits", "2", "--out", tmp_path / "q", "--calib", text)
+EXIT_BECOMES_AN_IMPORT_ERROR = """
+import time, offline_quant.pipeline as p
+def import_compiled_module(*args):
+    try:
+        time.sleep(60)
+    except SystemExit:
+        raise ImportError("initialization failed")
+p.SourceModel.check_finite = import_compiled_module
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "prelude"),
+    [(signal.SIGINT, ""), (signal.SIGTERM, ""), (signal.SIGINT, EXIT_BECOMES_AN_IMPORT_ERROR)],
+    ids=["SIGINT", "SIGTERM", "amid an import"],
+)
+def test_a_stopped_run_leaves_nothing_behind(tmp_path, source, text, number, prelude):
+    process = start("quantize", source, "--bits", "2", "--out", tmp_path / "q", "--calib", text, prelude=prelude)
     deadline = time.monotonic() + 120
     while not any(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert any(tmp_path.iterdir()), "the run never began to write"
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    assert process.returncode == 128 + number, err
     assert f"Stopped by {number.name}; nothing is left behind" in err
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []

@@ -294,12 +294,24 @@ def test_corrected_down_is_the_least_squares_fit_to_quantized_activations():
     assert lost(fitted) < 0.5 * lost(down.double())
 
 
-def test_what_experts_add_is_that_of_the_quantized_layer():
-    """Including an expert that no token reaches."""
-    _, _, stats, plan, tensors, _, config = layer("natural", 4.5, unseen=1)
-    weights, data = LayerWeights(plan.layer, config.block_size, tensors), stats.inputs
+def test_what_experts_add_and_its_error_are_those_of_the_layer():
+    """Before and after quantization, including an expert that no token reaches."""
+    gate_up, down, quantizer, config = quantizer_of("natural", 4.5, unseen=1)
+    data = quantizer.stats.inputs
+    original = torch.zeros_like(data.x, dtype=torch.float64)
+    for slot in range(2):
+        for e in range(4):
+            rows = data.topk_ids[:, slot] == e
+            y = swiglu(data.x[rows].double() @ gate_up[e].double().T) @ down[e].double().T
+            original[rows] += data.topk_weights[rows, slot, None] * y
+    plan = quantizer.plan()
+    assert torch.allclose(quantizer.original_output().double(), original, atol=1e-5)
+    tensors, _ = quantizer.quantize(plan)
+    weights = LayerWeights(plan.layer, config.block_size, tensors)
     expected = moe_forward(weights, data.x, data.topk_weights, data.topk_ids)
-    assert torch.allclose(stats.routed_output(weights.all_experts()[1]), expected, atol=1e-5)
+    output, error = quantizer.quantized_output(plan.layer, tensors)
+    assert torch.allclose(output, expected, atol=1e-5)
+    assert error == pytest.approx(float((expected - original).square().sum() / original.square().sum()), rel=1e-3)
 
 
 def test_nothing_missing_leaves_down_as_it_is():
@@ -321,16 +333,20 @@ def test_an_unseen_expert_gets_statistics_of_all_tokens():
     assert float(stats.share[1]) > 0
 
 
-def layer(basis, bits, block_size=16, unseen=None, E=4, H=48, I=32):  # noqa: E741
+def quantizer_of(basis, bits, block_size=16, unseen=None, E=4, H=48, I=32):  # noqa: E741
     g = torch.Generator().manual_seed(8)
     gate_up, down = torch.randn(E, 2 * I, H, generator=g) / 7, torch.randn(E, H, I, generator=g) / 7
     stats = LayerStatistics(inputs(600, H, E, unseen=unseen), E)
     config = QuantizeConfig(bits=bits, basis=basis, block_size=block_size)
     shape = MoEShape(FAMILIES["Qwen3MoeForCausalLM"], (0,), E, H, I)
-    quantizer = LayerQuantizer(gate_up, down, stats, shape, config, "layer")
+    return gate_up, down, LayerQuantizer(gate_up, down, stats, shape, config, "layer"), config
+
+
+def layer(*args, **options):
+    gate_up, down, quantizer, config = quantizer_of(*args, **options)
     plan = quantizer.plan()
     tensors, errors = quantizer.quantize(plan)
-    return gate_up, down, stats, plan, tensors, errors, config
+    return gate_up, down, quantizer.stats, plan, tensors, errors, config
 
 
 @pytest.mark.parametrize("basis", ["natural", "whitened", "paper", "auto"])
