@@ -45,6 +45,8 @@ from offline_quant.streaming import StreamedModel
 ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT_WINDOWS, HELD_OUT_SEED = 64, 1
 OURS = "bitsmoe"
+FIGURES_FILE = "figures.json"
+"""What a run of ours leaves beside its checkpoint."""
 BITS = (1.75, 2.125, 2.5, 3.125)
 FORM_BITS = (2.125, 3.125)
 STRONG = {"observer": "memoryless_mse", "calibrate_all_experts": False}
@@ -155,12 +157,12 @@ def _quantize_apart(model: Path, out: Path, options: dict[str, Any]) -> dict[str
     """Quantize in a process of its own, so that its peak of memory is its own."""
     env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-m", "benchmarks.quality", "--quantize", json.dumps(options)]
-    result = subprocess.run(
-        [*command, "--model", str(model), "--out", str(out)], cwd=ROOT, env=env, stdout=subprocess.PIPE, check=False
-    )
+    command += ["--model", str(model), "--out", str(out)]
+    # What the solver prints is no part of the table.
+    result = subprocess.run(command, cwd=ROOT, env=env, stdout=sys.stderr, check=False)
     if result.returncode:
         raise BitsmoeError(f"bitsmoe quantize {options} ended with status {result.returncode}")
-    return json.loads(result.stdout)
+    return json.loads((out / FIGURES_FILE).read_text(encoding="utf-8"))
 
 
 def _quantize_here(model: Path, out: Path, options: dict[str, Any]) -> None:
@@ -178,7 +180,7 @@ def _quantize_here(model: Path, out: Path, options: dict[str, Any]) -> None:
         "model_budget": outcome.report["model_budget"],
     }  # fmt: skip
     assert (out / REPORT_FILE).is_file()
-    print(json.dumps(figures))
+    (out / FIGURES_FILE).write_text(json.dumps(figures), encoding="utf-8")
 
 
 def _quantizing(stages: dict[str, float]) -> float:
