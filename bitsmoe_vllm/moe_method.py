@@ -18,6 +18,7 @@ from bitsmoe_kernels.reference import LayerWeights
 from bitsmoe_kernels.select import why_not_kernels
 from bitsmoe_kernels.tiles import kwidth_of
 from bitsmoe_vllm import _compat
+from bitsmoe_vllm.startup import cuda_capability
 from bitsmoe_vllm.weight_loading import LayerLoader
 
 logger = init_logger(f"vllm.{__name__}")
@@ -117,7 +118,7 @@ class BitsmoeMoEMethod(FusedMoEMethodBase):
         shard = self.loader.shard
         assert shard is not None
         names = list(shard.tensor_specs(self.block_size))
-        capability = _capability()
+        capability = cuda_capability()
         reason = why_not_kernels(shard, self._dtype, capability)
         if reason is None:
             assert capability is not None
@@ -178,13 +179,6 @@ class BitsmoeMoEMethod(FusedMoEMethodBase):
         """As `apply`, where this vLLM leaves the routing to the method."""
         topk_weights, topk_ids = _compat.select_experts(layer, x, router_logits)
         return self.apply(layer, x, topk_weights, topk_ids)
-
-
-def _capability() -> int | None:
-    """Compute capability of this worker's GPU, such as 90; None without CUDA."""
-    if not current_platform.is_cuda():
-        return None
-    return current_platform.get_device_capability().to_int()
 
 
 def local_experts(expert_map: Tensor | None) -> list[int] | None:

@@ -104,6 +104,13 @@ _SIZES = {
 """Our names of a layer's sizes and those of config.json, by architecture."""
 
 
+def cuda_capability() -> int | None:
+    """Compute capability of this process's GPU, such as 90; None without CUDA."""
+    from vllm.platforms import current_platform
+
+    return current_platform.get_device_capability().to_int() if current_platform.is_cuda() else None
+
+
 def check_options(checkpoint: CheckpointConfig, text_config: Any, vllm_config: Any) -> None:
     """Refuse options of `vllm serve` that cannot work.
 
@@ -128,8 +135,8 @@ def check_options(checkpoint: CheckpointConfig, text_config: Any, vllm_config: A
     faults = []
     if parallel.enable_eplb:
         faults.append("--enable-eplb: expert-parallel load balancing is not supported; drop the option")
-    if current_platform.is_cuda() and not vllm_config.model_config.enforce_eager:
-        capability = current_platform.get_device_capability().to_int()
+    capability = cuda_capability()
+    if capability is not None and not vllm_config.model_config.enforce_eager:
         for prefix, layer in checkpoint.layers.items():
             if reason := why_not_kernels(layer, vllm_config.model_config.dtype, capability):
                 faults.append(

@@ -126,28 +126,23 @@ def other_kernels(capability: int, fp16: bool) -> Iterator[tuple[str, Any]]:
     yield "route", compiled(prepare.route_kernel, capability, constants, types, 4)
 
 
-def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+def _said_of(kernel: Any, tool: str, option: str) -> str:
+    """What a tool of the CUDA toolkit prints of a kernel's binary."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def machine_code(kernel: Any) -> list[str]:
     """Disassembly, line by line."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        return subprocess.run(
-            [_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True
-        ).stdout.splitlines()
+    return _said_of(kernel, "nvdisasm", "-c").splitlines()
 
 
 def resources(kernel: Any) -> dict[str, int]:
     """Registers, local (stack) and shared bytes, as the binary declares them."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        text = subprocess.run(
-            [_tool("cuobjdump"), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+    text = _said_of(kernel, "cuobjdump", "--dump-resource-usage")
     found = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return {
         "registers": found["REG"],

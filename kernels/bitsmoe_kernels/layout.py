@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from bitsmoe_kernels.fields import CLASSES, DENSE, GROUP, LANES, PAIRS, TILE, field_place, mantissa_bits
+from bitsmoe_kernels.fields import CLASSES, GROUP, LANES, PAIRS, TILE, field_place, mantissa_bits
 from bitsmoe_kernels.format.schema import Layer, ProjectionName
 from bitsmoe_kernels.reference import LayerWeights, ProjectionWeights
 
@@ -37,6 +37,8 @@ PLANE_BITS = 4
 """Widest code of one component."""
 STARTS = ("1", "2", "3", "3 extra", "4", "dense")
 """Columns of `Matrices.start`."""
+WIDE_START, NARROW_START, DENSE_START = {2: 1, 3: 2, 4: 4}, {1: 0, 3: 3}, 5
+"""Which of them is of a width's 32-bit words, of its 16-bit ones, of plain numbers."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def to_kernel_layout(weights: LayerWeights, dtype: torch.dtype, kwidth: int) -> 
     if reason := unsupported(weights.layer):
         raise ValueError(reason)
     layer, p = weights.layer, weights.projections
-    fp16, E = dtype == torch.float16, layer.num_experts
+    E = layer.num_experts
     inner = layer.intermediate_size
     down_rows = [_rows(p["down"], e, dtype, kwidth) for e in range(E)]
     fused = not layer.projections["down"].lowrank_total
@@ -172,7 +174,7 @@ def to_kernel_layout(weights: LayerWeights, dtype: torch.dtype, kwidth: int) -> 
         at = torch.arange(padded, device=p["down"].part("bits").device)
         channels, live = [at.clamp(max=inner - 1)] * E, [at < inner] * E
     every = torch.arange(layer.hidden_size, device=p["down"].part("bits").device)
-    down = _matrices([(p["down"], e, rows, every, every >= 0) for e, rows in enumerate(down_rows)], dtype, kwidth, fp16)
+    down = _matrices([(p["down"], e, rows, every, every >= 0) for e, rows in enumerate(down_rows)], dtype, kwidth)
     split = "gate" in p
     parts = []
     for e in range(E):
@@ -182,7 +184,7 @@ def to_kernel_layout(weights: LayerWeights, dtype: torch.dtype, kwidth: int) -> 
         else:
             both = torch.stack([at, at + inner], 1).flatten()
             parts.append((p["gate_up"], e, _rows(p["gate_up"], e, dtype, kwidth), both, on.repeat_interleave(2)))
-    inputs = _matrices(parts, dtype, kwidth, fp16)
+    inputs = _matrices(parts, dtype, kwidth)
     basis, basis_scale = _bases([p[n] for n in (("gate", "up") if split else ("gate_up",))], dtype)
     return KernelLayer(inputs, down, basis, basis_scale, split, fused, _widths(inputs), _widths(down), kwidth)
 
@@ -272,18 +274,33 @@ def _add_dense(out: _Rows, w: ProjectionWeights, expert: int, device: torch.devi
     out.offset.append(torch.zeros(len(rows) + pad, device=device))
 
 
+@dataclass
+class _Buffer:
+    """Tensors one after another in one flat one."""
+
+    parts: list[Tensor] = field(default_factory=list)
+    size: int = 0
+
+    def put(self, words: Tensor) -> int:
+        """Append; returns the element at which it begins."""
+        self.parts.append(words.flatten())
+        self.size += words.numel()
+        return self.size - words.numel()
+
+    def joined(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """All of it; one zero where there is nothing, for kernels need an address."""
+        return torch.cat(self.parts) if self.parts else torch.zeros(1, dtype=dtype, device=device)
+
+
 def _matrices(
-    parts: Sequence[tuple[ProjectionWeights, int, _Rows, Tensor, Tensor]],
-    dtype: torch.dtype, kwidth: int, fp16: bool,
-) -> Matrices:  # fmt: skip
+    parts: Sequence[tuple[ProjectionWeights, int, _Rows, Tensor, Tensor]], dtype: torch.dtype, kwidth: int
+) -> Matrices:
     """Pack matrices one after another; each comes with its expert, rows, columns and which of the columns are live."""
     M = len(parts)
     device = parts[0][0].part("bits").device
     K = max((sum(map(len, r.index)) for _, _, r, _, _ in parts), default=0) or TILE
     N = max(len(columns) for *_, columns, _ in parts) or 1
-    words32: list[Tensor] = []
-    words16: list[Tensor] = []
-    dense: list[Tensor] = []
+    words32, words16, dense = _Buffer(), _Buffer(), _Buffer()
     start = torch.zeros(M, len(STARTS), dtype=torch.int64)
     tiles = torch.zeros(M, len(CLASSES) + 1, dtype=torch.int32)
     index = torch.zeros(M, K, dtype=torch.int32, device=device)
@@ -291,14 +308,6 @@ def _matrices(
     scale = torch.zeros(M, N, device=device)
     rank, first = torch.zeros(M, dtype=torch.int32), torch.zeros(M, dtype=torch.int32)
     lowrank: list[Tensor] = []
-    sizes = {32: 0, 16: 0, DENSE + 1: 0}
-
-    def put(into: list[Tensor], key: int, words: Tensor) -> int:
-        at = sizes[key]
-        into.append(words.flatten())
-        sizes[key] += words.numel()
-        return at
-
     for i, (w, expert, rows, columns, live) in enumerate(parts):
         for c, b in enumerate(CLASSES):
             if b not in rows.codes:
@@ -306,14 +315,14 @@ def _matrices(
             wide, narrow = pack_words(_padded(rows.codes[b][:, columns]), b, kwidth)
             tiles[i, c] = len(rows.codes[b]) // TILE
             if wide is not None:
-                start[i, {2: 1, 3: 2, 4: 4}[b]] = put(words32, 32, wide)
+                start[i, WIDE_START[b]] = words32.put(wide)
             if narrow is not None:
-                start[i, {1: 0, 3: 3}[b]] = put(words16, 16, narrow)
+                start[i, NARROW_START[b]] = words16.put(narrow)
         if rows.dense is not None:
             block = _padded(rows.dense[:, columns] * live)
             block = block.view(len(block) // TILE, TILE, block.shape[1]).mT
             tiles[i, len(CLASSES)] = len(block)
-            start[i, 5] = put(dense, DENSE + 1, block.to(dtype))
+            start[i, DENSE_START] = dense.put(block.to(dtype))
         k = sum(map(len, rows.index))
         if k:
             index[i, :k] = torch.cat(rows.index).int()
@@ -321,7 +330,7 @@ def _matrices(
         t = torch.ones(len(columns), device=device)
         if rows.codes:
             t = w.part("feature_scale")[expert].float()[columns]
-            if fp16:
+            if dtype == torch.float16:
                 # Powers of two move from the activations' factor to the outputs' scale: float16 cannot overflow.
                 coded = sum(map(len, rows.codes.values()))
                 unit = torch.exp2(factor[i, :coded].abs().amax().clamp(min=1e-30).log2().ceil())
@@ -331,11 +340,10 @@ def _matrices(
         if expert not in w.spec.kept_experts and (pair := w.lowrank(expert)) is not None:
             rank[i], first[i] = len(pair[0]), sum(map(len, lowrank))
             lowrank.append(pair[0].half())
-    none = torch.zeros(1, dtype=torch.int32, device=device)
     return Matrices(
-        codes32=torch.cat(words32) if words32 else none,
-        codes16=torch.cat(words16) if words16 else none,
-        dense=torch.cat(dense) if dense else torch.zeros(1, dtype=dtype, device=device),
+        codes32=words32.joined(torch.int32, device),
+        codes16=words16.joined(torch.int32, device),
+        dense=dense.joined(dtype, device),
         start=start.to(device), tiles=tiles.to(device),
         columns=torch.tensor([len(c) for *_, c, _ in parts], dtype=torch.int32, device=device),
         index=index, factor=factor, offset=offset, scale=scale, rank=rank.to(device),
@@ -461,11 +469,12 @@ def matrix_rows(matrices: Matrices, i: int, kwidth: int) -> tuple[dict[int, Tens
         n = counts[c]
         if n == 0:
             continue
-        wide = cut(matrices.codes32, start[{2: 1, 3: 2, 4: 4}[b]], n, N, LANES, 2 if b == 4 else 1) if b > 1 else None
-        narrow = (
-            cut(matrices.codes16, start[{1: 0, 3: 3}[b]], n, N // GROUP, GROUP // 2, LANES) if b in (1, 3) else None
-        )
+        wide = narrow = None
+        if b in WIDE_START:
+            wide = cut(matrices.codes32, start[WIDE_START[b]], n, N, LANES, 2 if b == 4 else 1)
+        if b in NARROW_START:
+            narrow = cut(matrices.codes16, start[NARROW_START[b]], n, N // GROUP, GROUP // 2, LANES)
         codes[b] = unpack_words(wide, narrow, b, kwidth)
     n = counts[len(CLASSES)]
-    dense = cut(matrices.dense, start[5], n, N, TILE).mT.reshape(n * TILE, N)
+    dense = cut(matrices.dense, start[DENSE_START], n, N, TILE).mT.reshape(n * TILE, N)
     return codes, dense

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitsmoe_kernels._triton import gemm, prepare
 from bitsmoe_kernels.fields import TILE
-from bitsmoe_kernels.layout import KernelLayer
+from bitsmoe_kernels.layout import KernelLayer, Matrices
 from bitsmoe_kernels.tiles import Tile, pick_tile
 
 SCALE_CHUNK = 512
@@ -181,7 +181,6 @@ def _route(topk_ids: Tensor, expert_map: Tensor | None, E: int, tokens: int, dow
     mine = expert[order]
     rank = torch.arange(S, device=ids.device) - (counts.cumsum(0) - counts)[mine]
     place = (ends - blocks)[mine] * tokens + rank
-    block_slot.fill_(-1)
     spare = torch.empty(most * tokens + 1, dtype=torch.int32, device=ids.device).fill_(-1)
     spare.scatter_(0, torch.where(mine < E, place, most * tokens), order.int())
     block_slot.copy_(spare[:-1])
@@ -193,7 +192,7 @@ def _route(topk_ids: Tensor, expert_map: Tensor | None, E: int, tokens: int, dow
 
 
 def _scaled(
-    m: Any, source: Tensor, local: Tensor, S: int, rows_per: int, per: int, out: Tensor, clear: int, asm: bool
+    m: Matrices, source: Tensor, local: Tensor, S: int, rows_per: int, per: int, out: Tensor, clear: int, asm: bool
 ) -> tuple[Tensor, Tensor]:
     """Activations of every slot as the GEMM wants them, and their partial corrections.
 
@@ -212,7 +211,7 @@ def _scaled(
     return act, corr
 
 
-def _codes(m: Any) -> tuple[Tensor, ...]:
+def _codes(m: Matrices) -> tuple[Tensor, ...]:
     return m.codes32, m.codes16, m.dense, m.start, m.tiles, m.columns, m.scale
 
 

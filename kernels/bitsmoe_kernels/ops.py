@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -55,18 +55,6 @@ def moe_forward_op(
     return moe_forward(weights, x, topk_weights, topk_ids, expert_map)
 
 
-@moe_forward_op.register_fake
-def _(
-    x: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    expert_map: Tensor | None,
-    tensors: Sequence[Tensor],
-    layout: str,
-) -> Tensor:
-    return x.new_empty(x.shape)  # contiguous, as the op's result is, whatever the strides of x
-
-
 def kernel_key(layer: "KernelLayer") -> str:
     """The kernel op's static description of a layer's tensors."""
     return json.dumps({"static": layer.static(), "names": list(layer.tensors())})
@@ -108,13 +96,9 @@ def moe_kernels_op(
     return moe.moe_forward(layer, x, topk_weights, topk_ids, expert_map)
 
 
-@moe_kernels_op.register_fake
-def _(
-    x: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    expert_map: Tensor | None,
-    tensors: Sequence[Tensor],
-    key: str,
-) -> Tensor:
-    return x.new_empty(x.shape)
+def _fake(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)  # contiguous, as the ops' results are, whatever the strides of x
+
+
+moe_forward_op.register_fake(_fake)
+moe_kernels_op.register_fake(_fake)

@@ -71,7 +71,7 @@ def test_kernels_get_their_layout_and_nothing_else(
     import bitsmoe_kernels.moe
 
     monkeypatch.setattr(bitsmoe_kernels.moe, "moe_forward", record)
-    monkeypatch.setattr(moe_method, "_capability", lambda: capability)
+    monkeypatch.setattr(moe_method, "cuda_capability", lambda: capability)
     made = build_form(form, **SIZES)
     method, module = loaded(made, dtype, monkeypatch)
     *_, y = call(method, module, dtype)
@@ -100,7 +100,7 @@ def test_kernels_get_their_layout_and_nothing_else(
 def test_what_kernels_cannot_do_runs_on_torch_and_says_so(
     form: str, dtype: torch.dtype, reason: str, logged: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moe_method, "_capability", lambda: 90)
+    monkeypatch.setattr(moe_method, "cuda_capability", lambda: 90)
     monkeypatch.setattr(moe_method.current_platform, "is_cpu", lambda: False)
     made = build_form(form, **SIZES)
     method, module = loaded(made, dtype, monkeypatch)

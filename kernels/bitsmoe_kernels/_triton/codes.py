@@ -83,54 +83,42 @@ def _pair7_of_3(wide, narrow, FP16: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def numbers(wide, wide2, narrow, BITS: tl.constexpr, N: tl.constexpr, KWIDTH: tl.constexpr, FP16: tl.constexpr,
+def numbers(first, second, BITS: tl.constexpr, N: tl.constexpr, KWIDTH: tl.constexpr, FP16: tl.constexpr,
             ASM: tl.constexpr):  # fmt: skip
     """One tile of codes.
 
     Args:
-        wide: int32 [N, 4]: the 32-bit words; unused for 1 bit.
-        wide2: int32 [N, 4]: the second one of 4 bits, else unused.
-        narrow: int32 [N, 4]: of 1 and 3 bits, what `narrow_words` gives; else unused.
+        first: int32 [N, 4]: words with the first pairs of codes, and
+        second: with the last ones: the same for 1 and 2 bits; the spread narrow ones for 3; the second of two for 4.
 
     Returns:
         float16 or bfloat16 [N, 64], components in the order of `layout.positions(KWIDTH)`.
     """
-    if BITS == 1:
-        low, high = narrow, narrow
-    elif BITS == 3:
-        low, high = wide, narrow
-    elif BITS == 4:
-        low, high = wide, wide2
-    else:
-        low, high = wide, wide
-    v0 = _pair(low, BITS, 0, FP16, ASM)
-    v1 = _pair(low, BITS, 1, FP16, ASM)
-    v2 = _pair(low, BITS, 2, FP16, ASM)
-    v3 = _pair(low, BITS, 3, FP16, ASM)
+    v0 = _pair(first, BITS, 0, FP16, ASM)
+    v1 = _pair(first, BITS, 1, FP16, ASM)
+    v2 = _pair(first, BITS, 2, FP16, ASM)
+    v3 = _pair(first, BITS, 3, FP16, ASM)
+    v4 = _pair(first if BITS == 3 else second, BITS, 4, FP16, ASM)
+    v5 = _pair(second, BITS, 5, FP16, ASM)
+    v6 = _pair(second, BITS, 6, FP16, ASM)
     if BITS == 3:
-        v4 = _pair(low, BITS, 4, FP16, ASM)
+        v7 = _pair7_of_3(first, second, FP16, ASM)
     else:
-        v4 = _pair(high, BITS, 4, FP16, ASM)
-    v5 = _pair(high, BITS, 5, FP16, ASM)
-    v6 = _pair(high, BITS, 6, FP16, ASM)
-    if BITS == 3:
-        v7 = _pair7_of_3(wide, narrow, FP16, ASM)
-    else:
-        v7 = _pair(high, BITS, 7, FP16, ASM)
+        v7 = _pair(second, BITS, 7, FP16, ASM)
     # [N, 4 lanes, a / 4, a / 2 mod 2, a mod 2]; joins, splits and reshapes move nothing between threads.
     v = tl.join(tl.join(tl.join(v0, v4), tl.join(v2, v6)), tl.join(tl.join(v1, v5), tl.join(v3, v7)))
-    if FP16:
-        left = (v & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
-        right = ((v >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
-    else:
-        left = (v & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-        right = ((v >> 16) & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    q = tl.join(left, right)
+    q = tl.join(_as_float(v, FP16), _as_float(v >> 16, FP16))
     if KWIDTH == 2:
         q = tl.permute(q, (0, 2, 3, 4, 1, 5))
     else:
         q = tl.permute(q, (0, 2, 3, 1, 4, 5))
     return tl.reshape(q, (N, 64))
+
+
+@triton.jit
+def _as_float(word, FP16: tl.constexpr):
+    """The lower 16 bits of a word as a float16 or bfloat16."""
+    return (word & 0xFFFF).to(tl.uint16).to(tl.float16 if FP16 else tl.bfloat16, bitcast=True)
 
 
 @triton.jit
@@ -152,5 +140,4 @@ def rounded(v, FP16: tl.constexpr, ASM: tl.constexpr):
     else:
         # The interpreter would cut the lower bits off.
         bits = v.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return (bits & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        return _as_float((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, FP16)

@@ -27,16 +27,15 @@ def _tile(acc, pwide, pnarrow, pact, live, live_narrow, BITS: tl.constexpr, BN: 
     if BITS > 1:
         wide = tl.load(pwide) if EVEN else tl.load(pwide, mask=live, other=0)
     if BITS == 1:
-        q = numbers(narrow, narrow, narrow, BITS, BN, KWIDTH, FP16, ASM)
+        first, second = narrow, narrow
     elif BITS == 2:
-        q = numbers(wide, wide, wide, BITS, BN, KWIDTH, FP16, ASM)
+        first, second = wide, wide
     elif BITS == 3:
-        q = numbers(wide, wide, narrow, BITS, BN, KWIDTH, FP16, ASM)
+        first, second = wide, narrow
     else:
         # Both words of a lane lie side by side: one load, parted without moving between threads.
         first, second = tl.split(tl.reshape(wide, (BN, 4, 2)))
-        q = numbers(first, second, first, BITS, BN, KWIDTH, FP16, ASM)
-    return product(q, tl.load(pact), acc, ASM)
+    return product(numbers(first, second, BITS, BN, KWIDTH, FP16, ASM), tl.load(pact), acc, ASM)
 
 
 @triton.jit
@@ -103,11 +102,25 @@ def _contract(act, codes32, codes16, dense, start, tiles, matrix, n0, rows,
 
 
 @triton.jit
-def _corrections(corr, rows, width, NCORR: tl.constexpr, BT: tl.constexpr, NCORR_POW2: tl.constexpr):
-    """sum over partial sums [BT] of the first `width` ones."""
+def _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, row, KMAX, NMAX, matrix, n0, N, rows,
+             NCORR: tl.constexpr, NCORR_POW2: tl.constexpr, CORR_CHUNK: tl.constexpr,
+             BN: tl.constexpr, BT: tl.constexpr, KWIDTH: tl.constexpr, FP16: tl.constexpr, ASM: tl.constexpr,
+             EVEN: tl.constexpr, DENSE: tl.constexpr, WIDTHS: tl.constexpr,
+             UNROLL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """BN outputs of one matrix from the first n0 on, for the activations `row` [BT]: float32 [BN, BT].
+
+    NMAX: a matrix's share of `scale`. N: its outputs; EVEN: whether BN divides it. rows:
+    stored ones, a multiple of 16.
+    """
+    width = tl.cdiv(tl.sum(tl.load(tiles + matrix * 5 + tl.arange(0, 4))) * 64, CORR_CHUNK)
+    coded, plain = _contract(act + row[None, :] * KMAX, codes32, codes16, dense, start, tiles, matrix, n0, rows,
+                             BN, BT, KWIDTH, FP16, ASM, EVEN, DENSE, WIDTHS, UNROLL, STAGES)  # fmt: skip
     at = tl.arange(0, NCORR_POW2)
-    parts = tl.load(corr + rows[:, None] * NCORR + at[None, :], mask=at[None, :] < width, other=0.0)
-    return tl.sum(parts, 1)
+    parts = tl.load(corr + row[:, None] * NCORR + at[None, :], mask=at[None, :] < width, other=0.0)
+    n = n0 + tl.arange(0, BN)
+    t = scale + matrix * NMAX + n
+    t = tl.load(t) if EVEN else tl.load(t, mask=n < N, other=0.0)
+    return (coded - tl.sum(parts, 1)[None, :]) * t[:, None] + plain
 
 
 @triton.jit
@@ -134,33 +147,21 @@ def gate_up_kernel(act, corr, codes32, codes16, dense, start, tiles, columns, sc
     HALF: tl.constexpr = BN // 2
     at = tl.program_id(0) * HALF + tl.arange(0, HALF)
     n0 = tl.program_id(0) * (HALF if SPLIT else BN)
+    matrix = expert.to(tl.int64) * (2 if SPLIT else 1)
+    N = tl.multiple_of(tl.load(columns + matrix), 16)
+    if n0 >= N:
+        return
     if SPLIT:
-        matrix = expert.to(tl.int64) * 2
-        N = tl.multiple_of(tl.load(columns + matrix), 16)
-        if n0 >= N:
-            return
-        total = tl.sum(tl.load(tiles + matrix * 5 + tl.arange(0, 4))) * 64
-        total_up = tl.sum(tl.load(tiles + matrix * 5 + 5 + tl.arange(0, 4))) * 64
-        rows = row * 2
-        coded, plain = _contract(act + rows[None, :] * KMAX, codes32, codes16, dense, start, tiles, matrix, n0, N,
-                                 HALF, BT, KWIDTH, FP16, ASM, True, DENSE, WIDTHS, UNROLL, STAGES)  # fmt: skip
-        c = _corrections(corr, rows, tl.cdiv(total, CORR_CHUNK), NCORR, BT, NCORR_POW2)
-        gate = (coded - c[None, :]) * tl.load(scale + matrix * NMAX + at)[:, None] + plain
-        coded, plain = _contract(act + (rows[None, :] + 1) * KMAX, codes32, codes16, dense, start, tiles, matrix + 1,
-                                 n0, N, HALF, BT, KWIDTH, FP16, ASM, True, DENSE, WIDTHS, UNROLL, STAGES)  # fmt: skip
-        c = _corrections(corr, rows + 1, tl.cdiv(total_up, CORR_CHUNK), NCORR, BT, NCORR_POW2)
-        up = (coded - c[None, :]) * tl.load(scale + (matrix + 1) * NMAX + at)[:, None] + plain
+        gate = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, row * 2, KMAX, NMAX, matrix,
+                        n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16, ASM, True, DENSE, WIDTHS,
+                        UNROLL, STAGES)  # fmt: skip
+        up = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, row * 2 + 1, KMAX, NMAX,
+                      matrix + 1, n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16, ASM, True, DENSE,
+                      WIDTHS, UNROLL, STAGES)  # fmt: skip
     else:
-        matrix = expert.to(tl.int64)
-        N = tl.multiple_of(tl.load(columns + matrix), 16)
-        if n0 >= N:
-            return
-        n = n0 + tl.arange(0, BN)
-        total = tl.sum(tl.load(tiles + matrix * 5 + tl.arange(0, 4))) * 64
-        coded, plain = _contract(act + row[None, :] * KMAX, codes32, codes16, dense, start, tiles, matrix, n0, N,
-                                 BN, BT, KWIDTH, FP16, ASM, True, DENSE, WIDTHS, UNROLL, STAGES)  # fmt: skip
-        c = _corrections(corr, row, tl.cdiv(total, CORR_CHUNK), NCORR, BT, NCORR_POW2)
-        y = (coded - c[None, :]) * tl.load(scale + matrix * NMAX + n)[:, None] + plain
+        y = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, row, KMAX, NMAX, matrix,
+                     n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, BN, BT, KWIDTH, FP16, ASM, True, DENSE, WIDTHS,
+                     UNROLL, STAGES)  # fmt: skip
         gate, up = tl.split(tl.permute(tl.reshape(y, (HALF, 2, BT)), (0, 2, 1)))
     h = gate * tl.sigmoid(gate) * up
     pout = out + row[None, :] * OUT_STRIDE + at[:, None]
@@ -200,14 +201,10 @@ def down_kernel(act, corr, codes32, codes16, dense, start, tiles, columns, scale
     n0 = tl.program_id(0) * BN
     n = n0 + tl.arange(0, BN)
     inside = n < H
-    rows = tl.cdiv(H, 16) * 16
     matrix = expert.to(tl.int64)
-    total = tl.sum(tl.load(tiles + matrix * 5 + tl.arange(0, 4))) * 64
-    coded, plain = _contract(act + row[None, :] * KMAX, codes32, codes16, dense, start, tiles, matrix, n0, rows,
-                             BN, BT, KWIDTH, FP16, ASM, EVEN, DENSE, WIDTHS, UNROLL, STAGES)  # fmt: skip
-    c = _corrections(corr, row, tl.cdiv(total, CORR_CHUNK), NCORR, BT, NCORR_POW2)
-    t = tl.load(scale + matrix * H + n, mask=inside, other=0.0)
-    y = ((coded - c[None, :]) * t[:, None] + plain) * tl.load(weight + row)[None, :]
+    y = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, row, KMAX, H, matrix, n0, H,
+                 tl.cdiv(H, 16) * 16, NCORR, NCORR_POW2, CORR_CHUNK, BN, BT, KWIDTH, FP16, ASM, EVEN, DENSE,
+                 WIDTHS, UNROLL, STAGES) * tl.load(weight + row)[None, :]  # fmt: skip
     tl.store(partial + row[None, :] * H + n[:, None], y, mask=inside[:, None] & valid[None, :])
     token = row // TOP_K
     expected = tl.zeros((BT,), tl.int32)
