@@ -32,6 +32,7 @@ import numpy as np
 import torch
 
 from benchmarks.baselines.driver import run_baseline, write_windows
+from benchmarks.record import ROOT, commit, write_json
 from bitsmoe_kernels.errors import BitsmoeError
 from offline_quant.calibration import load_tokenizer, window_length, write_sampled_text
 from offline_quant.config import QuantizeConfig
@@ -42,7 +43,6 @@ from offline_quant.pipeline import quantize_model
 from offline_quant.report_page import spearman
 from offline_quant.streaming import StreamedModel
 
-ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT_WINDOWS, HELD_OUT_SEED = 64, 1
 OURS = "bitsmoe"
 FIGURES_FILE = "figures.json"
@@ -284,9 +284,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def environment() -> dict[str, Any]:
     """What the figures were measured on."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
     model = next(
         (line.split(":")[1].strip() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")),
         platform.processor(),
@@ -296,7 +293,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "commit": commit,
+        "commit": commit(),
     }
 
 
@@ -346,9 +343,7 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
         assert reference is not None
         found = measure(args.model, calib, reference, row)
         result["rows"].append({"key": row.key, "commit": result["environment"]["commit"], **found})
-        new = base.with_suffix(".json.new")
-        new.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        new.replace(base.with_suffix(".json"))
+        write_json(base.with_suffix(".json"), result)
     base.with_suffix(".md").write_text(as_markdown(result), encoding="utf-8")
     draw(result, base.with_suffix(".png"))
     print(as_markdown(result))

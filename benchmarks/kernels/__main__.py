@@ -21,7 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.record import ROOT, child_environment
+
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -128,8 +129,7 @@ def _compilers(model: str, dtype: str, bits: float, parts: int) -> Iterator["sub
     for part in range(parts):
         job = {"model": model, "dtype": dtype, "bits": bits, "part": part, "parts": parts}
         command = [sys.executable, "-m", "benchmarks.kernels", "--compile", json.dumps(job)]
-        paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-        yield subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths})
+        yield subprocess.Popen(command, cwd=ROOT, env=child_environment())
 
 
 def _compile(job: dict[str, Any]) -> None:

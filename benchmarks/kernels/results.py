@@ -3,26 +3,17 @@
 import json
 import math
 import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks import record
+
 SAME = ("gpu", "torch", "triton")
 """A row of an earlier run holds where these and its own `source` are as they are now."""
 KEY = ("model", "method", "dtype", "bits", "tokens", "routing", "source")
-
-
-def _said_by(*command: str) -> str:
-    """What a command prints; empty where it does not exist or fails."""
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def machine(commit: str | None) -> dict[str, Any]:
@@ -35,12 +26,12 @@ def machine(commit: str | None) -> dict[str, Any]:
 
     found: dict[str, Any] = {
         "gpu": platform.machine(), "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda,
-        "commit": commit or _said_by("git", "describe", "--always", "--dirty") or "unknown",
+        "commit": commit or record.commit() or "unknown",
     }  # fmt: skip
     if torch.cuda.is_available():
         p = torch.cuda.get_device_properties(0)
         asked = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
-        said = _said_by("nvidia-smi", "--id=0", f"--query-gpu={','.join(asked)}", "--format=csv,noheader")
+        said = record.said_by("nvidia-smi", "--id=0", f"--query-gpu={','.join(asked)}", "--format=csv,noheader")
         values = [v.strip() for v in said.split(",")] if said else ["unknown"] * len(asked)
         found |= {
             "gpu": p.name, "capability": f"{p.major}.{p.minor}", "sms": p.multi_processor_count,
@@ -52,13 +43,6 @@ def machine(commit: str | None) -> dict[str, Any]:
 def slug(gpu: str) -> str:
     """A GPU's name for file names: `NVIDIA H200` becomes `h200`."""
     return gpu.lower().replace("nvidia", "").strip().replace(" ", "-")
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Replace a file in one step."""
-    new = path.with_suffix(path.suffix + ".new")
-    new.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    new.replace(path)
 
 
 class Results:
@@ -100,7 +84,7 @@ class Results:
 
     def save(self) -> None:
         """Write the file."""
-        write_json(self.path, self.data)
+        record.write_json(self.path, self.data)
 
 
 def _number(value: float | None, digits: int = 1) -> str:

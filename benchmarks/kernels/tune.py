@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
+from benchmarks import record
 from benchmarks.kernels import timing
 from benchmarks.kernels.experts import LIMITS, relative_error
 from benchmarks.kernels.methods import BITSMOE, Setting, build, source_of, tokens_in
-from benchmarks.kernels.results import write_json
 from benchmarks.kernels.routing import REALISTIC, route
 from benchmarks.kernels.shapes import Shape
 from benchmarks.kernels.synthetic import BitsmoeExperts
@@ -133,7 +133,7 @@ class Tuner:
         except (TritonError, RuntimeError) as e:
             reason = f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}"
         self.found.append({**key, "microseconds": microseconds, "reason": reason})
-        write_json(self.path, {"rows": self.found})
+        record.write_json(self.path, {"rows": self.found})
         return microseconds
 
     def score(self, slot: Slot, tile: Tile) -> float:

@@ -17,9 +17,10 @@ import torch
 
 from benchmarks.kernels import baselines, methods
 from benchmarks.kernels.methods import BITSMOE, Bench, Setting
-from benchmarks.kernels.results import ROOT, Results
+from benchmarks.kernels.results import Results
 from benchmarks.kernels.routing import ROUTINGS
 from benchmarks.kernels.shapes import REHEARSAL, REHEARSAL_TOKENS, SHAPES, TOKENS, Shape
+from benchmarks.record import ROOT, child_environment
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 PREPARED = (1, 256, 512, 2048)
@@ -114,10 +115,9 @@ def serve(job: dict[str, Any]) -> None:
 
 def _process(plan: Plan, method: str, done: set[tuple[Any, ...]], prepare: bool, errors: Any) -> subprocess.Popen[str]:
     job = {"plan": plan.__dict__, "method": method, "prepare": prepare, "done": sorted(done, key=str)}
-    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     return subprocess.Popen(
         [sys.executable, "-m", "benchmarks.kernels", "--work", json.dumps(job)], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=errors, env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)},
+        stdout=subprocess.PIPE, stderr=errors, env=child_environment(),
     )  # fmt: skip
 
 

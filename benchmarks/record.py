@@ -1,0 +1,36 @@
+"""What every benchmark does with its figures: where they come from, and a file that is never half-written."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def said_by(*command: str) -> str:
+    """What a command prints; empty where it does not exist or fails."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def commit() -> str:
+    """The sources' commit; empty where they are a copy without history."""
+    return said_by("git", "describe", "--always", "--dirty")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Replace a file in one step."""
+    new = path.with_suffix(path.suffix + ".new")
+    new.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    new.replace(path)
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of a process that imports these sources."""
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
