@@ -8,6 +8,7 @@ import torch
 
 from bitsmoe_kernels.errors import BitsmoeError, FormatError
 from bitsmoe_kernels.format.checkpoint import Checkpoint
+from bitsmoe_kernels.format.families import EXPERT_COUNT_KEYS, moe_shape
 from bitsmoe_kernels.format.schema import CheckpointConfig, num_blocks
 from bitsmoe_kernels.format.shards import SINGLE_FILE, read_index
 from bitsmoe_kernels.select import why_not_kernels
@@ -51,29 +52,14 @@ def check_checkpoint(directory: Path, hf_config: Any = None) -> None:
 def _dense_faults(checkpoint: Checkpoint, hf_config: Any) -> list[str]:
     """Faults of the tensors outside the routed experts, by the names and shapes transformers' own model has.
 
-    vLLM does not notice when one is missing from a quantized checkpoint, and would serve uninitialized memory. Only
-    for architectures whose checkpoints are known to name these tensors as the transformers model does.
+    vLLM does not notice when one is missing from a quantized checkpoint, and would serve uninitialized memory.
     """
-    if hf_config.model_type not in _SAME_NAMES_AS_TRANSFORMERS:
-        return []
+    shape = moe_shape(checkpoint.model_config, str(checkpoint.directory))
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)
-    experts = tuple(f"{prefix}." for prefix in checkpoint.config.layers)
-    faults = []
-    for name, tensor in model.named_parameters():  # names a tied tensor once
-        found = checkpoint.tensors.specs.get(name)
-        if name.startswith(experts):
-            continue
-        if found is None:
-            faults.append(f"tensor {name} is missing (expected shape {list(tensor.shape)})")
-        elif found.shape != tuple(tensor.shape):
-            faults.append(f"tensor {name} is {found}, but the model needs shape {list(tensor.shape)}")
-    return faults
-
-
-_SAME_NAMES_AS_TRANSFORMERS = {"qwen3_moe"}
+    return shape.other_faults(model, checkpoint.tensors.specs)
 
 
 def check_model(checkpoint: CheckpointConfig, text_config: Any) -> None:
@@ -97,9 +83,9 @@ def check_model(checkpoint: CheckpointConfig, text_config: Any) -> None:
 
 
 _SIZES = {
-    "num_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
+    "num_experts": EXPERT_COUNT_KEYS,
     "hidden_size": ("hidden_size",),
-    "intermediate_size": ("moe_intermediate_size",),
+    "intermediate_size": ("moe_intermediate_size", "intermediate_size"),
 }
 """Our names of a layer's sizes and those of config.json, by architecture."""
 

@@ -147,8 +147,8 @@ def final_states(source: WeightSource, windows: Tensor, device: str) -> States:
     with bar(f"Evaluating {source.directory.name}"[:28], model.num_layers * len(batches)) as tick:
         for index in range(model.num_layers):
             with model.layer(index) as module:
-                for i, (hidden, kwargs) in enumerate(batches):
-                    batches[i] = (model.run(module, hidden, kwargs).cpu(), kwargs)
+                for i, batch in enumerate(batches):
+                    batches[i : i + 1] = model.through(module, [batch])
                     tick()
     return States(torch.cat([h for h, _ in batches]), model.head, model)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.format.families import MoEShape
 from bitsmoe_kernels.format.packing import code_dtype, pack_codes
 from bitsmoe_kernels.format.schema import Basis, Layer, Projection, ProjectionName, order_dtype
 from bitsmoe_kernels.reference import LayerWeights
@@ -16,7 +17,6 @@ from offline_quant.allocation import Allocation, allocate
 from offline_quant.basis import Decomposition, natural, paper, whitened
 from offline_quant.config import QuantizeConfig
 from offline_quant.distortion import Components, damped, permuted, rank_components
-from offline_quant.model_adapter import MoEShape
 from offline_quant.objectives import OBJECTIVES, Table, table
 from offline_quant.quantize import Quantized, quantize
 from offline_quant.statistics import LayerStatistics, corrected

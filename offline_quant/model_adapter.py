@@ -1,132 +1,18 @@
-"""Which tensors of a model are routed experts: one table. An architecture outside it is refused, never guessed."""
+"""A model's weights from its files, ordinary or quantized: routed experts as stacked matrices, the rest by name."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from bitsmoe_kernels.errors import BitsmoeError, FormatError
+from bitsmoe_kernels.errors import BitsmoeError, FormatError, fault_list
 from bitsmoe_kernels.format.checkpoint import Checkpoint, is_bitsmoe
+from bitsmoe_kernels.format.families import MoEShape, moe_shape
 from bitsmoe_kernels.format.shards import ShardReader, read_json
 from bitsmoe_kernels.reference import LayerWeights
-
-
-def _qwen_moe_layers(config: dict[str, Any]) -> list[int]:
-    step = config.get("decoder_sparse_step", 1)
-    dense = set(config.get("mlp_only_layers") or [])
-    return [i for i in range(config["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0]
-
-
-@dataclass(frozen=True)
-class Family:
-    """Tensor and configuration names of one architecture."""
-
-    architecture: str
-    model_type: str
-    decoder: str
-    """Tensor prefix of decoder layer {layer}."""
-    experts: str
-    """The experts module, relative to the decoder layer."""
-    gate_name: str
-    up_name: str
-    down_name: str
-    num_experts_key: str
-    intermediate_size_key: str
-    moe_layers: Callable[[dict[str, Any]], list[int]]
-    """Indices of the decoder layers that have routed experts, from config.json."""
-    optional_sizes: tuple[str, ...] = ()
-    """Further keys of config.json that must be whole numbers above 0 where present."""
-
-
-FAMILIES = {
-    f.architecture: f
-    for f in (
-        Family(
-            architecture="Qwen3MoeForCausalLM",
-            model_type="qwen3_moe",
-            decoder="model.layers.{layer}",
-            experts="mlp.experts",
-            gate_name="gate_proj",
-            up_name="up_proj",
-            down_name="down_proj",
-            num_experts_key="num_experts",
-            intermediate_size_key="moe_intermediate_size",
-            moe_layers=_qwen_moe_layers,
-            optional_sizes=("decoder_sparse_step", "num_attention_heads", "num_key_value_heads", "head_dim"),
-        ),
-    )
-}
-
-
-@dataclass(frozen=True)
-class MoEShape:
-    """Where a model's routed experts are and how large: E experts of gate, up [I, H] and down [H, I]."""
-
-    family: Family
-    layers: tuple[int, ...]
-    num_experts: int
-    hidden_size: int
-    intermediate_size: int
-
-    def prefix(self, layer: int) -> str:
-        """Tensor prefix of the experts of one decoder layer."""
-        return f"{self.family.decoder.format(layer=layer)}.{self.family.experts}"
-
-    def expert_names(self, layer: int, expert: int) -> tuple[str, str, str]:
-        """Names of gate, up and down of one expert, per-expert form."""
-        f = self.family
-        return tuple(f"{self.prefix(layer)}.{expert}.{n}.weight" for n in (f.gate_name, f.up_name, f.down_name))  # type: ignore[return-value]
-
-    def is_expert_tensor(self, name: str) -> bool:
-        """Whether a tensor belongs to routed experts."""
-        return any(name.startswith(f"{self.prefix(layer)}.") for layer in self.layers)
-
-    @property
-    def num_weights(self) -> int:
-        """Weights in all routed experts."""
-        return 3 * len(self.layers) * self.num_experts * self.hidden_size * self.intermediate_size
-
-
-def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
-    """Find a model's experts from its config.json.
-
-    Raises:
-        BitsmoeError: not a MoE model, or an architecture outside the table.
-    """
-    architectures = config.get("architectures")
-    named = [a for a in architectures if isinstance(a, str)] if isinstance(architectures, list) else []
-    family = next((FAMILIES[a] for a in named if a in FAMILIES), None)
-    if family is None:
-        known = ", ".join(sorted(FAMILIES))
-        if not any(k for k in config if "expert" in k):
-            raise BitsmoeError(
-                f"{subject}: {named or 'a config without architectures'} is not a Mixture-of-Experts model (its config "
-                f"names no experts); bitsmoe quantizes routed experts only. Supported: {known}"
-            )
-        raise BitsmoeError(f"{subject}: architecture {named} is not supported. Supported: {known}")
-    sizes = (family.num_experts_key, family.intermediate_size_key, "hidden_size", "num_hidden_layers", "vocab_size")
-    if missing := [k for k in (*sizes, "hidden_act", "model_type") if k not in config]:
-        raise BitsmoeError(f"{subject}: config.json lacks {missing}")
-    faults = [
-        f"{key} is {config[key]!r}, but must be a whole number above 0"
-        for key in (*sizes, *(k for k in family.optional_sizes if k in config))
-        if type(config[key]) is not int or config[key] < 1
-    ]
-    if config["model_type"] != family.model_type:
-        faults.append(f"model_type is {config['model_type']!r}, but {family.architecture} has {family.model_type!r}")
-    if config["hidden_act"] != "silu":
-        faults.append(f"hidden_act is {config['hidden_act']!r}, but only 'silu' experts are supported")
-    if faults:
-        raise BitsmoeError(fault_list(f"{subject}: config.json cannot be right", faults))
-    layers = tuple(family.moe_layers(config))
-    if not layers:
-        raise BitsmoeError(f"{subject}: the model has no Mixture-of-Experts layers (config.json)")
-    return MoEShape(
-        family, layers, config[family.num_experts_key], config["hidden_size"], config[family.intermediate_size_key]
-    )
+from offline_quant.fp8 import Float8Reader
 
 
 class WeightSource(Protocol):
@@ -189,6 +75,8 @@ def open_model(directory: Path) -> "SourceModel | QuantizedModel":
 class SourceModel:
     """An unquantized checkpoint directory: config, tensors, and its experts as stacked matrices.
 
+    Block-wise float8 counts as unquantized: it is how some models are published.
+
     Raises:
         BitsmoeError: lists all missing or misshapen tensors and files.
     """
@@ -196,11 +84,12 @@ class SourceModel:
     def __init__(self, directory: Path):
         self.directory = directory
         self.config = read_json(directory / "config.json")
-        if (quantization := self.config.get("quantization_config")) is not None:
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        quantization = self.config.pop("quantization_config", None)
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        if method not in (None, "fp8"):
             raise BitsmoeError(f"{directory}: is already quantized ({method}); quantize the 16-bit model instead")
         self.shape = moe_shape(self.config, str(directory))
-        self.tensors = ShardReader(directory)
+        self.tensors = ShardReader(directory) if method is None else Float8Reader(directory, quantization)
         self._check_experts()
 
     def _fused_names(self, layer: int) -> tuple[str, str]:
@@ -260,9 +149,3 @@ class SourceModel:
                 faults.append(f"tensor {name}: {bad} of {tensor.numel()} values are NaN or infinite")
         if faults:
             raise BitsmoeError(fault_list(f"{self.directory}: damaged weights; download the model again", faults))
-
-
-def fault_list(title: str, faults: list[str], shown: int = 12) -> str:
-    """A message with one line for each fault, the first `shown` of them."""
-    more = [f"... and {len(faults) - shown} more"] if len(faults) > shown else []
-    return "\n".join([f"{title}:", *(f"  - {f}" for f in faults[:shown]), *(f"  {m}" for m in more)])

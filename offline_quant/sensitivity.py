@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offline_quant.streaming import StreamedModel
+from bitsmoe_kernels.format.families import MODULE_EXPERTS
+from offline_quant.streaming import Arguments, StreamedModel
 
 TOKENS = 8_192
 """Tokens of calibration text used: bounds the memory of all layers' hidden states."""
@@ -34,9 +35,11 @@ def layer_sensitivities(
     entering = [[h for h, _ in batches]]
     energy: dict[int, float] = {}
     for index in range(model.num_layers):
-        with model.layer(index) as module:
-            outputs = _OutputEnergy(module, model.shape.family.experts if index in model.shape.layers else None)
-            entering.append([model.run(module, h, kw).cpu() for h, (_, kw) in zip(entering[-1], batches, strict=True)])
+        with model.layer(index) as module, torch.no_grad():
+            outputs = _OutputEnergy(module, MODULE_EXPERTS if index in model.shape.layers else None)
+            entering.append(
+                [model.run(module, h, args).cpu() for h, (_, args) in zip(entering[-1], batches, strict=True)]
+            )
             energy[index] = outputs.close() / windows.numel()
         tick()
     gradients = _top_gradients(model, entering.pop(), seed)
@@ -49,7 +52,8 @@ def layer_sensitivities(
         if index:
             with model.layer(index) as module:
                 gradients = [
-                    _backward(model, module, h, kw, g) for h, (_, kw), g in zip(hidden, batches, gradients, strict=True)
+                    _backward(model, module, h, args, g)
+                    for h, (_, args), g in zip(hidden, batches, gradients, strict=True)
                 ]
         tick()
     return found
@@ -86,9 +90,9 @@ def _top_gradients(model: StreamedModel, hidden: list[Tensor], seed: int) -> lis
     return out
 
 
-def _backward(model: StreamedModel, module: nn.Module, hidden: Tensor, kwargs: Any, gradient: Tensor) -> Tensor:
+def _backward(
+    model: StreamedModel, module: nn.Module, hidden: Tensor, arguments: Arguments, gradient: Tensor
+) -> Tensor:
     with torch.enable_grad():
         h = hidden.to(model.device).requires_grad_(True)
-        out = module(h, **kwargs)
-        out = out[0] if isinstance(out, tuple) else out
-        return torch.autograd.grad(out, h, gradient.to(model.device))[0].cpu()
+        return torch.autograd.grad(model.run(module, h, arguments), h, gradient.to(model.device))[0].cpu()

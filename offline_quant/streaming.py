@@ -5,7 +5,7 @@ float32. Calibration and evaluation both run on this, for ordinary and for quant
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,16 +13,15 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bitsmoe_kernels.errors import BitsmoeError
-from offline_quant.model_adapter import WeightSource, fault_list
+from bitsmoe_kernels.errors import BitsmoeError, fault_list
+from bitsmoe_kernels.format.families import MODULE_EXPERTS, kept_tensors
+from offline_quant.model_adapter import WeightSource
 from offline_quant.statistics import LayerInputs
 
-Batches = list[tuple[Tensor, dict[str, Any]]]
-"""Hidden states [n, L, H] and the arguments every decoder layer takes besides them."""
-
-
-class _Reached(Exception):  # noqa: N818 - a signal, not an error
-    pass
+Arguments = list[dict[str, Any]]
+"""What each decoder layer takes besides hidden states; layers of one kind share tensors."""
+Batches = list[tuple[Tensor, Arguments]]
+"""Hidden states [n, L, H] and the layers' arguments."""
 
 
 class StreamedModel:
@@ -48,6 +47,7 @@ class StreamedModel:
             ) from None
         self.decoder = self.model.get_decoder()
         self.num_layers = len(self.decoder.layers)
+        self._place = {module: index for index, module in enumerate(self.decoder.layers)}
         self.vocabulary: int = self.decoder.embed_tokens.num_embeddings
         self._check_tensors()
         self._fill(self.decoder.embed_tokens, "model.embed_tokens")
@@ -57,16 +57,7 @@ class StreamedModel:
 
     def _check_tensors(self) -> None:
         """All tensors outside the routed experts, against the modules they go to. Tied ones count once."""
-        faults = []
-        for name, parameter in self.model.named_parameters():
-            if self.shape.is_expert_tensor(name):
-                continue
-            spec = self.source.tensors.specs.get(name)
-            if spec is None:
-                faults.append(f"tensor {name} is missing")
-            elif spec.shape != tuple(parameter.shape):
-                faults.append(f"tensor {name} has shape {list(spec.shape)}, expected {list(parameter.shape)}")
-        if faults:
+        if faults := self.shape.other_faults(self.model, self.source.tensors.specs):
             raise BitsmoeError(fault_list(f"{self.source.directory}: tensors do not fit config.json", faults))
 
     def check_ids(self, ids: Tensor) -> None:
@@ -81,10 +72,12 @@ class StreamedModel:
                 f"is {self.vocabulary}; tokenizer and weights are not of one model"
             )
 
-    def _fill(self, module: nn.Module, prefix: str) -> None:
-        """Give a module outside the experts its parameters from the checkpoint."""
-        for name, _ in list(module.named_parameters()):
-            _assign(module, name, self.source.tensors.get(f"{prefix}.{name}").to(self.device, torch.float32))
+    def _fill(self, module: nn.Module, prefix: str, but: str | None = None) -> None:
+        """Give a module its parameters and kept buffers from the checkpoint, but for those of one submodule."""
+        for name, _ in kept_tensors(module):
+            if but is None or not name.startswith(f"{but}."):
+                stored = self.shape.family.stored_name(f"{prefix}.{name}")
+                _assign(module, name, self.source.tensors.get(stored).to(self.device, torch.float32))
 
     @contextmanager
     def layer(self, index: int, experts: tuple[Tensor, Tensor] | None = None) -> Iterator[nn.Module]:
@@ -95,58 +88,55 @@ class StreamedModel:
             experts: gate and up [E, 2 I, H] and down [E, H, I] to use instead of the checkpoint's.
         """
         module = self.decoder.layers[index]
-        path = self.shape.family.experts
-        prefix = self.shape.family.decoder.format(layer=index)
         moe = index in self.shape.layers
         if moe:
             gate_up, down = experts or self.source.experts(index)
-            holder = module.get_submodule(path)
+            holder = module.get_submodule(MODULE_EXPERTS)
             _assign(holder, "gate_up_proj", gate_up.to(self.device))
             _assign(holder, "down_proj", down.to(self.device))
-        for name, _ in list(module.named_parameters()):
-            if not (moe and name.startswith(f"{path}.")):
-                value = self.source.tensors.get(f"{prefix}.{name}")
-                _assign(module, name, value.to(self.device, torch.float32))
+        self._fill(module, self.shape.family.decoder(index), MODULE_EXPERTS if moe else None)
         try:
             yield module
         finally:
-            for name, parameter in list(module.named_parameters()):
-                _assign(module, name, torch.empty_like(parameter, device="meta"))
+            for name, value in kept_tensors(module):
+                _assign(module, name, torch.empty_like(value, device="meta"))
 
     @torch.no_grad()
-    def embed(self, ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def embed(self, ids: Tensor) -> tuple[Tensor, Arguments]:
         """Hidden states [n, L, H] that enter the first layer, and the arguments every layer takes besides them.
 
         Raises:
             BitsmoeError: token ids beyond the model's vocabulary.
         """
         self.check_ids(ids)
-        caught: dict[str, Any] = {}
+        entered: list[Tensor] = []
+        arguments: Arguments = []
 
-        def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            caught["hidden"], caught["kwargs"] = (args[0] if args else kwargs.pop("hidden_states")), kwargs
-            raise _Reached
+        def catch(hidden_states: Tensor, **kwargs: Any) -> Tensor:
+            entered.append(hidden_states)
+            arguments.append(kwargs)
+            return hidden_states
 
-        handle = self.decoder.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+        for module in self.decoder.layers:
+            module.forward = catch
         try:
-            with suppress(_Reached):
-                self.decoder(input_ids=ids.to(self.device), use_cache=False)
+            self.decoder(input_ids=ids.to(self.device), use_cache=False)
         finally:
-            handle.remove()
-        return caught["hidden"], caught["kwargs"]
+            for module in self.decoder.layers:
+                del module.forward
+        return entered[0], arguments
 
     def embed_windows(self, windows: Tensor, batch_tokens: int) -> Batches:
         """`embed` of windows [n, L] in batches of about `batch_tokens`, hidden states on the CPU."""
         batches = []
         for ids in windows.split(max(1, batch_tokens // windows.shape[1])):
-            hidden, kwargs = self.embed(ids)
-            batches.append((hidden.cpu(), kwargs))
+            hidden, arguments = self.embed(ids)
+            batches.append((hidden.cpu(), arguments))
         return batches
 
-    @torch.no_grad()
-    def run(self, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """One decoder layer on [n, L, H]."""
-        out = module(hidden.to(self.device), **kwargs)
+    def run(self, module: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
+        """One decoder layer on [n, L, H], with gradients where they are enabled."""
+        out = module(hidden.to(self.device), **arguments[self._place[module]])
         return out[0] if isinstance(out, tuple) else out
 
     def expert_inputs(self, module: nn.Module, batches: Batches) -> tuple[LayerInputs, Batches]:
@@ -167,7 +157,7 @@ class StreamedModel:
             seen.append((x.reshape(-1, x.shape[-1]).float(), ids.long(), weights.float()))
             return torch.zeros_like(x)
 
-        experts: Any = module.get_submodule(self.shape.family.experts)
+        experts: Any = module.get_submodule(MODULE_EXPERTS)
         experts.forward = catch
         try:
             rest = self.through(module, batches)
@@ -175,9 +165,10 @@ class StreamedModel:
             del experts.forward
         return LayerInputs(*(torch.cat(parts) for parts in zip(*seen, strict=True))), rest
 
+    @torch.no_grad()
     def through(self, module: nn.Module, batches: Batches) -> Batches:
         """`run` of every batch, results on the CPU."""
-        return [(self.run(module, hidden, kwargs).cpu(), kwargs) for hidden, kwargs in batches]
+        return [(self.run(module, hidden, arguments).cpu(), arguments) for hidden, arguments in batches]
 
     @property
     def head(self) -> Tensor:
@@ -195,7 +186,7 @@ class StreamedModel:
         """The whole model in memory, for generation."""
         for index in range(self.num_layers):
             with self.layer(index) as module:
-                filled = {n: p.data for n, p in module.named_parameters()}
+                filled = dict(kept_tensors(module))
             for name, value in filled.items():
                 _assign(module, name, value)
         _assign(self.model, "lm_head.weight", self.head)
@@ -203,5 +194,9 @@ class StreamedModel:
 
 
 def _assign(root: nn.Module, name: str, value: Tensor) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(root.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
+    path, _, leaf = name.rpartition(".")
+    parent = root.get_submodule(path)
+    if leaf in parent._buffers:
+        parent._buffers[leaf] = value
+    else:
+        setattr(parent, leaf, nn.Parameter(value, requires_grad=False))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.shards import ShardWriter
-from offline_quant.model_adapter import SourceModel, fault_list
+from offline_quant.model_adapter import SourceModel
 from offline_quant.output import copy_side_files, new_directory
 
 

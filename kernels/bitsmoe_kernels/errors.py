@@ -30,3 +30,9 @@ class FormatError(BitsmoeError):
         if len(self.faults) > len(shown):
             lines.append(f"  ... and {len(self.faults) - len(shown)} more")
         super().__init__("\n".join(lines))
+
+
+def fault_list(title: str, faults: list[str], shown: int = 12) -> str:
+    """A message with one line for each fault, the first `shown` of them."""
+    more = [f"... and {len(faults) - shown} more"] if len(faults) > shown else []
+    return "\n".join([f"{title}:", *(f"  - {f}" for f in faults[:shown]), *(f"  {m}" for m in more)])

@@ -8,12 +8,12 @@ import torch
 from pydantic import ValidationError
 
 from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.format.families import FAMILIES, MoEShape
 from bitsmoe_kernels.reference import LayerWeights
 from offline_quant import compensator
 from offline_quant.config import QuantizeConfig
 from offline_quant.distortion import damped, kappa
 from offline_quant.layer import LayerQuantizer
-from offline_quant.model_adapter import FAMILIES, MoEShape
 from offline_quant.spectrum import alpha_hill, tail_length
 from offline_quant.statistics import LayerInputs, LayerStatistics
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.format.families import FAMILIES, MoEShape
 from bitsmoe_kernels.format.schema import Layer, Projection
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
 from offline_quant import layer as layer_module
@@ -18,7 +19,6 @@ from offline_quant.distortion import (
     rank_components,
 )
 from offline_quant.layer import LayerQuantizer
-from offline_quant.model_adapter import FAMILIES, MoEShape
 from offline_quant.quantize import Quantized, _round_row, _row_scale, quantize
 from offline_quant.report import width_histogram
 from offline_quant.statistics import DAMPING, LayerInputs, LayerStatistics, corrected

@@ -1,0 +1,237 @@
+"""Which tensors of a model are routed experts: one table. An architecture outside it is refused, never guessed.
+
+Names are those of checkpoint files, which vLLM follows. transformers' modules differ in a few; `module_names` says how.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bitsmoe_kernels.errors import BitsmoeError, fault_list
+from bitsmoe_kernels.format.schema import TensorSpec
+
+MODULE_EXPERTS = "mlp.experts"
+"""transformers' experts module within a decoder layer, in every family."""
+EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Names of the number of routed experts in config.json; a config without any is no MoE model."""
+
+
+def _qwen_layers(config: dict[str, Any]) -> list[int]:
+    step = config.get("decoder_sparse_step", 1)
+    dense = set(config.get("mlp_only_layers") or [])
+    return [i for i in range(config["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0]
+
+
+def _all_layers(config: dict[str, Any]) -> list[int]:
+    return list(range(config["num_hidden_layers"]))
+
+
+def _after_the_first(config: dict[str, Any]) -> list[int]:
+    return list(range(config.get("first_k_dense_replace", 0), config["num_hidden_layers"]))
+
+
+@dataclass(frozen=True)
+class Family:
+    """Tensor and configuration names of one architecture.
+
+    Attributes:
+        architecture: as config.json names it.
+        model_type: likewise.
+        title: of the models, for people.
+        num_experts_key: E in config.json.
+        intermediate_size_key: I of a routed expert in config.json.
+        moe_layers: indices of the decoder layers that have routed experts, from config.json.
+        experts: the experts within a decoder layer.
+        projections: names of gate, up and down of one expert.
+        module_names: (in files, in transformers' modules) parts of names that differ.
+        optional_sizes: further keys of config.json that must be whole numbers above 0 where present.
+        fixed: keys of config.json that must have this value where present.
+    """
+
+    architecture: str
+    model_type: str
+    title: str
+    num_experts_key: str
+    intermediate_size_key: str
+    moe_layers: Callable[[dict[str, Any]], list[int]]
+    experts: str = "mlp.experts"
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    module_names: tuple[tuple[str, str], ...] = ()
+    optional_sizes: tuple[str, ...] = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    fixed: tuple[tuple[str, Any], ...] = ()
+
+    def decoder(self, layer: int) -> str:
+        """Tensor prefix of a decoder layer."""
+        return f"model.layers.{layer}"
+
+    def stored_name(self, name: str) -> str:
+        """The name in files of a parameter of transformers' model."""
+        for stored, module in self.module_names:
+            name = name.replace(module, stored)
+        return name
+
+
+_QWEN: dict[str, Any] = {
+    "num_experts_key": "num_experts",
+    "intermediate_size_key": "moe_intermediate_size",
+    "moe_layers": _qwen_layers,
+    "optional_sizes": ("decoder_sparse_step", "num_attention_heads", "num_key_value_heads", "head_dim"),
+}
+_DEEPSEEK: dict[str, Any] = {
+    "num_experts_key": "n_routed_experts",
+    "intermediate_size_key": "moe_intermediate_size",
+    "moe_layers": _after_the_first,
+    "optional_sizes": ("num_attention_heads", "num_key_value_heads"),
+    "fixed": (("moe_layer_freq", 1),),
+}
+
+FAMILIES: dict[str, Family] = {
+    f.architecture: f
+    for f in (
+        Family("Qwen3MoeForCausalLM", "qwen3_moe", "Qwen3-MoE", **_QWEN),
+        Family("Qwen2MoeForCausalLM", "qwen2_moe", "Qwen1.5-MoE, Qwen2-MoE", **_QWEN),
+        Family("Qwen3NextForCausalLM", "qwen3_next", "Qwen3-Next", **_QWEN),
+        Family(
+            "MixtralForCausalLM",
+            "mixtral",
+            "Mixtral",
+            num_experts_key="num_local_experts",
+            intermediate_size_key="intermediate_size",
+            moe_layers=_all_layers,
+            experts="block_sparse_moe.experts",
+            projections=("w1", "w3", "w2"),
+            module_names=((".block_sparse_moe.", ".mlp."),),
+        ),
+        Family(
+            "OlmoeForCausalLM",
+            "olmoe",
+            "OLMoE",
+            num_experts_key="num_experts",
+            intermediate_size_key="intermediate_size",
+            moe_layers=_all_layers,
+        ),
+        Family("DeepseekV2ForCausalLM", "deepseek_v2", "DeepSeek-V2, V2-Lite", **_DEEPSEEK),
+        Family("DeepseekV3ForCausalLM", "deepseek_v3", "DeepSeek-V3, R1", **_DEEPSEEK),
+        Family("Glm4MoeForCausalLM", "glm4_moe", "GLM-4.5, GLM-4.6", **_DEEPSEEK),
+    )
+}
+
+REFUSED = {
+    "GptOssForCausalLM": "its experts have biases and a clamped activation, which the checkpoint format does not hold",
+}
+"""MoE architectures that were looked at, and why they cannot be quantized."""
+
+
+@dataclass(frozen=True)
+class MoEShape:
+    """Where a model's routed experts are and how large: E experts of gate, up [I, H] and down [H, I]."""
+
+    family: Family
+    layers: tuple[int, ...]
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+
+    def prefix(self, layer: int) -> str:
+        """Tensor prefix of the experts of one decoder layer."""
+        return f"{self.family.decoder(layer)}.{self.family.experts}"
+
+    def expert_names(self, layer: int, expert: int) -> tuple[str, str, str]:
+        """Names of gate, up and down of one expert, per-expert form."""
+        gate, up, down = (f"{self.prefix(layer)}.{expert}.{n}.weight" for n in self.family.projections)
+        return gate, up, down
+
+    def is_expert_tensor(self, name: str) -> bool:
+        """Whether a stored tensor belongs to routed experts."""
+        return any(name.startswith(f"{self.prefix(layer)}.") for layer in self.layers)
+
+    @property
+    def num_weights(self) -> int:
+        """Weights in all routed experts."""
+        return 3 * len(self.layers) * self.num_experts * self.hidden_size * self.intermediate_size
+
+    def other_faults(self, model: Any, specs: Mapping[str, TensorSpec]) -> list[str]:
+        """Faults of the tensors outside the routed experts.
+
+        Args:
+            model: transformers' model; its tensors may be without memory.
+            specs: the file's tensors.
+        """
+        faults = []
+        for name, tensor in kept_tensors(model):
+            name, shape = self.family.stored_name(name), tuple(tensor.shape)
+            if self.is_expert_tensor(name):
+                continue
+            if (found := specs.get(name)) is None:
+                faults.append(f"tensor {name} is missing (expected shape {list(shape)})")
+            elif found.shape != shape:
+                faults.append(f"tensor {name} is {found}, but the model needs shape {list(shape)}")
+        return faults
+
+
+def kept_tensors(module: Any) -> list[tuple[str, Any]]:
+    """Parameters and those buffers that belong in files, of a torch module; tied ones once, under the first name."""
+    own = module.state_dict(keep_vars=True)
+    return list({id(tensor): (name, tensor) for name, tensor in reversed(own.items())}.values())[::-1]
+
+
+def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
+    """Find a model's experts from its config.json.
+
+    Raises:
+        BitsmoeError: not a MoE model, or an architecture outside the table.
+    """
+    architectures = config.get("architectures")
+    named = [a for a in architectures if isinstance(a, str)] if isinstance(architectures, list) else []
+    family = next((FAMILIES[a] for a in named if a in FAMILIES), None)
+    if family is None:
+        known = ", ".join(sorted(FAMILIES))
+        if not any(k for k in config if "expert" in k):
+            raise BitsmoeError(
+                f"{subject}: {named or 'a config without architectures'} is not a Mixture-of-Experts model (its config "
+                f"names no experts); bitsmoe quantizes routed experts only. Supported: {known}"
+            )
+        why = "".join(f" ({REFUSED[a]})" for a in named if a in REFUSED)
+        raise BitsmoeError(f"{subject}: architecture {named} is not supported{why}. Supported: {known}")
+    # transformers 5 may save the number of experts under another family's name.
+    counts = [k for k in EXPERT_COUNT_KEYS if k in config] or [family.num_experts_key]
+    sizes = (*counts, family.intermediate_size_key, "hidden_size", "num_hidden_layers", "vocab_size")
+    if missing := [k for k in (*sizes, "hidden_act", "model_type") if k not in config]:
+        raise BitsmoeError(f"{subject}: config.json lacks {missing}")
+    faults = [
+        f"{key} is {config[key]!r}, but must be a whole number above 0"
+        for key in (*sizes, *(k for k in family.optional_sizes if config.get(k) is not None))
+        if type(config[key]) is not int or config[key] < 1
+    ]
+    if config["model_type"] != family.model_type:
+        faults.append(f"model_type is {config['model_type']!r}, but {family.architecture} has {family.model_type!r}")
+    if config["hidden_act"] != "silu":
+        faults.append(f"hidden_act is {config['hidden_act']!r}, but only 'silu' experts are supported")
+    faults += [
+        f"{key} is {config[key]!r}, but {counts[0]} {config[counts[0]]!r}"
+        for key in counts[1:]
+        if config[key] != config[counts[0]]
+    ]
+    faults += [
+        f"{key} is {config[key]!r}, but only {value!r} is supported"
+        for key, value in family.fixed
+        if config.get(key, value) != value
+    ]
+    if faults:
+        raise BitsmoeError(fault_list(f"{subject}: config.json cannot be right", faults))
+    layers = tuple(family.moe_layers(config))
+    if not layers:
+        raise BitsmoeError(f"{subject}: the model has no Mixture-of-Experts layers (config.json)")
+    return MoEShape(family, layers, config[counts[0]], config["hidden_size"], config[family.intermediate_size_key])
+
+
+def models_table() -> str:
+    """The table as the README shows it."""
+    lines = ["| models | architecture | sizes of experts in config.json |", "|---|---|---|"]
+    for f in FAMILIES.values():
+        lines.append(f"| {f.title} | `{f.architecture}` | `{f.num_experts_key}`, `{f.intermediate_size_key}` |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(models_table())

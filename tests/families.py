@@ -1,0 +1,87 @@
+"""Small random models of every architecture in the table, with the demo model's tokenizer."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from bitsmoe_kernels.format.families import FAMILIES
+from builders import TINY_MOE
+
+_ALL = {
+    "vocab_size": 4096, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "max_position_embeddings": 512, "tie_word_embeddings": False, "num_experts_per_tok": 2, "bos_token_id": None,
+    "eos_token_id": 0, "pad_token_id": None,
+}  # fmt: skip
+_MLA = {  # the sizes vLLM's attention for them insists on
+    "num_key_value_heads": 2, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32,
+    "n_group": 4, "topk_group": 2,
+}  # fmt: skip
+_DENSE_FIRST = {
+    "intermediate_size": 128, "moe_intermediate_size": 96, "n_routed_experts": 8, "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+}  # fmt: skip
+_QWEN = {"intermediate_size": 128, "moe_intermediate_size": 96, "num_experts": 8}
+_DELTA_NET = {
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+}  # fmt: skip
+CONFIGS: dict[str, dict[str, Any]] = {
+    "Qwen3MoeForCausalLM": _QWEN | {"head_dim": 32, "norm_topk_prob": True},
+    "Qwen2MoeForCausalLM": _QWEN | {"shared_expert_intermediate_size": 64, "mlp_only_layers": [0]},
+    "Qwen3NextForCausalLM": _QWEN
+    | _DELTA_NET
+    | {"head_dim": 32, "shared_expert_intermediate_size": 64, "num_hidden_layers": 4},
+    "MixtralForCausalLM": {"intermediate_size": 96, "num_local_experts": 8},
+    "OlmoeForCausalLM": {"intermediate_size": 96, "num_experts": 8},
+    "DeepseekV2ForCausalLM": _DENSE_FIRST
+    | _MLA
+    | {"q_lora_rank": None, "n_shared_experts": 2, "topk_method": "group_limited_greedy"},
+    "DeepseekV3ForCausalLM": _DENSE_FIRST
+    | _MLA
+    | {"q_lora_rank": 48, "n_shared_experts": 1, "topk_method": "noaux_tc", "norm_topk_prob": True},
+    "Glm4MoeForCausalLM": _DENSE_FIRST | {"head_dim": 32, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+}
+
+
+def make_model(architecture: str, directory: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Write a random model; returns its directory."""
+    config = AutoConfig.for_model(FAMILIES[architecture].model_type, **_ALL | CONFIGS[architecture])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim > 1:
+                p.normal_(std=1.0 if "embed" in name else 0.12)
+        for name, b in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                b.normal_(std=0.05)
+    model.to(dtype).save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copyfile(TINY_MOE / name, directory / name)
+    return directory
+
+
+def to_float8(directory: Path, block: int = 32) -> dict[str, torch.Tensor]:
+    """Store every matrix of the experts and of attention as block-wise float8; returns what they stand for."""
+    file = directory / "model.safetensors"
+    tensors, meaning = load_file(file), {}
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        w = tensors[name].float()
+        rows, columns = (-(-size // block) for size in w.shape)
+        padded = torch.nn.functional.pad(w, (0, columns * block - w.shape[1], 0, rows * block - w.shape[0]))
+        tiles = padded.view(rows, block, columns, block)
+        scale = tiles.abs().amax((1, 3)).clamp(min=1e-12) / 448
+        codes = (tiles / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+        back = (codes.float() * scale[:, None, :, None]).view(padded.shape)
+        meaning[name] = back[: w.shape[0], : w.shape[1]].bfloat16()
+        tensors[name] = codes.view(padded.shape)[: w.shape[0], : w.shape[1]].contiguous()
+        tensors[f"{name}_scale_inv"] = scale
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [block, block]}
+    (directory / "config.json").write_text(json.dumps(config))
+    return meaning
