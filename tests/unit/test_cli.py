@@ -390,7 +390,7 @@ def truncate(model):
         (lambda m: edit_config(m, architectures=5), "architecture [] is not supported"),
         (
             lambda m: edit_config(m, num_attention_heads=4),
-            "q_proj.weight has shape [256, 256], expected [128",
+            "q_proj.weight is bfloat16[256, 256], but the model needs shape [128",
         ),
         (lambda m: edit_config(m, tie_word_embeddings=False), "tensor lm_head.weight is missing"),
         (lambda m: edit_tensors(m, lambda t: t.pop("model.norm.weight")), "tensor model.norm.weight is missing"),
