@@ -67,38 +67,34 @@ def natural(name: ProjectionName) -> Decomposition:
     return Decomposition(name)
 
 
-def whitened(name: ProjectionName, W: Tensor, C: Tensor, weight: Tensor, bits: int) -> Decomposition:
+def whitened(name: ProjectionName, gram: Tensor, C: Tensor, bits: int) -> Decomposition:
     """Basis on the input side from weights and activations.
 
     Args:
         name: the projection.
-        W: [E, N, H] weights.
+        gram: float64 [H, H], sum_e weight_e W_e^T W_e over the experts.
         C: [H, H] second moments of the input, pooled over the layer's tokens.
-        weight: [E] share of tokens of each expert.
         bits: 8 or 16, of the stored basis.
     """
     C = C.double()
     C = C + torch.eye(len(C), dtype=C.dtype, device=C.device) * (DAMPING * C.diagonal().mean())
     value, vector = torch.linalg.eigh(C)
     root, inverse_root = (vector * value.sqrt()) @ vector.T, (vector / value.sqrt()) @ vector.T
-    gram = _gram(W, weight)
     _, V = torch.linalg.eigh(root @ gram @ root)
     return _stored(name, "input", (V.flip(-1).T @ inverse_root).float(), bits)
 
 
-def paper(name: ProjectionName, W: Tensor, component_axis: Axis, bits: int) -> Decomposition:
-    """Singular vectors of the stacked weights [E, N, K]: right ones on the input side, left ones on the output side."""
-    stacked = W if component_axis == "input" else W.mT
-    _, V = torch.linalg.eigh(_gram(stacked, torch.ones(len(W), device=W.device)))
+def paper(name: ProjectionName, gram: Tensor, component_axis: Axis, bits: int) -> Decomposition:
+    """Singular vectors of the stacked weights, right ones on the input side, left ones on the output side.
+
+    Args:
+        name: the projection.
+        gram: float64 [side, side], sum_e W_e^T W_e for the input side, sum_e W_e W_e^T for the output side.
+        component_axis: which.
+        bits: 8 or 16, of the stored basis.
+    """
+    _, V = torch.linalg.eigh(gram)
     return _stored(name, component_axis, V.flip(-1).T.float(), bits)
-
-
-def _gram(W: Tensor, weight: Tensor) -> Tensor:
-    """sum_e weight_e W_e^T W_e in float64, [K, K]."""
-    gram = torch.zeros(W.shape[-1], W.shape[-1], dtype=torch.float64, device=W.device)
-    for w, share in zip(W, weight.double(), strict=True):
-        gram += share * (w.T @ w).double()
-    return gram
 
 
 def _stored(name: ProjectionName, axis: Axis, rows: Tensor, bits: int) -> Decomposition:

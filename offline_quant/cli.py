@@ -24,11 +24,12 @@ def main() -> None:
         signal.signal(number, stop)
     try:
         _run()
-    except BaseException:
+    except BaseException as e:
         # Whatever it is: compiled modules that are being imported turn the exit into an ImportError.
         if not received:
             raise
-        sys.stderr.write(f"\nStopped by {signal.Signals(received[0]).name}; nothing is left behind\n")
+        left = "; ".join(getattr(e, "__notes__", ())) or "nothing is left behind"
+        sys.stderr.write(f"\nStopped by {signal.Signals(received[0]).name}; {left}\n")
         raise SystemExit(128 + received[0]) from None
 
 
@@ -47,7 +48,7 @@ def _run() -> None:
     try:
         app()
     except BitsmoeError as e:
-        console.print(Text("Error:", "bold red"), str(e), soft_wrap=True)
+        console.print(Text("Error:", "bold red"), "\n".join((str(e), *getattr(e, "__notes__", ()))), soft_wrap=True)
         raise SystemExit(USAGE_STATUS) from None
 
 

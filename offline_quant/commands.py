@@ -20,9 +20,12 @@ from bitsmoe_kernels.format.checkpoint import Checkpoint
 from offline_quant.config import QuantizeConfig
 from offline_quant.dequantize import dequantize_checkpoint
 from offline_quant.evaluate import evaluate as evaluate_model
+from offline_quant.memory import parse_bytes
 from offline_quant.output import PAGE_FILE
 from offline_quant.pipeline import check_device, quantize_model, resolve_model
+from offline_quant.progress import console
 from offline_quant.report import inspect_checkpoint
+from offline_quant.workers import team_of
 
 app = typer.Typer(
     name="bitsmoe",
@@ -111,6 +114,22 @@ def quantize(
     seed: Annotated[
         int, typer.Option(help="Of calibration windows and sampling. Equal inputs and seed give equal bytes.")
     ] = _DEFAULTS.seed,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on after the last finished layer of a run of the same options that stopped."),
+    ] = False,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="Refuse to begin if a process would take more, such as 24GB.", show_default=False),
+    ] = None,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Processes that share the work, on as many GPUs with --device cuda. On several hosts: torchrun ... -m "
+            "offline_quant.cli quantize ..., with --out where all of them see it.",
+        ),
+    ] = 1,
     plan: Annotated[bool, typer.Option("--plan", help="Stop after the allocation and write the report only.")] = False,
 ) -> None:
     """Quantize the routed experts of a MoE model."""
@@ -121,7 +140,13 @@ def quantize(
         "calib_length": calib_length, "device": device, "seed": seed,
     }  # fmt: skip
     start = time.monotonic()
-    outcome = quantize_model(model, out, _config(options), plan_only=plan)
+    limit = None if max_memory is None else parse_bytes(max_memory)
+    with team_of(workers) as team:
+        if team.rank:
+            console.quiet = True
+        outcome = quantize_model(model, out, _config(options), plan, resume, team, limit)
+        if team.rank:
+            return
     report = outcome.report
     title = f"{out} ({'plan only' if plan else 'quantized'})"
     columns = ("layer", "basis", "bpw", "predicted error", "measured error", "output error", "solver gap")

@@ -45,7 +45,43 @@ def kappa(bits: int) -> float:
 
 
 def damped(moments: Tensor) -> Tensor:
-    """Moments with DAMPING times the mean diagonal added, so that they can be inverted. [n, K, K].
+    """Moments [n, K, K] with as much added to the diagonal as `factorize` does."""
+    return factorize(moments).damped(moments)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Factorization of damped moments of n experts.
+
+    Attributes:
+        ridge: float32 [n], what was added to the diagonal.
+        U: float32 [n, K, K], upper triangular, U^T U the inverse, as GPTQ's feedback uses it.
+    """
+
+    ridge: Tensor
+    U: Tensor
+
+    @property
+    def variances(self) -> Tensor:
+        """d_k [n, K], the variance of component k given all those after it.
+
+        What is lost of k where it is quantized first and the others make up for it.
+        """
+        return self.U.diagonal(dim1=-2, dim2=-1).pow(-2)
+
+    def damped(self, moments: Tensor) -> Tensor:
+        """The moments [n, K, K] that were factorized, with the ridge."""
+        return _ridged(moments, self.ridge)
+
+
+def _ridged(moments: Tensor, ridge: Tensor) -> Tensor:
+    out = moments.clone()
+    out.diagonal(dim1=-2, dim2=-1).add_(ridge[:, None])
+    return out
+
+
+def factorize(moments: Tensor) -> Factor:
+    """Add DAMPING times the mean diagonal to second moments [n, K, K], so that they have a factor, and find it.
 
     Where that is not enough in float32 (fewer distinct tokens than components), ten times as much is added, and so on.
 
@@ -54,37 +90,27 @@ def damped(moments: Tensor) -> Tensor:
     """
     if not bool(moments.isfinite().all()):
         raise BitsmoeError("second moments of the activations are not finite; a weight before them is far too large")
-    diagonal = moments.diagonal(dim1=-2, dim2=-1)
-    add = (DAMPING * diagonal.mean(-1)).clamp(min=torch.finfo(moments.dtype).tiny)
+    ridge = _least_ridge(moments)
     while True:
-        out = moments + torch.diag_embed(add[:, None].expand_as(diagonal))
-        failed = torch.linalg.cholesky_ex(out.flip(-1, -2)).info > 0
+        # Upper triangular R with R R^T = M, so that U = R^-1.
+        root, info = torch.linalg.cholesky_ex(_ridged(moments, ridge).flip(-1, -2))
+        failed = info > 0
         if not bool(failed.any()):
-            return out
-        add = torch.where(failed, 10 * add, add)
+            break
+        ridge = torch.where(failed, 10 * ridge, ridge)
+    identity = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device).expand_as(moments)
+    return Factor(ridge, torch.linalg.solve_triangular(root.flip(-1, -2), identity, upper=True))
 
 
-def _root(M: Tensor) -> Tensor:
-    """Upper triangular R with R R^T = M, for damped moments [n, K, K]."""
-    return torch.linalg.cholesky(M.flip(-1, -2)).flip(-1, -2)
+def _least_ridge(moments: Tensor) -> Tensor:
+    mean = moments.diagonal(dim1=-2, dim2=-1).mean(-1)
+    return (DAMPING * mean).clamp(min=torch.finfo(moments.dtype).tiny)
 
 
-def conditional_variances(M: Tensor) -> Tensor:
-    """d_k, the variance of component k given all those after it, for damped moments [n, K, K]. Returns [n, K].
-
-    What is lost of k where it is quantized first and the others make up for it.
-    """
-    return _root(M).diagonal(dim1=-2, dim2=-1).square()
-
-
-def feedback_factor(M: Tensor) -> Tensor:
-    """Upper triangular U with U^T U = M^-1, as GPTQ's feedback uses it, for damped moments [n, K, K].
-
-    1 / U[k, k]^2 are the conditional variances.
-    """
-    root = _root(M)
-    identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device).expand_as(M)
-    return torch.linalg.solve_triangular(root, identity, upper=True)
+def on_diagonal(moments: Tensor) -> Factor:
+    """What stands for the factor where errors are not handed on: components as if they were independent."""
+    ridge = _least_ridge(moments)
+    return Factor(ridge, _ridged(moments, ridge).diagonal(dim1=-2, dim2=-1).rsqrt().diag_embed())
 
 
 @dataclass(frozen=True)
@@ -109,8 +135,14 @@ class Components:
         """Error energy at the output if the row is dropped and all later ones make up for it, [n, C]."""
         return self.variance * self.norms
 
+    def cpu(self) -> "Components":
+        """The same in the CPU's memory."""
+        return Components(self.order.cpu(), self.norms.cpu(), self.variance.cpu(), self.total.cpu())
 
-def rank_components(F: Tensor, M: Tensor, component_axis: str, sort: bool = True) -> Components:
+
+def rank_components(
+    F: Tensor, M: Tensor, component_axis: str, sort: bool = True, feedback: bool = True
+) -> tuple[Components, Tensor, Factor]:
     """Order and weigh components: the contraction axis for "input", the output axis for "output".
 
     Args:
@@ -118,16 +150,24 @@ def rank_components(F: Tensor, M: Tensor, component_axis: str, sort: bool = True
         M: [n, K, K].
         component_axis: which.
         sort: by ascending importance; else in their own order.
+        feedback: whether later components make up for the error of earlier ones.
+
+    Returns:
+        The components, and M and its factor with rows in stored order.
     """
+    find = factorize if feedback else on_diagonal
     total = (F * (M @ F)).sum((1, 2))
     if component_axis == "output":
-        energy = (conditional_variances(damped(M))[:, :, None] * F.square()).sum(1)
+        factor = find(M)
+        energy = (factor.variances[:, :, None] * F.square()).sum(1)
         order = energy.argsort(dim=-1, stable=True)
-        return Components(order, energy.gather(1, order), torch.ones_like(energy), total)
+        return Components(order, energy.gather(1, order), torch.ones_like(energy), total), M, factor
     norms = F.square().sum(-1)
     importance = M.diagonal(dim1=-2, dim2=-1) * norms if sort else torch.zeros_like(norms)
     order = importance.argsort(dim=-1, stable=True)
-    return Components(order, norms.gather(1, order), conditional_variances(damped(permuted(M, order))), total)
+    M = permuted(M, order)
+    factor = find(M)
+    return Components(order, norms.gather(1, order), factor.variances, total), M, factor
 
 
 def permuted(M: Tensor, order: Tensor) -> Tensor:

@@ -1,7 +1,13 @@
-"""One MoE layer from weights and statistics to format tensors: decompose, allocate, quantize."""
+"""One MoE layer from weights and statistics to format tensors: decompose, allocate, quantize.
 
-from collections.abc import Callable
+Experts pass in chunks, several times; memory holds one chunk, and what must be kept between passes goes to a spool.
+Chunks are the unit that several processes share; their bounds depend on sizes alone, so any number of processes gives
+the same bytes.
+"""
+
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,20 +21,24 @@ from bitsmoe_kernels.reference import LayerWeights
 from offline_quant import compensator
 from offline_quant.allocation import Allocation, allocate
 from offline_quant.basis import Decomposition, natural, paper, whitened
+from offline_quant.chunks import chunks_of
 from offline_quant.config import QuantizeConfig
-from offline_quant.distortion import Components, damped, permuted, rank_components
-from offline_quant.objectives import OBJECTIVES, Table, table
+from offline_quant.distortion import Components, Factor, factorize, on_diagonal, permuted, rank_components
+from offline_quant.objectives import OBJECTIVES, Table, part, table
 from offline_quant.quantize import Quantized, quantize
 from offline_quant.statistics import LayerStatistics, corrected
+from offline_quant.team import Team
 
-CHUNK_VALUES = 1 << 28
-"""Float32 values of one chunk of experts in the quantizer: bounds its memory."""
 EXTREME = 100.0
 """Output energy, relative to the layer's median expert, from which an expert is reported as extreme."""
 TRIAL = -1
 """Stands for the rounds of refinement in a first pass: none, and scales by one guess."""
 COMPENSATOR_ROUNDS = 2
 """How often codes and compensator are fitted to what the other leaves over."""
+
+Result = TypeVar("Result")
+Experts = Callable[[range], tuple[Tensor, Tensor]]
+"""Loads experts of a layer, float32: gate and up [n, 2 I, H], down [n, H, I]."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,8 @@ class ProjectionPlan:
 
     decomposition: Decomposition
     components: Components
+    key: str
+    """Under which its moments are kept."""
 
     @property
     def name(self) -> ProjectionName:
@@ -105,23 +117,31 @@ def forms_of(config: QuantizeConfig) -> tuple[str, ...]:
     return OBJECTIVES[config.objective].forms if config.basis == "auto" else (config.basis,)
 
 
-def decompositions(
-    form: str, gate_up: Tensor, down: Tensor, stats: LayerStatistics, config: QuantizeConfig
-) -> dict[ProjectionName, Decomposition]:
-    """The decomposition of every projection under one form, see `schema_of`."""
-    if form == "natural":
-        return {"gate_up": natural("gate_up"), "down": natural("down")}
-    if form == "whitened":
-        basis = whitened("gate_up", gate_up, stats.pooled, stats.share, config.basis_bits)
-        return {"gate_up": basis, "down": natural("down")}
-    if form == "split":
-        return {"gate": natural("gate"), "up": natural("up"), "down": natural("down")}
-    gate, up = gate_up.chunk(2, 1)
-    return {
-        "gate": paper("gate", gate, "input", config.basis_bits),
-        "up": paper("up", up, "input", config.basis_bits),
-        "down": paper("down", down, "output", config.basis_bits),
-    }
+def passes(config: QuantizeConfig) -> int:
+    """How often every expert comes by, at most."""
+    each_form = 2 if config.objective == "bitsmoe" and "trial" not in config.without else 1
+    return 2 + each_form * len(forms_of(config))
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over some experts finds; of all experts once concatenated.
+
+    Attributes:
+        roots: [n, 2 I], roots of the weights of gate and up outputs, channels sorted.
+        order: int64 [n, I], the intermediate channel of the model that stands at each place here.
+        channels: components of down.
+        ridge: [n], of the moments of down's inputs.
+        grams: float64 [side, side] by projection, what shared bases are found from.
+        sampled: slots and outputs of `LayerStatistics.sampled_outputs`, expert by expert.
+    """
+
+    roots: Tensor
+    order: Tensor
+    channels: Components
+    ridge: Tensor
+    grams: dict[ProjectionName, Tensor]
+    sampled: list[tuple[Tensor, Tensor]]
 
 
 class LayerQuantizer:
@@ -129,72 +149,119 @@ class LayerQuantizer:
 
     Errors of gate and up are weighed by what the layer's output feels of them: rows of their weights are scaled by the
     root of that weight before quantization, and feature scales divided by it afterwards. Down is fitted to the
-    activations of the quantized gate and up, and makes up for their error.
+    activations of the quantized gate and up, and makes up for their error. Intermediate channels of every expert are
+    sorted by ascending importance, which costs the file nothing.
 
     Args:
-        gate_up: float32 [E, 2 I, H].
-        down: float32 [E, H, I].
+        experts: loads the layer's weights.
         stats: the layer's calibration statistics.
         shape: sizes of the model's experts.
         config: options.
         subject: the layer's tensor prefix, for messages.
+        team: processes that share the work.
+        tick: called after every chunk of every pass with its number of experts; see `passes`.
     """
 
     def __init__(
         self,
-        gate_up: Tensor,
-        down: Tensor,
+        experts: Experts,
         stats: LayerStatistics,
         shape: MoEShape,
         config: QuantizeConfig,
         subject: str,
+        team: Team | None = None,
+        tick: Callable[[int], None] = lambda experts: None,
     ):
-        self.stats, self.shape, self.config, self.subject = stats, shape, config, subject
+        self.experts, self.stats, self.shape, self.config, self.subject = experts, stats, shape, config, subject
+        self.team, self.spool, self._tick = team or Team(), stats.spool, tick
         self.E, self.I, self.H = shape.num_experts, shape.intermediate_size, shape.hidden_size
-        self.gate_up, self.down = gate_up.clone(), down.clone()
-        self.input_moments = torch.empty(self.E, self.H, self.H, device=gate_up.device)
-        self.hidden_moments = torch.empty(self.E, self.I, self.I, device=gate_up.device)
-        self.output_root = torch.empty(self.E, 2 * self.I, device=gate_up.device)
-        """Root of the weight of each gate and up output, in units of the layer's mean weight."""
-        self.channel_order = torch.empty(self.E, self.I, dtype=torch.int64, device=gate_up.device)
-        """The intermediate channel of the model that stands at each place here."""
-        self.channels = self._survey()
+        self.chunks = chunks_of(self.E, self.H, self.I)
+        self._ridge: dict[str, Tensor] = {}
+        self._survey_all()
 
-    def chunks(self, size: int) -> list[range]:
-        """Ranges of experts whose [size, size] matrices fit a chunk."""
-        step = max(1, CHUNK_VALUES // (6 * size * size))
-        return [range(i, min(i + step, self.E)) for i in range(0, self.E, step)]
+    def _mine(self) -> list[int]:
+        """Experts of this process."""
+        return [e for i, chunk in enumerate(self.chunks) if self.team.owns(i) for e in chunk]
 
-    def _survey(self) -> Components:
-        """Moments and output weights; sorts the intermediate channels of every expert by ascending importance.
+    def each(self, work: Callable[[range], Result]) -> Iterator[Result]:
+        """`work` of every chunk, shared by the team; results in their order."""
+        for chunk, found in zip(self.chunks, self.team.map(self.chunks, work), strict=True):
+            yield found
+            self._tick(len(chunk))
 
-        Sorting channels in place costs the file nothing.
+    def _survey_all(self) -> None:
+        parts: list[Survey] = []
+        self.grams: dict[ProjectionName, Tensor] = {}
+        for found in self.each(self._survey):
+            for name, gram in found.grams.items():
+                self.grams[name] = self.grams[name].add_(gram) if name in self.grams else gram
+            parts.append(replace(found, grams={}))
+        device = self.stats.inputs.x.device
+        roots = torch.cat([p.roots for p in parts]).to(device)
+        self.output_unit = float(roots.square().mean())
+        """Mean weight of a gate or up output."""
+        self.roots = roots / self.output_unit**0.5
+        self.channel_order = torch.cat([p.order for p in parts]).to(device)
+        self.channels = _concatenate([p.channels for p in parts], device)
+        self.grams = {
+            name: gram.to(device) / (self.output_unit if name == "gate_up" else 1) for name, gram in self.grams.items()
+        }
+        self._ridge["down"] = torch.cat([p.ridge for p in parts]).to(device)
+        self._sampled = self._sample_sum(pair for p in parts for pair in p.sampled)
 
-        Returns:
-            The channels as components of the down projection.
-        """
-        ranked = []
-        for chunk in self.chunks(self.I):
-            part = slice(chunk.start, chunk.stop)
-            D = self.hidden_moments[part]
-            for i, e in enumerate(chunk):
-                self.input_moments[e], self.output_root[e], D[i] = self.stats.expert_moments(
-                    e, self.gate_up[e], self.down[e]
-                )
-                if "output-weights" in self.config.without:
-                    self.input_moments[e], self.output_root[e] = self.stats.plain_moments(e), 1.0
-            found = rank_components(self.down[part].mT, D, "input")
-            self.channel_order[part] = found.order
-            self.hidden_moments[part] = permuted(D, found.order)
-            rows = torch.cat([found.order, found.order + self.I], 1)
-            self.gate_up[part] = self.gate_up[part].gather(1, rows[:, :, None].expand(-1, -1, self.H))
-            self.output_root[part] = self.output_root[part].gather(1, rows)
-            self.down[part] = self.down[part].gather(2, found.order[:, None].expand(-1, self.H, -1))
-            ranked.append(found)
-        self.output_unit = float(self.output_root.mean())
-        self.output_root = (self.output_root / self.output_unit).sqrt()
-        channels = _concatenate(ranked)
-        return replace(channels, order=torch.arange(self.I, device=self.down.device).expand_as(channels.order))
+    def _survey(self, chunk: range) -> Survey:
+        """Moments and output weights of a chunk; sorts its intermediate channels by ascending importance."""
+        stats, config = self.stats, self.config
+        gate_up, down = self.experts(chunk)
+        outputs, D, sampled = gate_up.new_empty(len(chunk), 2 * self.I), [], []
+        grams: dict[ProjectionName, Tensor] = {}
+        forms = forms_of(config)
+        for i, e in enumerate(chunk):
+            M, outputs[i], moments = self._expert_moments(e, gate_up[i], down[i])
+            self.spool.put(f"inputs-{e}", M, if_room=True)
+            D.append(moments)
+            sampled.append(stats.sampled_outputs(e, down[i]))
+            if "whitened" in forms:
+                weighed = gate_up[i] * outputs[i, :, None]
+                _add_gram(grams, "gate_up", (weighed.T @ gate_up[i]).double() * float(stats.share[e]))
+            if "paper" in forms:
+                gate, up = gate_up[i].chunk(2)
+                _add_gram(grams, "gate", (gate * outputs[i, : self.I, None]).T @ gate)
+                _add_gram(grams, "up", (up * outputs[i, self.I :, None]).T @ up)
+                _add_gram(grams, "down", down[i] @ down[i].T)
+        found, moments, factor = rank_components(down.mT, torch.stack(D), "input", feedback=config.feedback)
+        self._keep("down", chunk, moments, factor)
+        order = torch.arange(self.I, device=down.device).expand_as(found.order)
+        roots = outputs.gather(1, torch.cat([found.order, found.order + self.I], 1)).sqrt()
+        return Survey(
+            roots.cpu(), found.order.cpu(), replace(found, order=order).cpu(), factor.ridge.cpu(),
+            {n: g.cpu() for n, g in grams.items()}, [(place.cpu(), y.cpu()) for place, y in sampled],
+        )  # fmt: skip
+
+    def _expert_moments(self, e: int, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `LayerStatistics.expert_moments`."""
+        M, outputs, D = self.stats.expert_moments(e, gate_up, down)
+        if "output-weights" in self.config.without:
+            return self.stats.plain_moments(e), torch.ones_like(outputs), D
+        return M, outputs, D
+
+    def _sample_sum(self, parts: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+        """The layer's output at the sampled tokens, [n, H], from every expert's slots."""
+        step, slots = self.stats.sample_step, self.stats.inputs.topk_ids.shape[1]
+        sampled = -(-len(self.stats.inputs.x) // step)
+        y = self.stats.inputs.x.new_zeros(sampled * slots, self.H)
+        for place, output in parts:
+            place = place.to(y.device)
+            y[place // slots // step * slots + place % slots] = output.to(y.device)
+        return y.view(sampled, slots, self.H).sum(1)
+
+    def load(self, chunk: range) -> tuple[Tensor, Tensor]:
+        """Gate and up [n, 2 I, H] and down [n, H, I] of experts as the model has them, channels sorted."""
+        gate_up, down = self.experts(chunk)
+        order = self.channel_order[chunk.start : chunk.stop]
+        rows = torch.cat([order, order + self.I], 1)
+        gate_up = gate_up.gather(1, rows[:, :, None].expand_as(gate_up))
+        return gate_up, down.gather(2, order[:, None].expand_as(down))
 
     def extreme_experts(self) -> list[int]:
         """Experts whose mean output energy is EXTREME times the layer's median ('super experts').
@@ -204,51 +271,124 @@ class LayerQuantizer:
         energy = self.channels.total
         return (energy > EXTREME * energy.median()).nonzero()[:, 0].tolist()
 
-    def _roots(self, name: ProjectionName) -> Tensor | None:
-        """Roots of the weights of a projection's outputs [E, N]; None for down, whose outputs all weigh the same."""
-        gate, up = self.output_root.chunk(2, 1)
-        return {"gate_up": self.output_root, "gate": gate, "up": up}.get(name)
+    def _roots(self, name: ProjectionName, chunk: range) -> Tensor | None:
+        """Roots of the weights of outputs [n, N]; None for down, whose outputs all weigh the same."""
+        roots = self.roots[chunk.start : chunk.stop]
+        gate, up = roots.chunk(2, 1)
+        return {"gate_up": roots, "gate": gate, "up": up}.get(name)
 
-    def _weights(self, name: ProjectionName) -> Tensor:
-        """W [E, N, K] of a projection, rows scaled by the roots of their weights."""
-        if name == "down":
-            return self.down
-        roots = self._roots(name)
-        assert roots is not None
-        return self.original(name) * roots[:, :, None]
-
-    def original(self, name: ProjectionName) -> Tensor:
-        """W [E, N, K] of a projection as the model has it, but for the order of intermediate channels."""
-        gate, up = self.gate_up.chunk(2, 1)
-        return {"gate_up": self.gate_up, "gate": gate, "up": up, "down": self.down}[name]
-
-    def originals(self, name: ProjectionName, chunk: range) -> tuple[Tensor, Tensor]:
-        """W [n, N, K], rows scaled by the roots of their weights, and moments [n, K, K] of its original inputs."""
-        part = slice(chunk.start, chunk.stop)
-        if name != "down":
-            return self._weights(name)[part], self.input_moments[part]
-        return self.down[part], self.hidden_moments[part]
+    def weights(self, name: ProjectionName, chunk: range, loaded: tuple[Tensor, Tensor]) -> Tensor:
+        """W [n, N, K] of a projection from what `load` returned, rows scaled by the roots of their weights."""
+        W = part(name, loaded)
+        roots = self._roots(name, chunk)
+        return W if roots is None else W * roots[:, :, None]
 
     def unit_energy(self, name: ProjectionName) -> float:
         """Energy at the layer's output of one unit of a projection's error."""
         return 1.0 if name == "down" else self.output_unit
 
-    def _rank(self, d: Decomposition, sort: bool) -> ProjectionPlan:
-        if d.name == "down" and d.basis is None:
-            return ProjectionPlan(d, self.channels)
-        parts = []
-        for chunk in self.chunks(self.I if d.name == "down" else self.H):
-            W, M = self.originals(d.name, chunk)
-            parts.append(rank_components(d.factors(W), d.moments(M), d.component_axis, sort))
-        return ProjectionPlan(d, _concatenate(parts))
+    def _keep(self, key: str, chunk: range, M: Tensor, factor: Factor) -> None:
+        """Put moments and their factor aside, rows in stored order, as far as there is room."""
+        for i, e in enumerate(chunk):
+            self.spool.put(f"{key}-moments-{e}", M[i], if_room=True)
+            if self.config.feedback:
+                self.spool.put(f"{key}-factor-{e}", factor.U[i], if_room=True)
 
-    def tables(self) -> list[Table]:
+    def _kept(self, projection: "ProjectionPlan", chunk: range) -> tuple[Tensor, Factor]:
+        """What `_keep` put aside; what there was no room for is computed again, to the same bits."""
+        M = self._fetch(f"{projection.key}-moments", chunk)
+        if M is None:
+            M = self._moments_again(projection, chunk)
+        if not self.config.feedback:
+            return M, on_diagonal(M)
+        U = self._fetch(f"{projection.key}-factor", chunk)
+        ridge = self._ridge[projection.key][chunk.start : chunk.stop]
+        return M, factorize(M) if U is None else Factor(ridge, U)
+
+    def _moments_again(self, projection: "ProjectionPlan", chunk: range) -> Tensor:
+        d, order = projection.decomposition, projection.components.order[chunk.start : chunk.stop]
+        if projection.name == "down":
+            gate_up, down = self.experts(chunk)
+            moments = torch.stack([self._expert_moments(e, gate_up[i], down[i])[2] for i, e in enumerate(chunk)])
+            return permuted(moments, self.channel_order[chunk.start : chunk.stop])
+        M = d.moments(self._input_moments(chunk))
+        return permuted(M, order) if d.component_axis == "input" else M
+
+    def _input_moments(self, chunk: range) -> Tensor:
+        """Moments [n, H, H] of what enters gate and up."""
+        if (M := self._fetch("inputs", chunk)) is not None:
+            return M
+        gate_up, down = self.experts(chunk)
+        return torch.stack([self._expert_moments(e, gate_up[i], down[i])[0] for i, e in enumerate(chunk)])
+
+    def _fetch(self, key: str, chunk: range) -> Tensor | None:
+        names = [f"{key}-{e}" for e in chunk]
+        if not all(name in self.spool for name in names):
+            return None
+        return torch.stack([self.spool.get(name) for name in names]).to(self.stats.inputs.x.device)
+
+    def _forget(self, plan: LayerPlan) -> None:
+        """Drop what was kept for a form that is not taken."""
+        for key in {p.key for p in plan.projections.values()} - {"down"}:
+            for e in self._mine():
+                self.spool.drop(f"{key}-moments-{e}", f"{key}-factor-{e}")
+
+    def moments_of(self, projection: ProjectionPlan, chunk: range) -> Tensor:
+        """Moments [n, K, K] of what enters the original projection's contraction, rows in stored order."""
+        return self._kept(projection, chunk)[0]
+
+    def _decompositions(self, form: str) -> dict[ProjectionName, Decomposition]:
+        """The decomposition of every projection under one form, see `schema_of`."""
+        bits = self.config.basis_bits
+        if form == "whitened":
+            return {
+                "gate_up": whitened("gate_up", self.grams["gate_up"], self.stats.pooled, bits), "down": natural("down")
+            }  # fmt: skip
+        if form == "paper":
+            names: tuple[ProjectionName, ...] = ("gate", "up", "down")
+            return {n: paper(n, self.grams[n], "output" if n == "down" else "input", bits) for n in names}
+        names = ("gate", "up", "down") if form == "split" else ("gate_up", "down")
+        return {name: natural(name) for name in names}
+
+    def _rank(self, form: str, schema: Layer) -> dict[ProjectionName, ProjectionPlan]:
+        """Components of every projection under one form, with its moments and their factors put aside."""
+        decomposed = self._decompositions(form)
+        open_ = {n: d for n, d in decomposed.items() if n != "down" or d.basis is not None}
+        down = ProjectionPlan(natural("down"), self.channels, "down")
+
+        def rank(chunk: range) -> dict[ProjectionName, tuple[Components, Tensor]]:
+            loaded, found = self.load(chunk), {}
+            inputs = self._input_moments(chunk)
+            for name, d in open_.items():
+                M = self._kept(down, chunk)[0] if name == "down" else inputs
+                sort = name == "down" or schema.projections[name].order != "none"
+                components, M, factor = rank_components(
+                    d.factors(self.weights(name, chunk, loaded)), d.moments(M), d.component_axis, sort,
+                    self.config.feedback,
+                )  # fmt: skip
+                self._keep(f"{form}-{name}", chunk, M, factor)
+                found[name] = components.cpu(), factor.ridge.cpu()
+            return found
+
+        parts = list(self.each(rank))
+        device = self.stats.inputs.x.device
+        plans = {}
+        for name, d in decomposed.items():
+            if name not in open_:
+                plans[name] = down
+                continue
+            key = f"{form}-{name}"
+            plans[name] = ProjectionPlan(d, _concatenate([p[name][0] for p in parts], device), key)
+            self._ridge[key] = torch.cat([p[name][1] for p in parts]).to(device)
+        return plans
+
+    def tables(self) -> Iterator[Table]:
         """The choices under every form the budget allows.
 
         Raises:
             BitsmoeError: it allows none; names the smallest possible one.
         """
-        found, refusals = [], []
+        refusals, found = [], False
         for form in forms_of(self.config):
             schema = schema_of(form, self.shape, self.config)
             overhead = 8 * schema.nbytes(self.config.block_size)
@@ -257,15 +397,11 @@ class LayerQuantizer:
             except BitsmoeError as e:
                 refusals.append(e)
                 continue
-            decomposed = decompositions(form, self._weights("gate_up"), self.down, self.stats, self.config)
-            plans = {
-                name: self._rank(d, name == "down" or schema.projections[name].order != "none")
-                for name, d in decomposed.items()
-            }
-            found.append(table(OBJECTIVES[self.config.objective], self, form, schema, plans, overhead))
+            found = True
+            plans = self._rank(form, schema)
+            yield table(OBJECTIVES[self.config.objective], self, form, schema, plans, overhead)
         if not found:
             raise refusals[0]
-        return found
 
     def plan(self, budget: int | None = None) -> LayerPlan:
         """Choose a decomposition, and bits and ranks of every unit.
@@ -276,25 +412,29 @@ class LayerQuantizer:
         Args:
             budget: all-in bits of the layer; None: `--bits` for each of its weights.
         """
-        plans = []
+        best: LayerPlan | None = None
+        least = np.inf
         for choices in self.tables():
-            left = (int(self.config.bits * choices.schema.num_weights) if budget is None else budget) - choices.overhead
-            if left < choices.cost.min(1).sum():
+            whole = int(self.config.bits * choices.schema.num_weights) if budget is None else budget
+            smallest = choices.overhead + int(choices.cost.min(1).sum())
+            least = min(least, smallest / choices.schema.num_weights)
+            if smallest > whole:
                 continue
-            plan = self._decide(choices, left)
-            trial = self.config.objective == "bitsmoe" and "trial" not in self.config.without
-            plans.append(self._retry(plan, left) if trial else plan)
-        if not plans:
-            tables = self.tables()
-            least = min((t.overhead + int(t.cost.min(1).sum())) / t.schema.num_weights for t in tables)
+            plan = self._decide(choices, whole - choices.overhead)
+            if self.config.objective == "bitsmoe" and "trial" not in self.config.without:
+                plan = self._retry(plan, whole - choices.overhead)
+            best, worse = (plan, best) if best is None or _lost(plan) < _lost(best) else (best, plan)
+            if worse is not None:
+                self._forget(worse)
+        if best is None:
             raise BitsmoeError(
                 f"--bits {self.config.bits}: impossible for {self.subject} with the bit-widths {self.config.widths}; "
                 f"use at least --bits {np.ceil(least * 1000) / 1000:.3f}"
             )
-        return min(plans, key=lambda p: p.allocation.loss if p.trial is None else p.trial)
+        return best
 
     def _decide(self, choices: Table, budget: int) -> LayerPlan:
-        result = allocate(choices.loss, choices.cost, budget)
+        result = self.team.agreed(lambda: allocate(choices.loss, choices.cost, budget))
         width, rank = choices.width[result.choice], choices.rank[result.choice]
         bits: dict[ProjectionName, Tensor] = {}
         filled = {}
@@ -311,21 +451,23 @@ class LayerQuantizer:
 
     def _retry(self, plan: LayerPlan, budget: int) -> LayerPlan:
         """The same with row norms as a first pass measured them, and its error."""
-        projections, error = {}, 0.0
+
+        def attempt(chunk: range) -> dict[ProjectionName, tuple[Tensor, Tensor]]:
+            loaded, found = self.load(chunk), {}
+            for name, projection in plan.projections.items():
+                M, factor = self._kept(projection, chunk)
+                q, _ = self._round(plan, projection, chunk, self.weights(name, chunk, loaded), M, factor, TRIAL)
+                found[name] = q.norms.cpu(), q.error.cpu()
+            return found
+
+        parts = list(self.each(attempt))
+        share, projections, error = self.stats.share, {}, 0.0
         for name, projection in plan.projections.items():
-            norms, lost, total = [], 0.0, 0.0
-            on_input = projection.decomposition.component_axis == "input"
-            for chunk in self.chunks(plan.layer.side(name, "input")):
-                q, F, M = self._round(plan, projection, chunk, *self.originals(name, chunk), TRIAL)
-                d = F - q.dequantize(self._width(plan, name, chunk))
-                share = self.stats.share[chunk.start : chunk.stop]
-                lost += float((share * (d * (M @ d)).sum((1, 2))).sum())
-                total += float((share * (F * (M @ F)).sum((1, 2))).sum())
-                norms.append(q.norms)
-            error += lost / max(total, 1e-300)
-            if on_input:
-                components = replace(projection.components, norms=torch.cat(norms))
-                projection = ProjectionPlan(projection.decomposition, components)
+            lost = torch.cat([p[name][1] for p in parts]).to(share.device)
+            error += float((share * lost).sum()) / max(float((share * projection.components.total).sum()), 1e-300)
+            if projection.decomposition.component_axis == "input":
+                norms = torch.cat([p[name][0] for p in parts]).to(share.device)
+                projection = replace(projection, components=replace(projection.components, norms=norms))
             projections[name] = projection
         objective = OBJECTIVES[self.config.objective]
         choices = table(objective, self, plan.basis, plan.table.schema, projections, plan.table.overhead)
@@ -333,173 +475,233 @@ class LayerQuantizer:
 
     def _width(self, plan: LayerPlan, name: ProjectionName, chunk: range) -> Tensor:
         """Widths of every component, [n, C, 1] where components are inputs, [n, 1, C] where they are outputs."""
-        bits = plan.bits[name][chunk.start : chunk.stop].to(self.down.device)
+        bits = plan.bits[name][chunk.start : chunk.stop].to(self.stats.inputs.x.device)
         width = bits.repeat_interleave(self.config.block_size, 1)[:, : plan.layer.components(name)]
         return width[:, :, None] if plan.layer.projections[name].component_axis == "input" else width[:, None]
 
     def _round(
-        self, plan: LayerPlan, projection: ProjectionPlan, chunk: range, W: Tensor, M: Tensor, refine: int
-    ) -> tuple[Quantized, Tensor, Tensor]:
-        """Codes of W [n, N, K] under the plan, with the factor [n, K', N'] and moments, rows in stored order."""
+        self,
+        plan: LayerPlan,
+        projection: ProjectionPlan,
+        chunk: range,
+        W: Tensor,
+        M: Tensor,
+        factor: Factor | None,
+        refine: int,
+    ) -> tuple[Quantized, Tensor]:
+        """Codes of W [n, N, K] under the plan, with the factor [n, K', N']; moments M are in stored order."""
         d = projection.decomposition
         order = projection.components.order[chunk.start : chunk.stop]
-        F, M = d.factors(W), d.moments(M)
+        F = d.factors(W)
         on_input = d.component_axis == "input"
-        if on_input:
-            F, M = F.gather(1, order[:, :, None].expand_as(F)), permuted(M, order)
-        else:
-            F = F.gather(2, order[:, None].expand_as(F))
+        F = F.gather(1, order[:, :, None].expand_as(F)) if on_input else F.gather(2, order[:, None].expand_as(F))
         width = self._width(plan, projection.name, chunk).flatten(1)
         along = "K" if on_input else "N"
-        return quantize(F, M, width, along, max(refine, 0), self.config.feedback, refine == TRIAL), F, M
+        return quantize(F, M, width, along, max(refine, 0), self.config.feedback, refine == TRIAL, factor), F
 
-    def quantize(
-        self, plan: LayerPlan, tick: Callable[[], None] = lambda: None
-    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def quantize(self, plan: LayerPlan) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Codes, scales and metadata of every projection.
 
         Args:
             plan: what `plan` returned.
-            tick: called after each expert of each projection.
 
         Returns:
             Tensors `{projection}_{part}` on the CPU, and the relative output error of each projection as measured on
             the calibration statistics.
         """
+        parts: list[dict[str, Tensor]] = []
+        lost = dict.fromkeys(plan.projections, 0.0)
+        total = dict.fromkeys(plan.projections, 0.0)
+        for tensors, errors in self.each(lambda chunk: self._quantize_chunk(plan, chunk)):
+            parts.append(tensors)
+            for name, (a, b) in errors.items():
+                lost[name] += a
+                total[name] += b
+        tensors = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+        for projection in plan.projections.values():
+            tensors |= {f"{projection.name}_{k}": v.cpu() for k, v in projection.decomposition.tensors.items()}
+        return tensors, {str(n): lost[n] / max(total[n], 1e-300) for n in lost}
+
+    def _quantize_chunk(
+        self, plan: LayerPlan, chunk: range
+    ) -> tuple[dict[str, Tensor], dict[ProjectionName, tuple[float, float]]]:
+        """Tensors of some experts, and the error and energy of their projections; puts their down matrices aside."""
+        gate_up, down = self.load(chunk)
         tensors: dict[str, Tensor] = {}
-        errors: dict[str, float] = {}
+        errors: dict[ProjectionName, tuple[float, float]] = {}
+        rows: dict[ProjectionName, int] = {}
         for name, projection in plan.projections.items():
             # The down projection comes last: it is fitted to the activations of the quantized gate and up.
-            quantized = self._dequantized_gate_up(plan.layer, tensors) if name == "down" else None
-            parts, errors[name] = self._quantize_projection(plan, projection, quantized, tick)
+            factor: Factor | None
+            if name != "down":
+                W = self.weights(name, chunk, (gate_up, down))
+                M, factor = self._kept(projection, chunk)
+            else:
+                again = self._dequantized(plan, rows, tensors, chunk)
+                (W, M), factor = self._down_targets(chunk, down, again), None
+            parts, errors[name] = self._quantize_part(plan, projection, chunk, W, M, factor)
             tensors |= {f"{name}_{k}": v for k, v in parts.items()}
+            rows[name] = len(parts["codes"])
+        for e, matrix in zip(chunk, self._dequantized(plan, rows, tensors, chunk, "down"), strict=True):
+            self.spool.put(f"down-{e}", matrix)
         return tensors, errors
 
-    def original_output(self) -> Tensor:
-        """What the layer's experts give before they are quantized, [T, H]; to be called before `quantize`."""
-        order = self.channel_order[:, None].expand_as(self.down)
-        return self.stats.routed_output(torch.empty_like(self.down).scatter_(2, order, self.down))
+    def _dequantized(
+        self,
+        plan: LayerPlan,
+        rows: dict[ProjectionName, int],
+        tensors: dict[str, Tensor],
+        chunk: range,
+        *names: ProjectionName,
+    ) -> Tensor:
+        """What a reader of the file makes of a chunk's tensors: [n, N, K] of the named projections, or gate and up."""
+        picked = names or tuple(n for n in ("gate_up", "gate", "up") if n in plan.projections)
+        projections: dict[ProjectionName, Projection] = {}
+        held: dict[str, Tensor] = {}
+        for name in picked:
+            projection = plan.layer.projections[name]
+            update = {"code_rows": rows[name]}
+            if projection.lowrank_total:
+                update["lowrank_total"] = int(tensors[f"{name}_lowrank_rank"].sum())
+            projections[name] = projection.model_copy(update=update)
+            basis = plan.projections[name].decomposition.tensors
+            held |= {f"{name}_{k}": v for k, v in basis.items()}
+            held |= {k: v for k, v in tensors.items() if k.startswith(f"{name}_")}
+        layer = plan.layer.model_copy(update={"num_experts": len(chunk), "projections": projections})
+        device = self.stats.inputs.x.device
+        weights = LayerWeights(layer, self.config.block_size, {k: v.to(device) for k, v in held.items()})
+        return torch.stack(
+            [torch.cat([weights.projections[name].weight(i) for name in picked]) for i in range(len(chunk))]
+        )
 
-    def quantized_output(self, layer: Layer, tensors: dict[str, Tensor]) -> tuple[Tensor, float]:
-        """What the layer's experts give after `quantize`, [T, H], and its relative error on a sample of the tokens.
+    def _down_targets(self, chunk: range, down: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+        """What to quantize instead of down [n, H, I], and the moments [n, I, I] its error is measured with.
 
         Args:
-            layer: schema.
-            tensors: what `quantize` returned.
+            chunk: experts.
+            down: as the model has it.
+            gate_up: [n, 2 I, H], quantized.
         """
-        weights = self._on_device(layer, tensors).projections["down"]
-        output = self.stats.routed_output(torch.stack([weights.weight(e) for e in range(self.E)]))
-        lost, total = self.stats.output_errors(self.gate_up, self.down, output)
-        return output, lost / max(total, 1e-300)
+        W, M = torch.empty_like(down), down.new_empty(len(chunk), self.I, self.I)
+        for i, e in enumerate(chunk):
+            M[i], missing = self.stats.hidden_moments(e, gate_up[i], self.channel_order[e])
+            W[i] = down[i] if "correction" in self.config.without else corrected(down[i], M[i], missing)
+        return W, M
 
-    def _on_device(self, layer: Layer, tensors: dict[str, Tensor]) -> LayerWeights:
-        return LayerWeights(layer, self.config.block_size, {k: v.to(self.down.device) for k, v in tensors.items()})
+    def original_output(self) -> Iterator[Tensor]:
+        """What the layer's experts give before they are quantized, as `LayerStatistics.routed_output`.
 
-    def _dequantized_gate_up(self, layer: Layer, tensors: dict[str, Tensor]) -> Tensor:
-        weights = self._on_device(layer, tensors)
-        names: list[ProjectionName] = [n for n in ("gate_up", "gate", "up") if n in layer.projections]
-        out = torch.empty_like(self.gate_up)
-        for e in range(self.E):
-            out[e] = torch.cat([weights.projections[n].weight(e) for n in names])
-        return out
+        To be taken before `quantize`.
+        """
+        return self.stats.routed_output(self.team, self._mine(), lambda e: self.experts(range(e, e + 1))[1][0])
 
-    def _targets(self, name: ProjectionName, chunk: range, quantized: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What to quantize, W [n, N, K], and the moments [n, K, K] its error is measured with."""
-        if quantized is None:
-            part = slice(chunk.start, chunk.stop)
-            return self._weights(name)[part], self.input_moments[part]
-        W, M = [], []
-        for e in chunk:
-            moments, missing = self.stats.hidden_moments(e, quantized[e], self.channel_order[e])
-            W.append(self.down[e] if "correction" in self.config.without else corrected(self.down[e], moments, missing))
-            M.append(moments)
-        return torch.stack(W), torch.stack(M)
+    def quantized_output(self) -> Iterator[Tensor]:
+        """The same after `quantize`."""
+        device = self.stats.inputs.x.device
+        return self.stats.routed_output(self.team, self._mine(), lambda e: self.spool.get(f"down-{e}").to(device))
 
-    def _quantize_projection(
-        self, plan: LayerPlan, projection: ProjectionPlan, quantized: Tensor | None, tick: Callable[[], None]
-    ) -> tuple[dict[str, Tensor], float]:
+    def output_error(self) -> float:
+        """Relative error of the layer's output after `quantize`, on a sample of the tokens."""
+
+        def sampled(chunk: range) -> list[tuple[Tensor, Tensor]]:
+            device = self._sampled.device
+            found = (self.stats.sampled_outputs(e, self.spool.get(f"down-{e}").to(device)) for e in chunk)
+            return [(place.cpu(), y.cpu()) for place, y in found]
+
+        quantized = self._sample_sum(pair for part in self.team.map(self.chunks, sampled) for pair in part)
+        lost, total = (y.double().square().sum() for y in (quantized - self._sampled, self._sampled))
+        return float(lost) / max(float(total), 1e-300)
+
+    def _quantize_part(
+        self, plan: LayerPlan, projection: ProjectionPlan, chunk: range, W: Tensor, M: Tensor, factor: Factor | None
+    ) -> tuple[dict[str, Tensor], tuple[float, float]]:
+        """Tensors of one projection of some experts, but for the basis, and its error and energy."""
         d, name, G = projection.decomposition, projection.name, self.config.block_size
         on_input = d.component_axis == "input"
         C, N = plan.layer.components(name), plan.layer.features(name)
-        codes, scales, features = [], torch.empty(self.E, C), torch.empty(self.E, N)
-        share = self.stats.share
-        lost = total = 0.0
-        lowrank = _LowRank(plan.ranks)
-        for chunk in self.chunks(plan.layer.side(name, "input")):
-            part = slice(chunk.start, chunk.stop)
-            bits, width = plan.bits[name][part], self._width(plan, name, chunk)
-            W, M = self._targets(name, chunk, quantized)
-            q, F, M = self._round(plan, projection, chunk, W, M, self.config.refine)
-            residual = F - q.dequantize(width)
-            if plan.ranks is not None:
-                q, residual = lowrank.fit(q, F, M, width, chunk, self.config)
-            for i, e in enumerate(chunk):
-                matrix = q.codes[i] if on_input else q.codes[i].T
-                codes.append(pack_codes(matrix.cpu(), bits[i], G))
-                lost += float(share[e] * (residual[i] * (M[i] @ residual[i])).sum())
-                total += float(share[e] * (F[i] * (M[i] @ F[i])).sum())
-                tick()
-            scales[part], features[part] = (q.a.cpu(), q.c.cpu()) if on_input else (q.c.cpu(), q.a.cpu())
-        live = plan.bits[name].repeat_interleave(G, 1)[:, :C] > 0
-        if (roots := self._roots(name)) is not None:
-            features /= roots.cpu()
+        own = slice(chunk.start, chunk.stop)
+        bits, width = plan.bits[name][own], self._width(plan, name, chunk)
+        q, F = self._round(plan, projection, chunk, W, M, factor, self.config.refine)
+        order, roots = projection.components.order[own], self._roots(name, chunk)
+        residual = F - q.dequantize(width)
+        lowrank: dict[str, Tensor] = {}
+        if plan.ranks is not None:
+            q, residual, lowrank = _compensated(q, F, M, width, plan.ranks[own], order, roots, self.config)
+        share = self.stats.share[own]
+        lost, total = (float((share * (x * (M @ x)).sum((1, 2))).sum()) for x in (residual, F))
+        codes = [pack_codes((q.codes[i] if on_input else q.codes[i].T).cpu(), bits[i], G) for i in range(len(chunk))]
+        scales, features = (q.a, q.c) if on_input else (q.c, q.a)
+        features = features if roots is None else features / roots
+        live = bits.repeat_interleave(G, 1)[:, :C] > 0
         parts = {
             "codes": torch.cat(codes) if codes else torch.empty(0, N, dtype=code_dtype(G)),
-            "bits": plan.bits[name].clone(),
-            "component_scale": (scales * live).half(),
-            "feature_scale": features.half(),
+            "bits": bits.clone(),
+            "component_scale": (scales.cpu() * live).half(),
+            "feature_scale": features.cpu().half(),
         }
         if plan.layer.projections[name].order == "expert":
-            parts["order"] = projection.components.order.cpu().to(order_dtype(C))
-        parts |= {k: v.cpu() for k, v in d.tensors.items()}
+            parts["order"] = order.cpu().to(order_dtype(C))
         if plan.layer.projections[name].lowrank_total:
-            parts |= lowrank.parts(projection.components.order, roots)
-        return parts, lost / max(total, 1e-300)
+            parts |= lowrank
+        return parts, (lost, total)
 
 
-class _LowRank:
-    """Compensators of one projection, expert by expert."""
+def _compensated(
+    q: Quantized,
+    F: Tensor,
+    M: Tensor,
+    width: Tensor,
+    ranks: Tensor,
+    order: Tensor,
+    roots: Tensor | None,
+    config: QuantizeConfig,
+) -> tuple[Quantized, Tensor, dict[str, Tensor]]:
+    """Codes and compensators fitted in turn.
 
-    def __init__(self, ranks: Tensor | None):
-        self.ranks = ranks
-        self.V: list[Tensor] = []
-        self.U: list[Tensor] = []
+    Args:
+        q: first codes.
+        F: [n, K, N].
+        M: [n, K, K], undamped.
+        width: [n, K, 1].
+        ranks: int32 [n].
+        order: int64 [n, K], component of every row.
+        roots: [n, N] that outputs were scaled by, or None.
+        config: options.
 
-    def fit(
-        self, q: Quantized, F: Tensor, M: Tensor, width: Tensor, chunk: range, config: QuantizeConfig
-    ) -> tuple[Quantized, Tensor]:
-        """Codes and compensators in turn; returns the last codes and what is left of F [n, K, N]."""
-        assert self.ranks is not None
-        ranks = self.ranks[chunk.start : chunk.stop]
-        most, M = int(ranks.max()), damped(M)
-        live = (torch.arange(most)[None] < ranks[:, None]).to(F.device)[:, :, None]
-        for turn in range(COMPENSATOR_ROUNDS):
-            V, U = compensator.fit(F - q.dequantize(width), M, most)
-            V, U = (V * live).half().float(), (U * live).half().float()
-            made_up = V.mT @ U
-            if turn < COMPENSATOR_ROUNDS - 1:
-                q = quantize(F - made_up, M, width.flatten(1), "K", config.refine, config.feedback)
-        for i, rank in enumerate(ranks.tolist()):
-            self.V.append(V[i, :rank])
-            self.U.append(U[i, :rank])
-        return q, F - q.dequantize(width) - made_up
-
-    def parts(self, order: Tensor, roots: Tensor | None) -> dict[str, Tensor]:
-        """Tensors as the file stores them: components and features of the weight itself."""
-        V, U = [], []
-        for e, (v, u) in enumerate(zip(self.V, self.U, strict=True)):
-            V.append(torch.empty_like(v).index_copy_(1, order[e], v))
-            U.append(u if roots is None else u / roots[e])
-        assert self.ranks is not None
-        return {
-            "lowrank_rank": self.ranks.clone(),
-            "lowrank_in": torch.cat(V).half().cpu(),
-            "lowrank_out": torch.cat(U).half().cpu(),
-        }
+    Returns:
+        The last codes, what is left of F, and tensors as the file stores them: components and features of the weight
+        itself.
+    """
+    most, factor = int(ranks.max()), factorize(M)
+    metric = factor.damped(M)
+    live = (torch.arange(most)[None] < ranks[:, None]).to(F.device)[:, :, None]
+    for turn in range(COMPENSATOR_ROUNDS):
+        V, U = compensator.fit(F - q.dequantize(width), metric, most)
+        V, U = (V * live).half().float(), (U * live).half().float()
+        made_up = V.mT @ U
+        if turn < COMPENSATOR_ROUNDS - 1:
+            q = quantize(F - made_up, metric, width.flatten(1), "K", config.refine, config.feedback)
+    residual = F - q.dequantize(width) - made_up
+    V = torch.empty_like(V).scatter_(2, order[:, None].expand_as(V), V)
+    U = U if roots is None else U / roots[:, None]
+    picked = [torch.cat([x[i, :rank] for i, rank in enumerate(ranks.tolist())]).half().cpu() for x in (V, U)]
+    return q, residual, {"lowrank_rank": ranks.clone(), "lowrank_in": picked[0], "lowrank_out": picked[1]}
 
 
-def _concatenate(parts: list[Components]) -> Components:
-    return Components(*(torch.cat([getattr(p, f) for p in parts]) for f in ("order", "norms", "variance", "total")))
+def _add_gram(grams: dict[ProjectionName, Tensor], name: ProjectionName, gram: Tensor) -> None:
+    gram = gram.double()
+    grams[name] = grams[name].add_(gram) if name in grams else gram
+
+
+def _lost(plan: LayerPlan) -> float:
+    """What a plan is judged by."""
+    return plan.allocation.loss if plan.trial is None else plan.trial
+
+
+def _concatenate(parts: list[Components], device: torch.device) -> Components:
+    return Components(
+        *(torch.cat([getattr(p, f) for p in parts]).to(device) for f in ("order", "norms", "variance", "total"))
+    )
 
 
 def budget_bits(schema: Layer, config: QuantizeConfig, subject: str) -> int:

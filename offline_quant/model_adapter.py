@@ -23,8 +23,8 @@ class WeightSource(Protocol):
     shape: MoEShape
     tensors: ShardReader
 
-    def experts(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Routed experts of a layer, float32: gate and up [E, 2 I, H], down [E, H, I]."""
+    def experts(self, layer: int, chunk: range | None = None) -> tuple[Tensor, Tensor]:
+        """Routed experts of a layer, float32: gate and up [n, 2 I, H], down [n, H, I]; of all, or of a chunk."""
 
 
 class QuantizedModel:
@@ -58,12 +58,13 @@ class QuantizedModel:
         if faults:
             raise FormatError(str(self.directory), sorted(faults))
 
-    def experts(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Dequantized experts of a layer, float32: gate and up [E, 2 I, H], down [E, H, I]."""
+    def experts(self, layer: int, chunk: range | None = None) -> tuple[Tensor, Tensor]:
+        """Dequantized experts of a layer, see `WeightSource`."""
         prefix = self.shape.prefix(layer)
         config = self.checkpoint.config
         weights = LayerWeights(config.layers[prefix], config.block_size, self.checkpoint.layer_tensors(prefix))
-        return weights.all_experts()
+        found = [weights.expert_weights(e) for e in (range(self.shape.num_experts) if chunk is None else chunk)]
+        return torch.stack([torch.cat([gate, up]) for gate, up, _ in found]), torch.stack([d for _, _, d in found])
 
 
 def open_model(directory: Path) -> "SourceModel | QuantizedModel":
@@ -120,20 +121,25 @@ class SourceModel:
         if faults:
             raise BitsmoeError(fault_list(f"{self.directory}: experts are not as config.json describes them", faults))
 
-    def experts(self, layer: int) -> tuple[Tensor, Tensor]:
-        """All experts of a layer, float32: gate and up [E, 2 I, H], down [E, H, I]."""
+    def experts(self, layer: int, chunk: range | None = None) -> tuple[Tensor, Tensor]:
+        """Routed experts of a layer, see `WeightSource`."""
+        s = self.shape
+        chunk = range(s.num_experts) if chunk is None else chunk
         gate_up, down = self._fused_names(layer)
         if gate_up in self.tensors:
-            return self.tensors.get(gate_up).float(), self.tensors.get(down).float()
-        s = self.shape
-        w_in = torch.empty(s.num_experts, 2 * s.intermediate_size, s.hidden_size)
-        w_out = torch.empty(s.num_experts, s.hidden_size, s.intermediate_size)
-        for e in range(s.num_experts):
-            names = s.expert_names(layer, e)
-            w_in[e, : s.intermediate_size] = self.tensors.get(names[0])
-            w_in[e, s.intermediate_size :] = self.tensors.get(names[1])
-            w_out[e] = self.tensors.get(names[2])
-        return w_in, w_out
+            part = slice(chunk.start, chunk.stop)
+            found = self.tensors.get(gate_up)[part].float(), self.tensors.get(down)[part].float()
+        else:
+            found = (
+                torch.empty(len(chunk), 2 * s.intermediate_size, s.hidden_size),
+                torch.empty(len(chunk), s.hidden_size, s.intermediate_size),
+            )
+            for i, e in enumerate(chunk):
+                names = s.expert_names(layer, e)
+                found[0][i, : s.intermediate_size] = self.tensors.get(names[0])
+                found[0][i, s.intermediate_size :] = self.tensors.get(names[1])
+                found[1][i] = self.tensors.get(names[2])
+        return found
 
     def check_finite(self, progress: Callable[[Sequence[str], str], Iterable[str]]) -> None:
         """Read every tensor once and look for NaN or infinity.

@@ -19,7 +19,7 @@ from torch import Tensor
 from bitsmoe_kernels.format.schema import Layer, ProjectionName, num_blocks
 from offline_quant.compensator import tail_energies
 from offline_quant.config import Scope
-from offline_quant.distortion import damped, kappa, permuted
+from offline_quant.distortion import damped, kappa
 from offline_quant.quantize import quantize
 from offline_quant.spectrum import alpha_hill
 
@@ -128,37 +128,48 @@ def _bitsmoe(
     return np.concatenate(losses)[:, None] * _ratios(width)
 
 
-def _per_matrix(plans: Plans, value: Callable[[ProjectionName], Tensor], ratio: NDArray[np.float64]) -> NDArray:
-    return np.concatenate([value(name).double().cpu().numpy() for name in plans])[:, None] * ratio
-
-
 def _alphaq(
     quantizer: "LayerQuantizer", plans: Plans, width: NDArray[np.int64], rank: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """alpha^-gamma Var(W) 2^-2b; the paper's median of alpha is one factor for all and changes nothing."""
     gamma = quantizer.config.gamma
 
-    def value(name: ProjectionName) -> Tensor:
-        W = quantizer.original(name)
-        return alpha_hill(W) ** -gamma * W.double().var((1, 2), correction=0)
+    def value(chunk: range) -> NDArray[np.float64]:
+        loaded = quantizer.load(chunk)
+        matrices = (part(name, loaded) for name in plans)
+        return np.stack(
+            [(alpha_hill(W) ** -gamma * W.double().var((1, 2), correction=0)).cpu().numpy() for W in matrices]
+        )
 
-    return _per_matrix(plans, value, np.exp2(-2.0 * width))
+    return np.concatenate(list(quantizer.each(value)), 1).ravel()[:, None] * np.exp2(-2.0 * width)
+
+
+def part(name: ProjectionName, loaded: tuple[Tensor, Tensor]) -> Tensor:
+    """W [n, N, K] of a projection from gate and up [n, 2 I, H] and down [n, H, I]."""
+    gate_up, down = loaded
+    gate, up = gate_up.chunk(2, 1)
+    return {"gate_up": gate_up, "gate": gate, "up": up, "down": down}[name]
+
+
+def _sizes(quantizer: "LayerQuantizer", plans: Plans) -> NDArray[np.float64]:
+    """Weights of one expert's matrix, by projection."""
+    one = float(quantizer.H * quantizer.I)
+    return np.array([2 * one if name == "gate_up" else one for name in plans])
 
 
 def _frequency(
     quantizer: "LayerQuantizer", plans: Plans, width: NDArray[np.int64], rank: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """Every weight counts as often as its expert is used."""
-    share = quantizer.stats.share
-    return _per_matrix(plans, lambda name: share * quantizer.original(name)[0].numel(), _ratios(width))
+    share = quantizer.stats.share.double().cpu().numpy()
+    return np.outer(_sizes(quantizer, plans), share).ravel()[:, None] * _ratios(width)
 
 
 def _uniform(
     quantizer: "LayerQuantizer", plans: Plans, width: NDArray[np.int64], rank: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """Every weight counts the same."""
-    size = {name: quantizer.original(name)[0].numel() for name in plans}
-    return _per_matrix(plans, lambda name: torch.full((quantizer.E,), float(size[name])), _ratios(width))
+    return _sizes(quantizer, plans).repeat(quantizer.E)[:, None] * _ratios(width)
 
 
 def _bt_moe(
@@ -169,19 +180,22 @@ def _bt_moe(
     Measured: the expert is quantized at every width, and the singular values of the residual, in the metric of its
     activations, tell what each rank leaves over.
     """
-    energy = np.zeros((quantizer.E, len(width)))
-    for name, plan in plans.items():
-        for chunk in quantizer.chunks(plan.components.order.shape[1]):
-            part = slice(chunk.start, chunk.stop)
-            W, M = quantizer.originals(name, chunk)
-            order = plan.components.order[part]
-            F, M = W.mT.gather(1, order[:, :, None].expand(-1, -1, W.shape[1])), damped(permuted(M, order))
+
+    def energies(chunk: range) -> NDArray[np.float64]:
+        loaded, energy = quantizer.load(chunk), np.zeros((len(chunk), len(width)))
+        for name, plan in plans.items():
+            W, M = quantizer.weights(name, chunk, loaded), quantizer.moments_of(plan, chunk)
+            order = plan.components.order[chunk.start : chunk.stop]
+            F, M = W.mT.gather(1, order[:, :, None].expand(-1, -1, W.shape[1])), damped(M)
             for bits in np.unique(width):
                 widths = torch.full(order.shape, int(bits), dtype=torch.uint8, device=F.device)
                 found = quantize(F, M, widths, "K", 0, quantizer.config.feedback)
                 tail = tail_energies(F - found.dequantize(widths[:, :, None]), M).double().cpu().numpy()
                 here = width == bits
-                energy[part, here] += tail[:, rank[here]] * quantizer.unit_energy(name)
+                energy[:, here] += tail[:, rank[here]] * quantizer.unit_energy(name)
+        return energy
+
+    energy = np.concatenate(list(quantizer.each(energies)))
     return quantizer.stats.share.double().cpu().numpy()[:, None] * np.sqrt(energy)
 
 

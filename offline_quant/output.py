@@ -21,15 +21,19 @@ SIDE_FILES = (
 """What a checkpoint holds besides config.json and weights."""
 
 
-def check_output(out: Path) -> None:
+def check_output(out: Path, but: str = "") -> None:
     """Refuse an output directory that holds something, the report of an earlier `--plan` excepted.
+
+    Args:
+        out: the directory.
+        but: name of an entry that may be there.
 
     Raises:
         BitsmoeError: names it.
     """
     if out.is_symlink() and not out.exists():
         raise BitsmoeError(f"--out {out}: is a dangling symbolic link; remove it or choose another name")
-    if out.exists() and (not out.is_dir() or any(p.name not in (REPORT_FILE, PAGE_FILE) for p in out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(p.name not in (REPORT_FILE, PAGE_FILE, but) for p in out.iterdir())):
         raise BitsmoeError(f"--out {out}: exists and is not an empty directory; choose another name or remove it")
 
 
@@ -46,6 +50,12 @@ def check_space(out: Path, needed: int) -> None:
             f"{out}: needs {needed / 1e6:.1f} MB, but {free / 1e6:.1f} MB are free on that disk; free some space or "
             "choose another place"
         )
+
+
+def unwritable(out: Path, reason: Exception) -> BitsmoeError:
+    """What to say when writing failed midway."""
+    free = shutil.disk_usage(next(p for p in out.absolute().parents if p.exists())).free
+    return BitsmoeError(f"{out}: cannot be written ({reason}); {free / 1e6:.1f} MB are free there")
 
 
 @contextmanager
@@ -76,10 +86,7 @@ def new_directory(out: Path) -> Iterator[Path]:
             os.replace(scratch, out)
         done = True
     except (OSError, SafetensorError) as e:
-        free = shutil.disk_usage(next(p for p in out.parents if p.exists())).free
-        raise BitsmoeError(
-            f"{out}: cannot be written ({e}); {free / 1e6:.1f} MB are free there. Nothing was left behind"
-        ) from None
+        raise unwritable(out, e) from None
     finally:
         if not done:
             shutil.rmtree(scratch, ignore_errors=True)

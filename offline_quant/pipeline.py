@@ -3,6 +3,8 @@
 import json
 import resource
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +27,8 @@ from offline_quant.calibration import (
     window_length,
 )
 from offline_quant.config import QuantizeConfig
-from offline_quant.layer import LayerQuantizer, budget_bits, forms_of, schema_of
+from offline_quant.layer import LayerQuantizer, budget_bits, forms_of, passes, schema_of
+from offline_quant.memory import SHARD_BYTES, Needs, check_memory, needs
 from offline_quant.model_adapter import SourceModel
 from offline_quant.objectives import OBJECTIVES
 from offline_quant.output import (
@@ -35,17 +38,21 @@ from offline_quant.output import (
     check_output,
     check_space,
     copy_side_files,
-    new_directory,
 )
-from offline_quant.progress import bar, track
+from offline_quant.progress import Bar, bar, console, track
 from offline_quant.report import LayerPicture, layer_picture, layer_report, model_report
 from offline_quant.report_page import write_page
 from offline_quant.sensitivity import layer_sensitivities
 from offline_quant.spectrum import tail_length
-from offline_quant.statistics import LayerStatistics
+from offline_quant.spool import Spool
+from offline_quant.state import RESULT, RunState, file_hash, fingerprint, run_state, state_directory
+from offline_quant.statistics import LayerInputs, LayerStatistics
 from offline_quant.streaming import StreamedModel
+from offline_quant.team import Team
 
-BATCH_TOKENS = 16_384
+BATCH_TOKENS, BATCH_VALUES = 16_384, 1 << 23
+"""Most tokens, and values of hidden states, that pass through a layer together."""
+CALIBRATION, SHARED = "calibration.json", "shared.json"
 
 
 @dataclass
@@ -57,12 +64,14 @@ class Outcome:
         seconds: wall time by stage.
         cpu_seconds: the same on all processors.
         peak_bytes: largest resident memory of the process by the end of each stage.
+        needs: what was predicted; None for processes but the first.
     """
 
     report: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
     cpu_seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
+    needs: Needs | None = None
 
 
 def resolve_model(name: str) -> Path:
@@ -119,7 +128,15 @@ def check_budget(source: SourceModel, config: QuantizeConfig) -> None:
         tail_length(min(source.shape.hidden_size, source.shape.intermediate_size))
 
 
-def quantize_model(model: str, out: Path, config: QuantizeConfig, plan_only: bool = False) -> Outcome:
+def quantize_model(
+    model: str,
+    out: Path,
+    config: QuantizeConfig,
+    plan_only: bool = False,
+    resume: bool = False,
+    team: Team | None = None,
+    max_memory: int | None = None,
+) -> Outcome:
     """Quantize a model's routed experts.
 
     Args:
@@ -127,14 +144,20 @@ def quantize_model(model: str, out: Path, config: QuantizeConfig, plan_only: boo
         out: directory to write; with plan_only it receives the report alone.
         config: options.
         plan_only: stop after the allocation.
+        resume: go on after the last finished layer of an earlier run of the same options, if there was one.
+        team: processes that share the work; all of them call this, and `out` is a place they all see.
+        max_memory: most resident bytes of a process, as predicted; None: no limit.
 
     Returns:
         The report and the time of each stage.
 
     Raises:
-        BitsmoeError: any fault of the input; nothing is left behind.
+        BitsmoeError: any fault of the input; nothing is left behind, or layers that `resume` goes on with.
     """
-    check_output(out)
+    team = team or Team()
+    if config.device == "cuda" and team.size > 1:
+        config = config.model_copy(update={"device": f"cuda:{team.local_rank}"})
+    check_output(out, but=state_directory(out).name)
     check_device(config.device)
     check_text_source(config.calib)
     source = SourceModel(resolve_model(model))
@@ -144,31 +167,68 @@ def quantize_model(model: str, out: Path, config: QuantizeConfig, plan_only: boo
         check_space(out, others + int(min(config.bits, 8.5) * source.shape.num_weights / 8))
     tokenizer = load_tokenizer(source.directory)
     clock = _Clock()
-    with new_directory(out) as scratch:
-        source.check_finite(track)
-        clock.lap("check")
-        torch.manual_seed(config.seed)
-        streamed = StreamedModel(source, config.device)
-        length = window_length(source.config, config.calib_length)
-        windows, used = calibration_windows(
-            streamed, tokenizer, config.calib, config.calib_samples, length, config.seed
+    length = window_length(source.config, config.calib_length)
+    tokens = config.calib_samples * length
+    batch_tokens = length * min(config.calib_samples, batch_windows(length, source.shape.hidden_size))
+    found = needs(source.shape, source.tensors.specs, source.config, config.bits, tokens, batch_tokens, peak_bytes())
+    if team.rank == 0:
+        console.print(
+            f"Memory: about {found.peak / 1e9:.1f} GB a process, {found.calibration_state / 1e9:.2f} GB of it for "
+            f"calibration text; disk: {found.disk / 1e9:.1f} GB while it runs"
         )
-        if used == "self":  # sampling leaves the whole model in memory
-            streamed = StreamedModel(source, config.device)
-        clock.lap("calibration text")
+    check_memory(found, max_memory)
+    started = {
+        **config.record(),
+        "plan": plan_only,
+        "model": fingerprint(source.directory),
+        "bitsmoe": version("bitsmoe-vllm"),
+        "calibration text": file_hash(Path(config.calib)) if config.calib and Path(config.calib).is_file() else None,
+    }
+    with run_state(out, started, resume, team) as state:
+        windows, used = team.agreed(lambda: _windows(source, tokenizer, config, state, clock))
+        torch.manual_seed(config.seed)
         record = {**config.record(), "calib": used if used == "self" or used.startswith("hf:") else Path(used).name}
-        run = _Run(source, streamed, windows, config, None if plan_only else ShardWriter(scratch), clock)
+        run = _Run(source, StreamedModel(source, config.device), windows, config, state, team, clock, plan_only)
         if (config.budget or OBJECTIVES[config.objective].scope) == "model":
             run.share_budget()
         layers = run.layers()
+        if team.rank:
+            return Outcome({})
         report = model_report(run.reports, layers, config, record, windows, run.judge(), run.shared)
+        result = state.directory / RESULT
+        result.mkdir()
         if not plan_only:
-            run.finish(scratch, layers, record)
-        (scratch / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            run.finish(result, layers, record)
+        (result / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         clock.lap("write")
-        write_page(scratch / PAGE_FILE, report, run.pictures, clock.laps, clock.peaks)
+        write_page(result / PAGE_FILE, report, run.pictures, clock.laps, clock.peaks)
         clock.lap("report page")
-    return Outcome(report, clock.laps, clock.cpu, clock.peaks)
+        state.publish()
+    return Outcome(report, clock.laps, clock.cpu, clock.peaks, found)
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _windows(
+    source: SourceModel, tokenizer: Any, config: QuantizeConfig, state: RunState, clock: "_Clock"
+) -> tuple[Tensor, str]:
+    """Calibration tokens and where they came from, once the weights are checked; those of an earlier run if it was."""
+    if (windows := state.windows) is not None and (earlier := state.kept(CALIBRATION)) is not None:
+        return windows, earlier["used"]
+    source.check_finite(track)
+    clock.lap("check")
+    torch.manual_seed(config.seed)
+    length = window_length(source.config, config.calib_length)
+    windows, used = calibration_windows(
+        StreamedModel(source, config.device), tokenizer, config.calib, config.calib_samples, length, config.seed
+    )
+    state.keep(CALIBRATION, {"used": used})
+    state.keep_windows(windows)
+    clock.lap("calibration text")
+    return windows, used
 
 
 class _Clock:
@@ -184,12 +244,24 @@ class _Clock:
         now, cpu = time.monotonic(), time.process_time()
         self.laps[name] = self.laps.get(name, 0.0) + now - self._last
         self.cpu[name] = self.cpu.get(name, 0.0) + cpu - self._last_cpu
-        self.peaks[name] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        self.peaks[name] = peak_bytes()
         self._last, self._last_cpu = now, cpu
+
+    def dump(self) -> dict[str, Any]:
+        """As JSON data."""
+        return {"laps": self.laps, "cpu": self.cpu, "peaks": self.peaks}
+
+    def restore(self, data: dict[str, Any]) -> None:
+        """Count on from what an earlier run had used."""
+        for mine, theirs in ((self.laps, data["laps"]), (self.cpu, data["cpu"])):
+            for name, value in theirs.items():
+                mine[name] = mine.get(name, 0.0) + value
+        for name, value in data["peaks"].items():
+            self.peaks[name] = max(self.peaks.get(name, 0), value)
 
 
 class _Run:
-    """The layer loop: hidden states of the calibration text travel from layer to layer.
+    """The layer loop: hidden states of the calibration text travel from layer to layer, on disk.
 
     A layer is calibrated on what the quantized layers before it give out, so that it can make up for their error. A
     few windows travel through the original layers too, to judge the result by.
@@ -201,45 +273,66 @@ class _Run:
         streamed: StreamedModel,
         windows: Tensor,
         config: QuantizeConfig,
-        writer: ShardWriter | None,
+        state: RunState,
+        team: Team,
         clock: _Clock,
+        plan_only: bool,
     ):
-        self.source, self.streamed, self.config, self.writer, self.clock = source, streamed, config, writer, clock
-        self.windows = windows
+        self.source, self.streamed, self.config, self.state = source, streamed, config, state
+        self.windows, self.team, self.clock, self.plan_only = windows, team, clock, plan_only
         self.reports: list[dict[str, Any]] = []
         self.pictures: dict[str, LayerPicture] = {}
         self.shared: dict[str, Any] | None = None
         self.budgets: dict[str, int] = {}
-        self.batches = streamed.embed_windows(windows, BATCH_TOKENS)
-        self.judged = windows[: max(1, sanity.TOKENS // windows.shape[1])]
-        self.originals = streamed.embed_windows(self.judged, BATCH_TOKENS)
+        self.batches = windows.split(batch_windows(windows.shape[1], source.shape.hidden_size))
+        self.judged = windows[: max(1, sanity.TOKENS // windows.shape[1])].split(len(self.batches[0]))
+
+    def _hidden(self, index: int, name: str, tokens: Tensor) -> Tensor:
+        """Hidden states [n, L, H] of tokens [n, L] that leave layer `index`; -1: that enter the first."""
+        return self.state.hidden(index, name, (*tokens.shape, self.source.shape.hidden_size))
+
+    def _own(self) -> list[int]:
+        """Batches whose hidden states this process keeps."""
+        return [i for i in range(len(self.batches)) if self.team.owns(i)]
+
+    def _embed(self) -> None:
+        self.state.open_layer(-1)
+        for i in self._own():
+            self.state.put_hidden(-1, f"batch-{i}", self.streamed.embed(self.batches[i])[0])
+        if self.team.rank == 0:
+            for i, tokens in enumerate(self.judged):
+                self.state.put_hidden(-1, f"original-{i}", self.streamed.embed(tokens)[0])
 
     def share_budget(self) -> None:
         """Solve one program over all layers, on the original model's activations; leaves a budget for each layer."""
+        if (kept := self.state.kept(SHARED)) is not None:
+            self.budgets, self.shared = kept["budgets"], kept["shared"]
+            return
         shape, objective = self.source.shape, OBJECTIVES[self.config.objective]
         weight: dict[int, float] = {}
         if objective.sensitive:
             with bar("Measuring sensitivities", 2 * self.streamed.num_layers) as tick:
                 weight = layer_sensitivities(self.streamed, self.windows, self.config.seed, tick)
             self.clock.lap("sensitivities")
-        start, losses, costs, tables = self.batches, [], [], []
-        with bar("Planning", self.streamed.num_layers) as tick:
+        losses, costs, tables = [], [], []
+        self._embed()
+        with self._bar("Planning", self.streamed.num_layers) as progress:
             for index in range(self.streamed.num_layers):
+                self.state.open_layer(index)
                 if index in shape.layers:
-                    quantizer, _ = self._quantizer(index)
-                    plan = quantizer.plan()
-                    table = replace(plan.table, projections={})
+                    quantizer = self._quantizer(index, progress)
+                    table = replace(quantizer.plan().table, projections={})
                     losses.append(table.loss * weight.get(index, 1.0))
                     costs.append(table.cost)
                     tables.append((shape.prefix(index), table))
-                    self._add(quantizer.original_output())
+                    self._add(index, quantizer.original_output())
+                    quantizer.spool.clear()
                 else:
-                    with self.streamed.layer(index) as module:
-                        self.batches = self.streamed.through(module, self.batches)
-                tick()
-        self.batches = start
+                    self._pass(index, "batch")
+                progress.round_off(index + 1)
+        self.clock.lap("calibration")
         whole = int(self.config.bits * shape.num_weights) - sum(table.overhead for _, table in tables)
-        result = allocate(np.concatenate(losses), np.concatenate(costs), whole)
+        result = self.team.agreed(lambda: allocate(np.concatenate(losses), np.concatenate(costs), whole))
         at = 0
         for prefix, table in tables:
             choice = result.choice[at : at + len(table.loss)]
@@ -251,90 +344,157 @@ class _Run:
             "sensitivity": {shape.prefix(index): value for index, value in sorted(weight.items())},
             "bits_per_weight": {prefix: bits / each for prefix, bits in self.budgets.items()},
         }
+        if self.team.rank == 0:
+            self.state.keep(SHARED, {"budgets": self.budgets, "shared": self.shared})
         self.clock.lap("allocation")
 
     def judge(self) -> dict[str, Any] | None:
         """Whether the quantized model still works; None where nothing was quantized."""
-        if self.writer is None:
+        if self.plan_only:
             return None
-        found = sanity.verdict(
-            sanity.tally(self.streamed, self.judged, [h for h, _ in self.originals]),
-            sanity.tally(self.streamed, self.judged, [h for h, _ in self.batches]),
-        )
+        last, tokens = self.streamed.num_layers - 1, torch.cat(self.judged)
+
+        def tally(name: str, batches: Sequence[Tensor]) -> sanity.Tally:
+            hidden = (self._hidden(last, f"{name}-{i}", ids) for i, ids in enumerate(batches))
+            return sanity.tally(self.streamed, tokens, hidden)
+
+        found = sanity.verdict(tally("original", self.judged), tally("batch", self.batches))
         self.clock.lap("sanity")
         return found
 
+    @contextmanager
+    def _bar(self, description: str, layers: int) -> Iterator["_LayerBar"]:
+        each = self.source.shape.num_experts * passes(self.config)
+        with bar(description, layers * each) as inner:
+            yield _LayerBar(inner, each)
+
     def layers(self) -> dict[str, Layer]:
         """Quantize every MoE layer, passing dense ones through; returns the schema of each by tensor prefix."""
-        shape = self.source.shape
+        shape, count = self.source.shape, self.streamed.num_layers
         done: dict[str, Layer] = {}
-        with bar("Quantizing", self.streamed.num_layers * shape.num_experts) as tick:
-            for index in range(self.streamed.num_layers):
-                tick.describe(f"Quantizing layer {index + 1}/{self.streamed.num_layers}")
-                if index not in shape.layers:
-                    with self.streamed.layer(index) as module:
-                        self.batches = self.streamed.through(module, self.batches)
-                        self.originals = self.streamed.through(module, self.originals)
-                    tick(shape.num_experts)
-                    continue
-                prefix = shape.prefix(index)
-                done[prefix] = self._moe_layer(index, prefix, tick)
+        finished = self.team.agreed(self.state.finished)
+        if finished == 0:
+            self._embed()
+        self.team.wait()
+        with self._bar("Quantizing", count) as progress:
+            for index in range(count):
+                progress.describe(f"Quantizing layer {index + 1}/{count}")
+                if index >= finished:
+                    self._finish_layer(index, progress)
+                data = self.state.layer_data(index)
+                if index == finished - 1:
+                    self.clock.restore(data["clock"])
+                if index in shape.layers:
+                    prefix = shape.prefix(index)
+                    done[prefix] = Layer.model_validate(data["schema"])
+                    self.reports.append(data["report"])
+                    self.pictures[prefix] = LayerPicture.restored(data["picture"])
+                progress.round_off(index + 1)
         return done
 
-    def _add(self, routed: Tensor) -> None:
-        """Complete the hidden states that left a layer with what its experts add, [tokens, H]."""
-        shares = routed.cpu().split([hidden[..., 0].numel() for hidden, _ in self.batches])
-        self.batches = [(h + share.view_as(h), kw) for (h, kw), share in zip(self.batches, shares, strict=True)]
+    def _finish_layer(self, index: int, progress: "_LayerBar") -> None:
+        self.state.open_layer(index)
+        tensors: dict[str, Tensor] = {}
+        data: dict[str, Any] = {}
+        if index in self.source.shape.layers:
+            tensors, data = self._moe_layer(index, progress)
+        else:
+            self._pass(index, "batch")
+            self._pass(index, "original")
+            self.clock.lap("calibration")
+        self.team.wait()  # until everybody's hidden states are kept
+        if self.team.rank == 0:
+            self.state.close_layer(index, tensors, {**data, "clock": self.clock.dump()})
+        self.team.wait()
+        self.clock.lap("write")
 
-    def _quantizer(self, index: int) -> tuple[LayerQuantizer, LayerStatistics]:
+    def _pass(self, index: int, name: str) -> None:
+        """Take hidden states through a layer as the model has it: "batch", calibration text, or "original", judged."""
+        batches = {i: self.batches[i] for i in self._own()} if name == "batch" else dict(enumerate(self.judged))
+        if name == "original" and self.team.rank:
+            return
+        with self.streamed.layer(index) as module:
+            for i, tokens in batches.items():
+                hidden = self._hidden(index - 1, f"{name}-{i}", tokens)
+                ((out, _),) = self.streamed.through(module, [(hidden, self.streamed.arguments(tokens))])
+                self.state.put_hidden(index, f"{name}-{i}", out)
+
+    def _add(self, index: int, routed: Iterator[Tensor]) -> None:
+        """Complete the hidden states that left a layer with what its experts add, [n, H] by and by."""
+        pieces: list[Tensor] = []
+        for i, tokens in enumerate(self.batches):
+            while sum(map(len, pieces)) < tokens.numel():
+                pieces.append(next(routed).cpu())
+            share, *pieces = torch.cat(pieces).tensor_split([tokens.numel()])
+            if self.team.owns(i):
+                hidden = self._hidden(index, f"batch-{i}", tokens)
+                self.state.put_hidden(index, f"batch-{i}", hidden + share.view_as(hidden))
+
+    def _quantizer(self, index: int, progress: "_LayerBar") -> LayerQuantizer:
         """The quantizer of a layer, calibrated on the hidden states at hand, which go on without its experts' share."""
-        prefix, experts = self.source.shape.prefix(index), self.source.experts(index)
-        with self.streamed.layer(index, experts) as module:
-            inputs, self.batches = self.streamed.expert_inputs(module, self.batches)
+        prefix, shape = self.source.shape.prefix(index), self.source.shape
+        with self.streamed.layer(index) as module:
+
+            def enter(i: int) -> LayerInputs:
+                tokens = self.batches[i]
+                hidden = self._hidden(index - 1, f"batch-{i}", tokens)
+                inputs, rest = self.streamed.expert_inputs(module, hidden, self.streamed.arguments(tokens))
+                self.state.put_hidden(index, f"batch-{i}", rest)
+                return inputs.cpu()
+
+            inputs = LayerInputs.gathered(
+                self.team.map(range(len(self.batches)), enter), self.windows.numel(), self.streamed.device
+            )
         if not bool(inputs.x.isfinite().all()):
             raise BitsmoeError(
                 f"{prefix}: activations on the calibration text are not finite; a weight of an earlier layer is far "
                 "too large, so download the model again"
             )
         self.clock.lap("calibration")
-        stats = LayerStatistics(inputs, self.source.shape.num_experts)
-        gate_up, down = (weights.to(self.streamed.device) for weights in experts)
-        return LayerQuantizer(gate_up, down, stats, self.source.shape, self.config, prefix), stats
+        stats = LayerStatistics(inputs, shape.num_experts, Spool(self.state.directory))
 
-    def _moe_layer(self, index: int, prefix: str, tick: Any) -> Layer:
-        quantizer, stats = self._quantizer(index)
+        def experts(chunk: range) -> tuple[Tensor, Tensor]:
+            gate_up, down = self.source.experts(index, chunk)
+            return gate_up.to(self.streamed.device), down.to(self.streamed.device)
+
+        return LayerQuantizer(experts, stats, shape, self.config, prefix, self.team, progress)
+
+    def _moe_layer(self, index: int, progress: "_LayerBar") -> tuple[dict[str, Tensor], dict[str, Any]]:
+        prefix = self.source.shape.prefix(index)
+        quantizer = self._quantizer(index, progress)
         plan = quantizer.plan(self.budgets.get(prefix))
-        self.pictures[prefix] = layer_picture(plan, stats)
         self.clock.lap("allocation")
-        if self.writer is None:
+        tensors: dict[str, Tensor] = {}
+        errors = output_error = None
+        if self.plan_only:
             # Nothing is quantized, so later layers see the original activations.
-            self._add(quantizer.original_output())
-            self.clock.lap("calibration")
-            self.reports.append(layer_report(prefix, plan, stats, self.config, None, None, quantizer.extreme_experts()))
-            tick(self.source.shape.num_experts)
-            return plan.layer
-        tensors, errors = quantizer.quantize(plan, _every(len(plan.projections), tick))
-        self.clock.lap("quantization")
-        for name, tensor in tensors.items():
-            self.writer.add(f"{prefix}.{name}", tensor)
-        output, output_error = quantizer.quantized_output(plan.layer, tensors)
-        self._add(output)
+            self._add(index, quantizer.original_output())
+        else:
+            tensors, errors = quantizer.quantize(plan)
+            output_error = quantizer.output_error()
+            self.clock.lap("quantization")
+            self._add(index, quantizer.quantized_output())
+        quantizer.spool.clear()
         self.clock.lap("calibration")
-        with self.streamed.layer(index) as module:
-            self.originals = self.streamed.through(module, self.originals)
+        self._pass(index, "original")
         self.clock.lap("sanity")
-        self.reports.append(
-            layer_report(prefix, plan, stats, self.config, errors, output_error, quantizer.extreme_experts())
-        )
-        return plan.layer
+        extreme = quantizer.extreme_experts()
+        return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}, {
+            "schema": plan.layer.model_dump(mode="json"),
+            "report": layer_report(prefix, plan, quantizer.stats, self.config, errors, output_error, extreme),
+            "picture": layer_picture(plan, quantizer.stats).dump(),
+        }
 
-    def finish(self, scratch: Path, layers: dict[str, Layer], record: dict[str, object]) -> None:
-        """Write everything else the checkpoint needs: other tensors, config.json, tokenizer, generation config."""
-        assert self.writer is not None
+    def finish(self, result: Path, layers: dict[str, Layer], record: dict[str, object]) -> None:
+        """Put the checkpoint together: experts, other tensors, config.json, tokenizer, generation config."""
+        writer = ShardWriter(result, SHARD_BYTES)
+        for index in range(self.streamed.num_layers):
+            for name, tensor in self.state.layer_tensors(index):
+                writer.add(name, tensor)
         for name in self.source.tensors:
             if not self.source.shape.is_expert_tensor(name):
-                self.writer.add(name, self.source.tensors.get(name))
-        self.writer.finish()
+                writer.add(name, self.source.tensors.get(name))
+        writer.finish()
         draft = CheckpointConfig(
             quant_method=QUANT_METHOD,
             format_version=FORMAT_VERSION,
@@ -346,18 +506,26 @@ class _Run:
         )
         final = draft.model_copy(update={"bpw": draft.all_in_bpw()})
         config = {**self.source.config, "quantization_config": final.dump()}
-        (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        copy_side_files(self.source.directory, scratch)
+        (result / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        copy_side_files(self.source.directory, result)
 
 
-def _every(count: int, tick: Any) -> Any:
-    """A tick that passes on every count-th call."""
-    calls = 0
+class _LayerBar:
+    """A bar that counts experts in every pass of a layer; a layer may need fewer passes than were thought."""
 
-    def passed() -> None:
-        nonlocal calls
-        calls += 1
-        if calls % count == 0:
-            tick()
+    def __init__(self, inner: Bar, each: int):
+        self._inner, self._each, self._at = inner, each, 0
+        self.describe = inner.describe
 
-    return passed
+    def __call__(self, experts: int) -> None:
+        self._at += experts
+        self._inner(experts)
+
+    def round_off(self, layers: int) -> None:
+        """So many layers are done."""
+        self(layers * self._each - self._at)
+
+
+def batch_windows(length: int, hidden_size: int) -> int:
+    """Windows of calibration text that pass through a layer together."""
+    return max(1, min(BATCH_TOKENS, BATCH_VALUES // hidden_size) // length)

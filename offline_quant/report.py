@@ -31,6 +31,23 @@ class LayerPicture:
     spectrum: dict[str, NDArray[np.float32]]
     share: NDArray[np.float32]
 
+    def dump(self) -> dict[str, Any]:
+        """As JSON data."""
+        return {
+            "bits": {name: bits.tolist() for name, bits in self.bits.items()},
+            "spectrum": {name: values.tolist() for name, values in self.spectrum.items()},
+            "share": self.share.tolist(),
+        }
+
+    @classmethod
+    def restored(cls, data: dict[str, Any]) -> "LayerPicture":
+        """From what `dump` gave."""
+        return cls(
+            {name: np.array(bits, np.uint8) for name, bits in data["bits"].items()},
+            {name: np.array(values, np.float32) for name, values in data["spectrum"].items()},
+            np.array(data["share"], np.float32),
+        )
+
 
 def layer_picture(plan: LayerPlan, stats: LayerStatistics) -> LayerPicture:
     """Bits, spectra and activation shares of a planned layer."""

@@ -1,6 +1,7 @@
 """Does the quantized model still work? Judged on calibration text, against the original, as the run ends."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from offline_quant.streaming import StreamedModel
 
 TOKENS = 8_192
 """Tokens judged."""
+TOKENS_AT_ONCE = 256
+"""Bounds the memory of logits."""
 PERPLEXITY_RATIO = 1.5
 """A quantized model this many times as perplexed is called degenerate."""
 REPEATED_SHARE, REPEATED_RATIO = 0.3, 2.0
@@ -33,7 +36,7 @@ class Tally:
 
 
 @torch.no_grad()
-def tally(model: StreamedModel, windows: Tensor, hidden: list[Tensor]) -> Tally:
+def tally(model: StreamedModel, windows: Tensor, hidden: Iterable[Tensor]) -> Tally:
     """Predictions from what leaves the last layer.
 
     Args:
@@ -45,11 +48,12 @@ def tally(model: StreamedModel, windows: Tensor, hidden: list[Tensor]) -> Tally:
     out = Tally(0.0, 0, torch.zeros(len(head), dtype=torch.int64))
     rows = (row for batch in hidden for row in batch)
     for ids, row in zip(windows, rows, strict=False):
-        logits = model.logits(row[:-1], head).log_softmax(-1)
-        target = ids[1:].to(logits.device)
-        out.nll -= float(logits.gather(-1, target[:, None]).double().sum())
-        out.tokens += len(target)
-        out.likeliest += torch.bincount(logits.argmax(-1).cpu(), minlength=len(head))
+        for states, target in zip(row[:-1].split(TOKENS_AT_ONCE), ids[1:].split(TOKENS_AT_ONCE), strict=True):
+            logits = model.logits(states, head).log_softmax(-1)
+            target = target.to(logits.device)
+            out.nll -= float(logits.gather(-1, target[:, None]).double().sum())
+            out.tokens += len(target)
+            out.likeliest += torch.bincount(logits.argmax(-1).cpu(), minlength=len(head))
     return out
 
 

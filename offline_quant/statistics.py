@@ -3,11 +3,15 @@
 Symbols: w routing weight of a token at an expert, g and u its gate and up outputs, h = silu(g) * u, D the down matrix.
 """
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from offline_quant.spool import Spool
+from offline_quant.team import Team
 
 RARE_SHARE = 0.25
 """Least weight of an expert in the allocation, relative to the mean expert's."""
@@ -17,6 +21,13 @@ LEAST_OUTPUT = 0.02
 """Least weight of a gate or up output, relative to the expert's mean output."""
 OUTPUT_TOKENS = 2_048
 """Tokens on which a layer's output is compared."""
+BLOCK_TOKENS = 2048
+"""Tokens that pass through an expert at a time, so that what is made of them stays in the processor's cache."""
+SLOT_VALUES = 1 << 25
+"""Float32 values of tokens' slots that are filled at a time."""
+PLANNING_STEP, PLANNING_TOKENS = 4, 8
+"""At most so many tokens are passed over for one that counts in the moments of an expert's activations before it is
+quantized, and so many for each of its channels count at least, if there are."""
 DAMPING = 0.01
 """Added to the diagonal of moments, relative to its mean (GPTQ's customary 1%)."""
 
@@ -35,34 +46,63 @@ class LayerInputs:
     topk_ids: Tensor
     topk_weights: Tensor
 
+    @classmethod
+    def gathered(cls, parts: "Iterable[LayerInputs]", tokens: int, device: torch.device) -> "LayerInputs":
+        """Tokens of several, one after another, on a device; each part is let go before the next one comes.
+
+        Args:
+            parts: at least one.
+            tokens: T of all.
+            device: where to.
+        """
+        whole: LayerInputs | None = None
+        at = 0
+        for part in parts:
+            if whole is None:
+                like = (part.x, part.topk_ids, part.topk_weights)
+                whole = cls(*(torch.empty(tokens, t.shape[1], dtype=t.dtype, device=device) for t in like))
+            end = at + len(part.x)
+            whole.x[at:end], whole.topk_ids[at:end], whole.topk_weights[at:end] = (
+                part.x, part.topk_ids, part.topk_weights
+            )  # fmt: skip
+            at = end
+        assert whole is not None
+        return whole
+
+    def cpu(self) -> "LayerInputs":
+        """The same in the CPU's memory."""
+        return LayerInputs(self.x.cpu(), self.topk_ids.cpu(), self.topk_weights.cpu())
+
 
 class LayerStatistics:
     """Moments for each expert, shrunk towards those of all tokens, so that a rare expert has usable ones too.
 
     An expert's own tokens count once each; a sample of all tokens adds the weight of H / 8 more. Moments are taken
-    about zero: the mean activation stays one strong direction.
+    about zero: the mean activation stays one strong direction. Tokens pass in blocks that a processor's cache holds.
 
     Args:
         inputs: calibration activations of the layer.
         num_experts: E.
+        spool: where the activations of the experts are kept between passes.
     """
 
-    def __init__(self, inputs: LayerInputs, num_experts: int):
+    def __init__(self, inputs: LayerInputs, num_experts: int, spool: Spool | None = None):
         self.inputs = inputs
+        self.spool = spool or Spool()
         tokens, slots = inputs.topk_ids.shape
         flat = inputs.topk_ids.flatten()
         self.counts = torch.bincount(flat, minlength=num_experts)
         """Tokens routed to each expert, int64 [E]."""
-        order = flat.argsort(dim=0, stable=True)
-        self._token = (order // slots).split(self.counts.tolist())
-        self._weight = inputs.topk_weights.flatten()[order].split(self.counts.tolist())
+        place = flat.argsort(dim=0, stable=True)
+        self._place = place.split(self.counts.tolist())
+        self._weights = inputs.topk_weights.flatten()
         hidden = inputs.x.shape[1]
         self.pooled = inputs.x.T @ inputs.x / tokens
         """C [H, H] over all tokens."""
         self.pseudo_count = max(1, hidden // 8)
-        self._sample = inputs.x[:: max(1, tokens // hidden)]
+        self._sample = torch.arange(0, tokens, max(1, tokens // hidden), device=place.device)
         self._typical = inputs.topk_weights.square().mean()
-        self._hidden: dict[int, Tensor] = {}
+        self._slots = slots
 
     @property
     def share(self) -> Tensor:
@@ -79,11 +119,12 @@ class LayerStatistics:
         )
 
     def _tokens(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Inputs [n, H] of an expert and of the sample, and their weight [n]: w^2, divided by the tokens they are."""
-        own = self._weight[expert].square()
+        """Tokens of an expert and of the sample, int64 [n], and their weight [n]: w^2 over the number of tokens."""
+        place = self._place[expert]
+        own = self._weights[place].square()
         prior = self._typical * (self.pseudo_count / len(self._sample))
-        x = torch.cat([self.inputs.x[self._token[expert]], self._sample])
-        return x, torch.cat([own, prior.expand(len(self._sample))]) / (len(own) + self.pseudo_count)
+        tokens = torch.cat([place // self._slots, self._sample])
+        return tokens, torch.cat([own, prior.expand(len(self._sample))]) / (len(own) + self.pseudo_count)
 
     def expert_moments(self, expert: int, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What errors of an expert's matrices cost at the layer's output, to first order.
@@ -101,31 +142,49 @@ class LayerStatistics:
             M [H, H], second moments of x with tokens weighed, of mean weight one; the outputs' weights [2 I];
             E[w^2 h h^T] [I, I].
         """
-        x, mass = self._tokens(expert)
-        gate, up = (x @ gate_up.T).chunk(2, -1)
-        sigmoid = gate.sigmoid()
-        silu = gate * sigmoid
-        slope = torch.addcmul(sigmoid, silu, 1 - sigmoid).mul_(up)
-        hidden = self._hidden[expert] = silu * up
+        tokens, mass = self._tokens(expert)
+        W_gate, W_up = (w.T for w in gate_up.chunk(2))
         norms = down.square().sum(0)
-        D = _second_moment(hidden, mass)
-        felt = slope.square_(), silu.square_()
-        token = mass * (felt[0] @ norms + felt[1] @ norms)
-        outputs = torch.cat([(mass @ f) * norms for f in felt])
+        I, H = len(norms), len(down)  # noqa: E741
+        hidden, token, outputs = down.new_empty(len(tokens), I), torch.empty_like(mass), down.new_zeros(2 * I)
+        D = down.new_zeros(I, I)
+        step = min(PLANNING_STEP, max(1, len(tokens) // (PLANNING_TOKENS * I)))
+        for part in _blocks(len(tokens)):
+            x, m = self.inputs.x[tokens[part]], mass[part]
+            gate, up = x @ W_gate, x @ W_up
+            sigmoid = gate.sigmoid()
+            silu = gate.mul_(sigmoid)
+            h = torch.mul(silu, up, out=hidden[part])
+            # silu'(g) = s + silu(g) (1 - s), in place of s and up.
+            slope = torch.addcmul(sigmoid, silu, sigmoid, value=-1).add_(silu).mul_(up).square_()
+            silu.square_()
+            torch.add(slope @ norms, silu @ norms, out=token[part])
+            outputs[:I] += m @ slope
+            outputs[I:] += m @ silu
+            # D decides who gets bits, not what is rounded to what: part of the tokens will do.
+            some = h[::step]
+            D.addmm_((some * m[::step, None]).T, some, alpha=step)
+        self.spool.put(f"activations-{expert}", hidden)
+        token *= mass
+        outputs *= norms.repeat(2)
         outputs = outputs.clamp(min=LEAST_OUTPUT * float(outputs.mean())).clamp(min=1e-30)
         token = token.clamp(max=HEAVIEST_TOKEN * float(token.mean()))
-        M = _second_moment(x, token / token.sum().clamp(min=1e-30))
+        token /= token.sum().clamp(min=1e-30)
+        M = down.new_zeros(H, H)
+        for part in _blocks(len(tokens)):
+            x = self.inputs.x[tokens[part]]
+            M.addmm_((x * token[part, None]).T, x)
         return M, outputs, D
 
     def plain_moments(self, expert: int) -> Tensor:
         """Second moments [H, H] of an expert's inputs, every token alike."""
-        x = self.inputs.x[self._token[expert]]
+        x = self.inputs.x[self._place[expert] // self._slots]
         return (x.T @ x + self.pseudo_count * self.pooled) / (len(x) + self.pseudo_count)
 
     def hidden_moments(self, expert: int, gate_up: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-        """Moments of the activations that the down projection will see, and how they miss the original ones.
+        """Moments of what enters the down projection once gate and up are quantized, and what that lacks.
 
-        To be called after `expert_moments`. The new activations are kept for `routed_output`.
+        To be called after `expert_moments`, once: the activations kept are replaced by those of the quantized weights.
 
         Args:
             expert: which.
@@ -135,51 +194,72 @@ class LayerStatistics:
         Returns:
             E[w^2 h' h'^T] and E[w^2 (h - h') h'^T], both [I, I]; h' from the quantized weights, h from the original.
         """
-        x, mass = self._tokens(expert)
-        seen = _hidden(x, gate_up)
-        weighed = seen * mass[:, None]
-        moments = weighed.T @ seen
-        missing = (self._hidden[expert].T @ weighed)[order] - moments
-        self._hidden[expert] = seen
-        return moments, missing
+        tokens, mass = self._tokens(expert)
+        W_gate, W_up = (w.T for w in gate_up.chunk(2))
+        original = self.spool.get(f"activations-{expert}").to(gate_up.device)
+        seen, I = torch.empty_like(original), len(order)  # noqa: E741
+        both = gate_up.new_zeros(2 * I, I)
+        for part in _blocks(len(tokens)):
+            x = self.inputs.x[tokens[part]]
+            h = torch.mul(F.silu(x @ W_gate, inplace=True), x @ W_up, out=seen[part])
+            weighed = h * mass[part, None]
+            both[:I].addmm_(h.T, weighed)
+            both[I:].addmm_(original[part].T, weighed)
+        self.spool.put(f"activations-{expert}", seen)
+        moments = both[:I]
+        return moments, both[I:][order] - moments
 
-    def routed_output(self, down: Tensor) -> Tensor:
-        """What the routed experts add to the layer's output, [T, H], with the activations last kept for each expert.
+    def routed_output(self, team: Team, experts: Sequence[int], down: Callable[[int], Tensor]) -> Iterator[Tensor]:
+        """What the routed experts add to the layer's output, with the activations last kept for each expert.
 
-        Args:
-            down: [E, H, I], channels in the order of those activations.
-        """
-        y = torch.zeros_like(self.inputs.x)
-        for expert, (token, weight) in enumerate(zip(self._token, self._weight, strict=True)):
-            own = self._hidden[expert][: len(token)]  # after them come those of the sample
-            y.index_add_(0, token, (own @ down[expert].T).mul_(weight[:, None]))
-        return y
-
-    def output_errors(self, gate_up: Tensor, down: Tensor, quantized: Tensor) -> tuple[float, float]:
-        """Energy of the error and of the original output of the routed experts, on a sample of tokens.
+        Every token's slots are filled by one expert each and then summed in their order: the result does not depend on
+        who computes which expert, or when.
 
         Args:
-            gate_up: [E, 2 I, H] and
-            down: [E, H, I], the original experts.
-            quantized: [T, H], what `routed_output` said of the quantized ones.
+            team: who else computes experts.
+            experts: those of this process.
+            down: [H, I] of an expert, its channels in the order of those activations.
+
+        Yields:
+            [n, H] of some n tokens, one after another.
         """
-        step = max(1, len(self.inputs.x) // OUTPUT_TOKENS)
-        x, ids, weights = self.inputs.x[::step], self.inputs.topk_ids[::step], self.inputs.topk_weights[::step]
-        y = torch.zeros_like(x)
-        for e in range(len(self.counts)):
-            token, slot = (ids == e).nonzero(as_tuple=True)
-            y.index_add_(0, token, weights[token, slot, None] * (_hidden(x[token], gate_up[e]) @ down[e].T))
-        return float((quantized[::step] - y).double().square().sum()), float(y.double().square().sum())
+        tokens, hidden = self.inputs.x.shape
+        step = max(1, SLOT_VALUES // (self._slots * hidden))
+        for start in range(0, tokens, step):
+            end = min(start + step, tokens)
+            slots = self.inputs.x.new_empty((end - start) * self._slots, hidden)
+            if team.size > 1:
+                slots.zero_()  # others fill the rest
+            bounds = torch.tensor([start * self._slots, end * self._slots], device=slots.device)
+            for e in experts:
+                place = self._place[e]
+                first, last = torch.searchsorted(place, bounds).tolist()
+                if first == last:
+                    continue
+                place = place[first:last]
+                h = self.spool.get(f"activations-{e}")[first:last].to(slots.device)
+                slots[place - start * self._slots] = (h @ down(e).T).mul_(self._weights[place, None])
+            yield team.merged(slots).view(end - start, self._slots, hidden).sum(1)
+
+    def sampled_outputs(self, expert: int, down: Tensor) -> tuple[Tensor, Tensor]:
+        """An expert's share of the output at every `sample_step`-th token, by the activations last kept.
+
+        Returns:
+            Slots, int64 [n], as places in the flattened [T, top_k]; their outputs [n, H], not yet weighed.
+        """
+        place = self._place[expert]
+        rows = (place // self._slots % self.sample_step == 0).nonzero()[:, 0]
+        h = self.spool.get(f"activations-{expert}")[rows.cpu()].to(place.device)
+        return place[rows], (h @ down.T).mul_(self._weights[place[rows], None])
+
+    @property
+    def sample_step(self) -> int:
+        """Of the tokens on which a layer's output is compared."""
+        return max(1, len(self.inputs.x) // OUTPUT_TOKENS)
 
 
-def _second_moment(x: Tensor, mass: Tensor) -> Tensor:
-    """sum_t mass[t] x[t] x[t]^T."""
-    return (x * mass[:, None]).T @ x
-
-
-def _hidden(x: Tensor, gate_up: Tensor) -> Tensor:
-    gate, up = (x @ gate_up.T).chunk(2, -1)
-    return F.silu(gate) * up
+def _blocks(count: int) -> list[slice]:
+    return [slice(i, min(i + BLOCK_TOKENS, count)) for i in range(0, count, BLOCK_TOKENS)]
 
 
 def corrected(down: Tensor, moments: Tensor, missing: Tensor) -> Tensor:

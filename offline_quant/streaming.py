@@ -6,6 +6,7 @@ float32. Calibration and evaluation both run on this, for ordinary and for quant
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.families import MODULE_EXPERTS, kept_tensors
+from offline_quant.chunks import chunks_of
 from offline_quant.model_adapter import WeightSource
 from offline_quant.statistics import LayerInputs
 
@@ -48,9 +50,10 @@ class StreamedModel:
         self.decoder = self.model.get_decoder()
         self.num_layers = len(self.decoder.layers)
         self._place = {module: index for index, module in enumerate(self.decoder.layers)}
+        self._arguments: dict[torch.Size, Arguments] = {}
         self.vocabulary: int = self.decoder.embed_tokens.num_embeddings
         self._check_tensors()
-        self._fill(self.decoder.embed_tokens, "model.embed_tokens")
+        self.decoder.embed_tokens.forward = self._embedding
         self._fill(self.decoder.norm, "model.norm")
         # Rotary tables are buffers computed at construction; "meta" left them empty.
         self.decoder.rotary_emb = type(self.decoder.rotary_emb)(config=config).to(self.device)
@@ -59,6 +62,11 @@ class StreamedModel:
         """All tensors outside the routed experts, against the modules they go to. Tied ones count once."""
         if faults := self.shape.other_faults(self.model, self.source.tensors.specs):
             raise BitsmoeError(fault_list(f"{self.source.directory}: tensors do not fit config.json", faults))
+
+    def _embedding(self, ids: Tensor) -> Tensor:
+        """Rows of the embedding, float32; the matrix itself stays in the checkpoint."""
+        rows = self.source.tensors.get("model.embed_tokens.weight")[ids.cpu()]
+        return rows.to(self.device, torch.float32)
 
     def check_ids(self, ids: Tensor) -> None:
         """Refuse token ids beyond the vocabulary.
@@ -80,26 +88,45 @@ class StreamedModel:
                 _assign(module, name, self.source.tensors.get(stored).to(self.device, torch.float32))
 
     @contextmanager
-    def layer(self, index: int, experts: tuple[Tensor, Tensor] | None = None) -> Iterator[nn.Module]:
+    def layer(self, index: int) -> Iterator[nn.Module]:
         """Decoder layer `index` with its weights, released afterwards.
 
-        Args:
-            index: which.
-            experts: gate and up [E, 2 I, H] and down [E, H, I] to use instead of the checkpoint's.
+        Its routed experts stay in the checkpoint: they are read chunk by chunk whenever the layer runs.
         """
         module = self.decoder.layers[index]
         moe = index in self.shape.layers
-        if moe:
-            gate_up, down = experts or self.source.experts(index)
-            holder = module.get_submodule(MODULE_EXPERTS)
-            _assign(holder, "gate_up_proj", gate_up.to(self.device))
-            _assign(holder, "down_proj", down.to(self.device))
         self._fill(module, self.shape.family.decoder(index), MODULE_EXPERTS if moe else None)
+        experts: Any = module.get_submodule(MODULE_EXPERTS) if moe else None
+        if moe:
+            experts.forward = partial(self.routed, index)
         try:
             yield module
         finally:
+            if moe:
+                del experts.forward
             for name, value in kept_tensors(module):
                 _assign(module, name, torch.empty_like(value, device="meta"))
+
+    def routed(self, index: int, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """What the routed experts of a layer add, [T, H], with gradients where they are enabled.
+
+        Args:
+            index: of the decoder layer.
+            x: [T, H].
+            topk_ids: [T, top_k].
+            topk_weights: [T, top_k].
+        """
+        y, s = torch.zeros_like(x), self.shape
+        for chunk in chunks_of(s.num_experts, s.hidden_size, s.intermediate_size):
+            called = [(topk_ids == e).nonzero(as_tuple=True) for e in chunk]
+            if not any(len(token) for token, _ in called):
+                continue
+            gate_up, down = (w.to(self.device) for w in self.source.experts(index, chunk))
+            for i, (token, slot) in enumerate(called):
+                gate, up = (x[token] @ gate_up[i].T).chunk(2, -1)
+                out = (nn.functional.silu(gate) * up) @ down[i].T
+                y.index_add_(0, token, out * topk_weights[token, slot, None])
+        return y
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> tuple[Tensor, Arguments]:
@@ -126,6 +153,12 @@ class StreamedModel:
                 del module.forward
         return entered[0], arguments
 
+    def arguments(self, ids: Tensor) -> Arguments:
+        """The layers' arguments for windows [n, L], which their shape decides."""
+        if ids.shape not in self._arguments:
+            self._arguments[ids.shape] = self.embed(ids)[1]
+        return self._arguments[ids.shape]
+
     def embed_windows(self, windows: Tensor, batch_tokens: int) -> Batches:
         """`embed` of windows [n, L] in batches of about `batch_tokens`, hidden states on the CPU."""
         batches = []
@@ -139,36 +172,49 @@ class StreamedModel:
         out = module(hidden.to(self.device), **arguments[self._place[module]])
         return out[0] if isinstance(out, tuple) else out
 
-    def expert_inputs(self, module: nn.Module, batches: Batches) -> tuple[LayerInputs, Batches]:
+    @torch.no_grad()
+    def expert_inputs(self, module: nn.Module, hidden: Tensor, arguments: Arguments) -> tuple[LayerInputs, Tensor]:
         """What enters the routed experts of a decoder layer, and what leaves it without their share.
 
         The experts do not run: their output is added to what is returned later, which saves a second attention.
 
         Args:
             module: from `layer`.
-            batches: hidden states [n, L, H] and layer arguments.
+            hidden: [n, L, H].
+            arguments: of the layers.
 
         Returns:
-            The experts' inputs, and the layer's output with zeros from the experts, as the next layer's batches.
+            The experts' inputs, and the layer's output [n, L, H] with zeros from the experts, on the CPU.
         """
-        seen: list[tuple[Tensor, Tensor, Tensor]] = []
+        seen: list[LayerInputs] = []
 
         def catch(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-            seen.append((x.reshape(-1, x.shape[-1]).float(), ids.long(), weights.float()))
+            seen.append(LayerInputs(x.reshape(-1, x.shape[-1]).float(), ids.long(), weights.float()))
             return torch.zeros_like(x)
 
         experts: Any = module.get_submodule(MODULE_EXPERTS)
-        experts.forward = catch
+        usual, experts.forward = experts.forward, catch
         try:
-            rest = self.through(module, batches)
+            rest = self.run(module, hidden, arguments).cpu()
         finally:
-            del experts.forward
-        return LayerInputs(*(torch.cat(parts) for parts in zip(*seen, strict=True))), rest
+            experts.forward = usual
+        return seen[0], rest
 
     @torch.no_grad()
     def through(self, module: nn.Module, batches: Batches) -> Batches:
-        """`run` of every batch, results on the CPU."""
-        return [(self.run(module, hidden, arguments).cpu(), arguments) for hidden, arguments in batches]
+        """`run` of every batch, results on the CPU. Every expert is read once for all of them together."""
+        index = self._place[module]
+        if index not in self.shape.layers:
+            return [(self.run(module, hidden, arguments).cpu(), arguments) for hidden, arguments in batches]
+        found = [self.expert_inputs(module, hidden, arguments) for hidden, arguments in batches]
+        tokens = sum(len(x.x) for x, _ in found)
+        inputs = LayerInputs.gathered((x for x, _ in found), tokens, self.device)
+        share = self.routed(index, inputs.x, inputs.topk_ids, inputs.topk_weights).cpu()
+        shares = share.split([rest[..., 0].numel() for _, rest in found])
+        return [
+            (rest + own.view_as(rest), arguments)
+            for (_, rest), own, (_, arguments) in zip(found, shares, batches, strict=True)
+        ]
 
     @property
     def head(self) -> Tensor:
@@ -185,10 +231,15 @@ class StreamedModel:
     def materialize(self) -> nn.Module:
         """The whole model in memory, for generation."""
         for index in range(self.num_layers):
-            with self.layer(index) as module:
-                filled = dict(kept_tensors(module))
-            for name, value in filled.items():
-                _assign(module, name, value)
+            module, prefix = self.decoder.layers[index], self.shape.family.decoder(index)
+            if index not in self.shape.layers:
+                self._fill(module, prefix)
+                continue
+            self._fill(module, prefix, MODULE_EXPERTS)
+            for name, weights in zip(("gate_up_proj", "down_proj"), self.source.experts(index), strict=True):
+                _assign(module.get_submodule(MODULE_EXPERTS), name, weights.to(self.device))
+        del self.decoder.embed_tokens.forward
+        self._fill(self.decoder.embed_tokens, "model.embed_tokens")
         _assign(self.model, "lm_head.weight", self.head)
         return self.model
 

@@ -512,10 +512,13 @@ p.check_space = check_then_fill
 
 @pytest.mark.parametrize(
     ("size", "prelude", "message", "left"),
-    [(2_000_000, "", "MB are free", []), (5_500_000, FILL_AFTER_CHECK, "cannot be written", ["filler"])],
+    [
+        (2_000_000, "", "MB are free", []),
+        (5_500_000, FILL_AFTER_CHECK, "1 finished layer(s) are kept in", [".q.partial", "filler"]),
+    ],
     ids=["full from the start", "fills up while writing"],
 )
-def test_a_full_disk_leaves_nothing_behind(tmp_path, source, text, size, prelude, message, left):
+def test_a_full_disk_leaves_nothing_behind_but_finished_layers(tmp_path, source, text, size, prelude, message, left):
     small = tmp_path / "small"
     with small_disk(small, size) as limit:
         args = ("--bits", "2", "--out", small / "q", "--calib", text, "--refine", "0", *FAST)

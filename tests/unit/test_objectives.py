@@ -31,7 +31,12 @@ def quantizer(objective, bits=4.0, **options):
     )
     config = QuantizeConfig(bits=bits, objective=objective, **options)
     shape = MoEShape(FAMILIES["Qwen3MoeForCausalLM"], (0,), E, H, I)
-    return LayerQuantizer(gate_up, down, LayerStatistics(data, E), shape, config, "layer"), gate_up, down
+    found = LayerQuantizer(held(gate_up, down), LayerStatistics(data, E), shape, config, "layer")
+    return found, gate_up, down
+
+
+def held(gate_up, down):
+    return lambda chunk: (gate_up[chunk.start : chunk.stop], down[chunk.start : chunk.stop])
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(48, 32), (300, 140)])
@@ -109,9 +114,10 @@ def test_bt_moe_measures_what_a_choice_costs_at_the_layers_output():
     (table,) = q.tables()
     zero = (table.width == 0) & (table.rank == 0)
     share = q.stats.share.numpy()
+    gate_up, down = q.load(range(E))
     for e in range(E):
-        M, outputs, D = q.stats.expert_moments(e, q.gate_up[e], q.down[e])
-        expected = (outputs[:, None] * q.gate_up[e] @ M * q.gate_up[e]).sum() + (q.down[e] @ D * q.down[e]).sum()
+        M, outputs, D = q.stats.expert_moments(e, gate_up[e], down[e])
+        expected = (outputs[:, None] * gate_up[e] @ M * gate_up[e]).sum() + (down[e] @ D * down[e]).sum()
         assert table.loss[e, zero][0] == pytest.approx(float(share[e] * expected.sqrt()), rel=0.05)
     for bits in (2, 3):
         by_rank = table.loss[:, table.width == bits]
@@ -180,7 +186,7 @@ def test_an_extreme_expert_is_found_and_earns_bits():
     assert q.extreme_experts() == []
     down = down.clone()
     down[1] *= 40
-    extreme = LayerQuantizer(gate_up, down, q.stats, q.shape, q.config, "layer")
+    extreme = LayerQuantizer(held(gate_up, down), q.stats, q.shape, q.config, "layer")
     assert extreme.extreme_experts() == [1]
     bits = [p.bits["down"].float().mean(1) for p in (q.plan(), extreme.plan())]
     assert float(bits[1][1]) > float(bits[0][1]) + 1

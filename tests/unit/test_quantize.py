@@ -9,17 +9,18 @@ from bitsmoe_kernels.format.families import FAMILIES, MoEShape
 from bitsmoe_kernels.format.schema import Layer, Projection
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
 from offline_quant import layer as layer_module
+from offline_quant import statistics as statistics_module
 from offline_quant.basis import natural, paper, whitened
 from offline_quant.config import QuantizeConfig
 from offline_quant.distortion import (
-    conditional_variances,
     damped,
-    feedback_factor,
+    factorize,
     gaussian_quantizer,
+    on_diagonal,
     rank_components,
 )
 from offline_quant.layer import LayerQuantizer
-from offline_quant.quantize import Quantized, _round_row, _row_scale, quantize
+from offline_quant.quantize import Quantized, _Grid, quantize
 from offline_quant.report import width_histogram
 from offline_quant.statistics import DAMPING, LayerInputs, LayerStatistics, corrected
 
@@ -47,8 +48,9 @@ def test_gaussian_quantizers_are_the_published_ones(bits):
 
 
 def test_feedback_factor_and_conditional_variances():
-    M = damped(moments(2, 9))
-    U, d = feedback_factor(M), conditional_variances(M)
+    raw = moments(2, 9)
+    factor = factorize(raw)
+    M, U, d = factor.damped(raw), factor.U, factor.variances
     for e in range(2):
         m = M[e].double()
         assert torch.allclose(U[e].double().T @ U[e].double() @ m, torch.eye(9, dtype=torch.float64), atol=1e-3)
@@ -66,7 +68,7 @@ def test_moments_that_float32_cannot_factor_are_damped_more():
     M = x.mT @ x
     M = M - 0.05 * torch.diag_embed(M.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).expand(1, 64))
     assert bool(torch.linalg.cholesky_ex(M + 0.01 * M[0].diagonal().mean() * torch.eye(64)).info.any())
-    assert bool(feedback_factor(damped(M)).isfinite().all())
+    assert bool(factorize(M).U.isfinite().all())
 
 
 def test_moments_that_are_not_finite_are_refused():
@@ -127,10 +129,20 @@ def test_dropped_components_hand_their_part_to_the_others():
 
 def test_order_is_ascending_importance():
     F, M = torch.randn(3, 10, 6), moments(3, 10, 2)
-    ranked = rank_components(F, M, "input")
+    ranked, sorted_moments, factor = rank_components(F, M, "input")
     importance = (M.diagonal(dim1=1, dim2=2) * F.square().sum(-1)).gather(1, ranked.order)
     assert bool((importance.diff(dim=1) >= 0).all())
     assert float(ranked.total[0]) == pytest.approx(float((F[0] * (M[0] @ F[0])).sum()), rel=1e-4)
+    assert torch.equal(sorted_moments[1], M[1][ranked.order[1]][:, ranked.order[1]])
+    assert torch.equal(factor.variances, ranked.variance)
+
+
+def test_where_nothing_is_handed_on_components_are_independent():
+    F, M = torch.randn(2, 10, 6), moments(2, 10, 2)
+    ranked, sorted_moments, factor = rank_components(F, M, "input", feedback=False)
+    diagonal = factor.damped(sorted_moments).diagonal(dim1=1, dim2=2)
+    assert torch.allclose(ranked.variance, diagonal)
+    assert torch.allclose(on_diagonal(M).damped(M), damped(M))
 
 
 @pytest.mark.parametrize("along", ["K", "N"])
@@ -153,8 +165,9 @@ def test_a_representable_row_comes_back_exactly(bits):
     c = torch.rand(3, 512, generator=g).half().float() + 0.5
     scale = torch.tensor([0.125, 1.0, 3.5])  # exact in float16
     row, width = level * scale[:, None] * c, torch.full((3, 1), bits, dtype=torch.uint8)
-    a = _row_scale(row, c, width)
-    codes, value = _round_row(row, a, c, width)
+    grid = _Grid.of(width[:, :, None]).row(0)
+    a = grid.scale(row, c)
+    codes, value = grid.round(row, a, c)
     assert a.tolist() == scale.tolist()
     assert torch.equal(codes, (level + half).to(torch.uint8))
     assert torch.equal(value, row)
@@ -200,7 +213,7 @@ def test_scales_stay_inside_float16(magnitude):
 
 def test_whitened_basis_whitens_and_loses_nothing():
     W, C = torch.randn(4, 24, 16), moments(1, 16, 6)[0]
-    d = whitened("gate_up", W, C, torch.full((4,), 0.25), 16)
+    d = whitened("gate_up", (W.double().mT @ W.double()).mean(0), C, 16)
     assert d.basis is not None
     white = d.moments(C[None])[0]
     # Rows are normalised for storage, so the moments are diagonal rather than the identity.
@@ -213,7 +226,8 @@ def test_whitened_basis_whitens_and_loses_nothing():
 @pytest.mark.parametrize("axis", ["input", "output"])
 def test_paper_bases_lose_nothing_at_full_rank(axis, bits):
     W = torch.randn(3, 12, 20)
-    d = paper("down", W, axis, bits)
+    grams = W.double().mT @ W.double() if axis == "input" else W.double() @ W.double().mT
+    d = paper("down", grams.sum(0), axis, bits)
     assert d.basis is not None
     F = d.factors(W)
     again = F.mT @ d.basis if axis == "input" else (F @ d.basis).mT
@@ -246,8 +260,9 @@ def swiglu(outputs):
     return gate * torch.sigmoid(gate) * up
 
 
-def test_expert_moments_weigh_by_the_jacobian_of_the_output():
+def test_expert_moments_weigh_by_the_jacobian_of_the_output(monkeypatch):
     """Against autograd: d(w D h)/d(gate, up) of every token."""
+    monkeypatch.setattr(statistics_module, "PLANNING_STEP", 1)
     data, E, intermediate = inputs(), 4, 5
     stats = LayerStatistics(data, E)
     g = torch.Generator().manual_seed(3)
@@ -305,13 +320,14 @@ def test_what_experts_add_and_its_error_are_those_of_the_layer():
             y = swiglu(data.x[rows].double() @ gate_up[e].double().T) @ down[e].double().T
             original[rows] += data.topk_weights[rows, slot, None] * y
     plan = quantizer.plan()
-    assert torch.allclose(quantizer.original_output().double(), original, atol=1e-5)
+    assert torch.allclose(torch.cat(list(quantizer.original_output())).double(), original, atol=1e-5)
     tensors, _ = quantizer.quantize(plan)
     weights = LayerWeights(plan.layer, config.block_size, tensors)
     expected = moe_forward(weights, data.x, data.topk_weights, data.topk_ids)
-    output, error = quantizer.quantized_output(plan.layer, tensors)
-    assert torch.allclose(output, expected, atol=1e-5)
-    assert error == pytest.approx(float((expected - original).square().sum() / original.square().sum()), rel=1e-3)
+    assert torch.allclose(torch.cat(list(quantizer.quantized_output())), expected, atol=1e-5)
+    assert quantizer.output_error() == pytest.approx(
+        float((expected - original).square().sum() / original.square().sum()), rel=1e-3
+    )
 
 
 def test_nothing_missing_leaves_down_as_it_is():
@@ -333,13 +349,17 @@ def test_an_unseen_expert_gets_statistics_of_all_tokens():
     assert float(stats.share[1]) > 0
 
 
+def held(gate_up, down):
+    return lambda chunk: (gate_up[chunk.start : chunk.stop], down[chunk.start : chunk.stop])
+
+
 def quantizer_of(basis, bits, block_size=16, unseen=None, E=4, H=48, I=32):  # noqa: E741
     g = torch.Generator().manual_seed(8)
     gate_up, down = torch.randn(E, 2 * I, H, generator=g) / 7, torch.randn(E, H, I, generator=g) / 7
     stats = LayerStatistics(inputs(600, H, E, unseen=unseen), E)
     config = QuantizeConfig(bits=bits, basis=basis, block_size=block_size)
     shape = MoEShape(FAMILIES["Qwen3MoeForCausalLM"], (0,), E, H, I)
-    return gate_up, down, LayerQuantizer(gate_up, down, stats, shape, config, "layer"), config
+    return gate_up, down, LayerQuantizer(held(gate_up, down), stats, shape, config, "layer"), config
 
 
 def layer(*args, **options):

@@ -16,6 +16,8 @@ from bitsmoe_kernels.format.schema import TensorSpec
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+MAPPED_BYTES = 1 << 28
+"""Files are mapped anew once this much was read: what was read counts as this process's memory until then."""
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -83,6 +85,7 @@ class ShardReader:
         self.specs: dict[str, TensorSpec] = {}
         self._file_of: dict[str, str] = {}
         self._open: dict[str, Any] = {}
+        self._mapped = 0
         for file in files:
             try:
                 handle = safe_open(str(directory / file), framework="pt")
@@ -94,7 +97,6 @@ class ShardReader:
                         continue
                     self.specs[name] = TensorSpec(dtype, tuple(view.get_shape()))
                     self._file_of[name] = file
-                self._open[file] = handle
             except FileNotFoundError:
                 faults.append(f"{file} is missing, though {INDEX_FILE} names it: download it again")
             except (SafetensorError, OSError) as e:
@@ -117,7 +119,15 @@ class ShardReader:
 
     def get(self, name: str) -> Tensor:
         """One tensor, on the CPU, in its stored dtype."""
-        return self._open[self._file_of[name]].get_tensor(name)
+        if self._mapped > MAPPED_BYTES:
+            self._open.clear()
+            self._mapped = 0
+        file = self._file_of[name]
+        if file not in self._open:
+            self._open[file] = safe_open(str(self.directory / file), framework="pt")
+        tensor = self._open[file].get_tensor(name)
+        self._mapped += tensor.nbytes
+        return tensor
 
 
 class ShardWriter:

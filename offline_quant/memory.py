@@ -1,0 +1,123 @@
+"""How much memory and disk a run will take, before it starts."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.format.families import MoEShape
+from bitsmoe_kernels.format.schema import TensorSpec
+from bitsmoe_kernels.format.shards import MAPPED_BYTES
+from offline_quant import sanity
+from offline_quant.chunks import chunk_values, chunks_of
+from offline_quant.spool import MEMORY_BYTES
+from offline_quant.statistics import SLOT_VALUES
+
+SHARD_BYTES = 1 << 30
+"""Of a shard of the result: writing one takes twice as much memory."""
+_FLOAT, _INT, _DOUBLE = 4, 8, 8
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes.
+
+    Attributes:
+        peak: largest resident memory of one process.
+        calibration_state: of it, what the calibration set takes while a layer is quantized: inputs of its experts and
+            their routing.
+        disk: besides the result, while the run goes on.
+    """
+
+    peak: int
+    calibration_state: int
+    disk: int
+
+
+def needs(
+    shape: MoEShape,
+    specs: dict[str, TensorSpec],
+    model_config: dict[str, Any],
+    bits: float,
+    tokens: int,
+    batch_tokens: int,
+    baseline: int,
+) -> Needs:
+    """What a run takes.
+
+    Args:
+        shape: of the experts.
+        specs: of all tensors in the checkpoint.
+        model_config: config.json.
+        bits: per weight of the result.
+        tokens: of calibration text.
+        batch_tokens: of them that pass through a layer together.
+        baseline: resident bytes of the process before the run.
+    """
+    E, H, I = shape.num_experts, shape.hidden_size, shape.intermediate_size  # noqa: E741
+    top_k = int(model_config.get("num_experts_per_tok", 1))
+    weights = 3 * E * H * I
+    state = tokens * (_FLOAT * H + top_k * (_FLOAT + 3 * _INT))
+    largest = max((spec.nbytes for spec in specs.values()), default=0)
+    mapped = min(MAPPED_BYTES + largest, sum(spec.nbytes for spec in specs.values()))
+    chunk = len(chunks_of(E, H, I)[0])
+    spooled = _FLOAT * (E * (5 * H * H + 3 * I * I) + tokens * top_k * I + E * H * I)
+    layer = [_layer_values(shape, specs, i) for i in shape.layers]
+    dense = _FLOAT * max(layer)
+    result = int(bits * weights / 8)
+    heads = int(model_config.get("num_attention_heads", 1))
+    width = max(H, heads * int(model_config.get("head_dim") or H // heads))
+    stages = {
+        "forward": _FLOAT * batch_tokens * (6 * H + 4 * width) + dense,
+        "chunk": _FLOAT * chunk * chunk_values(H, I),
+        "bases": 10 * _DOUBLE * H * H,
+        "output": 3 * _FLOAT * min(SLOT_VALUES, tokens * top_k * H),
+    }
+    running = state + mapped + min(MEMORY_BYTES, spooled) + 2 * result + max(stages.values())
+    vocabulary = int(model_config["vocab_size"])
+    judging = _FLOAT * vocabulary * (H + 3 * sanity.TOKENS_AT_ONCE) + mapped
+    writing = 2 * min(SHARD_BYTES, int(bits * shape.num_weights / 8)) + mapped
+    hidden = 3 * _FLOAT * tokens * H
+    return Needs(
+        peak=baseline + max(running, judging, writing),
+        calibration_state=state,
+        disk=hidden + max(0, _FLOAT * (tokens * top_k * I + E * H * I) - MEMORY_BYTES),
+    )
+
+
+def _layer_values(shape: MoEShape, specs: dict[str, TensorSpec], layer: int) -> int:
+    """Values of a decoder layer's tensors outside its experts."""
+    prefix = f"{shape.family.decoder(layer)}."
+    return sum(
+        math.prod(spec.shape)
+        for name, spec in specs.items()
+        if name.startswith(prefix) and not name.startswith(f"{shape.prefix(layer)}.")
+    )
+
+
+def check_memory(found: Needs, limit: int | None) -> None:
+    """Refuse a run that would take more memory than is allowed.
+
+    Raises:
+        BitsmoeError: names both figures and what to do.
+    """
+    if limit is not None and found.peak > limit:
+        raise BitsmoeError(
+            f"--max-memory {limit / 1e9:.2f} GB: this run would take about {found.peak / 1e9:.2f} GB, "
+            f"{found.calibration_state / 1e9:.2f} GB of it for calibration text; allow more, or give less of it "
+            "(--calib-samples, --calib-length)"
+        )
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from a number with a unit: 24GB, 24 GiB, 800MB.
+
+    Raises:
+        BitsmoeError: not of this form.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise BitsmoeError(f"--max-memory {text!r}: must be a size such as 24GB or 900MB")
+    step = 1024 if match[3] else 1000
+    return int(float(match[1]) * step ** (" KMGT".index(match[2].upper() or " ")))

@@ -1,0 +1,85 @@
+"""Starts the processes that share a quantization, or joins those that `torchrun` has started."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
+
+from bitsmoe_kernels.errors import BitsmoeError
+from offline_quant.team import Team, Workers, started_as_worker
+
+_ADDRESS = "127.0.0.1"
+
+
+@contextmanager
+def team_of(workers: int) -> Iterator[Team]:
+    """The team this process belongs to.
+
+    Under `torchrun` (several hosts, say) every process runs the same command and finds the others through the
+    environment. Otherwise the command is run `workers` - 1 times more on this machine; this process is the first.
+
+    Args:
+        workers: how many processes; 1 under `torchrun`.
+
+    Raises:
+        BitsmoeError: another process ended; says what it said.
+    """
+    if started_as_worker():
+        yield Workers()
+        return
+    if workers == 1:
+        yield Team()
+        return
+    with socket.socket() as probe:
+        probe.bind((_ADDRESS, 0))
+        port = probe.getsockname()[1]
+    # On one machine they talk over the loopback interface, whatever the host's name resolves to.
+    common = {
+        "WORLD_SIZE": str(workers), "MASTER_ADDR": _ADDRESS, "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
+        "RANK": "0", "LOCAL_RANK": "0",
+    }  # fmt: skip
+    with tempfile.TemporaryFile("w+") as said:
+        others = [_start(rank, common, said) for rank in range(1, workers)]
+        before = {name: os.environ.get(name) for name in common}
+        os.environ.update(common)
+        try:
+            yield Workers()
+        except RuntimeError as e:  # what torch.distributed raises when the other end is gone
+            raise _explained(e, others, said) from None
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+            for process in others:
+                if process.poll() is None:
+                    process.terminate()
+                process.wait()
+
+
+def _start(rank: int, common: dict[str, str], said: IO[str]) -> "subprocess.Popen[bytes]":
+    environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    command = [sys.executable, "-m", "offline_quant.cli", *sys.argv[1:]]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=said)
+
+
+def _explained(error: RuntimeError, others: "list[subprocess.Popen[bytes]]", said: IO[str]) -> Exception:
+    """The error of a process that ended, where one did."""
+    for rank, process in enumerate(others, 1):
+        try:
+            status = process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            continue
+        if status:
+            said.seek(0)
+            lines = [line for line in said.read().splitlines() if line.strip()]
+            found = BitsmoeError(f"worker {rank} ended with status {status}: " + "\n".join(lines[-5:]))
+            for note in getattr(error, "__notes__", ()):
+                found.add_note(note)
+            return found
+    return error
