@@ -9,7 +9,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.errors import BitsmoeError, fault_list
+from bitsmoe_kernels.format.shards import file_fault
 
 REPORT_FILE = "bitsmoe_report.json"
 PAGE_FILE = "report.html"
@@ -88,8 +89,21 @@ def new_directory(out: Path) -> Iterator[Path]:
                     parent.rmdir()
 
 
+def _side_files(source: Path) -> list[Path]:
+    return [p for p in sorted(source.iterdir()) if p.is_file() and any(p.match(pattern) for pattern in SIDE_FILES)]
+
+
+def check_side_files(source: Path) -> None:
+    """Refuse side files that are links out of the model's directory: they would be copied, and perhaps published.
+
+    Raises:
+        BitsmoeError: names all of them.
+    """
+    if faults := [fault for path in _side_files(source) if (fault := file_fault(source, path.name))]:
+        raise BitsmoeError(fault_list(f"{source}: files that must not be copied", faults))
+
+
 def copy_side_files(source: Path, out: Path) -> None:
     """Carry over tokenizer, generation config and chat template."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and any(path.match(pattern) for pattern in SIDE_FILES):
-            shutil.copyfile(path, out / path.name)
+    for path in _side_files(source):
+        shutil.copyfile(path, out / path.name)
