@@ -101,7 +101,10 @@ class SourceModel:
             raise BitsmoeError(f"{directory}: is already quantized ({method!r:.80}); quantize the 16-bit model instead")
         self.shape = moe_shape(self.config, str(directory))
         check_side_files(directory)
-        self.tensors = ShardReader(directory) if method is None else Float8Reader(directory, quantization)
+        if isinstance(quantization, dict) and method == "fp8":
+            self.tensors: ShardReader = Float8Reader(directory, quantization)
+        else:
+            self.tensors = ShardReader(directory)
         self._check_experts()
 
     def _fused_names(self, layer: int) -> tuple[str, str]:
@@ -158,6 +161,8 @@ class SourceModel:
         faults = []
         for name in progress(list(self.tensors), "Checking weights"):
             tensor = self.tensors.get(name)
+            if tensor.is_floating_point() and tensor.itemsize == 1:
+                tensor = tensor.float()  # torch does not ask float8 whether it is finite
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 bad = int((~tensor.isfinite()).sum())
                 faults.append(f"tensor {name}: {bad} of {tensor.numel()} values are NaN or infinite")

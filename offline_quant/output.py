@@ -19,7 +19,9 @@ SIDE_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.tiktoken", "*.model",
     "generation_config.json", "chat_template*", "*.jinja", "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
-"""What a checkpoint holds besides config.json and weights."""
+"""What a checkpoint holds besides config.json and weights, as the original has it."""
+CARD_FILE = "README.md"
+"""The Hub's model card: every checkpoint has its own, so none is carried over."""
 
 
 def check_output(out: Path) -> None:
@@ -89,7 +91,8 @@ def new_directory(out: Path) -> Iterator[Path]:
                     parent.rmdir()
 
 
-def _side_files(source: Path) -> list[Path]:
+def side_files(source: Path) -> list[Path]:
+    """Tokenizer, generation config and chat template of a model, in order of names."""
     return [p for p in sorted(source.iterdir()) if p.is_file() and any(p.match(pattern) for pattern in SIDE_FILES)]
 
 
@@ -99,11 +102,11 @@ def check_side_files(source: Path) -> None:
     Raises:
         BitsmoeError: names all of them.
     """
-    if faults := [fault for path in _side_files(source) if (fault := file_fault(source, path.name))]:
+    if faults := [fault for path in side_files(source) if (fault := file_fault(source, path.name))]:
         raise BitsmoeError(fault_list(f"{source}: files that must not be copied", faults))
 
 
 def copy_side_files(source: Path, out: Path) -> None:
-    """Carry over tokenizer, generation config and chat template."""
-    for path in _side_files(source):
+    """Carry over what belongs to the model whatever its weights are."""
+    for path in side_files(source):
         shutil.copyfile(path, out / path.name)

@@ -138,6 +138,20 @@ def test_float8_blocks_larger_than_the_matrix(block: list[int], tmp_path: Path) 
     assert reader.get("empty").shape == (0, 3)
 
 
+@pytest.mark.parametrize(("value", "fine"), [(448.0, True), (float("nan"), False)])
+def test_float8_outside_the_experts_is_looked_at(value: float, fine: bool, tmp_path: Path) -> None:
+    model = make_model("OlmoeForCausalLM", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] = torch.full((64,), value).to(torch.float8_e4m3fn)
+    save_file(tensors, model / "model.safetensors")
+    source = SourceModel(model)
+    if fine:
+        source.check_finite(lambda names, _: names)
+    else:
+        with pytest.raises(BitsmoeError, match=r"model\.norm\.weight: 64 of 64 values are NaN"):
+            source.check_finite(lambda names, _: names)
+
+
 DEEPSEEK = {
     "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "hidden_act": "silu", "hidden_size": 8,
     "num_hidden_layers": 2, "vocab_size": 9, "moe_intermediate_size": 4, "n_routed_experts": 6,

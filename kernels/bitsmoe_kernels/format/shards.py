@@ -1,6 +1,7 @@
 """safetensors checkpoints in Hugging Face layout: one file, or shards with `model.safetensors.index.json`."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ _DTYPES = {
 }  # fmt: skip
 
 
-MAX_SIZE, MAX_DIMENSIONS = 2**63 - 1, 64
+MAX_STRIDE, MAX_DIMENSIONS = 2**63 - 1, 64
 """What torch can compute with. A shape with a 0 in it may claim any size, one of ones any number of dimensions."""
 MAX_DEPTH = 100
 """Of values within values in JSON."""
@@ -144,7 +145,7 @@ class ShardReader:
                         faults.append(f"{file}: tensor {name} has dtype {view.get_dtype()}, which is not supported")
                         continue
                     shape = view.get_shape()
-                    if len(shape) > MAX_DIMENSIONS or max(shape, default=0) > MAX_SIZE:
+                    if len(shape) > MAX_DIMENSIONS or math.prod(max(d, 1) for d in shape) > MAX_STRIDE:
                         faults.append(f"{file}: tensor {name} has shape {shape}, more than torch can hold")
                         continue
                     if name in self._file_of:
@@ -161,6 +162,11 @@ class ShardReader:
                     faults.append(f"{file} does not hold tensor {name}, though {INDEX_FILE} says so")
         if faults:
             raise BitsmoeError(fault_list(f"{directory}: the checkpoint is not complete", faults, shown=20))
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the safetensors files."""
+        return list(self._open)
 
     def __contains__(self, name: object) -> bool:
         return name in self.specs
