@@ -21,7 +21,7 @@ from tools.fuzz.bases import Base, all_bases
 SPARE_BYTES = 256 * 2**20
 """What a case may take on top of what the process holds; the checkpoints are below 200 kB."""
 HANG_SECONDS = 60.0
-"""For a new process's imports too."""
+"""A new process may have imports to do as well."""
 
 
 @dataclass
@@ -121,7 +121,8 @@ class Worker:
             other.close()
         try:
             self.connection.send(case)
-            if self.connection.poll(HANG_SECONDS):
+            # In two halves: a machine that sleeps, or stops its processes for a while, spoils one only.
+            if self.connection.poll(HANG_SECONDS / 2) or self.connection.poll(HANG_SECONDS / 2):
                 return self.connection.recv()
             trouble = f"no end within {HANG_SECONDS:.0f} seconds"
         except (EOFError, BrokenPipeError, ConnectionResetError):
