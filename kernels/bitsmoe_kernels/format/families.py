@@ -189,11 +189,11 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
     named = [a for a in architectures if isinstance(a, str)] if isinstance(architectures, list) else []
     family = next((FAMILIES[a] for a in named if a in FAMILIES), None)
     if family is None:
-        known, shown = ", ".join(sorted(FAMILIES)), f"{named or 'a config without architectures'!s:.200}"
+        known, shown = ", ".join(sorted(FAMILIES)), f"{named!s:.200}"
         if not any(k for k in config if "expert" in k):
             raise BitsmoeError(
-                f"{subject}: {shown} is not a Mixture-of-Experts model (its config "
-                f"names no experts); bitsmoe quantizes routed experts only. Supported: {known}"
+                f"{subject}: {shown if named else 'a config without architectures'} is not a Mixture-of-Experts model "
+                f"(its config names no experts); bitsmoe quantizes routed experts only. Supported: {known}"
             )
         why = "".join(f" ({REFUSED[a]})" for a in named if a in REFUSED)
         raise BitsmoeError(f"{subject}: architecture {shown} is not supported{why}. Supported: {known}")
@@ -204,7 +204,7 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
         raise BitsmoeError(f"{subject}: config.json lacks {missing}")
     most = {"num_hidden_layers": MAX_LAYERS}
     faults = [
-        f"{key} is {config[key]!r:.80}, but must be a whole number from 1 to {most.get(key, MAX_SIZE)}"
+        f"{key} is {config[key]!r:.80}, but must be a whole number above 0, at most {most.get(key, MAX_SIZE)}"
         for key in (*sizes, *(k for k in family.optional_sizes if config.get(k) is not None))
         if type(config[key]) is not int or not 1 <= config[key] <= most.get(key, MAX_SIZE)
     ]
