@@ -20,6 +20,7 @@ from bitsmoe_kernels.format.checkpoint import Checkpoint
 from offline_quant.config import QuantizeConfig
 from offline_quant.dequantize import dequantize_checkpoint
 from offline_quant.evaluate import evaluate as evaluate_model
+from offline_quant.hub import push as push_checkpoint
 from offline_quant.memory import parse_bytes
 from offline_quant.output import PAGE_FILE
 from offline_quant.pipeline import check_device, quantize_model, resolve_model
@@ -235,6 +236,19 @@ def dequantize(
     """Write an ordinary checkpoint with the same weights, for other engines."""
     dequantize_checkpoint(_existing(directory), out, getattr(torch, dtype.value))
     output.print(f"{out}: experts in {dtype.value}")
+
+
+@app.command()
+def push(
+    directory: Annotated[Path, typer.Argument(help="A bitsmoe checkpoint.")],
+    repo_id: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face Hub; made if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Only into a private repository.")] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, made if it does not exist. Default: main.", show_default=False)
+    ] = None,
+) -> None:
+    """Check a checkpoint in full, then upload it to the Hugging Face Hub."""
+    output.print(push_checkpoint(_existing(directory), repo_id, private, revision), soft_wrap=True)
 
 
 @app.command("eval")

@@ -29,7 +29,7 @@ class Float8Reader(ShardReader):
         block = quantization.get("weight_block_size")
         if not (isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)):
             raise BitsmoeError(
-                f"{directory}: is float8 with weight_block_size {block!r} (config.json); only blocks, such as "
+                f"{directory}: is float8 with weight_block_size {block!r:.80} (config.json); only blocks, such as "
                 "[128, 128], are read: quantize the 16-bit model instead"
             )
         super().__init__(directory)
@@ -59,5 +59,7 @@ class Float8Reader(ShardReader):
             return tensor
         scale = super().get(name + SCALE).float()
         for axis, block in enumerate(self.block):
-            scale = scale.repeat_interleave(block, axis)
-        return (tensor.float() * scale[: tensor.shape[0], : tensor.shape[1]]).bfloat16()
+            # Not by repeating: a block may be larger than the matrix, and then of any size.
+            size = tensor.shape[axis]
+            scale = scale.index_select(axis, torch.arange(size) // min(block, max(size, 1)))
+        return (tensor.float() * scale).bfloat16()

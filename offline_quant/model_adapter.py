@@ -13,6 +13,10 @@ from bitsmoe_kernels.format.families import MoEShape, moe_shape
 from bitsmoe_kernels.format.shards import ShardReader, read_json
 from bitsmoe_kernels.reference import LayerWeights
 from offline_quant.fp8 import Float8Reader
+from offline_quant.output import check_side_files
+
+MAX_FAULTS = 1_000
+"""Faults after which no more are looked for."""
 
 
 class WeightSource(Protocol):
@@ -41,6 +45,7 @@ class QuantizedModel:
         self.config = self.checkpoint.model_config
         self.shape = moe_shape(self.config, str(directory))
         self.tensors = self.checkpoint.tensors
+        check_side_files(directory)
         self._check_schema()
 
     def _check_schema(self) -> None:
@@ -50,6 +55,12 @@ class QuantizedModel:
         faults = [f"{p}: config.json has these experts, quantization_config does not" for p in expected - layers.keys()]
         faults += [
             f"{p}: quantization_config has these experts, config.json does not" for p in layers.keys() - expected
+        ]
+        quantized = self.checkpoint.config.tensor_specs()
+        faults += [
+            f"tensor {name} belongs to experts, but is not part of the schema"
+            for name in self.tensors
+            if s.is_expert_tensor(name) and name not in quantized
         ]
         for prefix, layer in layers.items():
             for name in ("num_experts", "hidden_size", "intermediate_size"):
@@ -87,10 +98,14 @@ class SourceModel:
         self.config = read_json(directory / "config.json")
         quantization = self.config.pop("quantization_config", None)
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        if method not in (None, "fp8"):
-            raise BitsmoeError(f"{directory}: is already quantized ({method}); quantize the 16-bit model instead")
+        if quantization is not None and not (isinstance(quantization, dict) and method in (None, "fp8")):
+            raise BitsmoeError(f"{directory}: is already quantized ({method!r:.80}); quantize the 16-bit model instead")
         self.shape = moe_shape(self.config, str(directory))
-        self.tensors = ShardReader(directory) if method is None else Float8Reader(directory, quantization)
+        check_side_files(directory)
+        if isinstance(quantization, dict) and method == "fp8":
+            self.tensors: ShardReader = Float8Reader(directory, quantization)
+        else:
+            self.tensors = ShardReader(directory)
         self._check_experts()
 
     def _fused_names(self, layer: int) -> tuple[str, str]:
@@ -100,14 +115,16 @@ class SourceModel:
     def _check_experts(self) -> None:
         s = self.shape
         E, H, I = s.num_experts, s.hidden_size, s.intermediate_size  # noqa: E741
-        faults = []
+        faults: list[str] = []
         for layer in s.layers:
+            if len(faults) > MAX_FAULTS:
+                break  # config.json may claim any number of layers and experts
             expected: dict[str, tuple[int, ...]] = {}
             gate_up, down = self._fused_names(layer)
             if gate_up in self.tensors:
                 expected = {gate_up: (E, 2 * I, H), down: (E, H, I)}
             else:
-                for e in range(E):
+                for e in range(min(E, len(self.tensors.specs) + 1)):
                     gate, up, down = s.expert_names(layer, e)
                     expected |= {gate: (I, H), up: (I, H), down: (H, I)}
             for name, shape in expected.items():
@@ -150,6 +167,8 @@ class SourceModel:
         faults = []
         for name in progress(list(self.tensors), "Checking weights"):
             tensor = self.tensors.get(name)
+            if tensor.is_floating_point() and tensor.itemsize == 1:
+                tensor = tensor.float()  # torch does not ask float8 whether it is finite
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 bad = int((~tensor.isfinite()).sum())
                 faults.append(f"tensor {name}: {bad} of {tensor.numel()} values are NaN or infinite")

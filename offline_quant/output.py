@@ -9,7 +9,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.errors import BitsmoeError, fault_list
+from bitsmoe_kernels.format.shards import file_fault
 
 REPORT_FILE = "bitsmoe_report.json"
 PAGE_FILE = "report.html"
@@ -18,7 +19,9 @@ SIDE_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.tiktoken", "*.model",
     "generation_config.json", "chat_template*", "*.jinja", "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
-"""What a checkpoint holds besides config.json and weights."""
+"""What a checkpoint holds besides config.json and weights, as the original has it."""
+CARD_FILE = "README.md"
+"""The Hub's model card: every checkpoint has its own, so none is carried over."""
 
 
 def check_output(out: Path, but: str = "") -> None:
@@ -95,8 +98,22 @@ def new_directory(out: Path) -> Iterator[Path]:
                     parent.rmdir()
 
 
+def side_files(source: Path) -> list[Path]:
+    """Tokenizer, generation config and chat template of a model, in order of names."""
+    return [p for p in sorted(source.iterdir()) if p.is_file() and any(p.match(pattern) for pattern in SIDE_FILES)]
+
+
+def check_side_files(source: Path) -> None:
+    """Refuse side files that are links out of the model's directory: they would be copied, and perhaps published.
+
+    Raises:
+        BitsmoeError: names all of them.
+    """
+    if faults := [fault for path in side_files(source) if (fault := file_fault(source, path.name))]:
+        raise BitsmoeError(fault_list(f"{source}: files that must not be copied", faults))
+
+
 def copy_side_files(source: Path, out: Path) -> None:
-    """Carry over tokenizer, generation config and chat template."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and any(path.match(pattern) for pattern in SIDE_FILES):
-            shutil.copyfile(path, out / path.name)
+    """Carry over what belongs to the model whatever its weights are."""
+    for path in side_files(source):
+        shutil.copyfile(path, out / path.name)

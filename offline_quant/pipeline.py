@@ -27,11 +27,13 @@ from offline_quant.calibration import (
     window_length,
 )
 from offline_quant.config import QuantizeConfig
+from offline_quant.hub import write_card
 from offline_quant.layer import LayerQuantizer, budget_bits, forms_of, passes, schema_of
 from offline_quant.memory import SHARD_BYTES, Needs, check_memory, needs
 from offline_quant.model_adapter import SourceModel
 from offline_quant.objectives import OBJECTIVES
 from offline_quant.output import (
+    CARD_FILE,
     PAGE_FILE,
     REPORT_FILE,
     SIDE_FILES,
@@ -90,7 +92,7 @@ def resolve_model(name: str) -> Path:
 
     errors: tuple[type[Exception], ...] = (*NETWORK_ERRORS, HFValidationError, LocalEntryNotFoundError)
     try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors*", *SIDE_FILES]))
+        return Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors*", CARD_FILE, *SIDE_FILES]))
     except errors as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise BitsmoeError(f"{name}: no such directory, and the Hub does not give it ({reason})") from None
@@ -199,6 +201,7 @@ def quantize_model(
         result.mkdir()
         if not plan_only:
             run.finish(result, layers, record)
+            write_card(result, model, source.directory, report)
         (result / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         clock.lap("write")
         write_page(result / PAGE_FILE, report, run.pictures, clock.laps, clock.peaks)

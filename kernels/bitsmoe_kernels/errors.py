@@ -2,6 +2,9 @@
 
 from collections.abc import Iterable
 
+MAX_LINE = 600
+"""Characters of one fault that are shown."""
+
 
 class BitsmoeError(Exception):
     """A fault the user can mend. The message names the file, tensor or option, the values, and the remedy.
@@ -25,7 +28,7 @@ class FormatError(BitsmoeError):
         shown = self.faults[: self.MAX_SHOWN]
         lines = [
             f"{subject}: not a valid bitsmoe checkpoint, {len(self.faults)} fault(s):",
-            *(f"  - {f}" for f in shown),
+            *(f"  - {_shown(f)}" for f in shown),
         ]
         if len(self.faults) > len(shown):
             lines.append(f"  ... and {len(self.faults) - len(shown)} more")
@@ -35,4 +38,10 @@ class FormatError(BitsmoeError):
 def fault_list(title: str, faults: list[str], shown: int = 12) -> str:
     """A message with one line for each fault, the first `shown` of them."""
     more = [f"... and {len(faults) - shown} more"] if len(faults) > shown else []
-    return "\n".join([f"{title}:", *(f"  - {f}" for f in faults[:shown]), *(f"  {m}" for m in more)])
+    return "\n".join([f"{title}:", *(f"  - {_shown(f)}" for f in faults[:shown]), *(f"  {m}" for m in more)])
+
+
+def _shown(fault: str) -> str:
+    """A fault as a terminal can take it: names come from files, where they may be of any length and hold anything."""
+    cut = fault if len(fault) <= MAX_LINE else f"{fault[:MAX_LINE]}..."
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)

@@ -14,6 +14,7 @@ from bitsmoe_kernels.errors import BitsmoeError, FormatError
 from bitsmoe_kernels.format.checkpoint import Checkpoint, is_bitsmoe
 from bitsmoe_kernels.format.shards import INDEX_FILE, SINGLE_FILE, ShardReader, ShardWriter
 from builders import FORMS, TINY_MOE, MadeLayer, build_form, write_checkpoint, write_tiny_qwen3_moe
+from offline_quant.model_adapter import QuantizedModel, open_model
 
 A, B = "model.layers.0.mlp.experts", "model.layers.1.mlp.experts"
 
@@ -179,3 +180,29 @@ def test_every_damaged_header_byte_raises_nothing_but_our_error(directory: Path,
         except BitsmoeError:
             refused += 1
     assert refused > 0.9 * len(positions)
+
+
+def test_experts_stored_twice_are_not_dequantized(tmp_path: Path) -> None:
+    """Quantized and whole: the copy of the whole one would take the place of what was dequantized, or not."""
+    write_tiny_qwen3_moe(tmp_path)
+    name = f"{A}.1.up_proj.weight"
+    edit_tensors(tmp_path, lambda t: t.update({name: torch.zeros(40, 64)}))
+    Checkpoint(tmp_path).check()
+    with pytest.raises(FormatError, match=f"tensor {name} belongs to experts, but is not part of the schema"):
+        QuantizedModel(tmp_path)
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_side_files_that_lead_elsewhere(quantized: bool, tmp_path: Path) -> None:
+    """They would be copied into the result, and perhaps published with it."""
+    directory = tmp_path / "model"
+    if quantized:
+        write_tiny_qwen3_moe(directory)
+    else:
+        shutil.copytree(TINY_MOE, directory)
+    (tmp_path / "secret").write_text("secret")
+    for name in ("merges.txt", "tokenizer.json"):
+        (directory / name).unlink(missing_ok=True)
+        (directory / name).symlink_to("../secret")
+    with pytest.raises(BitsmoeError, match=r"merges\.txt is a link to .*secret(.|\n)*tokenizer\.json is a link"):
+        open_model(directory)

@@ -111,6 +111,29 @@ def model(tmp_path, source):
     return shutil.copytree(source, tmp_path / "model")
 
 
+def test_a_checkpoint_has_a_model_card(quantized, source, text):
+    card = (quantized / "README.md").read_text()
+    report = json.loads((quantized / "bitsmoe_report.json").read_text())
+    assert card.startswith("---\nlibrary_name: vllm\n")
+    assert f"| original model | `{source.name}` |" in card
+    assert f"counted | {report['bpw']:.4f} |" in card
+    for row in report["layers"]:
+        assert f"| `{row['layer']}` | {row['basis']} | {row['bpw']:.4f} |" in card
+    assert f"| calib | `{text.name}` |" in card
+    for path in (source.parent, text.parent, quantized.parent):
+        assert str(path) not in card
+        assert path.name not in card
+
+
+def test_push(quantized, tmp_path, monkeypatch):
+    """What it does is in test_hub.py; here the command."""
+    monkeypatch.setenv("HF_TOKEN", "x")
+    refused("push", tmp_path / "no", "me/model", message="no such directory")
+    refused("push", quantized, "me/--x", "--private", "--revision", "r", message="cannot be a repository's name")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused("push", quantized, "me/model", message="me/model: the Hub cannot be reached")
+
+
 def test_checkpoint_is_whole_and_valid(quantized, source):
     checkpoint = Checkpoint(quantized)
     checkpoint.check()

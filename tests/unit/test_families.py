@@ -14,6 +14,7 @@ from builders import REPO
 from families import CONFIGS, make_model, to_float8
 from offline_quant.config import QuantizeConfig
 from offline_quant.dequantize import dequantize_checkpoint
+from offline_quant.fp8 import Float8Reader
 from offline_quant.model_adapter import SourceModel, WeightSource, open_model
 from offline_quant.pipeline import quantize_model
 from offline_quant.streaming import StreamedModel
@@ -114,6 +115,84 @@ def test_float8_without_blocks_is_refused(tmp_path: Path) -> None:
     (model / "config.json").write_text(json.dumps(config))
     with pytest.raises(BitsmoeError, match="weight_block_size None"):
         SourceModel(model)
+
+
+@pytest.mark.parametrize("quantization", ["fp8", ["fp8"], 8, True])
+def test_a_quantization_config_that_is_none(quantization: object, tmp_path: Path) -> None:
+    model = make_model("OlmoeForCausalLM", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {"quantization_config": quantization}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BitsmoeError, match="is already quantized"):
+        SourceModel(model)
+
+
+@pytest.mark.parametrize("block", [[64, 64], [2**70, 64], [2**40, 2**40]])
+def test_float8_blocks_larger_than_the_matrix(block: list[int], tmp_path: Path) -> None:
+    """One factor for all: nothing of the block's size may be made."""
+    weight = torch.arange(6.0).view(2, 3)
+    tensors = {"w": weight.to(torch.float8_e4m3fn), "w_scale_inv": torch.full((1, 1), 0.5)}
+    tensors |= {"empty": torch.empty(0, 3).to(torch.float8_e4m3fn), "empty_scale_inv": torch.empty(0, 1)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    reader = Float8Reader(tmp_path, {"weight_block_size": block})
+    assert torch.equal(reader.get("w"), (weight / 2).bfloat16())
+    assert reader.get("empty").shape == (0, 3)
+
+
+@pytest.mark.parametrize(("value", "fine"), [(448.0, True), (float("nan"), False)])
+def test_float8_outside_the_experts_is_looked_at(value: float, fine: bool, tmp_path: Path) -> None:
+    model = make_model("OlmoeForCausalLM", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] = torch.full((64,), value).to(torch.float8_e4m3fn)
+    save_file(tensors, model / "model.safetensors")
+    source = SourceModel(model)
+    if fine:
+        source.check_finite(lambda names, _: names)
+    else:
+        with pytest.raises(BitsmoeError, match=r"model\.norm\.weight: 64 of 64 values are NaN"):
+            source.check_finite(lambda names, _: names)
+
+
+DEEPSEEK = {
+    "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "hidden_act": "silu", "hidden_size": 8,
+    "num_hidden_layers": 2, "vocab_size": 9, "moe_intermediate_size": 4, "n_routed_experts": 6,
+}  # fmt: skip
+QWEN = DEEPSEEK | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (QWEN | {"mlp_only_layers": 3}, "mlp_only_layers is 3, but must be a list of layer numbers"),
+        (QWEN | {"mlp_only_layers": [[0]]}, "mlp_only_layers is .*list of layer numbers"),
+        (QWEN | {"mlp_only_layers": "0"}, "mlp_only_layers is '0', but must be a list"),
+        (QWEN | {"decoder_sparse_step": 0}, "decoder_sparse_step is 0, but must be a whole number above 0"),
+        (QWEN | {"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000, but must be .* at most 10000"),
+        (QWEN | {"n_routed_experts": 2**31}, "n_routed_experts is 2147483648, but must be a whole number"),
+        (QWEN | {"hidden_size": True}, "hidden_size is True, but must be a whole number"),
+        (DEEPSEEK | {"first_k_dense_replace": "1"}, "first_k_dense_replace is '1', but must be a whole number, 0 or"),
+        (DEEPSEEK | {"first_k_dense_replace": -1}, "first_k_dense_replace is -1, but must be"),
+        (DEEPSEEK | {"first_k_dense_replace": 2}, "no Mixture-of-Experts layers"),
+        (DEEPSEEK | {"architectures": ["x" * 10**5]}, "architecture .{200} is not supported"),
+    ],
+)
+def test_a_config_that_cannot_be_right(config: dict[str, object], said: str) -> None:
+    with pytest.raises(BitsmoeError, match=said):
+        moe_shape(config, "here")
+
+
+def test_null_means_left_out() -> None:
+    nothing = {"mlp_only_layers": None, "decoder_sparse_step": None, "first_k_dense_replace": None}
+    assert moe_shape(QWEN | nothing, "here").layers == (0, 1)
+    assert moe_shape(DEEPSEEK | nothing, "here").layers == (0, 1)
+
+
+def test_more_experts_than_any_file_holds(tmp_path: Path) -> None:
+    """config.json is not believed: no list of all that is missing, layers times experts long."""
+    config = QWEN | {"num_hidden_layers": 10_000, "n_routed_experts": 2**31 - 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"model.norm.weight": torch.ones(8)}, tmp_path / "model.safetensors")
+    with pytest.raises(BitsmoeError, match=r"layers\.0\.mlp\.experts\.0\.gate_proj\.weight is missing"):
+        SourceModel(tmp_path)
 
 
 def test_the_number_of_experts_may_have_another_familys_name() -> None:

@@ -98,11 +98,13 @@ BAD_VALUES: list[tuple[tuple[str, ...], Any]] = [
     (("layers", PREFIX, "num_experts"), 0),
     (("layers", PREFIX, "num_experts"), 4.0),
     (("layers", PREFIX, "hidden_size"), -1),
+    (("layers", PREFIX, "hidden_size"), 2**31),
     (("layers", PREFIX, "intermediate_size"), True),
     (("layers", PREFIX, "projections"), None),
     (("layers", PREFIX, "projections", "down", "component_axis"), "left"),
     (("layers", PREFIX, "projections", "down", "order"), "sorted"),
     (("layers", PREFIX, "projections", "down", "code_rows"), -1),
+    (("layers", PREFIX, "projections", "down", "code_rows"), 10**70),
     (("layers", PREFIX, "projections", "down", "kept_experts"), ["1"]),
     (("layers", PREFIX, "projections", "down", "kept_dtype"), "float32"),
     (("layers", PREFIX, "projections", "down", "lowrank_total"), -1),
@@ -129,7 +131,7 @@ def test_a_bad_value_is_named(path: tuple[str, ...], value: Any) -> None:
 
 def test_all_faults_at_once() -> None:
     data = dumped()
-    planted = [*BAD_VALUES[1:2], *BAD_VALUES[11:12], *BAD_VALUES[16:]]
+    planted = [*BAD_VALUES[1:2], *BAD_VALUES[11:12], *BAD_VALUES[18:]]
     for path, value in planted:
         plant(data, path, value)
     data["surprise"] = 1
@@ -278,3 +280,22 @@ def test_parts_are_told_apart_by_suffix() -> None:
 def test_spec_prints_dtype_and_shape() -> None:
     assert str(TensorSpec(torch.int16, (3, 4))) == "int16[3, 4]"
     assert TensorSpec(torch.int16, (3, 4)).nbytes == 24
+
+
+def test_the_largest_sizes_can_be_counted() -> None:
+    """In floats, whose range ends: bytes and bits per weight of every schema that is accepted."""
+    data = dumped()
+    most = 2**31 - 1
+    for at in (("num_experts",), ("hidden_size",), ("intermediate_size",), ("projections", "down", "code_rows")):
+        plant(data, ("layers", PREFIX, *at), most)
+    plant(data, ("layers", PREFIX, "projections", "gate_up", "basis", "rank"), most)
+    assert CheckpointConfig.parse(data).all_in_bpw() > 0
+
+
+def test_a_long_value_is_cut() -> None:
+    data = dumped()
+    plant(data, ("layers", PREFIX, "hidden_size"), "9" * 100_000)
+    plant(data, ("layers", PREFIX, "x" * 100_000), 1)
+    with pytest.raises(FormatError) as e:
+        CheckpointConfig.parse(data)
+    assert len(str(e.value)) < 3_000

@@ -1,6 +1,7 @@
 """safetensors files: shards, index, damage."""
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.schema import TensorSpec
-from bitsmoe_kernels.format.shards import INDEX_FILE, SINGLE_FILE, ShardReader, ShardWriter, read_json
+from bitsmoe_kernels.format.shards import INDEX_FILE, SINGLE_FILE, ShardReader, ShardWriter, read_index, read_json
 
 
 def tensors() -> dict[str, Tensor]:
@@ -211,3 +212,149 @@ def test_json_that_is_not_there(tmp_path: Path) -> None:
         read_json(tmp_path / "config.json")
     with pytest.raises(BitsmoeError, match="cannot be read as JSON"):
         read_json(tmp_path)
+
+
+def write_raw(directory: Path, header: dict[str, object], data: bytes = b"") -> None:
+    raw = json.dumps(header).encode()
+    (directory / SINGLE_FILE).write_bytes(struct.pack("<Q", len(raw)) + raw + data)
+
+
+@pytest.mark.parametrize("shape", [[0, 2**63], [2**64 - 1, 0], [0, 2**32, 2**31], [1] * 65])
+def test_a_shape_torch_cannot_hold(tmp_path: Path, shape: list[int]) -> None:
+    size = 0 if 0 in shape else 4
+    write_raw(tmp_path, {"odd": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}, b"\0" * size)
+    assert "tensor odd has shape [" in error(tmp_path)
+    assert "more than torch can hold" in error(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [[0, 2**63 - 1], [1] * 64])
+def test_the_largest_shape_torch_can_hold(tmp_path: Path, shape: list[int]) -> None:
+    size = 0 if 0 in shape else 4
+    write_raw(tmp_path, {"odd": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}, b"\0" * size)
+    assert list(ShardReader(tmp_path).get("odd").isfinite().shape) == shape
+
+
+OFFSETS = [
+    (0, 8, 4), (4, 8, 4), (2**63, 2**63 + 4, 4), (2**64 - 4, 0, 4), (0, 4, 8), (4, 0, 4), (-4, 0, 4), (0, 2**64 + 4, 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("begin", "end", "length"), OFFSETS)
+def test_offsets_beyond_the_file(tmp_path: Path, begin: int, end: int, length: int) -> None:
+    write_raw(tmp_path, {"x": {"dtype": "F32", "shape": [1], "data_offsets": [begin, end]}}, b"\0" * length)
+    assert "is truncated or damaged" in error(tmp_path)
+
+
+def test_a_tensor_in_two_files(tmp_path: Path) -> None:
+    write(tmp_path, 1000)
+    first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
+    save_file({"t0": torch.zeros(1), "t1": torch.zeros(2), "t2": torch.zeros(3)}, second)
+    assert f"tensor t0 is in {first.name} and in {second.name}" in error(tmp_path)
+
+
+def test_links_out_of_the_checkpoint(tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoint"
+    write(directory)
+    outside = tmp_path / "private.safetensors"
+    (directory / SINGLE_FILE).rename(outside)
+    (directory / SINGLE_FILE).symlink_to("../private.safetensors")
+    assert f"{SINGLE_FILE} is a link to {outside}, outside the checkpoint: put the file itself there" in error(
+        directory
+    )
+    (directory / "config.json").symlink_to("../private.json")
+    (tmp_path / "private.json").write_text("{}")
+    with pytest.raises(BitsmoeError, match=r"config\.json is a link to .*private\.json, outside"):
+        read_json(directory / "config.json")
+
+
+def test_links_within_the_checkpoint_and_to_it(tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoint"
+    made = write(directory)
+    (directory / "data").mkdir()
+    (directory / SINGLE_FILE).rename(directory / "data" / "weights")
+    (directory / SINGLE_FILE).symlink_to("data/weights")
+    (tmp_path / "name").symlink_to(directory)
+    assert torch.equal(ShardReader(tmp_path / "name").get("t0"), made["t0"])
+
+
+def test_links_of_the_hub_cache(tmp_path: Path) -> None:
+    repository = tmp_path / "models--a--b"
+    snapshot = repository / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    made = write(snapshot)
+    (repository / "blobs").mkdir()
+    (snapshot / SINGLE_FILE).rename(repository / "blobs" / "f00d")
+    (snapshot / SINGLE_FILE).symlink_to("../../blobs/f00d")
+    assert torch.equal(ShardReader(snapshot).get("t0"), made["t0"])
+    other = tmp_path / "models--a--c" / "blobs"
+    other.mkdir(parents=True)
+    (repository / "blobs" / "f00d").rename(other / "f00d")
+    (snapshot / SINGLE_FILE).unlink()
+    (snapshot / SINGLE_FILE).symlink_to("../../../models--a--c/blobs/f00d")
+    assert "outside the checkpoint" in error(snapshot)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "directory", "device", "circle"])
+@pytest.mark.parametrize("name", [SINGLE_FILE, INDEX_FILE])
+def test_what_is_no_regular_file(tmp_path: Path, kind: str, name: str) -> None:
+    """Opening a pipe would wait for ever."""
+    path = tmp_path / name
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else name)
+    said = "cannot be opened" if kind == "circle" else "is no regular file"
+    if (kind, name) == ("circle", SINGLE_FILE):
+        said = "holds neither"
+    assert said in error(tmp_path)
+
+
+def test_an_index_that_is_a_dangling_link(tmp_path: Path) -> None:
+    """Not the same as none: its tensors might be in other files."""
+    write(tmp_path)
+    (tmp_path / INDEX_FILE).symlink_to("nowhere")
+    with pytest.raises(BitsmoeError, match="is missing"):
+        read_index(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["a\0b", "a" * 300, "a" * 5000])
+def test_names_no_file_can_have(tmp_path: Path, file: str) -> None:
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"t": file}}))
+    assert "cannot be opened" in error(tmp_path)
+    assert len(error(tmp_path)) < 1000
+
+
+def test_far_too_many_missing_files(tmp_path: Path) -> None:
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {f"t{i}": f"{i}.safetensors" for i in range(3000)}}))
+    assert "... and 2980 more" in error(tmp_path)
+    assert len(error(tmp_path)) < 5000
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "too deep"),
+        ('{"a": ' + "[" * 200 + "]" * 200 + "}", "more than 100 deep"),
+        ('{"a": {"\\ud800": 1}}', "surrogates not allowed"),
+        ('{"a": "\\udfff"}', "surrogates not allowed"),
+        ('{"a": ' + "9" * 5000 + "}", "integer"),
+    ],
+)
+def test_json_no_reader_can_use(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / INDEX_FILE).write_text(text)
+    with pytest.raises(BitsmoeError, match=said):
+        read_json(tmp_path / INDEX_FILE)
+
+
+def test_json_as_deep_as_allowed(tmp_path: Path) -> None:
+    (tmp_path / INDEX_FILE).write_text('{"a": ' + "[" * 99 + "]" * 99 + ', "\\ud83d\\ude00": 1}')
+    assert list(read_json(tmp_path / INDEX_FILE)) == ["a", "\N{GRINNING FACE}"]
+
+
+def test_names_are_shown_as_a_terminal_can_take_them(tmp_path: Path) -> None:
+    write_raw(tmp_path, {"\x1b[2J" + "n" * 5000: {"dtype": "F8_E8M0", "shape": [1], "data_offsets": [0, 1]}}, b"\0")
+    message = error(tmp_path)
+    assert "tensor \\x1b[2Jnnn" in message
+    assert len(message) < 1000

@@ -29,7 +29,7 @@ class Checkpoint:
         if not isinstance(data, dict) or data.get("quant_method") != QUANT_METHOD:
             method = data.get("quant_method") if isinstance(data, dict) else None
             raise BitsmoeError(
-                f"{directory / 'config.json'}: quant_method is {method!r}, expected {QUANT_METHOD!r}: "
+                f"{directory / 'config.json'}: quant_method is {method!r:.80}, expected {QUANT_METHOD!r}: "
                 "make a checkpoint with `bitsmoe quantize`"
             )
         self.config = CheckpointConfig.parse(data, str(directory / "config.json"))

@@ -16,9 +16,13 @@ EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Names of the number of routed experts in config.json; a config without any is no MoE model."""
 
 
+MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1
+"""Beyond any model. Sizes are met by tensors or refused, but layers and experts are counted through before that."""
+
+
 def _qwen_layers(config: dict[str, Any]) -> list[int]:
-    step = config.get("decoder_sparse_step", 1)
-    dense = set(config.get("mlp_only_layers") or [])
+    step = config.get("decoder_sparse_step") or 1
+    dense = config.get("mlp_only_layers") or []
     return [i for i in range(config["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0]
 
 
@@ -27,7 +31,7 @@ def _all_layers(config: dict[str, Any]) -> list[int]:
 
 
 def _after_the_first(config: dict[str, Any]) -> list[int]:
-    return list(range(config.get("first_k_dense_replace", 0), config["num_hidden_layers"]))
+    return list(range(config.get("first_k_dense_replace") or 0, config["num_hidden_layers"]))
 
 
 @dataclass(frozen=True)
@@ -185,24 +189,31 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
     named = [a for a in architectures if isinstance(a, str)] if isinstance(architectures, list) else []
     family = next((FAMILIES[a] for a in named if a in FAMILIES), None)
     if family is None:
-        known = ", ".join(sorted(FAMILIES))
+        known, shown = ", ".join(sorted(FAMILIES)), f"{named!s:.200}"
         if not any(k for k in config if "expert" in k):
             raise BitsmoeError(
-                f"{subject}: {named or 'a config without architectures'} is not a Mixture-of-Experts model (its config "
-                f"names no experts); bitsmoe quantizes routed experts only. Supported: {known}"
+                f"{subject}: {shown if named else 'a config without architectures'} is not a Mixture-of-Experts model "
+                f"(its config names no experts); bitsmoe quantizes routed experts only. Supported: {known}"
             )
         why = "".join(f" ({REFUSED[a]})" for a in named if a in REFUSED)
-        raise BitsmoeError(f"{subject}: architecture {named} is not supported{why}. Supported: {known}")
+        raise BitsmoeError(f"{subject}: architecture {shown} is not supported{why}. Supported: {known}")
     # transformers 5 may save the number of experts under another family's name.
     counts = [k for k in EXPERT_COUNT_KEYS if k in config] or [family.num_experts_key]
     sizes = (*counts, family.intermediate_size_key, "hidden_size", "num_hidden_layers", "vocab_size")
     if missing := [k for k in (*sizes, "hidden_act", "model_type") if k not in config]:
         raise BitsmoeError(f"{subject}: config.json lacks {missing}")
+    most = {"num_hidden_layers": MAX_LAYERS}
     faults = [
-        f"{key} is {config[key]!r}, but must be a whole number above 0"
+        f"{key} is {config[key]!r:.80}, but must be a whole number above 0, at most {most.get(key, MAX_SIZE)}"
         for key in (*sizes, *(k for k in family.optional_sizes if config.get(k) is not None))
-        if type(config[key]) is not int or config[key] < 1
+        if type(config[key]) is not int or not 1 <= config[key] <= most.get(key, MAX_SIZE)
     ]
+    dense = config.get("mlp_only_layers")
+    if dense is not None and not (isinstance(dense, list) and all(type(i) is int for i in dense)):
+        faults.append(f"mlp_only_layers is {dense!r:.80}, but must be a list of layer numbers")
+    first = config.get("first_k_dense_replace")
+    if first is not None and (type(first) is not int or first < 0):
+        faults.append(f"first_k_dense_replace is {first!r:.80}, but must be a whole number, 0 or more")
     if config["model_type"] != family.model_type:
         faults.append(f"model_type is {config['model_type']!r}, but {family.architecture} has {family.model_type!r}")
     if config["hidden_act"] != "silu":

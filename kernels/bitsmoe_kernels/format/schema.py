@@ -70,6 +70,12 @@ class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+MAX_INTEGER = 2**31 - 1
+"""Of a schema; with it no count of bytes or bits is beyond a float."""
+Size = Annotated[int, Field(ge=1, le=MAX_INTEGER)]
+Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
+
+
 class Basis(_Model):
     """A basis shared by all experts of a layer, on the component side of a projection.
 
@@ -77,7 +83,7 @@ class Basis(_Model):
     y = basis.T @ z.
     """
 
-    rank: int = Field(ge=1)
+    rank: Size
     bits: Annotated[Literal[8, 16], BeforeValidator(_json_integer)]
     """16: float16 rows. 8: int8 rows with one float32 scale each."""
 
@@ -90,12 +96,12 @@ class Projection(_Model):
     basis: Basis | None = None
     order: Literal["none", "shared", "expert"] = "none"
     """Which component each stored row is: the identity, one permutation for the layer, or one for each expert."""
-    code_rows: int = Field(ge=0)
+    code_rows: Count
     """Rows of `codes`: the sum of all block bits over the layer's experts."""
     kept_experts: tuple[int, ...] = ()
     """Experts stored whole at 16 bits; their block bits are all zero."""
     kept_dtype: Literal["bfloat16", "float16"] = "bfloat16"
-    lowrank_total: int = Field(default=0, ge=0)
+    lowrank_total: Count = 0
     """Ranks of the low-rank compensators, summed over experts; 0: none."""
 
     @model_validator(mode="before")
@@ -110,9 +116,9 @@ class Projection(_Model):
 class Layer(_Model):
     """The routed experts of one MoE layer."""
 
-    num_experts: int = Field(ge=1)
-    hidden_size: int = Field(ge=1)
-    intermediate_size: int = Field(ge=1)
+    num_experts: Size
+    hidden_size: Size
+    intermediate_size: Size
     projections: dict[ProjectionName, Projection]
 
     @model_validator(mode="after")
@@ -274,5 +280,5 @@ class CheckpointConfig(_Model):
 def _pydantic_fault(err: Any) -> str:
     where = ".".join(str(x) for x in err["loc"]) or "quantization_config"
     message = err["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(err["input"], dict) else f" (found {err['input']!r})"
+    shown = "" if isinstance(err["input"], dict) else f" (found {err['input']!r:.80})"
     return f"{where}: {message}{shown}"

@@ -1,6 +1,7 @@
 """safetensors checkpoints in Hugging Face layout: one file, or shards with `model.safetensors.index.json`."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.schema import TensorSpec
 
 SINGLE_FILE = "model.safetensors"
@@ -27,19 +28,66 @@ _DTYPES = {
 }  # fmt: skip
 
 
+MAX_STRIDE, MAX_DIMENSIONS = 2**63 - 1, 64
+"""What torch can compute with. A shape with a 0 in it may claim any size, one of ones any number of dimensions."""
+MAX_DEPTH = 100
+"""Of values within values in JSON."""
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        BitsmoeError: no such file, or no JSON object in it.
+        BitsmoeError: no such file (see `file_fault`), or no JSON object in it.
     """
     try:
+        if fault := file_fault(path.parent, path.name):
+            raise OSError(fault)
         data = json.loads(path.read_text(encoding="utf-8"))
+        # A lone half of a surrogate pair, which JSON can name, fits no file name and no terminal.
+        json.dumps(data, ensure_ascii=False).encode()
     except (OSError, ValueError) as e:
         raise BitsmoeError(f"{path}: cannot be read as JSON ({e})") from None
+    except RecursionError:
+        raise BitsmoeError(f"{path}: cannot be read as JSON (values within values, too deep)") from None
     if not isinstance(data, dict):
         raise BitsmoeError(f"{path}: holds {type(data).__name__}, expected a JSON object")
+    if _depth(data) > MAX_DEPTH:
+        raise BitsmoeError(f"{path}: holds values within values more than {MAX_DEPTH} deep, which no config does")
     return data
+
+
+def _depth(data: Any) -> int:
+    """Levels of a JSON value, without recursion; not counted far beyond `MAX_DEPTH`."""
+    level, depth = [data], 0
+    while level and depth <= MAX_DEPTH:
+        inner = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)]
+        level, depth = [value for values in inner for value in values], depth + 1
+    return depth
+
+
+def file_fault(directory: Path, name: str) -> str | None:
+    """Why a file of a checkpoint must not be read; None if it may.
+
+    A link that leads out of the directory is refused: whoever made the directory would choose what of this machine is
+    read, and perhaps published with the result. The Hub's cache, which consists of such links, is an exception.
+
+    Args:
+        directory: the checkpoint.
+        name: of a file in it.
+    """
+    try:
+        real, here = (directory / name).resolve(strict=True), directory.resolve()
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except (OSError, RuntimeError, ValueError) as e:  # links in a circle, names no file system takes
+        return f"{name!r:.80} cannot be opened ({type(e).__name__})"
+    if not real.is_file():
+        return f"{name} is no regular file"
+    cache = [here.parent.parent / "blobs"] if here.parent.name == "snapshots" else []
+    if not any(real.is_relative_to(place) for place in (here, *cache)):
+        return f"{name} is a link to {real}, outside the checkpoint: put the file itself there"
+    return None
 
 
 def umask() -> int:
@@ -56,14 +104,14 @@ def read_index(directory: Path) -> dict[str, str] | None:
         BitsmoeError: not such a mapping, or one that leads out of the directory.
     """
     index = directory / INDEX_FILE
-    if not index.exists():
+    if not os.path.lexists(index):
         return None
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
         raise BitsmoeError(f"{index}: has no `weight_map` from tensor names to files")
     outside = sorted({f for f in weight_map.values() if os.path.basename(f) != f or f in ("", ".", "..")})
     if outside:
-        raise BitsmoeError(f"{index}: names files outside the checkpoint: {outside[:3]}")
+        raise BitsmoeError(f"{index}: names files outside the checkpoint: {[f[:80] for f in outside[:3]]}")
     return weight_map
 
 
@@ -87,6 +135,10 @@ class ShardReader:
         self._open: dict[str, Any] = {}
         self._mapped = 0
         for file in files:
+            if fault := file_fault(directory, file):
+                named = f", though {INDEX_FILE} names it: download it again" if fault.endswith("missing") else ""
+                faults.append(fault + named)
+                continue
             try:
                 handle = safe_open(str(directory / file), framework="pt")
                 for name in handle.keys():  # noqa: SIM118 - not a dict
@@ -95,10 +147,14 @@ class ShardReader:
                     if dtype is None:
                         faults.append(f"{file}: tensor {name} has dtype {view.get_dtype()}, which is not supported")
                         continue
-                    self.specs[name] = TensorSpec(dtype, tuple(view.get_shape()))
+                    shape = view.get_shape()
+                    if len(shape) > MAX_DIMENSIONS or math.prod(max(d, 1) for d in shape) > MAX_STRIDE:
+                        faults.append(f"{file}: tensor {name} has shape {shape}, more than torch can hold")
+                        continue
+                    if name in self._file_of:
+                        faults.append(f"tensor {name} is in {self._file_of[name]} and in {file}")
+                    self.specs[name] = TensorSpec(dtype, tuple(shape))
                     self._file_of[name] = file
-            except FileNotFoundError:
-                faults.append(f"{file} is missing, though {INDEX_FILE} names it: download it again")
             except (SafetensorError, OSError) as e:
                 size = (directory / file).stat().st_size
                 faults.append(f"{file} ({size} bytes) is truncated or damaged ({e}): download it again")
@@ -107,9 +163,12 @@ class ShardReader:
                 if self._file_of.get(name) != file:
                     faults.append(f"{file} does not hold tensor {name}, though {INDEX_FILE} says so")
         if faults:
-            raise BitsmoeError(
-                "\n".join([f"{directory}: the checkpoint is not complete:", *(f"  - {f}" for f in faults)])
-            )
+            raise BitsmoeError(fault_list(f"{directory}: the checkpoint is not complete", faults, shown=20))
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the safetensors files."""
+        return list(self._open)
 
     def __contains__(self, name: object) -> bool:
         return name in self.specs

@@ -1,0 +1,262 @@
+"""The Hugging Face Hub: the model card that lies in every checkpoint, and `bitsmoe push`."""
+
+import glob
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from bitsmoe_kernels.errors import BitsmoeError, fault_list
+from bitsmoe_kernels.format.checkpoint import Checkpoint
+from bitsmoe_kernels.format.shards import INDEX_FILE, file_fault
+from offline_quant.calibration import NETWORK_ERRORS
+from offline_quant.model_adapter import QuantizedModel
+from offline_quant.output import CARD_FILE, PAGE_FILE, REPORT_FILE, side_files
+
+LIBRARY, PIPELINE, TAGS = "vllm", "text-generation", ["bitsmoe", "mixture-of-experts", "quantized"]
+"""What the Hub's pages and searches go by."""
+_REPLACED = ["*.safetensors", INDEX_FILE]
+"""Files of an earlier push that go where the new one has none of that name: an index left over would be believed."""
+
+
+def base_model(model: str, directory: Path) -> tuple[str | None, str]:
+    """The Hub name of a model, if it has one, and the name to show: of a local directory the last part only.
+
+    Args:
+        model: as the user named it.
+        directory: where it is; a snapshot in the Hub's cache tells the name.
+    """
+    if not Path(model).is_dir():
+        return model, model
+    here = directory.resolve()
+    cache, _, name = here.parent.parent.name.partition("--")
+    if here.parent.name == "snapshots" and cache == "models" and name:
+        return name.replace("--", "/"), name.replace("--", "/")
+    return None, here.name
+
+
+def source_license(source: Path, base: str | None) -> dict[str, Any]:
+    """`license`, `license_name` and `license_link` of a model's own card; empty without one that can be read.
+
+    Args:
+        source: the model's directory.
+        base: its Hub name, to which a link to a file of it is completed; without one such a link is left out.
+    """
+    if file_fault(source, CARD_FILE):
+        return {}
+    try:
+        card = ModelCard((source / CARD_FILE).read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    found = {k: v for k in ("license", "license_name", "license_link") if (v := card.data.get(k)) is not None}
+    link = found.get("license_link")
+    if isinstance(link, str) and not link.startswith(("https://", "http://")):
+        if base is None:
+            del found["license_link"]
+        else:
+            found["license_link"] = f"https://huggingface.co/{base}/blob/main/{link.removeprefix('./')}"
+    return found
+
+
+def write_card(directory: Path, model: str, source: Path, report: dict[str, Any]) -> None:
+    """Write the model card of a finished checkpoint. Equal inputs give equal bytes: no dates, hosts or paths.
+
+    Args:
+        directory: the checkpoint.
+        model: the original, as the user named it.
+        source: its directory.
+        report: see `report.model_report`.
+    """
+    base, name = base_model(model, source)
+    checkpoint = Checkpoint(directory)
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation="quantized" if base else None,
+        library_name=LIBRARY,
+        pipeline_tag=PIPELINE,
+        tags=TAGS,
+        **source_license(source, base),
+    )
+    total = sum(spec.nbytes for spec in checkpoint.tensors.specs.values())
+    text = "\n".join(
+        [
+            *_head(name, base, report, total),
+            *_serving(checkpoint.config.tool_version),
+            *_layers(report),
+            *_making(name, report, checkpoint),
+        ]
+    )
+    (directory / CARD_FILE).write_text(f"---\n{data.to_yaml()}\n---\n\n{text}\n", encoding="utf-8")
+
+
+def _code(value: object) -> str:
+    """As code within a table's cell; names of files and directories may hold anything."""
+    shown = "".join(c if c.isprintable() else " " for c in str(value))
+    return f"`{shown.replace('`', chr(39)).replace('|', chr(92) + '|')}`"
+
+
+def _head(name: str, base: str | None, report: dict[str, Any], total: int) -> list[str]:
+    experts = report["expert_bytes"]
+    original = f"[{base}](https://huggingface.co/{base})" if base else _code(name)
+    lines = [
+        f"# {_code(name.rpartition('/')[2])}, experts at {report['bpw']:.3f} bits per weight",
+        "",
+        "The routed experts of this Mixture-of-Experts model are quantized with bitsmoe-vllm; everything else is as in "
+        "the original.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| original model | {original} |",
+        f"| bits per expert weight, scales, bases and metadata counted | {report['bpw']:.4f} |",
+        f"| expert weights | {report['expert_weights']:,} |",
+        f"| size of the experts | {experts / 1e6:,.2f} MB |",
+        f"| size of everything else | {(total - experts) / 1e6:,.2f} MB |",
+    ]
+    if (sanity := report["sanity"]) is not None:
+        tokens = f"{sanity['tokens']:,} tokens of the calibration text"
+        before, now = sanity["perplexity_original"], sanity["perplexity_quantized"]
+        lines += [
+            f"| perplexity of the original on {tokens} | {before:.4g} |",
+            f"| perplexity of this model on them | {'infinite' if now is None else f'{now:.4g}'} |",
+        ]
+        if (kl := sanity.get("kl")) is not None:
+            lines.append(f"| KL divergence to the original on them, nats per token | {kl:.4g} |")
+        if sanity["degenerate"]:
+            lines += ["", f"**This model is broken: {'; '.join(sanity['faults'])}.**"]
+    return [*lines, ""]
+
+
+def _serving(tool_version: str) -> list[str]:
+    return [
+        "## Serve it",
+        "",
+        f"With vLLM and the plugin of bitsmoe-vllm {tool_version} or newer, where MODEL is this repository's name or a "
+        "directory with its files:",
+        "",
+        "    vllm serve MODEL --quantization bitsmoe",
+        "",
+        "`bitsmoe dequantize` makes an ordinary checkpoint of it, for other engines.",
+        "",
+    ]
+
+
+def _layers(report: dict[str, Any]) -> list[str]:
+    lines = [
+        "## Layers",
+        "",
+        "Errors are relative: squared error of the projections' outputs on the calibration text over their squares.",
+        "",
+        "| layer | basis | bits per weight | predicted error | measured error |",
+        "|---|---|---|---|---|",
+    ]
+    for row in report["layers"]:
+        measured = "-" if row["measured_error"] is None else f"{row['measured_error']:.4f}"
+        lines.append(
+            f"| `{row['layer']}` | {row['basis']} | {row['bpw']:.4f} | {row['predicted_error']:.4f} | {measured} |"
+        )
+    return [*lines, ""]
+
+
+def _making(name: str, report: dict[str, Any], checkpoint: Checkpoint) -> list[str]:
+    lines = [
+        "## How it was made",
+        "",
+        f"`bitsmoe quantize` on {_code(name)}, {report['calibration_tokens']:,} tokens of calibration text; bits for "
+        "each block of components by an integer program under one budget, rounding with error feedback. Options as "
+        f"recorded in `config.json`, more figures in `{REPORT_FILE}` and `{PAGE_FILE}`:",
+        "",
+        "| option | value |",
+        "|---|---|",
+        *(f"| {key} | {_code(value)} |" for key, value in report["options"].items()),
+        "",
+        f"bitsmoe-vllm {checkpoint.config.tool_version}, checkpoint format {checkpoint.config.format_version}, "
+        f"torch {torch.__version__}, transformers {version('transformers')}.",
+    ]
+    return lines
+
+
+def push_files(model: QuantizedModel) -> list[str]:
+    """Names of a checkpoint's files that belong on the Hub; whatever else lies in the directory stays there."""
+    own = ["config.json", INDEX_FILE, CARD_FILE, REPORT_FILE, PAGE_FILE]
+    names = {*own, *model.tensors.files, *(path.name for path in side_files(model.directory))}
+    return sorted(n for n in names if (model.directory / n).is_file())
+
+
+def push(directory: Path, repo_id: str, private: bool = False, revision: str | None = None) -> str:
+    """Check a checkpoint in full, then upload it.
+
+    Args:
+        directory: a bitsmoe checkpoint.
+        repo_id: `name` or `owner/name`; made if it does not exist.
+        private: the repository must be private.
+        revision: branch, made if it does not exist; None: the main one.
+
+    Returns:
+        Address of the repository, at the branch.
+
+    Raises:
+        BitsmoeError: lists every fault that can be seen from here, before anything is sent; or the Hub refuses.
+    """
+    faults, names = [], []
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as e:
+        faults.append(f"{repo_id!r} cannot be a repository's name ({_in_one_line(e)}): use OWNER/NAME")
+    if get_token() is None:
+        faults.append("no token for the Hub: run `hf auth login`, or set HF_TOKEN to one that may write")
+    try:
+        model = QuantizedModel(directory)
+        names = push_files(model)
+        faults += [f for name in names if (f := file_fault(directory, name))]
+        if CARD_FILE in names:
+            ModelCard((directory / CARD_FILE).read_text(encoding="utf-8"))
+    except BitsmoeError as e:
+        faults += str(e).splitlines()
+    except (ValueError, yaml.YAMLError) as e:
+        faults.append(f"{CARD_FILE}: the metadata at its top cannot be read ({_in_one_line(e)})")
+    if faults:
+        raise BitsmoeError(fault_list(f"{directory}: not pushed", faults, shown=30))
+    try:
+        return _upload(HfApi(), directory, names, repo_id, private, revision)
+    except HfHubHTTPError as e:
+        status = e.response.status_code
+        advice = {401: ": the token is not valid, run `hf auth login`", 403: ": the token may not write there"}
+        raise BitsmoeError(
+            f"{repo_id}: the Hub refuses with status {status}{advice.get(status, '')} ({_in_one_line(e)})"
+        ) from None
+    except NETWORK_ERRORS as e:
+        raise BitsmoeError(
+            f"{repo_id}: the Hub cannot be reached ({_in_one_line(e)}); the same command goes on where this one ended"
+        ) from None
+    except (ValueError, RuntimeError) as e:  # metadata the Hub does not take; its storage's client
+        raise BitsmoeError(f"{repo_id}: the upload failed ({_in_one_line(e)})") from None
+
+
+def _upload(api: HfApi, directory: Path, names: list[str], repo_id: str, private: bool, revision: str | None) -> str:
+    repo = api.create_repo(repo_id, private=True if private else None, exist_ok=True)
+    if private and not api.repo_info(repo.repo_id).private:
+        raise BitsmoeError(
+            f"{repo.repo_id}: exists and is public, but --private was given: make it private in its settings, choose "
+            "another name, or leave out --private"
+        )
+    if revision is not None:
+        api.create_branch(repo.repo_id, branch=revision, exist_ok=True)
+    api.upload_folder(
+        repo_id=repo.repo_id,
+        folder_path=directory,
+        allow_patterns=[glob.escape(name) for name in names],
+        delete_patterns=_REPLACED,
+        commit_message="Upload bitsmoe checkpoint",
+        revision=revision,
+    )
+    return f"{repo}/tree/{revision}" if revision else str(repo)
+
+
+def _in_one_line(e: Exception) -> str:
+    """A message without line breaks, its first part if it is long, or the error's name."""
+    return " ".join(str(e).split())[:300] or type(e).__name__

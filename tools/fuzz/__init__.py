@@ -1,0 +1,1 @@
+"""Damaged checkpoints, thousands of them, through everything that reads one."""
