@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.format.dense import DenseConfig
 from bitsmoe_kernels.format.schema import FORMAT_VERSION, QUANT_METHOD, CheckpointConfig, Layer
 from bitsmoe_kernels.format.shards import ShardWriter
 from offline_quant import sanity
@@ -25,6 +26,7 @@ from offline_quant.calibration import (
     window_length,
 )
 from offline_quant.config import QuantizeConfig
+from offline_quant.dense import DenseModel, dense_plan, dense_report, write_other_tensors
 from offline_quant.layer import LayerQuantizer, budget_bits, forms_of, schema_of
 from offline_quant.model_adapter import SourceModel
 from offline_quant.objectives import OBJECTIVES
@@ -139,6 +141,7 @@ def quantize_model(model: str, out: Path, config: QuantizeConfig, plan_only: boo
     check_text_source(config.calib)
     source = SourceModel(resolve_model(model))
     check_budget(source, config)
+    dense = dense_plan(source, config.dense_bits)
     if not plan_only:
         others = sum(t.nbytes for name, t in source.tensors.specs.items() if not source.shape.is_expert_tensor(name))
         check_space(out, others + int(min(config.bits, 8.5) * source.shape.num_weights / 8))
@@ -148,22 +151,24 @@ def quantize_model(model: str, out: Path, config: QuantizeConfig, plan_only: boo
         source.check_finite(track)
         clock.lap("check")
         torch.manual_seed(config.seed)
-        streamed = StreamedModel(source, config.device)
+        original = StreamedModel(source, config.device)
         length = window_length(source.config, config.calib_length)
         windows, used = calibration_windows(
-            streamed, tokenizer, config.calib, config.calib_samples, length, config.seed
+            original, tokenizer, config.calib, config.calib_samples, length, config.seed
         )
         if used == "self":  # sampling leaves the whole model in memory
-            streamed = StreamedModel(source, config.device)
+            original = StreamedModel(source, config.device)
+        streamed = original if dense is None else StreamedModel(DenseModel(source, dense), config.device)
         clock.lap("calibration text")
         record = {**config.record(), "calib": used if used == "self" or used.startswith("hf:") else Path(used).name}
-        run = _Run(source, streamed, windows, config, None if plan_only else ShardWriter(scratch), clock)
+        run = _Run(source, original, streamed, windows, config, None if plan_only else ShardWriter(scratch), clock)
         if (config.budget or OBJECTIVES[config.objective].scope) == "model":
             run.share_budget()
         layers = run.layers()
         report = model_report(run.reports, layers, config, record, windows, run.judge(), run.shared)
+        report |= dense_report(dense, source.tensors.specs)
         if not plan_only:
-            run.finish(scratch, layers, record)
+            run.finish(scratch, layers, record, dense)
         (scratch / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         clock.lap("write")
         write_page(scratch / PAGE_FILE, report, run.pictures, clock.laps, clock.peaks)
@@ -198,6 +203,7 @@ class _Run:
     def __init__(
         self,
         source: SourceModel,
+        original: StreamedModel,
         streamed: StreamedModel,
         windows: Tensor,
         config: QuantizeConfig,
@@ -205,6 +211,7 @@ class _Run:
         clock: _Clock,
     ):
         self.source, self.streamed, self.config, self.writer, self.clock = source, streamed, config, writer, clock
+        self.original = original
         self.windows = windows
         self.reports: list[dict[str, Any]] = []
         self.pictures: dict[str, LayerPicture] = {}
@@ -212,7 +219,7 @@ class _Run:
         self.budgets: dict[str, int] = {}
         self.batches = streamed.embed_windows(windows, BATCH_TOKENS)
         self.judged = windows[: max(1, sanity.TOKENS // windows.shape[1])]
-        self.originals = streamed.embed_windows(self.judged, BATCH_TOKENS)
+        self.originals = original.embed_windows(self.judged, BATCH_TOKENS)
 
     def share_budget(self) -> None:
         """Solve one program over all layers, on the original model's activations; leaves a budget for each layer."""
@@ -258,7 +265,7 @@ class _Run:
         if self.writer is None:
             return None
         found = sanity.verdict(
-            sanity.tally(self.streamed, self.judged, [h for h, _ in self.originals]),
+            sanity.tally(self.original, self.judged, [h for h, _ in self.originals]),
             sanity.tally(self.streamed, self.judged, [h for h, _ in self.batches]),
         )
         self.clock.lap("sanity")
@@ -274,7 +281,8 @@ class _Run:
                 if index not in shape.layers:
                     with self.streamed.layer(index) as module:
                         self.batches = self.streamed.through(module, self.batches)
-                        self.originals = self.streamed.through(module, self.originals)
+                    with self.original.layer(index) as module:
+                        self.originals = self.original.through(module, self.originals)
                     tick(shape.num_experts)
                     continue
                 prefix = shape.prefix(index)
@@ -320,20 +328,20 @@ class _Run:
         output, output_error = quantizer.quantized_output(plan.layer, tensors)
         self._add(output)
         self.clock.lap("calibration")
-        with self.streamed.layer(index) as module:
-            self.originals = self.streamed.through(module, self.originals)
+        with self.original.layer(index) as module:
+            self.originals = self.original.through(module, self.originals)
         self.clock.lap("sanity")
         self.reports.append(
             layer_report(prefix, plan, stats, self.config, errors, output_error, quantizer.extreme_experts())
         )
         return plan.layer
 
-    def finish(self, scratch: Path, layers: dict[str, Layer], record: dict[str, object]) -> None:
+    def finish(
+        self, scratch: Path, layers: dict[str, Layer], record: dict[str, object], dense: DenseConfig | None
+    ) -> None:
         """Write everything else the checkpoint needs: other tensors, config.json, tokenizer, generation config."""
         assert self.writer is not None
-        for name in self.source.tensors:
-            if not self.source.shape.is_expert_tensor(name):
-                self.writer.add(name, self.source.tensors.get(name))
+        write_other_tensors(self.source, dense, self.writer)
         self.writer.finish()
         draft = CheckpointConfig(
             quant_method=QUANT_METHOD,
@@ -341,6 +349,7 @@ class _Run:
             block_size=self.config.block_size,
             bpw=0.0,
             layers=layers,
+            linear_quantization=None if dense is None else dense.dump(),
             tool_version=version("bitsmoe-vllm"),
             run=record,
         )
