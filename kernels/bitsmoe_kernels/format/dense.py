@@ -13,7 +13,7 @@ import torch
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from torch import Tensor
 
-from bitsmoe_kernels.errors import FormatError
+from bitsmoe_kernels.errors import BitsmoeError, FormatError
 from bitsmoe_kernels.format.schema import StrictModel, TensorSpec, json_integer, pydantic_faults
 from bitsmoe_kernels.format.shards import ShardReader
 
@@ -56,6 +56,9 @@ _IN_LAYER = (
 (few weights, and they decide), `kv_b_proj` (vLLM multiplies it into its neighbours, for which it needs the matrix
 itself), `in_proj_ba` and convolutions (few weights)."""
 
+_PLAIN_HEADS = frozenset({"Qwen3NextForCausalLM"})
+"""Architectures in which vLLM has no place for a quantized `lm_head`."""
+
 
 def dense_linears(model_config: Mapping[str, Any], names: Mapping[str, Any]) -> Iterator[Linear]:
     """The linear layers of a model that can be stored at 8 or 4 bits.
@@ -65,11 +68,19 @@ def dense_linears(model_config: Mapping[str, Any], names: Mapping[str, Any]) -> 
     Args:
         model_config: config.json.
         names: by tensor name, `.weight` included; matrices that are not there are left out.
+
+    Raises:
+        BitsmoeError: config.json does not say how many layers there are.
     """
-    head = [] if model_config.get("tie_word_embeddings", False) else [Linear(("lm_head",), "output")]
+    layers = model_config.get("num_hidden_layers")
+    if type(layers) is not int:
+        raise BitsmoeError(f"config.json: num_hidden_layers is {layers!r}, but must be a whole number above 0")
+    tied = model_config.get("tie_word_embeddings", False)
+    plain_head = tied or _PLAIN_HEADS.intersection(model_config.get("architectures") or ())
+    head = [] if plain_head else [Linear(("lm_head",), "output")]
     inside = [
         Linear(tuple(f"model.layers.{i}.{name}" for name in linear.names), linear.split)
-        for i in range(model_config["num_hidden_layers"])
+        for i in range(layers)
         for linear in _IN_LAYER
     ]
     for linear in inside + head:
@@ -84,7 +95,7 @@ class DenseWeights(StrictModel):
     type: Literal["int"] = "int"
     symmetric: Literal[True] = True
     strategy: Literal["group", "channel"]
-    group_size: int | None
+    group_size: int | None = None
     dynamic: Literal[False] = False
 
     @model_validator(mode="after")
@@ -123,8 +134,8 @@ class DenseGroup(StrictModel):
 class DenseConfig(StrictModel):
     """The one form of `linear_quantization` that is read and written: a quantization_config of compressed-tensors."""
 
-    quant_method: Literal["compressed-tensors"] = "compressed-tensors"
-    format: Literal["pack-quantized"] = "pack-quantized"
+    quant_method: Literal["compressed-tensors"]
+    format: Literal["pack-quantized"]
     quantization_status: Literal["compressed"] = "compressed"
     config_groups: dict[str, DenseGroup] = Field(min_length=1)
 
@@ -231,14 +242,14 @@ class DenseReader(ShardReader):
         module, _, leaf = name.rpartition(".")
         if leaf != "weight" or module not in self.matrices:
             return super().get(name)
-        parts = (super(DenseReader, self).get(f"{module}.{part}") for part in PARTS[:2])
-        return dequantize(*parts, self.matrices[module])
+        words, scale = super().get(f"{module}.weight_packed"), super().get(f"{module}.weight_scale")
+        return dequantize(words, scale, self.matrices[module])
 
     def value_faults(self) -> list[str]:
         """Faults in the values of the small tensors: scales and shapes."""
         faults = []
         for module in self.matrices:
-            scale, shape = (super(DenseReader, self).get(f"{module}.{part}") for part in PARTS[1:])
+            scale, shape = super().get(f"{module}.weight_scale"), super().get(f"{module}.weight_shape")
             if not bool(scale.isfinite().all()):
                 faults.append(f"tensor {module}.weight_scale has values that are not finite")
             if (said := tuple(shape.tolist())) != (is_ := self.specs[f"{module}.weight"].shape):
