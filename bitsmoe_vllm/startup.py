@@ -133,16 +133,24 @@ _FITS_ALL = (1024, 1024)
 """A layer that any kernel takes."""
 
 
+_VOCABULARY_UNIT = 64
+"""vLLM pads the vocabulary to a multiple of this."""
+
+
 def _linear_shapes(
     linear: Linear, model_config: Mapping[str, Any], specs: Mapping[str, TensorSpec], parallel: Any
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """(inputs, outputs) of a linear layer, and of one tensor-parallel rank's part of it."""
-    ranks = parallel.tensor_parallel_size if linear.split else 1
+    # With expert parallelism some models give every rank the whole shared experts.
+    divided = linear.split and not (parallel.enable_expert_parallel and ".shared_expert" in linear.names[0])
+    ranks = parallel.tensor_parallel_size if divided else 1
     heads = model_config.get("num_key_value_heads") or ranks
     inputs = specs[f"{linear.names[0]}.weight"].shape[1]
     whole = part = 0
     for name in linear.names:
         rows = specs[f"{name}.weight"].shape[0]
+        if name == "lm_head":
+            rows = -(-rows // _VOCABULARY_UNIT) * _VOCABULARY_UNIT
         whole += rows
         if linear.split == "output":
             # Key and value heads are repeated where there are fewer than ranks.

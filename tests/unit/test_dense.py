@@ -583,6 +583,24 @@ def test_a_group_of_columns_is_not_divided(checkpoint: Path, tmp_path: Path) -> 
         startup.check_linear_kernels(only, config, specs, vllm_config(tensor_parallel_size=2))
 
 
+def test_a_vocabulary_is_padded_and_shared_experts_may_be_whole() -> None:
+    """As vLLM does: 100 rows become 128, of which a rank of two has 64."""
+    names = ("lm_head", "model.layers.0.mlp.shared_expert.down_proj")
+    group = {"targets": names, "weights": {"num_bits": 4, "strategy": "group", "group_size": 128}}
+    dense = DenseConfig.parse(
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"a": group}}, "here"
+    )
+    specs = {
+        f"{name}.weight": TensorSpec(torch.float32, (rows, 384)) for name, rows in zip(names, (100, 64), strict=True)
+    }
+    config = {"num_hidden_layers": 1}
+    startup.check_linear_kernels(dense, config, specs, vllm_config())
+    with pytest.raises(BitsmoeError, match=r"shared_expert\.down_proj: --tensor-parallel-size 2: 192 columns"):
+        startup.check_linear_kernels(dense, config, specs, vllm_config(tensor_parallel_size=2))
+    whole = vllm_config(tensor_parallel_size=2, enable_expert_parallel=True)
+    startup.check_linear_kernels(dense, config, specs, whole)
+
+
 def test_the_plugin_hands_linear_layers_to_vllm_and_survives_being_sent(checkpoint: Path) -> None:
     data = Checkpoint(checkpoint).config.dump()
     before = json.dumps(data)
