@@ -88,8 +88,9 @@ def check_linear_kernels(
     """
     parallel, dtype = vllm_config.parallel_config, vllm_config.model_config.dtype
     reasons: dict[str, list[str]] = {}
+    matrices = dense.matrices
     for linear in dense_linears(model_config, specs):
-        weights = dense.matrices.get(linear.names[0])
+        weights = matrices.get(linear.names[0])
         if weights is None:
             continue
         whole, part = _linear_shapes(linear, model_config, specs, parallel)

@@ -1,6 +1,7 @@
 """Linear layers outside the experts at 8 and 4 bits, against compressed-tensors' reader and transformers' models."""
 
 import json
+import math
 import pickle
 import re
 from pathlib import Path
@@ -38,6 +39,8 @@ from bitsmoe_vllm import startup
 from bitsmoe_vllm.config import BitsmoeConfig
 from builders import store_dense, write_tiny_qwen3_moe
 from families import make_model, streamed_logits, whole_logits
+from offline_quant import sanity
+from offline_quant.calibration import calibration_windows, load_tokenizer
 from offline_quant.commands import app
 from offline_quant.config import QuantizeConfig
 from offline_quant.dense import dense_plan, quantize_matrix
@@ -45,6 +48,7 @@ from offline_quant.dequantize import dequantize_checkpoint
 from offline_quant.evaluate import evaluate
 from offline_quant.model_adapter import QuantizedModel, SourceModel, open_model
 from offline_quant.pipeline import quantize_model
+from offline_quant.streaming import StreamedModel
 
 SPEC = (Path(format_package.__file__).parent / "SPEC.md").read_text(encoding="utf-8")
 TEXT = "She opened the door, and there stood her brother with the lamp in his hand. " * 60
@@ -287,10 +291,24 @@ def test_inspect_and_report_count_the_bytes_of_the_files(quantized: Path) -> Non
     assert f"{figures['bits_per_weight']:.4f} bits per weight with scales" in succeed("inspect", quantized)
 
 
+def calibration_perplexity(directory: Path, calib: Path) -> float:
+    """On the windows the fixture calibrates on."""
+    streamed = StreamedModel(open_model(directory))
+    windows, _ = calibration_windows(streamed, load_tokenizer(directory), str(calib), 4, 64, 0)
+    batches = streamed.embed_windows(windows, 256)
+    for index in range(streamed.num_layers):
+        with streamed.layer(index) as module:
+            batches = streamed.through(module, batches)
+    found = sanity.tally(streamed, windows, [hidden for hidden, _ in batches])
+    return math.exp(found.nll / found.tokens)
+
+
 def test_evaluation_and_the_sanity_gate_see_the_rounding(quantized: Path, model: Path, calib: Path) -> None:
-    found = evaluate(quantized, calib, model)
+    """The gate's two perplexities are those of the model before and of the checkpoint as it was written."""
     report = json.loads((quantized / "bitsmoe_report.json").read_text())["sanity"]
-    assert report["perplexity_quantized"] != report["perplexity_original"]
+    assert report["perplexity_original"] == pytest.approx(calibration_perplexity(model, calib), rel=1e-4)
+    assert report["perplexity_quantized"] == pytest.approx(calibration_perplexity(quantized, calib), rel=1e-4)
+    found = evaluate(quantized, calib, model)
     assert found.bpw <= 4.5
     assert 0 < found.kl < (0.5 if quantized.name == "at4" else 0.1)
 

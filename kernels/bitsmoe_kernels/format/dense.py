@@ -5,6 +5,7 @@ columns of a row, or for the whole row where 128 does not divide K. This file sa
 `linear_quantization` of a checkpoint's schema may hold, and what its tensors are. See SPEC.md.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
@@ -141,8 +142,8 @@ class DenseConfig(StrictModel):
 
     @model_validator(mode="after")
     def _each_once(self) -> "DenseConfig":
-        targets = [t for group in self.config_groups.values() for t in group.targets]
-        if twice := sorted({t for t in targets if targets.count(t) > 1}):
+        times = Counter(t for group in self.config_groups.values() for t in group.targets)
+        if twice := sorted(t for t, n in times.items() if n > 1):
             raise ValueError(f"targets named twice: {', '.join(twice)}")
         return self
 
@@ -181,8 +182,8 @@ def plain_specs(
     Returns:
         Tensors by name, a quantized matrix as `{module}.weight`; and faults as sentences.
     """
-    specs, faults = dict(found), []
-    for name, weights in dense.matrices.items():
+    specs, faults, matrices = dict(found), [], dense.matrices
+    for name, weights in matrices.items():
         parts = {part: specs.pop(f"{name}.{part}", None) for part in PARTS}
         if missing := [part for part, spec in parts.items() if spec is None]:
             faults += [f"tensor {name}.{part} is missing, though linear_quantization names {name}" for part in missing]
@@ -203,11 +204,11 @@ def plain_specs(
     known = set()
     for linear in dense_linears(model_config, specs):
         known |= set(linear.names)
-        if len({dense.matrices.get(name) for name in linear.names}) > 1:
+        if len({matrices.get(name) for name in linear.names}) > 1:
             faults.append(
                 f"linear_quantization: {', '.join(linear.names)} are computed as one, so must be stored alike"
             )
-    for name in dense.matrices.keys() - known:
+    for name in sorted(matrices.keys() - known):
         if f"{name}.weight" in specs:
             faults.append(f"linear_quantization: {name} is no linear layer that can be quantized")
     faults += [
