@@ -10,6 +10,7 @@ as `bitsmoe eval` does it. Groups of rows:
     forms       every decomposition forced, beside what `auto` takes
     objectives  AlphaQ, BT-MoE, frequency and uniform beside bitsmoe
     ablation    parts of the method left out
+    dense       linear layers outside the experts at 8 and 4 bits too
 
 Without --calib and --text the model writes both itself, from different seeds. Every row is kept as soon as it is done:
 the same command goes on where it was stopped. Writes quality-MODEL.json, .md and .png to --out.
@@ -124,6 +125,10 @@ GROUPS: dict[str, list[Row]] = {
         *_ours("without weights of outputs and tokens", (2.125,), without=["output-weights"]),
         *_ours("without correction of down", (2.125,), without=["correction"]),
         *_ours("without the first pass", (2.125,), without=["trial"]),
+    ],
+    "dense": [
+        *_ours("bitsmoe", (2.125,)),
+        *(r for bits in (8, 4) for r in _ours(f"--dense-bits {bits}", (2.125,), dense_bits=bits)),
     ],
 }
 

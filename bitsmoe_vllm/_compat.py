@@ -5,8 +5,11 @@ Supported: 0.26.0 <= vLLM < 0.33. What was seen to differ within that range:
 - Routing on a CPU. Newer versions have `CPURouter`, plain torch, and pass its result to `apply`. Older ones
   (0.26) route with an operator that CPU builds lack; there the method declares itself monolithic, receives the
   router's logits and selects the experts with vLLM's own torch function.
+- The description of a linear layer that vLLM's choice of kernels takes: older versions want one more field.
 """
 
+import copy
+import dataclasses
 import importlib.util
 import inspect
 from typing import Any
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.format.dense import DenseConfig, DenseWeights
 
 MIN_VLLM = (0, 26)
 BELOW_VLLM = (0, 33)
@@ -93,3 +97,43 @@ def select_experts(layer: Any, x: Tensor, router_logits: Tensor) -> tuple[Tensor
         e_score_correction_bias=layer.e_score_correction_bias,
     )
     return weights.to(torch.float32), ids
+
+
+def linear_quantization(dense: DenseConfig) -> Any:
+    """vLLM's own quantization config for linear layers outside the routed experts."""
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    # It edits the dictionary it is given.
+    return get_quantization_config(dense.quant_method).from_config(copy.deepcopy(dense.dump()))
+
+
+def why_no_linear_kernel(
+    weights: DenseWeights, whole: tuple[int, int], part: tuple[int, int], dtype: torch.dtype
+) -> str | None:
+    """Why vLLM, on this platform, has no kernel for a quantized linear layer; None where it has one.
+
+    Args:
+        weights: how the layer is stored.
+        whole: its columns and rows (inputs, outputs).
+        part: those of one rank.
+        dtype: of activations.
+    """
+    from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel
+    from vllm.scalar_type import scalar_types
+
+    known = {field.name for field in dataclasses.fields(MPLinearLayerConfig)}
+    try:
+        choose_mp_linear_kernel(
+            MPLinearLayerConfig(
+                full_weight_shape=whole,
+                partition_weight_shape=part,
+                weight_type={4: scalar_types.uint4b8, 8: scalar_types.uint8b128}[weights.num_bits],
+                act_type=dtype,
+                group_size=weights.group_size or -1,
+                zero_points=False,
+                **({"has_g_idx": False} if "has_g_idx" in known else {}),
+            )
+        )
+    except ValueError as e:
+        return "; ".join(line.strip() for line in str(e).splitlines()[1:])
+    return None

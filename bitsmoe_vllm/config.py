@@ -7,6 +7,7 @@ import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.format.dense import DenseConfig
 from bitsmoe_kernels.format.schema import PARTS, PROJECTION_NAMES, QUANT_METHOD, CheckpointConfig, Layer
 from bitsmoe_vllm import _compat, startup
 from bitsmoe_vllm.weight_loading import LayerLoader
@@ -30,12 +31,11 @@ class BitsmoeConfig(QuantizationConfig):
                 "--quantization bitsmoe was given, but the model's config.json has no quantization_config: "
                 "make a checkpoint with `bitsmoe quantize MODEL --out DIR` and serve DIR"
             )
-        self.checkpoint = CheckpointConfig.parse(data, "quantization_config of config.json")
-        if self.checkpoint.linear_quantization is not None:
-            raise BitsmoeError(
-                "quantization_config of config.json: linear_quantization is set, but this version serves layers "
-                "outside the routed experts unquantized only: quantize the model without it"
-            )
+        subject = "quantization_config of config.json"
+        self.checkpoint = CheckpointConfig.parse(data, subject)
+        self.dense: QuantizationConfig | None = None
+        if (linear := self.checkpoint.linear_quantization) is not None:
+            self.dense = _compat.linear_quantization(DenseConfig.parse(linear, subject))
         self.layers: dict[str, Layer] = dict(self.checkpoint.layers)
         self.loaders: list[LayerLoader] = []
 
@@ -79,20 +79,23 @@ class BitsmoeConfig(QuantizationConfig):
         if pending is not None and pending.load_config.load_format == "dummy":
             return
         if directory := startup.local_directory(model_name, revision):
-            startup.check_checkpoint(directory, hf_config)
+            startup.check_checkpoint(directory, hf_config, pending)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Called by vLLM with the renaming from checkpoint to vLLM names."""
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
+        if self.dense is not None:
+            self.dense.apply_vllm_mapper(hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Ours for routed experts, vLLM's unquantized one for linear layers, none (vLLM's default) for others.
+        """Ours for routed experts; for linear layers what `linear_quantization` says; none (vLLM's default) for others.
 
         Raises:
             BitsmoeError: the checkpoint does not describe these experts.
         """
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
         from bitsmoe_vllm.moe_method import BitsmoeMoEMethod
 
@@ -103,6 +106,10 @@ class BitsmoeConfig(QuantizationConfig):
                     f"{', '.join(self.layers)}: quantize the whole model"
                 )
             return BitsmoeMoEMethod(layer, prefix, self.layers[prefix], self.checkpoint.block_size, self.loaders)
+        if self.dense is not None and isinstance(layer, LinearBase | ParallelLMHead):
+            # vLLM hands us the model's fused layers and what they are made of; its own method needs them as well.
+            self.dense.packed_modules_mapping = self.packed_modules_mapping
+            return self.dense.get_quant_method(layer, prefix)
         if isinstance(layer, LinearBase):
             return UnquantizedLinearMethod()
         return None

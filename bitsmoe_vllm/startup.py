@@ -1,17 +1,20 @@
 """Checks in vLLM's main process, before a worker starts: the checkpoint, and options that cannot work with it."""
 
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bitsmoe_kernels.errors import BitsmoeError, FormatError
+from bitsmoe_kernels.errors import BitsmoeError, FormatError, fault_list
 from bitsmoe_kernels.format.checkpoint import Checkpoint
+from bitsmoe_kernels.format.dense import DenseConfig, Linear, dense_linears, plain_specs
 from bitsmoe_kernels.format.families import EXPERT_COUNT_KEYS, moe_shape
-from bitsmoe_kernels.format.schema import CheckpointConfig, num_blocks
+from bitsmoe_kernels.format.schema import CheckpointConfig, TensorSpec, num_blocks
 from bitsmoe_kernels.format.shards import SINGLE_FILE, read_index
 from bitsmoe_kernels.select import why_not_kernels
+from bitsmoe_vllm import _compat
 
 
 def local_directory(model: str, revision: str | None) -> Path | None:
@@ -31,25 +34,32 @@ def local_directory(model: str, revision: str | None) -> Path | None:
     return directory if all((directory / file).exists() for file in files) else None
 
 
-def check_checkpoint(directory: Path, hf_config: Any = None) -> None:
+def check_checkpoint(directory: Path, hf_config: Any = None, vllm_config: Any = None) -> None:
     """Check files, headers of all tensors, and the block bits.
 
     Args:
         directory: the checkpoint.
         hf_config: its transformers config; given, tensors outside the experts are checked as well.
+        vllm_config: vLLM's VllmConfig; given, quantized ones among those are checked against the kernels it has.
 
     Raises:
         BitsmoeError: lists every fault.
     """
     checkpoint = Checkpoint(directory)
     faults = checkpoint.bit_faults()
+    dense, specs = checkpoint.dense(), checkpoint.tensors.specs
+    if dense is not None:
+        specs, found = plain_specs(dense, checkpoint.model_config, specs)
+        faults += found
     if hf_config is not None:
-        faults += _dense_faults(checkpoint, hf_config)
+        faults += _other_faults(checkpoint, specs, hf_config)
     if faults:
         raise FormatError(str(directory), faults)
+    if dense is not None and vllm_config is not None:
+        check_linear_kernels(dense, checkpoint.model_config, specs, vllm_config)
 
 
-def _dense_faults(checkpoint: Checkpoint, hf_config: Any) -> list[str]:
+def _other_faults(checkpoint: Checkpoint, specs: Mapping[str, TensorSpec], hf_config: Any) -> list[str]:
     """Faults of the tensors outside the routed experts, by the names and shapes transformers' own model has.
 
     vLLM does not notice when one is missing from a quantized checkpoint, and would serve uninitialized memory.
@@ -59,7 +69,95 @@ def _dense_faults(checkpoint: Checkpoint, hf_config: Any) -> list[str]:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)
-    return shape.other_faults(model, checkpoint.tensors.specs)
+    return shape.other_faults(model, specs)
+
+
+def check_linear_kernels(
+    dense: DenseConfig, model_config: Mapping[str, Any], specs: Mapping[str, TensorSpec], vllm_config: Any
+) -> None:
+    """Refuse quantized linear layers that vLLM has no kernel for: on this platform, or in these parts.
+
+    Args:
+        dense: how they are stored.
+        model_config: config.json.
+        specs: with the shape of each as `{module}.weight`.
+        vllm_config: vLLM's VllmConfig, perhaps still under construction.
+
+    Raises:
+        BitsmoeError: lists the layers and vLLM's reasons, each once.
+    """
+    parallel, dtype = vllm_config.parallel_config, vllm_config.model_config.dtype
+    reasons: dict[str, list[str]] = {}
+    matrices = dense.matrices
+    for linear in dense_linears(model_config, specs):
+        weights = matrices.get(linear.names[0])
+        if weights is None:
+            continue
+        whole, part = _linear_shapes(linear, model_config, specs, parallel)
+        if weights.group_size and part[0] % weights.group_size:
+            size = parallel.tensor_parallel_size
+            reason = f"--tensor-parallel-size {size}: {part[0]} columns for a rank, in groups of {weights.group_size}"
+        else:
+            reason = _compat.why_no_linear_kernel(weights, whole, part, dtype) or ""
+        if reason:
+            reasons.setdefault(reason, []).append(" + ".join(linear.names))
+    if reasons:
+        faults = [f"{_few(names)}: {reason}" for reason, names in reasons.items()]
+        raise BitsmoeError(fault_list(f"vLLM has no kernel for these quantized linear layers; {_REMEDY}", faults))
+
+
+_REMEDY = "serve with fewer tensor-parallel ranks, or quantize with --dense-bits 16"
+
+
+def _few(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _dense_option_faults(dense: DenseConfig, dtype: torch.dtype) -> Iterator[str]:
+    """What no shape of a quantized linear layer can mend."""
+    forms = {form.num_bits: form for form in dense.matrices.values()}
+    for bits, form in forms.items():
+        stored = f"linear layers outside the routed experts are stored at {bits} bits (--dense-bits {bits})"
+        if dtype not in (torch.bfloat16, torch.float16):
+            yield (
+                f"{stored}, for which vLLM has kernels in bfloat16 and float16 only: serve with --dtype bfloat16, not "
+                f"{str(dtype).removeprefix('torch.')}"
+            )
+        elif reason := _compat.why_no_linear_kernel(form, _FITS_ALL, _FITS_ALL, dtype):
+            yield (
+                f"{stored}, for which vLLM has no kernel on this platform: serve on a GPU, or quantize with "
+                f"--dense-bits 16{' or 4' * (bits != 4)} ({reason})"
+            )
+
+
+_FITS_ALL = (1024, 1024)
+"""A layer that any kernel takes."""
+
+
+_VOCABULARY_UNIT = 64
+"""vLLM pads the vocabulary to a multiple of this."""
+
+
+def _linear_shapes(
+    linear: Linear, model_config: Mapping[str, Any], specs: Mapping[str, TensorSpec], parallel: Any
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(inputs, outputs) of a linear layer, and of one tensor-parallel rank's part of it."""
+    # With expert parallelism some models give every rank the whole shared experts.
+    divided = linear.split and not (parallel.enable_expert_parallel and ".shared_expert" in linear.names[0])
+    ranks = parallel.tensor_parallel_size if divided else 1
+    heads = model_config.get("num_key_value_heads") or ranks
+    inputs = specs[f"{linear.names[0]}.weight"].shape[1]
+    whole = part = 0
+    for name in linear.names:
+        rows = specs[f"{name}.weight"].shape[0]
+        if name == "lm_head":
+            rows = -(-rows // _VOCABULARY_UNIT) * _VOCABULARY_UNIT
+        whole += rows
+        if linear.split == "output":
+            # Key and value heads are repeated where there are fewer than ranks.
+            rows //= min(ranks, heads) if name.endswith((".k_proj", ".v_proj")) else ranks
+        part += rows
+    return (inputs, whole), (inputs // ranks if linear.split == "input" else inputs, part)
 
 
 def check_model(checkpoint: CheckpointConfig, text_config: Any) -> None:
@@ -121,6 +219,8 @@ def check_options(checkpoint: CheckpointConfig, text_config: Any, vllm_config: A
     faults = []
     if parallel.enable_eplb:
         faults.append("--enable-eplb: expert-parallel load balancing is not supported; drop the option")
+    if (linear := checkpoint.linear_quantization) is not None:
+        faults += _dense_option_faults(DenseConfig.parse(linear, "config.json"), vllm_config.model_config.dtype)
     capability = cuda_capability()
     if capability is not None and not vllm_config.model_config.enforce_eager:
         for prefix, layer in checkpoint.layers.items():

@@ -18,6 +18,7 @@ from rich.table import Table
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from offline_quant.config import QuantizeConfig
+from offline_quant.dense import dense_line, dense_report
 from offline_quant.dequantize import dequantize_checkpoint
 from offline_quant.evaluate import evaluate as evaluate_model
 from offline_quant.hub import push as push_checkpoint
@@ -97,6 +98,13 @@ def quantize(
     block_size: Annotated[
         int, typer.Option(help="Components that share a bit-width: 16 or 32.")
     ] = _DEFAULTS.block_size,
+    dense_bits: Annotated[
+        int,
+        typer.Option(
+            help="Bits of attention, shared experts, dense layers and lm_head: 16 (as they are), 8 or 4. vLLM serves 8 "
+            "bits on GPUs only."
+        ),
+    ] = _DEFAULTS.dense_bits,
     gamma: Annotated[float, typer.Option(help="alphaq: power of the heavy-tail exponents.")] = _DEFAULTS.gamma,
     ranks: Annotated[
         str, typer.Option(help="bt-moe: ranks of compensators to choose from, separated by commas.")
@@ -137,8 +145,8 @@ def quantize(
     options: dict[str, Any] = {
         "bits": bits, "calib": calib, "objective": objective, "budget": budget, "gamma": gamma,
         "ranks": tuple(r.strip() for r in ranks.split(",")), "feedback": feedback, "basis": basis,
-        "basis_bits": basis_bits, "block_size": block_size, "refine": refine, "calib_samples": calib_samples,
-        "calib_length": calib_length, "device": device, "seed": seed,
+        "basis_bits": basis_bits, "block_size": block_size, "dense_bits": dense_bits, "refine": refine,
+        "calib_samples": calib_samples, "calib_length": calib_length, "device": device, "seed": seed,
     }  # fmt: skip
     start = time.monotonic()
     limit = None if max_memory is None else parse_bytes(max_memory)
@@ -179,6 +187,8 @@ def quantize(
                 f"Sane: perplexity {sanity['perplexity_original']:.4g} -> {sanity['perplexity_quantized']:.4g} on "
                 f"{sanity['tokens']} tokens of the calibration text"
             )
+    if report["dense_layers"]:
+        output.print(dense_line(report["dense_layers"]))
     output.print(f"Report: {out / PAGE_FILE}")
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in outcome.seconds.items())
     output.print(
@@ -195,13 +205,13 @@ def inspect(
     """Show all-in bits per weight and where the bits of a checkpoint went."""
     checkpoint = Checkpoint(_existing(directory))
     checkpoint.check()
-    config = checkpoint.config
+    config, dense = checkpoint.config, dense_report(checkpoint.dense(), checkpoint.plain_tensors().specs)
     bits = {
         prefix: {name: checkpoint.tensors.get(f"{prefix}.{name}_bits") for name in layer.projections}
         for prefix, layer in config.layers.items()
     }
     total = sum(spec.nbytes for spec in checkpoint.tensors.specs.values())
-    data = inspect_checkpoint(config, bits, total)
+    data = inspect_checkpoint(config, bits, total, dense)
     if as_json:
         print(json.dumps(data))
         return
@@ -224,6 +234,8 @@ def inspect(
     for width, count in data["weights_by_width"].items():
         histogram.add_row(width, f"{count / counted:.1%}", "█" * round(50 * count / counted))
     output.print(histogram)
+    if data["dense_layers"]:
+        output.print(dense_line(data["dense_layers"]))
     output.print(f"experts {data['expert_bytes'] / 1e6:.2f} MB, everything else {data['other_bytes'] / 1e6:.2f} MB")
 
 
@@ -231,11 +243,11 @@ def inspect(
 def dequantize(
     directory: Annotated[Path, typer.Argument(help="A bitsmoe checkpoint.")],
     out: Annotated[Path, typer.Option(help="Directory to write; must not exist or be empty.")],
-    dtype: Annotated[Dtype, typer.Option(help="Of the experts' weights; float32 is exact.")] = Dtype.bfloat16,
+    dtype: Annotated[Dtype, typer.Option(help="Of dequantized weights; float32 is exact.")] = Dtype.bfloat16,
 ) -> None:
     """Write an ordinary checkpoint with the same weights, for other engines."""
     dequantize_checkpoint(_existing(directory), out, getattr(torch, dtype.value))
-    output.print(f"{out}: experts in {dtype.value}")
+    output.print(f"{out}: dequantized weights in {dtype.value}")
 
 
 @app.command()

@@ -28,6 +28,8 @@ class QuantizeConfig(BaseModel):
     basis: BasisForm = "auto"
     basis_bits: Literal[8, 16] = 8
     block_size: Literal[16, 32] = 16
+    dense_bits: Literal[4, 8, 16] = 16
+    """Bits of the linear layers outside the routed experts; 16: they stay as they are."""
     widths: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 8)
     """Bit-widths the allocation may choose from."""
     feedback: bool = True

@@ -12,14 +12,14 @@ from offline_quant.progress import track
 
 
 def dequantize_checkpoint(source: Path, out: Path, dtype: torch.dtype) -> None:
-    """Write every expert as three ordinary matrices; all other tensors are copied as they are.
+    """Write every expert as three ordinary matrices; other tensors are copied, quantized ones as ordinary matrices.
 
     Channels of an expert stay in the quantized checkpoint's order, which changes nothing about its function.
 
     Args:
         source: a bitsmoe checkpoint.
         out: directory to make.
-        dtype: of the experts' weights, and the dtype config.json names. float32 holds the weights exactly.
+        dtype: of the dequantized weights, and the dtype config.json names. float32 holds the weights exactly.
 
     Raises:
         BitsmoeError: a damaged checkpoint, or `out` cannot be written; nothing is left behind.
@@ -27,13 +27,19 @@ def dequantize_checkpoint(source: Path, out: Path, dtype: torch.dtype) -> None:
     check_output(out)
     model = QuantizedModel(source)
     quantized = model.checkpoint.config.tensor_specs()
-    others = sum(spec.nbytes for name, spec in model.tensors.specs.items() if name not in quantized)
+    dense = {f"{name}.weight" for name in (model.dense.matrices if model.dense else ())}
+    others = sum(
+        spec.nbytes * dtype.itemsize // spec.dtype.itemsize if name in dense else spec.nbytes
+        for name, spec in model.tensors.specs.items()
+        if name not in quantized
+    )
     check_space(out, others + dtype.itemsize * model.shape.num_weights)
     with new_directory(out) as scratch:
         writer = ShardWriter(scratch)
         for name in model.tensors:
             if name not in quantized:
-                writer.add(name, model.tensors.get(name))
+                tensor = model.tensors.get(name)
+                writer.add(name, tensor.to(dtype) if name in dense else tensor)
         for layer in track(model.shape.layers, "Dequantizing"):
             gate_up, down = model.experts(layer)
             for e in range(model.shape.num_experts):

@@ -1,6 +1,6 @@
 """A model's weights from its files, ordinary or quantized: routed experts as stacked matrices, the rest by name."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from bitsmoe_kernels.errors import BitsmoeError, FormatError, fault_list
 from bitsmoe_kernels.format.checkpoint import Checkpoint, is_bitsmoe
 from bitsmoe_kernels.format.families import MoEShape, moe_shape
+from bitsmoe_kernels.format.schema import TensorSpec
 from bitsmoe_kernels.format.shards import ShardReader, read_json
 from bitsmoe_kernels.reference import LayerWeights
 from offline_quant.fp8 import Float8Reader
@@ -19,13 +20,31 @@ MAX_FAULTS = 1_000
 """Faults after which no more are looked for."""
 
 
+class Tensors(Protocol):
+    """Tensors by name, as `ShardReader` has them."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Dtype and shape of each."""
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def get(self, name: str) -> Tensor:
+        """One tensor, on the CPU."""
+
+
 class WeightSource(Protocol):
     """A model's weights, ordinary or quantized."""
 
     directory: Path
     config: dict[str, Any]
     shape: MoEShape
-    tensors: ShardReader
+
+    @property
+    def tensors(self) -> Tensors:
+        """The files' tensors; quantized ones outside the experts appear as the matrices they stand for."""
 
     def experts(self, layer: int, chunk: range | None = None) -> tuple[Tensor, Tensor]:
         """Routed experts of a layer, float32: gate and up [n, 2 I, H], down [n, H, I]; of all, or of a chunk."""
@@ -44,7 +63,8 @@ class QuantizedModel:
         self.checkpoint.check()
         self.config = self.checkpoint.model_config
         self.shape = moe_shape(self.config, str(directory))
-        self.tensors = self.checkpoint.tensors
+        self.dense = self.checkpoint.dense()
+        self.tensors = self.checkpoint.plain_tensors()
         check_side_files(directory)
         self._check_schema()
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.format.dense import DenseConfig
 from bitsmoe_kernels.format.schema import FORMAT_VERSION, QUANT_METHOD, CheckpointConfig, Layer
 from bitsmoe_kernels.format.shards import ShardWriter
 from offline_quant import sanity
@@ -27,6 +28,7 @@ from offline_quant.calibration import (
     window_length,
 )
 from offline_quant.config import QuantizeConfig
+from offline_quant.dense import DenseModel, dense_plan, dense_report, write_other_tensors
 from offline_quant.hub import write_card
 from offline_quant.layer import LayerQuantizer, budget_bits, forms_of, passes, schema_of
 from offline_quant.memory import SHARD_BYTES, Needs, check_memory, needs
@@ -164,6 +166,7 @@ def quantize_model(
     check_text_source(config.calib)
     source = SourceModel(resolve_model(model))
     check_budget(source, config)
+    dense = dense_plan(source, config.dense_bits)
     if not plan_only:
         others = sum(t.nbytes for name, t in source.tensors.specs.items() if not source.shape.is_expert_tensor(name))
         check_space(out, others + int(min(config.bits, 8.5) * source.shape.num_weights / 8))
@@ -190,17 +193,20 @@ def quantize_model(
         windows, used = team.agreed(lambda: _windows(source, tokenizer, config, state, clock))
         torch.manual_seed(config.seed)
         record = {**config.record(), "calib": used if used == "self" or used.startswith("hf:") else Path(used).name}
-        run = _Run(source, StreamedModel(source, config.device), windows, config, state, team, clock, plan_only)
+        original = StreamedModel(source, config.device)
+        streamed = original if dense is None else StreamedModel(DenseModel(source, dense), config.device)
+        run = _Run(source, original, streamed, windows, config, state, team, clock, plan_only)
         if (config.budget or OBJECTIVES[config.objective].scope) == "model":
             run.share_budget()
         layers = run.layers()
         if team.rank:
             return Outcome({})
         report = model_report(run.reports, layers, config, record, windows, run.judge(), run.shared)
+        report |= dense_report(dense, source.tensors.specs)
         result = state.directory / RESULT
         result.mkdir()
         if not plan_only:
-            run.finish(result, layers, record)
+            run.finish(result, layers, record, dense)
             write_card(result, model, source.directory, report)
         (result / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         clock.lap("write")
@@ -273,6 +279,7 @@ class _Run:
     def __init__(
         self,
         source: SourceModel,
+        original: StreamedModel,
         streamed: StreamedModel,
         windows: Tensor,
         config: QuantizeConfig,
@@ -281,7 +288,8 @@ class _Run:
         clock: _Clock,
         plan_only: bool,
     ):
-        self.source, self.streamed, self.config, self.state = source, streamed, config, state
+        self.source, self.original, self.streamed = source, original, streamed
+        self.config, self.state = config, state
         self.windows, self.team, self.clock, self.plan_only = windows, team, clock, plan_only
         self.reports: list[dict[str, Any]] = []
         self.pictures: dict[str, LayerPicture] = {}
@@ -304,7 +312,7 @@ class _Run:
             self.state.put_hidden(-1, f"batch-{i}", self.streamed.embed(self.batches[i])[0])
         if self.team.rank == 0:
             for i, tokens in enumerate(self.judged):
-                self.state.put_hidden(-1, f"original-{i}", self.streamed.embed(tokens)[0])
+                self.state.put_hidden(-1, f"original-{i}", self.original.embed(tokens)[0])
 
     def share_budget(self) -> None:
         """Solve one program over all layers, on the original model's activations; leaves a budget for each layer."""
@@ -359,7 +367,7 @@ class _Run:
 
         def tally(name: str, batches: Sequence[Tensor]) -> sanity.Tally:
             hidden = (self._hidden(last, f"{name}-{i}", ids) for i, ids in enumerate(batches))
-            return sanity.tally(self.streamed, tokens, hidden)
+            return sanity.tally(self.original if name == "original" else self.streamed, tokens, hidden)
 
         found = sanity.verdict(tally("original", self.judged), tally("batch", self.batches))
         self.clock.lap("sanity")
@@ -416,10 +424,11 @@ class _Run:
         batches = {i: self.batches[i] for i in self._own()} if name == "batch" else dict(enumerate(self.judged))
         if name == "original" and self.team.rank:
             return
-        with self.streamed.layer(index) as module:
+        model = self.original if name == "original" else self.streamed
+        with model.layer(index) as module:
             for i, tokens in batches.items():
                 hidden = self._hidden(index - 1, f"{name}-{i}", tokens)
-                ((out, _),) = self.streamed.through(module, [(hidden, self.streamed.arguments(tokens))])
+                ((out, _),) = model.through(module, [(hidden, model.arguments(tokens))])
                 self.state.put_hidden(index, f"{name}-{i}", out)
 
     def _add(self, index: int, routed: Iterator[Tensor]) -> None:
@@ -488,15 +497,15 @@ class _Run:
             "picture": layer_picture(plan, quantizer.stats).dump(),
         }
 
-    def finish(self, result: Path, layers: dict[str, Layer], record: dict[str, object]) -> None:
+    def finish(
+        self, result: Path, layers: dict[str, Layer], record: dict[str, object], dense: DenseConfig | None
+    ) -> None:
         """Put the checkpoint together: experts, other tensors, config.json, tokenizer, generation config."""
         writer = ShardWriter(result, SHARD_BYTES)
         for index in range(self.streamed.num_layers):
             for name, tensor in self.state.layer_tensors(index):
                 writer.add(name, tensor)
-        for name in self.source.tensors:
-            if not self.source.shape.is_expert_tensor(name):
-                writer.add(name, self.source.tensors.get(name))
+        write_other_tensors(self.source, dense, writer)
         writer.finish()
         draft = CheckpointConfig(
             quant_method=QUANT_METHOD,
@@ -504,6 +513,7 @@ class _Run:
             block_size=self.config.block_size,
             bpw=0.0,
             layers=layers,
+            linear_quantization=None if dense is None else dense.dump(),
             tool_version=version("bitsmoe-vllm"),
             run=record,
         )

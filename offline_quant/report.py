@@ -141,7 +141,10 @@ def model_report(
 
 
 def inspect_checkpoint(
-    config: CheckpointConfig, bits_of: Mapping[str, Mapping[ProjectionName, Tensor]], total_bytes: int
+    config: CheckpointConfig,
+    bits_of: Mapping[str, Mapping[ProjectionName, Tensor]],
+    total_bytes: int,
+    dense: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Where the bits of a checkpoint went.
 
@@ -149,6 +152,7 @@ def inspect_checkpoint(
         config: its schema.
         bits_of: layer prefix -> projection -> block bits [E, B].
         total_bytes: size of all tensors of the checkpoint, experts and others.
+        dense: see `dense.dense_report`.
     """
     layers = []
     histogram: dict[str, int] = {}
@@ -190,7 +194,8 @@ def inspect_checkpoint(
         "bpw": config.all_in_bpw(),
         "expert_weights": config.num_weights,
         "expert_bytes": config.nbytes,
-        "other_bytes": total_bytes - config.nbytes,
+        **dense,
+        "other_bytes": total_bytes - config.nbytes - (dense["dense_layers"] or {"bytes": 0})["bytes"],
         "weights_by_width": dict(sorted(histogram.items(), key=lambda kv: int(kv[0]))),
         "options": config.run,
         "tool_version": config.tool_version,

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bitsmoe_kernels.format.schema import PROJECTION_NAMES
+from offline_quant.dense import dense_line
 from offline_quant.report import LayerPicture
 
 MOST_MAPS = 8
@@ -75,6 +76,8 @@ def _summary(report: dict[str, Any]) -> str:
         f"objective <strong>{_text(options.get('objective', NOTHING))}</strong>",
         f"calibrated on {report['calibration_tokens']:,} tokens of {_text(options.get('calib', NOTHING))}",
     ]
+    if report["dense_layers"] is not None:
+        facts.append(_text(dense_line(report["dense_layers"])))
     if (shared := report["model_budget"]) is not None:
         facts.append(f"one budget for the model, proven within {_percent(shared['solver_gap'])} of the optimum")
     return f"<h1>Quantization report</h1>\n<p>{'; '.join(facts)}.</p>"

@@ -13,8 +13,10 @@ from typing import Any, Literal
 
 import torch
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bitsmoe_kernels.format.dense import DenseBits, DenseConfig, DenseGroup, DenseWeights, dense_linears, pack
 from bitsmoe_kernels.format.packing import pack_codes
 from bitsmoe_kernels.format.schema import (
     FORMAT_VERSION,
@@ -376,3 +378,35 @@ def write_tiny_qwen3_moe(
     for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
         shutil.copyfile(TINY_MOE / file, directory / file)
     return experts
+
+
+def store_dense(directory: Path, bits: DenseBits) -> dict[str, Tensor]:
+    """Quantize the linear layers outside the experts of a checkpoint of one file; returns the matrices they stand for.
+
+    Scales are the largest magnitude over the largest code, without a search.
+    """
+    config = json.loads((directory / "config.json").read_text())
+    tensors = load_file(directory / "model.safetensors")
+    groups: dict[str, DenseGroup] = {}
+    meaning: dict[str, Tensor] = {}
+    for name in [n for linear in dense_linears(config, tensors) for n in linear.names]:
+        weight = tensors.pop(f"{name}.weight").float()
+        N, K = weight.shape
+        strategy: Literal["group", "channel"] = "channel" if K % 128 or K == 128 else "group"
+        form = DenseWeights(num_bits=bits, strategy=strategy, group_size=128 if strategy == "group" else None)
+        top = 2 ** (bits - 1) - 1
+        scale = (weight.view(N, -1, form.group_size or K).abs().amax(-1) / top).bfloat16()
+        columns = scale.float().repeat_interleave(form.group_size or K, 1)
+        codes = (weight / columns).round().clamp(-top - 1, top)
+        meaning[f"{name}.weight"] = codes * columns
+        tensors |= {
+            f"{name}.weight_packed": pack(codes.to(torch.int8), bits),
+            f"{name}.weight_scale": scale,
+            f"{name}.weight_shape": torch.tensor([N, K]),
+        }
+        before = groups[strategy].targets if strategy in groups else ()
+        groups[strategy] = DenseGroup(targets=(*before, name), weights=form)
+    dense = DenseConfig(quant_method="compressed-tensors", format="pack-quantized", config_groups=groups)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    write_config(directory, config, config["quantization_config"] | {"linear_quantization": dense.dump()})
+    return meaning

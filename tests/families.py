@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitsmoe_kernels.format.families import FAMILIES
 from builders import TINY_MOE
+from offline_quant.model_adapter import WeightSource
+from offline_quant.streaming import StreamedModel
 
 _ALL = {
     "vocab_size": 4096, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -85,3 +87,21 @@ def to_float8(directory: Path, block: int = 32) -> dict[str, torch.Tensor]:
     config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [block, block]}
     (directory / "config.json").write_text(json.dumps(config))
     return meaning
+
+
+IDS = torch.randint(0, 4096, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def whole_logits(directory: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def streamed_logits(source: WeightSource) -> torch.Tensor:
+    model = StreamedModel(source)
+    batches = model.embed_windows(IDS, 24)
+    for index in range(model.num_layers):
+        with model.layer(index) as module:
+            batches = model.through(module, batches)
+    return model.logits(torch.cat([h for h, _ in batches]), model.head)

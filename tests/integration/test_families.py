@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bitsmoe_kernels.format.families import FAMILIES
+from builders import TINY_MOE
 from families import make_model
 from offline_quant.config import QuantizeConfig
 from offline_quant.dequantize import dequantize_checkpoint
@@ -20,6 +21,8 @@ TOKENS = 24
 PROMPTS = [[(7 * i + 31 * start) % 4000 + 1 for i in range(12 + start)] for start in (0, 5, 9)]
 MAX_ERROR = 1e-4
 """Of a token's log-probability in float32, and how far apart two are that count as a tie, see test_serving.py."""
+MAX_ERROR_FLOAT16 = 5e-2
+"""The same in float16, where the root mean square of either's error is up to 3e-3."""
 BFLOAT16_ONLY = "Qwen3NextForCausalLM"
 """vLLM's linear attention on a CPU is written for nothing else."""
 
@@ -58,14 +61,14 @@ def generate(models: list[Path], dtype: str, cache: Path) -> list[Steps]:
     return json.loads(ended.stdout.split("RESULT")[1])
 
 
-def assert_same(got: Steps, want: Steps) -> None:
+def assert_same(got: Steps, want: Steps, max_error: float = MAX_ERROR) -> None:
     for prompt, a, b in zip(PROMPTS, got, want, strict=True):
         assert len(a) == len(b) == TOKENS
         for i, ((token, top), (expected, best)) in enumerate(zip(a, b, strict=True)):
             if token != expected:
-                assert best[0] - best[1] <= MAX_ERROR, f"{prompt}: step {i} is {token}, the reference has {expected}"
+                assert best[0] - best[1] <= max_error, f"{prompt}: step {i} is {token}, the reference has {expected}"
                 break
-            assert abs(top[0] - best[0]) <= MAX_ERROR, f"{prompt}: step {i}, {top} against {best}"
+            assert abs(top[0] - best[0]) <= max_error, f"{prompt}: step {i}, {top} against {best}"
 
 
 def errors(steps: Steps, model: torch.nn.Module) -> torch.Tensor:
@@ -105,3 +108,26 @@ def test_tokens_equal_those_of_the_dequantized_checkpoint(architecture: str, tmp
     ours, theirs = (errors(steps, exact).square().mean().sqrt() for steps in (got, want))
     assert ours <= 1.25 * theirs, (ours, theirs)
     assert theirs < 0.2
+
+
+def test_linear_layers_outside_the_experts_at_four_bits(tmp_path: Path, calib: str) -> None:
+    """vLLM's kernels for them have no float32. In float16 ours may not be farther from the exact model.
+
+    The demo model, and one with shared experts, a dense first layer, biases of attention and a head of its own.
+    """
+    sources = {"demo": TINY_MOE, "shared": make_model("Qwen2MoeForCausalLM", tmp_path / "model")}
+    quick = {"basis": "natural", "feedback": False, "calib_samples": 4, "calib_length": 64, "refine": 0}
+    checkpoints: list[Path] = []
+    for name, source in sources.items():
+        quantized, plain = tmp_path / f"{name}-quantized", tmp_path / f"{name}-plain"
+        config = QuantizeConfig(bits=4.5, dense_bits=4, calib=calib, **quick)
+        quantize_model(str(source), quantized, config)
+        dequantize_checkpoint(quantized, plain, torch.float32)
+        checkpoints += [quantized, plain]
+    found = generate(checkpoints, "float16", tmp_path / "cache")
+    for plain, got, want in zip(checkpoints[1::2], found[::2], found[1::2], strict=True):
+        assert_same(got, want, MAX_ERROR_FLOAT16)
+        exact = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
+        ours, theirs = (errors(steps, exact).square().mean().sqrt() for steps in (got, want))
+        assert ours <= 1.25 * theirs, (ours, theirs)
+        assert theirs < 0.01

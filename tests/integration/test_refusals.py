@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from builders import write_tiny_qwen3_moe
+from builders import store_dense, write_tiny_qwen3_moe
 from vllm_server import command, environment
 
 EXPERTS = "model.layers.1.mlp.experts"
@@ -61,6 +61,11 @@ def wrong_shape(directory: Path) -> None:
     spoil(directory, cut)
 
 
+def eight_bits_outside_the_experts(directory: Path) -> None:
+    """Sound, but vLLM has kernels for it on GPUs only."""
+    store_dense(directory, 8)
+
+
 @pytest.mark.parametrize(
     ("make", "named"),
     [
@@ -68,11 +73,12 @@ def wrong_shape(directory: Path) -> None:
         (flipped_block_bit, [f"{EXPERTS}.down_bits", "block bits sum to"]),
         (missing_tensors, [f"{EXPERTS}.gate_up_feature_scale is missing", f"{EXPERTS}.down_bits is missing"]),
         (missing_tensor_outside_the_experts, ["model.layers.1.self_attn.q_proj.weight is missing"]),
+        (eight_bits_outside_the_experts, ["are stored at 8 bits (--dense-bits 8)", "serve on a GPU, or quantize with"]),
         (wrong_shape, [f"{EXPERTS}.down_component_scale is float16[4, 39]", "float16[4, 40]"]),
     ],
     ids=lambda v: v.__name__ if callable(v) else "",
 )
-def test_a_broken_checkpoint(make: Callable[[Path], None], named: list[str], tmp_path: Path) -> None:
+def test_a_checkpoint_that_cannot_be_served(make: Callable[[Path], None], named: list[str], tmp_path: Path) -> None:
     directory = tmp_path / "checkpoint"
     write_tiny_qwen3_moe(directory)
     make(directory)

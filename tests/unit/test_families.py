@@ -6,36 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.families import FAMILIES, REFUSED, models_table, moe_shape
 from builders import REPO
-from families import CONFIGS, make_model, to_float8
+from families import CONFIGS, make_model, streamed_logits, to_float8, whole_logits
 from offline_quant.config import QuantizeConfig
 from offline_quant.dequantize import dequantize_checkpoint
 from offline_quant.fp8 import Float8Reader
-from offline_quant.model_adapter import SourceModel, WeightSource, open_model
+from offline_quant.model_adapter import SourceModel, open_model
 from offline_quant.pipeline import quantize_model
-from offline_quant.streaming import StreamedModel
 
 TEXT = "She opened the door, and there stood her brother with the lamp in his hand. " * 40
-IDS = torch.randint(0, 4096, (2, 24), generator=torch.Generator().manual_seed(0))
-
-
-def whole_logits(directory: Path) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    with torch.no_grad():
-        return model(IDS).logits
-
-
-def streamed_logits(source: WeightSource) -> torch.Tensor:
-    model = StreamedModel(source)
-    batches = model.embed_windows(IDS, 24)
-    for index in range(model.num_layers):
-        with model.layer(index) as module:
-            batches = model.through(module, batches)
-    return model.logits(torch.cat([h for h, _ in batches]), model.head)
 
 
 @pytest.fixture

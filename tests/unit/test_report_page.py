@@ -100,6 +100,7 @@ def make(
                     "calib": "calib.txt", "seed": 0},
         "sanity": sanity,
         "model_budget": None,
+        "dense_layers": None,
         "layers": rows,
     }  # fmt: skip
     return report, pictures

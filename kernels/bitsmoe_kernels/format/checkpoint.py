@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError, FormatError
+from bitsmoe_kernels.format.dense import DenseConfig, DenseReader
 from bitsmoe_kernels.format.schema import QUANT_METHOD, CheckpointConfig
 from bitsmoe_kernels.format.shards import ShardReader, read_json
 from bitsmoe_kernels.format.validate import check_bits, check_headers, check_values
@@ -36,6 +37,28 @@ class Checkpoint:
         self.tensors = ShardReader(directory)
         if faults := check_headers(self.config, self.tensors.specs):
             raise FormatError(str(directory), faults)
+
+    def dense(self) -> DenseConfig | None:
+        """How linear layers outside the routed experts are quantized; None: they are not.
+
+        Raises:
+            FormatError: in a way this version does not read.
+        """
+        data = self.config.linear_quantization
+        return None if data is None else DenseConfig.parse(data, str(self.directory / "config.json"))
+
+    def plain_tensors(self) -> ShardReader:
+        """All tensors, quantized linear layers outside the routed experts as the matrices they stand for.
+
+        Raises:
+            FormatError: lists every fault of those layers.
+        """
+        if (dense := self.dense()) is None:
+            return self.tensors
+        reader = DenseReader(self.directory, self.model_config, dense)
+        if faults := reader.value_faults():
+            raise FormatError(str(self.directory), faults)
+        return reader
 
     def layer_tensors(self, prefix: str) -> dict[str, Tensor]:
         """All tensors of one layer, `{projection}_{part}` -> tensor, values not checked."""

@@ -40,8 +40,8 @@ def code_dtype(block_size: int) -> torch.dtype:
     return {16: torch.int16, 32: torch.int32}[block_size]
 
 
-def _json_integer(value: Any) -> Any:
-    # Literal compares by value, and 16.0 == 16.
+def json_integer(value: Any) -> Any:
+    """Refuse what is not an integer in JSON: Literal compares by value, and 16.0 == 16."""
     if type(value) is not int:
         raise ValueError("must be an integer")
     return value
@@ -66,7 +66,9 @@ class TensorSpec:
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
 
 
-class _Model(BaseModel):
+class StrictModel(BaseModel):
+    """JSON data that must have the very types and keys its schema names."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
@@ -76,7 +78,7 @@ Size = Annotated[int, Field(ge=1, le=MAX_INTEGER)]
 Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 
 
-class Basis(_Model):
+class Basis(StrictModel):
     """A basis shared by all experts of a layer, on the component side of a projection.
 
     Rows are components: on the input side a token enters as z = basis @ x, on the output side it leaves as
@@ -84,11 +86,11 @@ class Basis(_Model):
     """
 
     rank: Size
-    bits: Annotated[Literal[8, 16], BeforeValidator(_json_integer)]
+    bits: Annotated[Literal[8, 16], BeforeValidator(json_integer)]
     """16: float16 rows. 8: int8 rows with one float32 scale each."""
 
 
-class Projection(_Model):
+class Projection(StrictModel):
     """How one projection of a MoE layer is stored: E mixed-bit matrices of one shape, plus optional parts."""
 
     component_axis: Axis = "input"
@@ -113,7 +115,7 @@ class Projection(_Model):
         return data
 
 
-class Layer(_Model):
+class Layer(StrictModel):
     """The routed experts of one MoE layer."""
 
     num_experts: Size
@@ -211,19 +213,19 @@ def _projection_specs(
         yield "lowrank_out", TensorSpec(half, (p.lowrank_total, out))
 
 
-class CheckpointConfig(_Model):
+class CheckpointConfig(StrictModel):
     """The `quantization_config` object of config.json."""
 
     quant_method: Literal["bitsmoe"]
     format_version: int
-    block_size: Annotated[Literal[16, 32], BeforeValidator(_json_integer)]
+    block_size: Annotated[Literal[16, 32], BeforeValidator(json_integer)]
     bpw: float = Field(ge=0, allow_inf_nan=False)
     """All-in bits per weight: bytes of all tensors below times 8, over the weights they replace."""
     layers: dict[str, Layer]
     """Tensor prefix of a layer's experts, such as `model.layers.0.mlp.experts`, to its layout."""
     linear_quantization: dict[str, Any] | None = None
-    """How layers outside the routed experts are quantized: an ordinary Hugging Face quantization_config that vLLM
-    knows. None: they are untouched."""
+    """How layers outside the routed experts are quantized: an ordinary Hugging Face quantization_config, which `dense`
+    reads. None: they are untouched."""
     tool_version: str
     run: dict[str, Any] = {}
     """Options the checkpoint was made with, for the record; readers ignore it."""
@@ -248,7 +250,7 @@ class CheckpointConfig(_Model):
         try:
             return cls.model_validate(data)
         except ValidationError as e:
-            raise FormatError(subject, [_pydantic_fault(err) for err in e.errors()]) from None
+            raise FormatError(subject, pydantic_faults(e)) from None
 
     def dump(self) -> dict[str, Any]:
         """JSON data; `parse` of it gives an equal object."""
@@ -275,6 +277,11 @@ class CheckpointConfig(_Model):
     def all_in_bpw(self) -> float:
         """All-in bits per weight as the tensors say; `bpw` must equal it."""
         return 8 * self.nbytes / max(1, self.num_weights)
+
+
+def pydantic_faults(error: ValidationError) -> list[str]:
+    """What a schema found, one sentence each: where, what, and the value."""
+    return [_pydantic_fault(err) for err in error.errors()]
 
 
 def _pydantic_fault(err: Any) -> str:
