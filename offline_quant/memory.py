@@ -16,6 +16,8 @@ from offline_quant.statistics import SLOT_VALUES
 
 SHARD_BYTES = 1 << 30
 """Of a shard of the result: writing one takes twice as much memory."""
+LATER = 80 << 20
+"""What libraries take that are loaded when they are needed: the solver, the plots."""
 _FLOAT, _INT, _DOUBLE = 4, 8, 8
 
 
@@ -80,7 +82,7 @@ def needs(
     writing = 2 * min(SHARD_BYTES, int(bits * shape.num_weights / 8)) + mapped
     hidden = 3 * _FLOAT * tokens * H
     return Needs(
-        peak=baseline + max(running, judging, writing),
+        peak=baseline + LATER + max(running, judging, writing),
         calibration_state=state,
         disk=hidden + max(0, _FLOAT * (tokens * top_k * I + E * H * I) - MEMORY_BYTES),
     )

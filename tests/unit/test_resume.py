@@ -1,0 +1,272 @@
+"""A run that dies goes on after its last finished layer and ends in the same bytes; several processes give them too."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitsmoe_kernels.errors import BitsmoeError
+from builders import REPO
+from families import make_model
+from offline_quant import pipeline
+from offline_quant.config import QuantizeConfig
+from offline_quant.memory import check_memory, parse_bytes
+from offline_quant.output import PAGE_FILE
+from offline_quant.pipeline import quantize_model
+from offline_quant.spool import Spool
+from offline_quant.state import RunState, fingerprint, state_directory
+from offline_quant.team import Team
+
+TEXT = "She opened the door, and there stood her brother with the lamp in his hand. " * 60
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen2-MoE of three layers, the first dense, with shared experts."""
+    folder = tmp_path_factory.mktemp("resume")
+    (folder / "calib.txt").write_text(TEXT)
+    return make_model("Qwen2MoeForCausalLM", folder / "model")
+
+
+def options(source: Path, **changed: object) -> QuantizeConfig:
+    base = {"bits": 4.5, "calib": str(source.parent / "calib.txt"), "calib_samples": 6, "calib_length": 64, "refine": 0}
+    return QuantizeConfig.model_validate(base | changed)
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path) -> Path:
+    """What an undisturbed run writes."""
+    quantize_model(str(source), source.parent / "whole", options(source))
+    return source.parent / "whole"
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """All files but the page, which holds times."""
+    return {p.name: p.read_bytes() for p in directory.iterdir() if p.name != PAGE_FILE}
+
+
+class Died(BaseException):
+    """Stands for a signal."""
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("when", ["close_layer", "put_hidden", "publish"])
+def test_a_run_that_dies_goes_on(source, whole, tmp_path, monkeypatch, layer, when):
+    """Whether a layer was being worked on, just being closed, or the result was being put into its place."""
+    out, usual = tmp_path / "q", getattr(RunState, when)
+
+    def die(self, *args):
+        if when == "publish" or args[0] == layer:
+            raise Died
+        usual(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, when, die)
+        with pytest.raises(Died) as stopped:
+            quantize_model(str(source), out, options(source))
+    finished = 3 if when == "publish" else layer
+    assert stopped.value.__notes__ == [
+        f"{finished} finished layer(s) are kept in {state_directory(out)}: the same command with --resume goes on"
+    ]
+    assert not out.exists()
+    worked = []
+    layer_before = pipeline._Run._finish_layer
+    monkeypatch.setattr(
+        pipeline._Run, "_finish_layer", lambda run, index, bar: worked.append(index) or layer_before(run, index, bar)
+    )
+    quantize_model(str(source), out, options(source), resume=True)
+    assert worked == list(range(finished, 3))
+    assert contents(out) == contents(whole)
+    assert [p.name for p in tmp_path.iterdir()] == ["q"]
+
+
+def test_resume_without_an_earlier_run_begins_one(source, whole, tmp_path):
+    quantize_model(str(source), tmp_path / "q", options(source), resume=True)
+    assert contents(tmp_path / "q") == contents(whole)
+
+
+@pytest.fixture
+def stopped(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The output of a run that died in its last layer."""
+
+    def die(*args: object) -> None:
+        raise Died
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline._Run, "judge", die)
+        with pytest.raises(Died):
+            quantize_model(str(source), tmp_path / "q", options(source))
+    return tmp_path / "q"
+
+
+def test_finished_layers_are_not_thrown_away_unasked(source, stopped):
+    with pytest.raises(BitsmoeError, match=r"stopped after 3 layer\(s\), kept in .*add --resume to go on, or remove"):
+        quantize_model(str(source), stopped, options(source))
+    assert state_directory(stopped).exists()
+
+
+def test_other_options_are_refused_with_all_differences(source, stopped):
+    with pytest.raises(BitsmoeError) as refused:
+        quantize_model(str(source), stopped, options(source, bits=5.0, seed=3), resume=True)
+    assert "  - bits was 4.5, now 5.0\n  - seed was 0, now 3" in str(refused.value)
+    assert state_directory(stopped).exists()
+
+
+def test_another_text_of_the_same_name_is_refused(source, stopped, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "calib.txt").write_text(TEXT[1:])
+    with pytest.raises(BitsmoeError, match=r"calibration text was '[0-9a-f]{64}', now '[0-9a-f]{64}'"):
+        quantize_model(str(source), stopped, options(source, calib=str(tmp_path / "other" / "calib.txt")), resume=True)
+
+
+def test_another_version_is_refused(source, stopped):
+    path = state_directory(stopped) / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 99}))
+    with pytest.raises(BitsmoeError, match=r"left by another version of bitsmoe \(state 99, this one has 1\)"):
+        quantize_model(str(source), stopped, options(source), resume=True)
+
+
+def test_two_runs_cannot_write_one_output(source, tmp_path):
+    held = RunState(tmp_path / "q", {}, resume=False)
+    with pytest.raises(BitsmoeError, match="another run is writing it"):
+        quantize_model(str(source), tmp_path / "q", options(source))
+    held.close(keep=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fingerprint_feels_weights_config_and_size(source, tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(source, copy)
+    before = fingerprint(copy)
+    assert before == fingerprint(source)
+    weights = copy / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    assert fingerprint(copy) != before
+    shutil.copy(source / "model.safetensors", weights)
+    config = copy / "config.json"
+    config.write_text(config.read_text() + " ")
+    assert fingerprint(copy) != before
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "offline_quant.cli", "quantize", *map(str, arguments)]
+
+
+FAST = ("--bits", "4.5", "--calib-samples", "6", "--calib-length", "64", "--refine", "0")
+
+
+def test_a_killed_process_resumes_and_two_workers_give_the_bytes_of_one(source, whole, tmp_path):
+    """Real processes: two workers are killed with SIGKILL once a layer is finished; two more go on."""
+    out = tmp_path / "q"
+    arguments = (source, "--out", out, "--calib", source.parent / "calib.txt", *FAST, "--workers", "2", "--resume")
+    process = subprocess.Popen(command(*arguments), cwd=REPO, start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (state_directory(out) / "layer-00001").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    done = subprocess.run(command(*arguments), cwd=REPO, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert contents(out) == contents(whole)
+    assert [p.name for p in tmp_path.iterdir()] == ["q"]
+
+
+def test_torchrun_starts_workers_too(source, whole, tmp_path):
+    out = tmp_path / "q"
+    arguments = command(source, "--out", out, "--calib", source.parent / "calib.txt", *FAST)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments[1:]]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(torchrun, cwd=REPO, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert contents(out) == contents(whole)
+
+
+def test_a_worker_that_dies_is_reported(source, tmp_path):
+    prelude = tmp_path / "site"
+    prelude.mkdir()
+    (prelude / "sitecustomize.py").write_text(
+        "import os\nif os.environ.get('RANK') == '1':\n    raise SystemExit('out of luck')\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(prelude), os.environ.get("PYTHONPATH", "")])}
+    arguments = (source, "--out", tmp_path / "q", "--calib", source.parent / "calib.txt", *FAST, "--workers", "2")
+    done = subprocess.run(
+        command(*arguments), cwd=REPO, capture_output=True, text=True, timeout=300, env=environment, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "worker 1 ended with status 1: out of luck" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+class Half(Team):
+    """A process of two, whose other half is computed here as well."""
+
+    size = 2
+
+    def __init__(self, rank: int):
+        self.rank = rank
+
+
+def test_every_item_has_one_owner():
+    owners = [[i for i in range(7) if Half(rank).owns(i)] for rank in (0, 1)]
+    assert sorted(owners[0] + owners[1]) == list(range(7))
+
+
+def test_a_spool_keeps_little_in_memory_and_the_rest_on_disk(tmp_path):
+    spool = Spool(tmp_path, memory_bytes=100)
+    values = {f"t{i}": torch.randn(4, i + 1) for i in range(4)}
+    for name, value in values.items():
+        spool.put(name, value)
+    assert {p.name for p in spool.directory.iterdir()} == {"t2", "t3"}  # 16 + 32 bytes fit, 48 more do not
+    for name, value in values.items():
+        assert torch.equal(spool.get(name), value)
+    spool.put("t3", values["t0"])  # smaller now, so it fits
+    assert torch.equal(spool.get("t3"), values["t0"])
+    spool.drop("t0", "unknown")
+    assert "t0" not in spool
+    spool.clear()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_there_is_no_room_for_is_computed_again(source, whole, tmp_path, monkeypatch):
+    """No room for anything that can be: the same bytes."""
+    usual = Spool.put
+
+    def put(self, name, tensor, if_room=False):
+        self.drop(name)
+        if not if_room:
+            usual(self, name, tensor)
+
+    monkeypatch.setattr(Spool, "put", put)
+    quantize_model(str(source), tmp_path / "q", options(source))
+    assert contents(tmp_path / "q") == contents(whole)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("24GB", 24 * 10**9), ("1.5 GiB", 3 << 29), ("800m", 8 * 10**8), ("12", 12)]
+)
+def test_sizes_are_read(text, expected):
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "much", "-3GB", "0", "3XB", "GB"])
+def test_sizes_that_are_none_are_refused(text):
+    with pytest.raises(BitsmoeError, match="must be a size such as 24GB"):
+        parse_bytes(text)
+
+
+def test_more_memory_than_allowed_is_refused_before_the_work(source, tmp_path):
+    with pytest.raises(BitsmoeError, match=r"--max-memory 0.01 GB: this run would take about \d+\.\d\d GB"):
+        quantize_model(str(source), tmp_path / "q", options(source), max_memory=10_000_000)
+    assert list(tmp_path.iterdir()) == []
+    outcome = quantize_model(str(source), tmp_path / "q", options(source), max_memory=10**12)
+    check_memory(outcome.needs, None)
