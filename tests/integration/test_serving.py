@@ -38,12 +38,14 @@ COMMON = ("--dtype", "float32", "--max-model-len", "256")
 EAGER = ("--enforce-eager",)
 TP2 = ("--tensor-parallel-size", "2")
 EP2 = (*TP2, "--enable-expert-parallel")
+PP2 = ("--pipeline-parallel-size", "2")
 SETUPS = {
     "tp1-eager": EAGER,
     "tp1-compiled": (),
     "ep2-compiled": EP2,
+    "pp2-compiled": PP2,
 }
-"""Tensor parallelism, eager, is in the test of all forms below."""
+"""Tensor parallelism, eager, is in the test of all forms below. Pipeline parallelism on a CPU needs compiled stages."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def generate(tmp_path_factory: pytest.TempPathFactory) -> Generate:
 
     def run(model: Path, options: tuple[str, ...]) -> Completions:
         log = logs / f"{model.name}{'_'.join(options)}.log"
-        ranks = 2 if TP2[0] in options else 1
+        ranks = 2 if {TP2[0], PP2[0]} & set(options) else 1
         with serve(model, *COMMON, *options, log=log, ranks=ranks, cache=cache) as server:
             # One request after another: batched together they are summed in another order.
             return [

@@ -602,9 +602,17 @@ def test_inspect_shows_where_the_bits_went(quantized):
         assert sum(sum(p["bytes"].values()) for p in layer["projections"].values()) * 8 == pytest.approx(
             layer["bpw"] * 3 * 16 * 256 * 256
         )
+    assert data["parallel_sizes"] == {
+        "tensor": [1, 2, 4, 8],  # as many as heads, and as blocks of 32 channels
+        "tensor_with_experts": [1, 2, 4, 8],
+        "expert_ranks": 16,
+        "stages": 2,
+    }
     table = succeed("inspect", quantized).stdout
     assert "bits per weight all-in" in table
     assert "gate_up" in table
+    assert "tensor-parallel sizes 1, 2, 4, 8;" in " ".join(table.split())
+    assert "up to 2 pipeline stages" in " ".join(table.split())
 
 
 def test_evaluation_refuses_what_it_cannot_compare(tmp_path, model, text, source):

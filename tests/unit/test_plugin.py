@@ -9,7 +9,6 @@ import pytest
 
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_vllm import _compat
-from bitsmoe_vllm.startup import tensor_parallel_sizes
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
@@ -107,18 +106,3 @@ def test_other_errors_keep_their_traceback() -> None:
     assert ended.returncode == 1
     assert "ZeroDivisionError" in ended.stderr
     assert "Traceback" in ended.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sizes"),
-    [
-        ((768, 16, 128, 32), [1, 2, 4, 8, 16, 32]),
-        ((768, 32, 128, 48), [1, 2, 3, 4, 6, 8, 12, 16, 24]),  # 24 blocks
-        ((40, 32, 4, 4), [1, 2]),  # a partial block counts
-        ((256, 16, 3, 8), [1, 2]),  # fewer experts than blocks; 3 does not divide 256
-        ((24, 32, 4, 8), [1]),
-        ((64, 16, 8, None), [1, 2, 4]),
-    ],
-)
-def test_tensor_parallel_sizes(arguments: tuple[int, int, int, int | None], sizes: list[int]) -> None:
-    assert tensor_parallel_sizes(*arguments) == sizes
