@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from builders import TINY_MOE
 from offline_quant.dequantize import dequantize_checkpoint
+from vllm_processes import Generator
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +31,12 @@ def dequantized(quantized: Path) -> Path:
     out = quantized.with_name("dequantized")
     dequantize_checkpoint(quantized, out, torch.float32)
     return out
+
+
+@pytest.fixture(scope="session")
+def generate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Generator]:
+    """Greedy completions by vLLM without a server."""
+    directory = tmp_path_factory.mktemp("generate")
+    generator = Generator(directory / "log", directory / "cache")
+    yield generator
+    generator.close()
