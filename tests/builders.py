@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bitsmoe_kernels.format.packing import pack_codes
@@ -376,3 +377,18 @@ def write_tiny_qwen3_moe(
     for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
         shutil.copyfile(TINY_MOE / file, directory / file)
     return experts
+
+
+def write_first_layers(directory: Path, count: int) -> Path:
+    """The demo model with no more than its first decoder layers; returns its directory."""
+    shutil.copytree(TINY_MOE, directory, ignore=shutil.ignore_patterns("*.py", "*.md"))
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": count}))
+    layers = [f"model.layers.{i}." for i in range(count)]
+    tensors = {
+        name: tensor
+        for name, tensor in load_file(directory / "model.safetensors").items()
+        if not name.startswith("model.layers.") or name.startswith(tuple(layers))
+    }
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory

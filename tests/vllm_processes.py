@@ -112,7 +112,7 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers)
 else:
     sys.exit()
-signal.alarm(120)
+signal.alarm(300)
 answers.close()
 for number, file in enumerate((os.devnull, job["stdout"], job["stderr"])):
     os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), number)

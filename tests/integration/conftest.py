@@ -34,9 +34,14 @@ def dequantized(quantized: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def generate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Generator]:
+def vllm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where vLLM keeps compiled code and what it finds out about models: new, for an old one must not hide a fault."""
+    return tmp_path_factory.mktemp("vllm_cache")
+
+
+@pytest.fixture(scope="session")
+def generate(tmp_path_factory: pytest.TempPathFactory, vllm_cache: Path) -> Iterator[Generator]:
     """Greedy completions by vLLM without a server."""
-    directory = tmp_path_factory.mktemp("generate")
-    generator = Generator(directory / "log", directory / "cache")
+    generator = Generator(tmp_path_factory.mktemp("generate") / "log", vllm_cache)
     yield generator
     generator.close()

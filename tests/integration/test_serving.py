@@ -10,7 +10,7 @@ import torch
 
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.format.shards import ShardReader, read_json
-from builders import TINY_MOE, build_form, write_checkpoint
+from builders import TINY_MOE, build_form, write_checkpoint, write_first_layers
 from offline_quant.config import QuantizeConfig
 from offline_quant.dequantize import dequantize_checkpoint
 from offline_quant.pipeline import quantize_model
@@ -52,15 +52,14 @@ Serve = Callable[[Path, tuple[str, ...]], Completions]
 
 
 @pytest.fixture(scope="module")
-def serve_once(tmp_path_factory: pytest.TempPathFactory) -> Serve:
+def serve_once(tmp_path_factory: pytest.TempPathFactory, vllm_cache: Path) -> Serve:
     """Greedy completions of all PROMPTS by a server started for them."""
-    cache = tmp_path_factory.mktemp("vllm_cache")  # an old cache must not hide a fault
     logs = tmp_path_factory.mktemp("vllm_logs")
 
     def run(model: Path, options: tuple[str, ...]) -> Completions:
         log = logs / f"{model.name}{'_'.join(options)}.log"
         ranks = 2 if {TP2[0], PP2[0]} & set(options) else 1
-        with serve(model, *COMMON, *options, log=log, ranks=ranks, cache=cache) as server:
+        with serve(model, *COMMON, *options, log=log, ranks=ranks, cache=vllm_cache) as server:
             # One request after another: batched together they are summed in another order.
             return [
                 steps(server.complete(p, MAX_TOKENS, logprobs=2, ignore_eos=True, return_tokens_as_token_ids=True))
@@ -111,9 +110,9 @@ def test_sibling_methods_are_served(objective: str, bits: float, tmp_path: Path,
     """One width for a matrix, gate and up apart; compensators beside the codes."""
     directory, dequantized = tmp_path / "quantized", tmp_path / "dequantized"
     config = QuantizeConfig(
-        bits=bits, objective=objective, ranks=(0, 8, 32), calib=str(README), calib_samples=8, refine=1
+        bits=bits, objective=objective, ranks=(0, 8, 32), calib=str(README), calib_samples=4, refine=1
     )
-    quantize_model(str(TINY_MOE), directory, config)
+    quantize_model(str(write_first_layers(tmp_path / "model", 2)), directory, config)
     projections = [p for layer in Checkpoint(directory).config.layers.values() for p in layer.projections.values()]
     assert any(p.lowrank_total for p in projections) == (objective == "bt-moe")
     dequantize_checkpoint(directory, dequantized, torch.float32)
