@@ -10,8 +10,7 @@ def test_two_and_a_half_bits_beat_round_to_nearest_at_three(tmp_path):
     write_held_out_text(TINY_MOE, text)
     write_held_out_text(TINY_MOE, calib, seed=0)
     reference = Reference(TINY_MOE, text)
-    # Half the calibration text of the default takes half the time, and is the harder case.
-    ours = measure(TINY_MOE, str(calib), reference, Row("bitsmoe", "bitsmoe", 2.5, options={"calib_samples": 64}))
+    ours = measure(TINY_MOE, str(calib), reference, Row("bitsmoe", "bitsmoe", 2.5))
     rounded = measure(TINY_MOE, str(calib), reference, Row("round-to-nearest", "rtn", 3))
     print(ours, rounded)
     assert ours["bpw"] <= 2.5 < 3.1 < rounded["bpw"]
