@@ -6,6 +6,9 @@ Supported: 0.26.0 <= vLLM < 0.33. What was seen to differ within that range:
   (0.26) route with an operator that CPU builds lack; there the method declares itself monolithic, receives the
   router's logits and selects the experts with vLLM's own torch function.
 - The description of a linear layer that vLLM's choice of kernels takes: older versions want one more field.
+
+Seen in 0.32.0, with any model: on a CPU some kinds of parallelism start up and then fail at the first request (see
+`cpu_parallel_fault`).
 """
 
 import copy
@@ -59,6 +62,40 @@ def config_under_construction() -> Any | None:
         if isinstance(owner, VllmConfig):
             return owner
         frame = frame.f_back
+    return None
+
+
+def cpu_parallel_fault(parallel: Any, enforce_eager: bool) -> str | None:
+    """What of a parallel configuration vLLM cannot do on a CPU, though it would start; None if nothing.
+
+    - Pipeline stages receive into buffers that a profiling run makes; a CPU worker leaves it out unless it compiles.
+    - Data-parallel ranks of a MoE model exchange tokens by an operation that CPU communicators may lack.
+
+    Args:
+        parallel: vLLM's ParallelConfig.
+        enforce_eager: the option.
+    """
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return None
+    if parallel.pipeline_parallel_size > 1 and (enforce_eager or envs.VLLM_CPU_CI_ENV):
+        without = "VLLM_CPU_CI_ENV" if envs.VLLM_CPU_CI_ENV else "--enforce-eager"
+        return (
+            f"--pipeline-parallel-size {parallel.pipeline_parallel_size}: on a CPU vLLM cannot pass anything between "
+            f"pipeline stages that it has not compiled; drop {without}"
+        )
+    if parallel.data_parallel_size > 1:
+        from vllm.distributed.device_communicators.base_device_communicator import DeviceCommunicatorBase
+        from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+        if CpuCommunicator.all_gatherv is DeviceCommunicatorBase.all_gatherv:
+            return (
+                f"--data-parallel-size {parallel.data_parallel_size}: this vLLM cannot exchange tokens between "
+                "data-parallel ranks on a CPU; use --tensor-parallel-size or --pipeline-parallel-size, or separate "
+                "servers"
+            )
     return None
 
 

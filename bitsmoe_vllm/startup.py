@@ -11,9 +11,10 @@ from bitsmoe_kernels.errors import BitsmoeError, FormatError, fault_list
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.format.dense import DenseConfig, Linear, dense_linears, plain_specs
 from bitsmoe_kernels.format.families import EXPERT_COUNT_KEYS, moe_shape
-from bitsmoe_kernels.format.schema import CheckpointConfig, TensorSpec, num_blocks
+from bitsmoe_kernels.format.schema import CheckpointConfig, TensorSpec
 from bitsmoe_kernels.format.shards import SINGLE_FILE, read_index
 from bitsmoe_kernels.select import why_not_kernels
+from bitsmoe_kernels.sharding import parallel_sizes
 from bitsmoe_vllm import _compat
 
 
@@ -221,6 +222,9 @@ def check_options(checkpoint: CheckpointConfig, text_config: Any, vllm_config: A
         faults.append("--enable-eplb: expert-parallel load balancing is not supported; drop the option")
     if (linear := checkpoint.linear_quantization) is not None:
         faults += _dense_option_faults(DenseConfig.parse(linear, "config.json"), vllm_config.model_config.dtype)
+    faults += _parallel_faults(checkpoint, {} if text_config is None else text_config.to_dict(), parallel)
+    if fault := _compat.cpu_parallel_fault(parallel, vllm_config.model_config.enforce_eager):
+        faults.append(fault)
     capability = cuda_capability()
     if capability is not None and not vllm_config.model_config.enforce_eager:
         for prefix, layer in checkpoint.layers.items():
@@ -233,47 +237,35 @@ def check_options(checkpoint: CheckpointConfig, text_config: Any, vllm_config: A
     activation = getattr(text_config, "hidden_act", "silu")
     if activation != "silu":
         faults.append(f"hidden_act of config.json is {activation!r}; only 'silu' is supported")
-    tp, dp = parallel.tensor_parallel_size, parallel.data_parallel_size
-    ranks = tp * dp  # vLLM spreads routed experts over both
-    asked = f"--tensor-parallel-size {tp}" + (f" with --data-parallel-size {dp}" if dp > 1 else "")
-    heads = getattr(text_config, "num_attention_heads", None)
-    for prefix, layer in checkpoint.layers.items():
-        if parallel.enable_expert_parallel:
-            if ranks > layer.num_experts:
-                faults.append(
-                    f"{prefix}: {ranks} ranks of expert parallelism, but {layer.num_experts} experts; use at most that"
-                )
-            continue
-        sizes = tensor_parallel_sizes(layer.intermediate_size, checkpoint.block_size, layer.num_experts, heads, dp)
-        if tp not in sizes:
-            faults.append(
-                f"{asked}: {prefix} has {layer.num_experts} experts with intermediate_size {layer.intermediate_size} "
-                f"in blocks of {checkpoint.block_size} channels; tensor parallel sizes that work: "
-                f"{', '.join(map(str, sizes)) or 'none'}"
-                + (" (or add --enable-expert-parallel)" if ranks <= layer.num_experts else "")
-            )
     if faults:
         raise BitsmoeError("\n".join(dict.fromkeys(faults)))
 
 
-def tensor_parallel_sizes(
-    intermediate_size: int, block_size: int, num_experts: int, heads: int | None, data_parallel: int = 1
-) -> list[int]:
-    """Tensor-parallel sizes that work for routed experts.
-
-    Ours: a block of channels for every rank, tensor times data parallel. vLLM's: their number divides
-    intermediate_size, the tensor-parallel size divides the attention heads and is at most the number of experts.
-
-    Args:
-        intermediate_size: I.
-        block_size: G.
-        num_experts: E.
-        heads: attention heads, None if unknown.
-        data_parallel: data-parallel size.
-    """
-    most = min(num_blocks(intermediate_size, block_size) // data_parallel, num_experts)
-    return [
-        n
-        for n in range(1, most + 1)
-        if intermediate_size % (n * data_parallel) == 0 and (heads is None or heads % n == 0)
-    ]
+def _parallel_faults(checkpoint: CheckpointConfig, model_config: dict[str, Any], parallel: Any) -> list[str]:
+    """Sizes of tensor, expert and pipeline parallelism that the model does not divide into, and those that it does."""
+    tp, dp, pp = parallel.tensor_parallel_size, parallel.data_parallel_size, parallel.pipeline_parallel_size
+    layer = next(iter(checkpoint.layers.values()))  # `check_model` has found them all alike
+    sizes = parallel_sizes(
+        layer.num_experts, layer.intermediate_size, len(checkpoint.layers), checkpoint.block_size, model_config, dp
+    )
+    works = sizes.tensor_with_experts if parallel.enable_expert_parallel else sizes.tensor
+    faults = []
+    if parallel.enable_expert_parallel and tp * dp > sizes.expert_ranks:
+        faults.append(
+            f"--enable-expert-parallel: {tp * dp} ranks of expert parallelism, but {sizes.expert_ranks} experts; "
+            "use at most that"
+        )
+    elif tp not in works:
+        faults.append(
+            f"--tensor-parallel-size {tp}{f' with --data-parallel-size {dp}' if dp > 1 else ''}: the model has "
+            f"{layer.num_experts} experts with intermediate_size {layer.intermediate_size} in blocks of "
+            f"{checkpoint.block_size} channels, and vLLM splits heads, shared experts, dense layers and vocabulary; "
+            f"tensor parallel sizes that work: {', '.join(map(str, works)) or 'none'}"
+            + (" (or add --enable-expert-parallel)" if tp in sizes.tensor_with_experts else "")
+        )
+    if pp > sizes.stages:
+        faults.append(
+            f"--pipeline-parallel-size {pp}: the model has {sizes.stages} layers, and every stage needs one; "
+            f"use at most {sizes.stages}"
+        )
+    return faults

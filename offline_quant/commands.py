@@ -17,6 +17,8 @@ from rich.table import Table
 
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.checkpoint import Checkpoint
+from bitsmoe_kernels.format.families import moe_shape
+from bitsmoe_kernels.sharding import parallel_sizes
 from offline_quant.config import QuantizeConfig
 from offline_quant.dense import dense_line, dense_report
 from offline_quant.dequantize import dequantize_checkpoint
@@ -211,7 +213,11 @@ def inspect(
         for prefix, layer in config.layers.items()
     }
     total = sum(spec.nbytes for spec in checkpoint.tensors.specs.values())
-    data = inspect_checkpoint(config, bits, total, dense)
+    shape = moe_shape(checkpoint.model_config, str(directory))
+    parallel = parallel_sizes(
+        shape.num_experts, shape.intermediate_size, len(shape.layers), config.block_size, checkpoint.model_config
+    )
+    data = inspect_checkpoint(config, bits, total, dense, parallel)
     if as_json:
         print(json.dumps(data))
         return
@@ -237,6 +243,7 @@ def inspect(
     if data["dense_layers"]:
         output.print(dense_line(data["dense_layers"]))
     output.print(f"experts {data['expert_bytes'] / 1e6:.2f} MB, everything else {data['other_bytes'] / 1e6:.2f} MB")
+    output.print(f"serving: {parallel}")
 
 
 @app.command()

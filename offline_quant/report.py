@@ -1,7 +1,7 @@
 """What a run decided and what came of it, as data: written beside the checkpoint, free of times and paths."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bitsmoe_kernels.format.schema import CheckpointConfig, Layer, ProjectionName
+from bitsmoe_kernels.sharding import ParallelSizes
 from offline_quant.config import QuantizeConfig
 from offline_quant.layer import LayerPlan
 from offline_quant.objectives import OBJECTIVES
@@ -145,6 +146,7 @@ def inspect_checkpoint(
     bits_of: Mapping[str, Mapping[ProjectionName, Tensor]],
     total_bytes: int,
     dense: Mapping[str, Any],
+    parallel: ParallelSizes,
 ) -> dict[str, Any]:
     """Where the bits of a checkpoint went.
 
@@ -153,6 +155,7 @@ def inspect_checkpoint(
         bits_of: layer prefix -> projection -> block bits [E, B].
         total_bytes: size of all tensors of the checkpoint, experts and others.
         dense: see `dense.dense_report`.
+        parallel: sizes it divides into.
     """
     layers = []
     histogram: dict[str, int] = {}
@@ -199,5 +202,6 @@ def inspect_checkpoint(
         "weights_by_width": dict(sorted(histogram.items(), key=lambda kv: int(kv[0]))),
         "options": config.run,
         "tool_version": config.tool_version,
+        "parallel_sizes": asdict(parallel),
         "layers": layers,
     }

@@ -5,14 +5,18 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO
 
 from bitsmoe_kernels.errors import BitsmoeError
 from offline_quant.team import Team, Workers, started_as_worker
 
 _ADDRESS = "127.0.0.1"
+_READY = "BITSMOE_READY"
+"""Environment variable: folder where every process says that it is there."""
 
 
 @contextmanager
@@ -29,6 +33,8 @@ def team_of(workers: int) -> Iterator[Team]:
         BitsmoeError: another process ended; says what it said.
     """
     if started_as_worker():
+        if folder := os.environ.get(_READY):
+            Path(folder, os.environ["RANK"]).touch()
         yield Workers()
         return
     if workers == 1:
@@ -42,11 +48,16 @@ def team_of(workers: int) -> Iterator[Team]:
         "WORLD_SIZE": str(workers), "MASTER_ADDR": _ADDRESS, "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
         "RANK": "0", "LOCAL_RANK": "0",
     }  # fmt: skip
-    with tempfile.TemporaryFile("w+") as said:
-        others = [_start(rank, common, said) for rank in range(1, workers)]
+    with tempfile.TemporaryDirectory() as ready, tempfile.TemporaryFile("w+") as said:
+        others = [_start(rank, {**common, _READY: ready}, said) for rank in range(1, workers)]
         before = {name: os.environ.get(name) for name in common}
         os.environ.update(common)
         try:
+            # torch.distributed would wait for hours for one that never comes.
+            while len(os.listdir(ready)) < len(others):
+                if any(process.poll() for process in others):
+                    raise RuntimeError("a worker ended before it began")
+                time.sleep(0.05)
             yield Workers()
         except RuntimeError as e:  # what torch.distributed raises when the other end is gone
             raise _explained(e, others, said) from None

@@ -410,3 +410,18 @@ def store_dense(directory: Path, bits: DenseBits) -> dict[str, Tensor]:
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     write_config(directory, config, config["quantization_config"] | {"linear_quantization": dense.dump()})
     return meaning
+
+
+def write_first_layers(directory: Path, count: int) -> Path:
+    """The demo model with no more than its first decoder layers; returns its directory."""
+    shutil.copytree(TINY_MOE, directory, ignore=shutil.ignore_patterns("*.py", "*.md"))
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": count}))
+    layers = [f"model.layers.{i}." for i in range(count)]
+    tensors = {
+        name: tensor
+        for name, tensor in load_file(directory / "model.safetensors").items()
+        if not name.startswith("model.layers.") or name.startswith(tuple(layers))
+    }
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory

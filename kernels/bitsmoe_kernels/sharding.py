@@ -6,12 +6,95 @@ ascending importance, so neighbours cost nearly the same bytes and every rank ge
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.schema import Layer, Projection, ProjectionName, num_blocks
+
+_VOCAB_PADDING = 64
+"""vLLM pads the vocabulary to a multiple of this, then splits it evenly."""
+
+
+@dataclass(frozen=True)
+class ParallelSizes:
+    """Which sizes of vLLM's parallelism a model divides into.
+
+    Attributes:
+        tensor: tensor-parallel sizes, experts split by channels.
+        tensor_with_experts: tensor-parallel sizes with --enable-expert-parallel: experts dealt out whole.
+        expert_ranks: most ranks of expert parallelism, tensor times data parallel.
+        stages: most pipeline stages; any number up to it works.
+    """
+
+    tensor: tuple[int, ...]
+    tensor_with_experts: tuple[int, ...]
+    expert_ranks: int
+    stages: int
+
+    def __str__(self) -> str:
+        tensor, experts = (", ".join(map(str, sizes)) or "none" for sizes in (self.tensor, self.tensor_with_experts))
+        return (
+            f"tensor-parallel sizes {tensor}; with expert parallelism {experts}, times data parallelism at most "
+            f"{self.expert_ranks} ranks; up to {self.stages} pipeline stages"
+        )
+
+
+def parallel_sizes(
+    num_experts: int,
+    intermediate_size: int,
+    moe_layers: int,
+    block_size: int,
+    model_config: Mapping[str, Any],
+    data_parallel: int = 1,
+) -> ParallelSizes:
+    """Parallel sizes that work for a model.
+
+    Ours: a block of channels for every rank, tensor times data parallel. vLLM's: that product divides the experts'
+    intermediate_size; the tensor-parallel size divides heads, shared experts, dense layers and the padded vocabulary,
+    and is at most the number of experts; key-value heads are divided or repeated.
+
+    Args:
+        num_experts: E.
+        intermediate_size: I of a routed expert.
+        moe_layers: decoder layers with routed experts.
+        block_size: G.
+        model_config: config.json, or as much of it as is known.
+        data_parallel: data-parallel size.
+    """
+    stages = model_config.get("num_hidden_layers", moe_layers)
+    split = _split_by_vllm(model_config, has_dense_layers=moe_layers < stages)
+    key_value = model_config.get("num_key_value_heads")
+    if not key_value or model_config.get("kv_lora_rank"):
+        key_value = 1  # latent attention has none to split
+    every = [
+        n
+        for n in range(1, num_experts + 1)
+        if all(size % n == 0 for size in split) and (key_value % n == 0 or n % key_value == 0)
+    ]
+    tensor = [
+        n
+        for n in every
+        if intermediate_size % (n * data_parallel) == 0
+        and n * data_parallel <= num_blocks(intermediate_size, block_size)
+    ]
+    with_experts = [n for n in every if n * data_parallel <= num_experts]
+    return ParallelSizes(tuple(tensor), tuple(with_experts), num_experts, stages)
+
+
+def _split_by_vllm(model_config: Mapping[str, Any], has_dense_layers: bool) -> list[int]:
+    """What a tensor-parallel size must divide outside the routed experts; sizes that are not known are left out."""
+    heads = ("num_attention_heads", "linear_num_key_heads", "linear_num_value_heads")
+    sizes = [model_config.get(key) for key in (*heads, "shared_expert_intermediate_size")]
+    sizes.append((model_config.get("n_shared_experts") or 0) * (model_config.get("moe_intermediate_size") or 0))
+    if has_dense_layers:
+        sizes.append(model_config.get("intermediate_size"))
+    if vocab := model_config.get("vocab_size"):
+        sizes.append(-(-vocab // _VOCAB_PADDING) * _VOCAB_PADDING)
+    return [size for size in sizes if size]
 
 
 def check_tensor_parallel(layer: Layer, block_size: int, tp_size: int, subject: str) -> None:

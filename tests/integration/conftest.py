@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from builders import TINY_MOE
 from offline_quant.dequantize import dequantize_checkpoint
+from vllm_processes import Generator
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +31,17 @@ def dequantized(quantized: Path) -> Path:
     out = quantized.with_name("dequantized")
     dequantize_checkpoint(quantized, out, torch.float32)
     return out
+
+
+@pytest.fixture(scope="session")
+def vllm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where vLLM keeps compiled code and what it finds out about models: new, for an old one must not hide a fault."""
+    return tmp_path_factory.mktemp("vllm_cache")
+
+
+@pytest.fixture(scope="session")
+def generate(tmp_path_factory: pytest.TempPathFactory, vllm_cache: Path) -> Iterator[Generator]:
+    """Greedy completions by vLLM without a server."""
+    generator = Generator(tmp_path_factory.mktemp("generate") / "log", vllm_cache)
+    yield generator
+    generator.close()

@@ -89,7 +89,7 @@ def write_items(file: Path, items: Iterable[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
 
 
-def lm_eval(model: Path, directory: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+def lm_eval(model: Path, directory: Path, vllm_cache: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """Results by task, and what was recorded of each item, in order."""
     names = ",".join(f"bitsmoe_{task.stem}" for task in sorted(TASKS.glob("*.yaml")))
     command = [
@@ -101,11 +101,12 @@ def lm_eval(model: Path, directory: Path) -> tuple[dict[str, Any], dict[str, lis
         *("--include_path", str(TASKS), "--tasks", names, "--output_path", "out", "--log_samples"),
     ]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    caches = {"HF_HOME": str(directory / "hf"), "VLLM_CACHE_ROOT": str(directory / "vllm")}
+    caches = {"HF_HOME": str(directory / "hf"), "VLLM_CACHE_ROOT": str(vllm_cache)}
+    one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     ended = subprocess.run(
         command,
         cwd=directory,  # the tasks' data files are relative
-        env=environment() | offline | caches,
+        env=environment() | offline | caches | one_process,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -134,7 +135,7 @@ def assert_share(reported: float, leads: list[float]) -> None:
 
 
 def test_the_results_are_those_of_the_dequantized_checkpoint(
-    quantized: Path, dequantized: Path, tmp_path: Path
+    quantized: Path, dequantized: Path, tmp_path: Path, vllm_cache: Path
 ) -> None:
     texts = sampled_texts()
     items = continuation_items(texts)
@@ -144,7 +145,7 @@ def test_the_results_are_those_of_the_dequantized_checkpoint(
     write_items(tmp_path / "text.jsonl", ({"text": text} for text in texts))
     write_items(tmp_path / "generation.jsonl", ({"context": c, "target": t} for c, (t, _) in greedy.items()))
 
-    results, samples = lm_eval(quantized, tmp_path)
+    results, samples = lm_eval(quantized, tmp_path, vllm_cache)
 
     choices = results["bitsmoe_continuation"]
     leads, leads_per_character = [], []

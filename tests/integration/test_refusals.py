@@ -1,8 +1,7 @@
 """`vllm serve` on what cannot be served: one clear message, exit status 2, no traceback, and no engine started."""
 
 import json
-import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from builders import store_dense, write_tiny_qwen3_moe
+from vllm_processes import Forks, forks
 from vllm_server import command, environment
 
 EXPERTS = "model.layers.1.mlp.experts"
+MAIN = "import sys; from vllm.entrypoints.cli.main import main; sys.exit(main())"
+"""What the `vllm` script does."""
+
+
+@pytest.fixture(scope="module")
+def vllm() -> Iterator[Forks]:
+    with forks("vllm.entrypoints.cli.serve") as made:
+        yield made
 
 
 def spoil(directory: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
@@ -78,28 +86,25 @@ def eight_bits_outside_the_experts(directory: Path) -> None:
     ],
     ids=lambda v: v.__name__ if callable(v) else "",
 )
-def test_a_checkpoint_that_cannot_be_served(make: Callable[[Path], None], named: list[str], tmp_path: Path) -> None:
+def test_a_checkpoint_that_cannot_be_served(
+    make: Callable[[Path], None], named: list[str], tmp_path: Path, vllm: Forks
+) -> None:
     directory = tmp_path / "checkpoint"
     write_tiny_qwen3_moe(directory)
     make(directory)
-    assert_refused(directory, [], named)
+    assert_refused(vllm, directory, [], named)
 
 
-def test_a_tensor_parallel_size_that_cannot_work(tmp_path: Path) -> None:
+def test_a_tensor_parallel_size_that_cannot_work(tmp_path: Path, vllm: Forks) -> None:
     """One block of channels does not make two ranks, though vLLM itself would split 24 channels."""
     directory = tmp_path / "checkpoint"
     write_tiny_qwen3_moe(directory, intermediate_size=24, block_size=32)
-    assert_refused(directory, ["--tensor-parallel-size", "2"], ["--tensor-parallel-size 2", "sizes that work: 1"])
+    assert_refused(vllm, directory, ["--tensor-parallel-size", "2"], ["--tensor-parallel-size 2", "sizes that work: 1"])
 
 
-def assert_refused(directory: Path, options: list[str], named: list[str]) -> None:
-    ended = subprocess.run(
-        command(directory, "--quantization", "bitsmoe", "--max-model-len", "128", *options),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def assert_refused(vllm: Forks, directory: Path, options: list[str], named: list[str]) -> None:
+    argv = command(directory, "--quantization", "bitsmoe", "--max-model-len", "128", *options)
+    ended = vllm.run(MAIN, argv, environment())
     everything = ended.stdout + ended.stderr
     assert ended.returncode == 2, everything
     assert "Traceback" not in everything

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,11 @@ import torch
 
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.format.shards import ShardReader, read_json
-from builders import TINY_MOE, build_form, write_checkpoint
+from builders import TINY_MOE, build_form, write_checkpoint, write_first_layers
 from offline_quant.config import QuantizeConfig
 from offline_quant.dequantize import dequantize_checkpoint
 from offline_quant.pipeline import quantize_model
+from vllm_processes import Completions, Generator, Step
 from vllm_server import serve
 
 README = Path(__file__).parents[2] / "README.md"
@@ -38,37 +38,28 @@ COMMON = ("--dtype", "float32", "--max-model-len", "256")
 EAGER = ("--enforce-eager",)
 TP2 = ("--tensor-parallel-size", "2")
 EP2 = (*TP2, "--enable-expert-parallel")
+PP2 = ("--pipeline-parallel-size", "2")
 SETUPS = {
     "tp1-eager": EAGER,
     "tp1-compiled": (),
     "ep2-compiled": EP2,
+    "pp2-compiled": PP2,
 }
-"""Tensor parallelism, eager, is in the test of all forms below."""
+"""Tensor parallelism, eager, is in the test of all forms below. Pipeline parallelism on a CPU needs compiled stages."""
 
 
-@dataclass(frozen=True)
-class Step:
-    """One generated token, its log-probability, and how far the second best lies below the best."""
-
-    token: str
-    logprob: float
-    margin: float
-
-
-Completions = list[list[Step]]
-Generate = Callable[[Path, tuple[str, ...]], Completions]
+Serve = Callable[[Path, tuple[str, ...]], Completions]
 
 
 @pytest.fixture(scope="module")
-def generate(tmp_path_factory: pytest.TempPathFactory) -> Generate:
+def serve_once(tmp_path_factory: pytest.TempPathFactory, vllm_cache: Path) -> Serve:
     """Greedy completions of all PROMPTS by a server started for them."""
-    cache = tmp_path_factory.mktemp("vllm_cache")  # an old cache must not hide a fault
     logs = tmp_path_factory.mktemp("vllm_logs")
 
     def run(model: Path, options: tuple[str, ...]) -> Completions:
         log = logs / f"{model.name}{'_'.join(options)}.log"
-        ranks = 2 if TP2[0] in options else 1
-        with serve(model, *COMMON, *options, log=log, ranks=ranks, cache=cache) as server:
+        ranks = 2 if {TP2[0], PP2[0]} & set(options) else 1
+        with serve(model, *COMMON, *options, log=log, ranks=ranks, cache=vllm_cache) as server:
             # One request after another: batched together they are summed in another order.
             return [
                 steps(server.complete(p, MAX_TOKENS, logprobs=2, ignore_eos=True, return_tokens_as_token_ids=True))
@@ -85,15 +76,15 @@ def steps(choice: dict[str, Any]) -> list[Step]:
         logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True
     ):
         best, second = sorted(top.values(), reverse=True)[:2]
-        out.append(Step(token, logprob, best - second))
+        out.append(Step(int(token.removeprefix("token_id:")), logprob, best - second))
     assert len(out) == MAX_TOKENS
     return out
 
 
 @pytest.fixture(scope="module")
-def reference(dequantized: Path, generate: Generate) -> Completions:
+def reference(dequantized: Path, generate: Generator) -> Completions:
     """What vLLM makes of the dequantized checkpoint: an ordinary model, nothing of this project runs."""
-    return generate(dequantized, EAGER)
+    return generate(dequantized, PROMPTS, MAX_TOKENS)
 
 
 def assert_same_tokens(got: Completions, want: Completions) -> None:
@@ -109,26 +100,27 @@ def assert_same_tokens(got: Completions, want: Completions) -> None:
 
 @pytest.mark.parametrize("setup", SETUPS)
 def test_tokens_equal_those_of_the_dequantized_checkpoint(
-    setup: str, quantized: Path, reference: Completions, generate: Generate
+    setup: str, quantized: Path, reference: Completions, serve_once: Serve
 ) -> None:
-    assert_same_tokens(generate(quantized, SETUPS[setup]), reference)
+    assert_same_tokens(serve_once(quantized, SETUPS[setup]), reference)
 
 
 @pytest.mark.parametrize(("objective", "bits"), [("alphaq", 2.5), ("bt-moe", 3.5)])
-def test_sibling_methods_are_served(objective: str, bits: float, tmp_path: Path, generate: Generate) -> None:
+def test_sibling_methods_are_served(objective: str, bits: float, tmp_path: Path, generate: Generator) -> None:
     """One width for a matrix, gate and up apart; compensators beside the codes."""
     directory, dequantized = tmp_path / "quantized", tmp_path / "dequantized"
     config = QuantizeConfig(
-        bits=bits, objective=objective, ranks=(0, 8, 32), calib=str(README), calib_samples=8, refine=1
+        bits=bits, objective=objective, ranks=(0, 8, 32), calib=str(README), calib_samples=4, refine=1
     )
-    quantize_model(str(TINY_MOE), directory, config)
+    quantize_model(str(write_first_layers(tmp_path / "model", 2)), directory, config)
     projections = [p for layer in Checkpoint(directory).config.layers.values() for p in layer.projections.values()]
     assert any(p.lowrank_total for p in projections) == (objective == "bt-moe")
     dequantize_checkpoint(directory, dequantized, torch.float32)
-    assert_same_tokens(generate(directory, EAGER), generate(dequantized, EAGER))
+    got, want = (generate(model, PROMPTS, MAX_TOKENS) for model in (directory, dequantized))
+    assert_same_tokens(got, want)
 
 
-def test_every_form_of_the_format_is_served(tmp_path: Path, generate: Generate) -> None:
+def test_every_form_of_the_format_is_served(tmp_path: Path, serve_once: Serve, generate: Generator) -> None:
     """Layers of forms the quantizer does not write by itself, on two ranks: bases on either side, separate gate and up,
     experts kept at 16 bits, compensators, an order for each expert."""
     source, directory = ShardReader(TINY_MOE), tmp_path / "forms"
@@ -149,4 +141,5 @@ def test_every_form_of_the_format_is_served(tmp_path: Path, generate: Generate) 
         (directory / file.name).write_bytes(file.read_bytes())
     dequantized = tmp_path / "forms_dequantized"
     dequantize_checkpoint(directory, dequantized, torch.float32)
-    assert_same_tokens(generate(directory, (*TP2, *EAGER)), generate(dequantized, EAGER))
+    want = generate(dequantized, PROMPTS, MAX_TOKENS)
+    assert_same_tokens(serve_once(directory, (*TP2, *EAGER)), want)

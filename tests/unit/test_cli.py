@@ -5,7 +5,6 @@ import io
 import json
 import math
 import os
-import re
 import resource
 import shutil
 import signal
@@ -23,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.reference import LayerWeights
-from builders import REPO, TINY_MOE
+from builders import REPO, write_first_layers
 from offline_quant.calibration import load_tokenizer
 from offline_quant.cli import main
 
@@ -82,13 +81,7 @@ LAYERS = 2
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """The demo model's first two layers."""
-    out = tmp_path_factory.mktemp("source") / "model"
-    shutil.copytree(TINY_MOE, out, ignore=shutil.ignore_patterns("*.py", "*.md"))
-    edit_config(out, num_hidden_layers=LAYERS)
-    keep = re.compile(rf"model\.(?!layers\.)|model\.layers\.[0-{LAYERS - 1}]\.")
-    tensors = {k: v for k, v in load_file(out / "model.safetensors").items() if keep.match(k)}
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    return out
+    return write_first_layers(tmp_path_factory.mktemp("source") / "model", LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -628,9 +621,17 @@ def test_inspect_shows_where_the_bits_went(quantized):
         assert sum(sum(p["bytes"].values()) for p in layer["projections"].values()) * 8 == pytest.approx(
             layer["bpw"] * 3 * 16 * 256 * 256
         )
+    assert data["parallel_sizes"] == {
+        "tensor": [1, 2, 4, 8],  # as many as heads, and as blocks of 32 channels
+        "tensor_with_experts": [1, 2, 4, 8],
+        "expert_ranks": 16,
+        "stages": 2,
+    }
     table = succeed("inspect", quantized).stdout
     assert "bits per weight all-in" in table
     assert "gate_up" in table
+    assert "tensor-parallel sizes 1, 2, 4, 8;" in " ".join(table.split())
+    assert "up to 2 pipeline stages" in " ".join(table.split())
 
 
 def test_evaluation_refuses_what_it_cannot_compare(tmp_path, model, text, source):

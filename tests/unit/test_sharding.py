@@ -12,9 +12,10 @@ from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.schema import Layer, TensorSpec
 from bitsmoe_kernels.format.validate import check_values
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
-from bitsmoe_kernels.sharding import check_tensor_parallel, shard_channels, shard_layer
+from bitsmoe_kernels.sharding import ParallelSizes, check_tensor_parallel, parallel_sizes, shard_channels, shard_layer
 from bruteforce import Array, assert_close, expert_weights, moe
-from builders import FORMS, MadeLayer, Plan, build_form, build_layer, layers
+from builders import FORMS, REPO, MadeLayer, Plan, build_form, build_layer, layers
+from tools.parallel_sizes import published_table
 
 SIZES = [(16, 56), (16, 80), (16, 7), (32, 56), (32, 96)]
 """Block size and intermediate size: partial last blocks, whole ones, a single partial one."""
@@ -187,3 +188,41 @@ def test_sizes_that_do_not_fit_name_those_that_do(block_size: int, intermediate_
         assert said in str(e.value)
     with pytest.raises(BitsmoeError, match=f"1 to {blocks}"):
         shard_layer(made.layer, made.tensors, block_size, 0, blocks + 1)
+
+
+@pytest.mark.parametrize(
+    ("intermediate_size", "block_size", "num_experts", "config", "sizes"),
+    [
+        (768, 16, 128, {"num_attention_heads": 32}, [1, 2, 4, 8, 16, 32]),
+        (768, 32, 128, {"num_attention_heads": 48}, [1, 2, 3, 4, 6, 8, 12, 16, 24]),  # 24 blocks
+        (40, 32, 4, {"num_attention_heads": 4}, [1, 2]),  # a partial block counts
+        (256, 16, 3, {"num_attention_heads": 8}, [1, 2]),  # fewer experts than blocks; 3 does not divide 256
+        (24, 32, 4, {"num_attention_heads": 8}, [1]),
+        (64, 16, 8, {}, [1, 2, 4]),
+        (768, 32, 16, {"num_key_value_heads": 4}, [1, 2, 4, 8, 12, 16]),  # heads are repeated for 8, not split in 3
+        (768, 32, 16, {"num_key_value_heads": 4, "kv_lora_rank": 512}, [1, 2, 3, 4, 6, 8, 12, 16]),
+        (768, 32, 16, {"vocab_size": 32_000}, [1, 2, 4, 8, 16]),
+        (768, 32, 16, {"vocab_size": 150}, [1, 2, 3, 4, 6, 8, 12, 16]),  # padded to 192
+        (768, 32, 16, {"shared_expert_intermediate_size": 100}, [1, 2, 4]),
+        (768, 32, 16, {"n_shared_experts": 2, "moe_intermediate_size": 9}, [1, 2, 3, 6]),
+        (768, 32, 16, {"linear_num_key_heads": 4, "linear_num_value_heads": 6}, [1, 2]),
+        (768, 32, 4, {"intermediate_size": 50, "num_hidden_layers": 3}, [1, 2]),  # one of them dense
+        (768, 32, 4, {"intermediate_size": 50, "num_hidden_layers": 2}, [1, 2, 3, 4]),
+    ],
+)
+def test_tensor_parallel_sizes(
+    intermediate_size: int, block_size: int, num_experts: int, config: dict[str, int], sizes: list[int]
+) -> None:
+    assert list(parallel_sizes(num_experts, intermediate_size, 2, block_size, config).tensor) == sizes
+
+
+def test_experts_are_dealt_out_over_tensor_and_data_parallel_ranks() -> None:
+    """Experts of 40 channels do not split in four, but there are eight of them."""
+    config = {"num_attention_heads": 8, "num_hidden_layers": 3}
+    assert parallel_sizes(8, 40, 3, 32, config) == ParallelSizes((1, 2), (1, 2, 4, 8), expert_ranks=8, stages=3)
+    assert parallel_sizes(8, 40, 3, 32, config, data_parallel=2) == ParallelSizes((1,), (1, 2, 4), 8, 3)
+    assert parallel_sizes(8, 40, 3, 32, config, data_parallel=16) == ParallelSizes((), (), 8, 3)
+
+
+def test_the_docs_show_the_sizes_of_published_models() -> None:
+    assert published_table() in (REPO / "docs" / "serving.md").read_text(encoding="utf-8")

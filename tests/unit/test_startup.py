@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
 from bitsmoe_kernels.errors import BitsmoeError, FormatError
 from bitsmoe_kernels.format.schema import CheckpointConfig
@@ -14,7 +15,11 @@ from bitsmoe_vllm import startup
 from builders import build_form, make_config, write_tiny_qwen3_moe
 
 PREFIX = "model.layers.0.mlp.experts"
-TEXT = SimpleNamespace(hidden_act="silu", num_attention_heads=8, hidden_size=64, moe_intermediate_size=96)
+SIZES = {
+    "hidden_act": "silu", "num_attention_heads": 8, "hidden_size": 64, "moe_intermediate_size": 96,
+    "num_hidden_layers": 3,
+}  # fmt: skip
+TEXT = PreTrainedConfig(**SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +30,12 @@ def checkpoint() -> CheckpointConfig:
 
 
 def options(**parallel: Any) -> SimpleNamespace:
-    defaults = {"enable_eplb": False, "enable_expert_parallel": False, "data_parallel_size": 1}
+    sizes = {f"{kind}_parallel_size": 1 for kind in ("tensor", "data", "pipeline")}
+    defaults = {"enable_eplb": False, "enable_expert_parallel": False, "enforce_eager": False} | sizes
+    parallel = defaults | parallel
     return SimpleNamespace(
-        parallel_config=SimpleNamespace(**{"tensor_parallel_size": 1, **defaults, **parallel}),
-        model_config=SimpleNamespace(enforce_eager=True),
+        model_config=SimpleNamespace(enforce_eager=parallel.pop("enforce_eager")),
+        parallel_config=SimpleNamespace(**parallel),
     )
 
 
@@ -38,11 +45,30 @@ def options(**parallel: Any) -> SimpleNamespace:
         {},
         {"tensor_parallel_size": 2},
         {"tensor_parallel_size": 8, "enable_expert_parallel": True},
+        {"tensor_parallel_size": 2, "enforce_eager": True},
+        {"pipeline_parallel_size": 3, "tensor_parallel_size": 2},
         {"tensor_parallel_size": 4, "data_parallel_size": 2, "enable_expert_parallel": True},
     ],
 )
-def test_options_that_work(checkpoint: CheckpointConfig, parallel: dict[str, Any]) -> None:
-    startup.check_options(checkpoint, TEXT, options(**parallel))
+def test_options_that_work(
+    checkpoint: CheckpointConfig, parallel: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = options(**parallel)
+    if "data_parallel_size" in parallel:  # not on a CPU
+        on_gpu(monkeypatch, 90)
+        asked.model_config.dtype = torch.bfloat16
+    startup.check_options(checkpoint, TEXT, asked)
+
+
+def on_gpu(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
+    import vllm.platforms
+
+    gpu = SimpleNamespace(
+        is_cpu=lambda: False,
+        is_cuda=lambda: True,
+        get_device_capability=lambda: SimpleNamespace(to_int=lambda: capability),
+    )
+    monkeypatch.setattr(vllm.platforms, "current_platform", gpu)
 
 
 @pytest.mark.parametrize(
@@ -60,14 +86,7 @@ def test_options_that_work(checkpoint: CheckpointConfig, parallel: dict[str, Any
 def test_graphs_need_layers_that_the_kernels_can_compute(
     form: str, dtype: torch.dtype, capability: int, said: str | None, eager: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import vllm.platforms
-
-    gpu = SimpleNamespace(
-        is_cpu=lambda: False,
-        is_cuda=lambda: True,
-        get_device_capability=lambda: SimpleNamespace(to_int=lambda: capability),
-    )
-    monkeypatch.setattr(vllm.platforms, "current_platform", gpu)
+    on_gpu(monkeypatch, capability)
     made = make_config({PREFIX: build_form(form, num_experts=8, hidden_size=64, intermediate_size=96)})
     asked = options()
     asked.model_config = SimpleNamespace(enforce_eager=eager, dtype=dtype)
@@ -83,9 +102,14 @@ def test_graphs_need_layers_that_the_kernels_can_compute(
     [
         ({}, {"tensor_parallel_size": 4}, "--tensor-parallel-size 4: .* sizes that work: 1, 2 "),
         ({}, {"tensor_parallel_size": 2, "data_parallel_size": 2}, "sizes that work: 1 "),
-        ({"num_attention_heads": 5}, {"tensor_parallel_size": 2}, r"sizes that work: 1 \(or"),
+        ({"num_attention_heads": 5}, {"tensor_parallel_size": 2}, "sizes that work: 1$"),
+        ({"moe_intermediate_size": 96}, {"tensor_parallel_size": 8}, r"sizes that work: 1, 2 \(or add --enable-expert"),
         ({}, {"tensor_parallel_size": 16, "enable_expert_parallel": True}, "16 ranks .* 8 experts"),
         ({}, {"enable_eplb": True}, "drop the option"),
+        ({}, {"tensor_parallel_size": 3, "enable_expert_parallel": True}, "sizes that work: 1, 2, 4, 8$"),
+        ({}, {"pipeline_parallel_size": 4}, "--pipeline-parallel-size 4: .* 3 layers.* use at most 3"),
+        ({}, {"pipeline_parallel_size": 2, "enforce_eager": True}, "on a CPU .* drop --enforce-eager"),
+        ({}, {"data_parallel_size": 2, "enable_expert_parallel": True}, "--data-parallel-size 2: .* on a CPU; use"),
         ({"hidden_act": "gelu"}, {}, "hidden_act .* 'gelu'"),
     ],
 )
@@ -93,7 +117,7 @@ def test_options_that_cannot_work(
     checkpoint: CheckpointConfig, text: dict[str, Any], parallel: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(BitsmoeError, match=said):
-        startup.check_options(checkpoint, SimpleNamespace(**{**vars(TEXT), **text}), options(**parallel))
+        startup.check_options(checkpoint, PreTrainedConfig(**SIZES | text), options(**parallel))
 
 
 def test_all_option_faults_come_at_once(checkpoint: CheckpointConfig) -> None:

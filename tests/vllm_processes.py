@@ -1,0 +1,162 @@
+"""vLLM in processes that live as long as a test module or session: its import costs more than most tests."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_GENERATE = """
+import json, os, signal, sys, traceback
+answers = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)  # vLLM writes to standard output
+from vllm import LLM, ModelRegistry, SamplingParams
+
+def generate(model, dtype, prompts, tokens):
+    # As it is, vLLM looks at a model's class in one more process, which imports everything again.
+    for name in json.load(open(model + "/config.json"))["architectures"]:
+        ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+    llm = LLM(model, dtype=dtype, enforce_eager=True, max_model_len=256, max_num_seqs=1, enable_prefix_caching=False)
+    params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, logprobs=2, detokenize=False)
+    steps = []
+    for prompt in prompts:  # one after another: batched together they are summed in another order
+        prompt = prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
+        found = llm.generate([prompt], params, use_tqdm=False)[0].outputs[0]
+        steps.append([[token, top[token].logprob, *sorted((v.logprob for v in top.values()), reverse=True)[:2]]
+                      for token, top in zip(found.token_ids, found.logprobs)])
+    return steps
+
+for line in sys.stdin:
+    signal.alarm(600)
+    try:
+        answer = {"steps": generate(**json.loads(line))}
+    except Exception:
+        answer = {"error": traceback.format_exc()}
+    print(json.dumps(answer), file=answers)
+"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One greedily generated token, its log-probability, and how far the second best lies below the best."""
+
+    token: int
+    logprob: float
+    margin: float
+
+
+Completions = list[list[Step]]
+
+
+class Generator:
+    """Greedy completions by vLLM's own LLM class on one rank, eager: one model after another in one process.
+
+    Args:
+        log: file for what vLLM writes.
+        cache: where vLLM keeps what it finds out about models.
+    """
+
+    def __init__(self, log: Path, cache: Path):
+        environment = {
+            "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CACHE_ROOT": str(cache),
+            "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+        }  # fmt: skip
+        self.log = log
+        self._start = [sys.executable, "-c", _GENERATE], os.environ | environment
+        self._process: subprocess.Popen[str] | None = None
+
+    def __call__(
+        self, model: Path, prompts: Sequence[str | list[int]], tokens: int, dtype: str = "float32"
+    ) -> Completions:
+        """Completions of all prompts, `tokens` long; RuntimeError if vLLM fails."""
+        if self._process is None or self._process.poll() is not None:
+            command, environment = self._start
+            with self.log.open("ab") as output:
+                self._process = subprocess.Popen(
+                    command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True
+                )
+        assert self._process.stdin
+        assert self._process.stdout
+        job = {"model": str(model), "dtype": dtype, "prompts": list(prompts), "tokens": tokens}
+        print(json.dumps(job), file=self._process.stdin, flush=True)
+        if not (line := self._process.stdout.readline()):
+            raise RuntimeError(f"vLLM died over {model}:\n{self.log.read_text(errors='replace')[-4000:]}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(f"vLLM failed on {model}:\n{answer['error']}")
+        completions = [[Step(t, own, best - second) for t, own, best, second in made] for made in answer["steps"]]
+        assert [len(made) for made in completions] == [tokens] * len(prompts)
+        return completions
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+
+
+_FORK = """
+import json, os, signal, sys
+import {module}
+answers = os.fdopen(os.dup(1), "w", buffering=1)
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers)
+else:
+    sys.exit()
+signal.alarm(300)
+answers.close()
+for number, file in enumerate((os.devnull, job["stdout"], job["stderr"])):
+    os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), number)
+os.environ |= job["environment"]
+sys.argv = job["argv"]
+exec(job["code"], {{"__name__": "__main__"}})
+"""
+
+
+class Forks:
+    """Runs programs in forks of one process that has imported a module: fresh interpreters, but for that import."""
+
+    def __init__(self, module: str):
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _FORK.format(module=module)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(
+        self, code: str, argv: Sequence[str] = ("-c",), environment: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run `code` as the main program; its output and exit status, negative for a signal."""
+        assert self._process.stdin
+        assert self._process.stdout
+        with tempfile.TemporaryDirectory() as directory:
+            files = {name: str(Path(directory) / name) for name in ("stdout", "stderr")}
+            job: dict[str, Any] = {"code": code, "argv": list(argv), "environment": environment or {}, **files}
+            print(json.dumps(job), file=self._process.stdin, flush=True)
+            status = int(self._process.stdout.readline())
+            out, err = (Path(file).read_text(encoding="utf-8") for file in files.values())
+        return subprocess.CompletedProcess(argv, status, out, err)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+
+@contextlib.contextmanager
+def forks(module: str) -> Iterator[Forks]:
+    """A `Forks` that is closed at the end."""
+    made = Forks(module)
+    try:
+        yield made
+    finally:
+        made.close()
