@@ -117,6 +117,13 @@ def quantize(
     refine: Annotated[
         int, typer.Option(help="Rounds of scale refit and re-rounding after the feedback.")
     ] = _DEFAULTS.refine,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="Fit the experts of a layer together, to the original model's hidden states: better, and slower.",
+        ),
+    ] = _DEFAULTS.tune,
     calib_samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = _DEFAULTS.calib_samples,
     calib_length: Annotated[
         int, typer.Option(help="Tokens in a window; at most the model's maximum is used.")
@@ -147,7 +154,7 @@ def quantize(
     options: dict[str, Any] = {
         "bits": bits, "calib": calib, "objective": objective, "budget": budget, "gamma": gamma,
         "ranks": tuple(r.strip() for r in ranks.split(",")), "feedback": feedback, "basis": basis,
-        "basis_bits": basis_bits, "block_size": block_size, "dense_bits": dense_bits, "refine": refine,
+        "basis_bits": basis_bits, "block_size": block_size, "dense_bits": dense_bits, "refine": refine, "tune": tune,
         "calib_samples": calib_samples, "calib_length": calib_length, "device": device, "seed": seed,
     }  # fmt: skip
     start = time.monotonic()

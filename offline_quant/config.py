@@ -36,6 +36,8 @@ class QuantizeConfig(BaseModel):
     """Hand rounding errors on to components not yet rounded; without, rounding takes a fraction of the time."""
     refine: int = Field(default=2, ge=0, le=20)
     """Rounds of scale refit and coordinate descent after the feedback."""
+    tune: bool = False
+    """Fit the down matrices of a layer's experts together, to the original model's hidden states; see `joint`."""
     without: tuple[Literal["output-weights", "correction", "trial"], ...] = ()
     """Parts left out, to measure what they bring: weights of gate and up outputs and of tokens; the correction of
     down; the first pass that measures row norms and chooses the form."""

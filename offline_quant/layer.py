@@ -24,6 +24,7 @@ from offline_quant.basis import Decomposition, natural, paper, whitened
 from offline_quant.chunks import chunks_of
 from offline_quant.config import QuantizeConfig
 from offline_quant.distortion import Components, Factor, factorize, on_diagonal, permuted, rank_components
+from offline_quant.joint import fit_jointly
 from offline_quant.objectives import OBJECTIVES, Table, part, table
 from offline_quant.quantize import Quantized, quantize
 from offline_quant.statistics import LayerStatistics, corrected
@@ -37,6 +38,8 @@ COMPENSATOR_ROUNDS = 2
 """How often codes and compensator are fitted to what the other leaves over."""
 
 Result = TypeVar("Result")
+Part = tuple[dict[str, Tensor], dict[ProjectionName, tuple[float, float]]]
+"""Tensors `{projection}_{part}` of some experts, and the error and energy of their projections."""
 Experts = Callable[[range], tuple[Tensor, Tensor]]
 """Loads experts of a layer, float32: gate and up [n, 2 I, H], down [n, H, I]."""
 
@@ -499,11 +502,13 @@ class LayerQuantizer:
         along = "K" if on_input else "N"
         return quantize(F, M, width, along, max(refine, 0), self.config.feedback, refine == TRIAL, factor), F
 
-    def quantize(self, plan: LayerPlan) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def quantize(self, plan: LayerPlan, target: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Codes, scales and metadata of every projection.
 
         Args:
             plan: what `plan` returned.
+            target: float32 [T, H], what the experts should add to the layer's output, for down matrices that are
+                fitted together (one process only); is overwritten. None: each makes up for its own gate and up.
 
         Returns:
             Tensors `{projection}_{part}` on the CPU, and the relative output error of each projection as measured on
@@ -512,7 +517,11 @@ class LayerQuantizer:
         parts: list[dict[str, Tensor]] = []
         lost = dict.fromkeys(plan.projections, 0.0)
         total = dict.fromkeys(plan.projections, 0.0)
-        for tensors, errors in self.each(lambda chunk: self._quantize_chunk(plan, chunk)):
+        if target is None:
+            found = self.each(lambda chunk: self._quantize_chunk(plan, chunk))
+        else:
+            found = self._quantize_jointly(plan, target)
+        for tensors, errors in found:
             parts.append(tensors)
             for name, (a, b) in errors.items():
                 lost[name] += a
@@ -522,34 +531,62 @@ class LayerQuantizer:
             tensors |= {f"{projection.name}_{k}": v.cpu() for k, v in projection.decomposition.tensors.items()}
         return tensors, {str(n): lost[n] / max(total[n], 1e-300) for n in lost}
 
-    def _quantize_chunk(
-        self, plan: LayerPlan, chunk: range
-    ) -> tuple[dict[str, Tensor], dict[ProjectionName, tuple[float, float]]]:
+    def _quantize_chunk(self, plan: LayerPlan, chunk: range) -> Part:
         """Tensors of some experts, and the error and energy of their projections; puts their down matrices aside."""
-        gate_up, down = self.load(chunk)
+        loaded = self.load(chunk)
+        inner = self._quantize_inputs(plan, chunk, loaded)
+        return self._quantize_down(plan, chunk, inner, *self._down_targets(plan, chunk, loaded[1], inner[0]))
+
+    def _quantize_jointly(self, plan: LayerPlan, target: Tensor) -> Iterator[Part]:
+        """As `_quantize_chunk` of every chunk, down matrices fitted to one target."""
+        inner = []
+        for chunk in self.chunks:
+            loaded = self.load(chunk)
+            inner.append(self._quantize_inputs(plan, chunk, loaded))
+            W, M = self._down_targets(plan, chunk, loaded[1], inner[-1][0])
+            for i, e in enumerate(chunk):
+                self.spool.put(f"down-{e}", W[i])
+                self.spool.put(f"fitted-moments-{e}", M[i])
+
+        def put(e: int, W: Tensor) -> None:
+            self.spool.put(f"down-{e}", W)
+
+        def get(e: int) -> Tensor:
+            return self.spool.get(f"down-{e}").to(target.device)
+
+        def moments(e: int) -> Tensor:
+            return self.spool.get(f"fitted-moments-{e}").to(target.device)
+
+        fit_jointly(self.E, self.stats.routed, moments, get, put, target)
+        for chunk, found in zip(self.chunks, inner, strict=True):
+            W, M = (torch.stack([one(e) for e in chunk]) for one in (get, moments))
+            yield self._quantize_down(plan, chunk, found, W, M)
+            self._tick(len(chunk))
+
+    def _quantize_inputs(self, plan: LayerPlan, chunk: range, loaded: tuple[Tensor, Tensor]) -> Part:
+        """Tensors, errors and energies of everything but down."""
         tensors: dict[str, Tensor] = {}
         errors: dict[ProjectionName, tuple[float, float]] = {}
-        rows: dict[ProjectionName, int] = {}
         for name, projection in plan.projections.items():
-            # The down projection comes last: it is fitted to the activations of the quantized gate and up.
-            factor: Factor | None
             if name != "down":
-                W = self.weights(name, chunk, (gate_up, down))
                 M, factor = self._kept(projection, chunk)
-            else:
-                again = self._dequantized(plan, rows, tensors, chunk)
-                (W, M), factor = self._down_targets(chunk, down, again), None
-            parts, errors[name] = self._quantize_part(plan, projection, chunk, W, M, factor)
-            tensors |= {f"{name}_{k}": v for k, v in parts.items()}
-            rows[name] = len(parts["codes"])
-        for e, matrix in zip(chunk, self._dequantized(plan, rows, tensors, chunk, "down"), strict=True):
-            self.spool.put(f"down-{e}", matrix)
+                W = self.weights(name, chunk, loaded)
+                parts, errors[name] = self._quantize_part(plan, projection, chunk, W, M, factor)
+                tensors |= {f"{name}_{k}": v for k, v in parts.items()}
         return tensors, errors
+
+    def _quantize_down(self, plan: LayerPlan, chunk: range, inner: Part, W: Tensor, M: Tensor) -> Part:
+        """The same with down: W [n, H, I] with moments M [n, I, I] of what enters it."""
+        tensors, errors = inner
+        parts, error = self._quantize_part(plan, plan.projections["down"], chunk, W, M, None)
+        tensors = tensors | {f"down_{k}": v for k, v in parts.items()}
+        for e, matrix in zip(chunk, self._dequantized(plan, tensors, chunk, "down"), strict=True):
+            self.spool.put(f"down-{e}", matrix)
+        return tensors, errors | {"down": error}
 
     def _dequantized(
         self,
         plan: LayerPlan,
-        rows: dict[ProjectionName, int],
         tensors: dict[str, Tensor],
         chunk: range,
         *names: ProjectionName,
@@ -560,7 +597,7 @@ class LayerQuantizer:
         held: dict[str, Tensor] = {}
         for name in picked:
             projection = plan.layer.projections[name]
-            update = {"code_rows": rows[name]}
+            update = {"code_rows": len(tensors[f"{name}_codes"])}
             if projection.lowrank_total:
                 update["lowrank_total"] = int(tensors[f"{name}_lowrank_rank"].sum())
             projections[name] = projection.model_copy(update=update)
@@ -574,14 +611,18 @@ class LayerQuantizer:
             [torch.cat([weights.projections[name].weight(i) for name in picked]) for i in range(len(chunk))]
         )
 
-    def _down_targets(self, chunk: range, down: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    def _down_targets(
+        self, plan: LayerPlan, chunk: range, down: Tensor, tensors: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """What to quantize instead of down [n, H, I], and the moments [n, I, I] its error is measured with.
 
         Args:
+            plan: of the layer.
             chunk: experts.
             down: as the model has it.
-            gate_up: [n, 2 I, H], quantized.
+            tensors: of gate and up, quantized.
         """
+        gate_up = self._dequantized(plan, tensors, chunk)
         W, M = torch.empty_like(down), down.new_empty(len(chunk), self.I, self.I)
         for i, e in enumerate(chunk):
             M[i], missing = self.stats.hidden_moments(e, gate_up[i], self.channel_order[e])

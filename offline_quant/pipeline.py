@@ -56,6 +56,8 @@ from offline_quant.team import Team
 
 BATCH_TOKENS, BATCH_VALUES = 16_384, 1 << 23
 """Most tokens, and values of hidden states, that pass through a layer together."""
+TOGETHER = 8
+"""Such batches for which the experts of an original layer are read once."""
 CALIBRATION, SHARED = "calibration.json", "shared.json"
 
 
@@ -159,6 +161,8 @@ def quantize_model(
         BitsmoeError: any fault of the input; nothing is left behind, or layers that `resume` goes on with.
     """
     team = team or Team()
+    if config.tune and team.size > 1:
+        raise BitsmoeError("--tune: experts are fitted one after another, in one process; use it without --workers")
     if config.device == "cuda" and team.size > 1:
         config = config.model_copy(update={"device": f"cuda:{team.local_rank}"})
     check_output(out, but=state_directory(out).name)
@@ -296,7 +300,10 @@ class _Run:
         self.shared: dict[str, Any] | None = None
         self.budgets: dict[str, int] = {}
         self.batches = windows.split(batch_windows(windows.shape[1], source.shape.hidden_size))
-        self.judged = windows[: max(1, sanity.TOKENS // windows.shape[1])].split(len(self.batches[0]))
+        self.judged = windows[: max(1, sanity.TOKENS // windows.shape[1])]
+        aimed_at = windows if config.tune and not plan_only else self.judged
+        self.originals = aimed_at.split(len(self.batches[0]))
+        """Windows that travel through the original layers: to judge by, or what every layer aims at."""
 
     def _hidden(self, index: int, name: str, tokens: Tensor) -> Tensor:
         """Hidden states [n, L, H] of tokens [n, L] that leave layer `index`; -1: that enter the first."""
@@ -311,7 +318,7 @@ class _Run:
         for i in self._own():
             self.state.put_hidden(-1, f"batch-{i}", self.streamed.embed(self.batches[i])[0])
         if self.team.rank == 0:
-            for i, tokens in enumerate(self.judged):
+            for i, tokens in enumerate(self.originals):
                 self.state.put_hidden(-1, f"original-{i}", self.original.embed(tokens)[0])
 
     def share_budget(self) -> None:
@@ -363,13 +370,13 @@ class _Run:
         """Whether the quantized model still works; None where nothing was quantized."""
         if self.plan_only:
             return None
-        last, tokens = self.streamed.num_layers - 1, torch.cat(self.judged)
+        last = self.streamed.num_layers - 1
 
         def tally(name: str, batches: Sequence[Tensor]) -> sanity.Tally:
             hidden = (self._hidden(last, f"{name}-{i}", ids) for i, ids in enumerate(batches))
-            return sanity.tally(self.original if name == "original" else self.streamed, tokens, hidden)
+            return sanity.tally(self.original if name == "original" else self.streamed, self.judged, hidden)
 
-        found = sanity.verdict(tally("original", self.judged), tally("batch", self.batches))
+        found = sanity.verdict(tally("original", self.originals), tally("batch", self.batches))
         self.clock.lap("sanity")
         return found
 
@@ -420,16 +427,19 @@ class _Run:
         self.clock.lap("write")
 
     def _pass(self, index: int, name: str) -> None:
-        """Take hidden states through a layer as the model has it: "batch", calibration text, or "original", judged."""
-        batches = {i: self.batches[i] for i in self._own()} if name == "batch" else dict(enumerate(self.judged))
+        """Take hidden states through a layer as the model has it: "batch", calibration text, or "original"."""
+        batches = {i: self.batches[i] for i in self._own()} if name == "batch" else dict(enumerate(self.originals))
         if name == "original" and self.team.rank:
             return
         model = self.original if name == "original" else self.streamed
         with model.layer(index) as module:
-            for i, tokens in batches.items():
-                hidden = self._hidden(index - 1, f"{name}-{i}", tokens)
-                ((out, _),) = model.through(module, [(hidden, model.arguments(tokens))])
-                self.state.put_hidden(index, f"{name}-{i}", out)
+            items = list(batches.items())
+            for group in (items[at : at + TOGETHER] for at in range(0, len(items), TOGETHER)):
+                entering = [
+                    (self._hidden(index - 1, f"{name}-{i}", tokens), model.arguments(tokens)) for i, tokens in group
+                ]
+                for (i, _), (out, _) in zip(group, model.through(module, entering), strict=True):
+                    self.state.put_hidden(index, f"{name}-{i}", out)
 
     def _add(self, index: int, routed: Iterator[Tensor]) -> None:
         """Complete the hidden states that left a layer with what its experts add, [n, H] by and by."""
@@ -482,20 +492,37 @@ class _Run:
             # Nothing is quantized, so later layers see the original activations.
             self._add(index, quantizer.original_output())
         else:
-            tensors, errors = quantizer.quantize(plan)
+            target = None
+            if self.config.tune:
+                self._pass(index, "original")
+                target = self._aim(index)
+                self.clock.lap("calibration")
+            tensors, errors = quantizer.quantize(plan, target)
             output_error = quantizer.output_error()
             self.clock.lap("quantization")
             self._add(index, quantizer.quantized_output())
         quantizer.spool.clear()
         self.clock.lap("calibration")
-        self._pass(index, "original")
-        self.clock.lap("sanity")
+        if not self.config.tune or self.plan_only:
+            self._pass(index, "original")
+            self.clock.lap("sanity")
         extreme = quantizer.extreme_experts()
         return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}, {
             "schema": plan.layer.model_dump(mode="json"),
             "report": layer_report(prefix, plan, quantizer.stats, self.config, errors, output_error, extreme),
             "picture": layer_picture(plan, quantizer.stats).dump(),
         }
+
+    def _aim(self, index: int) -> Tensor:
+        """What the experts should add for the hidden states to be the original model's, [T, H]."""
+        target = torch.empty(self.windows.numel(), self.source.shape.hidden_size)
+        at = 0
+        for i, tokens in enumerate(self.batches):
+            part = target[at : at + tokens.numel()]
+            wanted, rest = (self._hidden(index, f"{name}-{i}", tokens) for name in ("original", "batch"))
+            torch.sub(wanted.view_as(part), rest.view_as(part), out=part)
+            at += len(part)
+        return target.to(self.streamed.device)
 
     def finish(
         self, result: Path, layers: dict[str, Layer], record: dict[str, object], dense: DenseConfig | None

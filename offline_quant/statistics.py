@@ -74,6 +74,23 @@ class LayerInputs:
         return LayerInputs(self.x.cpu(), self.topk_ids.cpu(), self.topk_weights.cpu())
 
 
+@dataclass(frozen=True)
+class RoutedTokens:
+    """What one expert's down matrix reads.
+
+    Attributes:
+        token: int64 [n], which tokens of the layer are the expert's.
+        weight: float32 [n], routing weights.
+        hidden: float32 [n, I], activations of the quantized gate and up.
+        mass: what its moments were divided by: n and what stands for the tokens of all experts.
+    """
+
+    token: Tensor
+    weight: Tensor
+    hidden: Tensor
+    mass: float
+
+
 class LayerStatistics:
     """Moments for each expert, shrunk towards those of all tokens, so that a rare expert has usable ones too.
 
@@ -208,6 +225,12 @@ class LayerStatistics:
         self.spool.put(f"activations-{expert}", seen)
         moments = both[:I]
         return moments, both[I:][order] - moments
+
+    def routed(self, expert: int) -> RoutedTokens:
+        """An expert's own tokens with the activations last kept for it."""
+        place = self._place[expert]
+        hidden = self.spool.get(f"activations-{expert}")[: len(place)].to(place.device)  # then come those of the sample
+        return RoutedTokens(place // self._slots, self._weights[place], hidden, float(len(place) + self.pseudo_count))
 
     def routed_output(self, team: Team, experts: Sequence[int], down: Callable[[int], Tensor]) -> Iterator[Tensor]:
         """What the routed experts add to the layer's output, with the activations last kept for each expert.

@@ -19,10 +19,11 @@ from offline_quant.distortion import (
     on_diagonal,
     rank_components,
 )
+from offline_quant.joint import fit_jointly
 from offline_quant.layer import LayerQuantizer
 from offline_quant.quantize import Quantized, _Grid, quantize
 from offline_quant.report import width_histogram
-from offline_quant.statistics import DAMPING, LayerInputs, LayerStatistics, corrected
+from offline_quant.statistics import DAMPING, LayerInputs, LayerStatistics, RoutedTokens, corrected
 
 # Best uniform quantizers of a unit Gaussian: J. Max, "Quantizing for minimum distortion", 1960, table II.
 MAX_1960 = {1: (1.5957, 0.3634), 2: (0.9957, 0.1188), 3: (0.5860, 0.03744), 4: (0.3352, 0.01154), 5: (0.1881, 0.003495)}
@@ -429,6 +430,52 @@ def test_down_makes_up_for_gate_and_up(basis, monkeypatch):
     with_correction = output_error()
     monkeypatch.setattr(layer_module, "corrected", lambda down, moments, missing: down)
     assert with_correction < 0.95 * output_error()
+
+
+def mixture(weights, data):
+    return moe_forward(weights, data.x, data.topk_weights, data.topk_ids)
+
+
+@pytest.mark.parametrize("basis", ["natural", "whitened", "paper"])
+def test_fitted_together_experts_come_nearer_to_a_target_of_the_whole_layer(basis):
+    """The experts' own output, and that with an error of earlier layers, which they can only partly make up for."""
+    bits = 4.5 if basis == "natural" else 9.0
+    _, _, quantizer, config = quantizer_of(basis, bits, unseen=1)
+    data = quantizer.stats.inputs
+    original = torch.cat(list(quantizer.original_output()))
+    drift = 0.1 * data.x @ torch.randn(48, 48, generator=torch.Generator().manual_seed(5)) / 7
+
+    def lost(target, fitted):
+        _, _, fresh, _ = quantizer_of(basis, bits, unseen=1)
+        plan = fresh.plan()
+        tensors, _ = fresh.quantize(plan, target.clone() if fitted else None)
+        output = mixture(LayerWeights(plan.layer, config.block_size, tensors), data)
+        assert torch.allclose(torch.cat(list(fresh.quantized_output())), output, atol=1e-5)
+        return float((output - target).square().sum())
+
+    assert lost(original, True) < lost(original, False)
+    assert lost(original + drift, True) < 0.95 * lost(original + drift, False)
+
+
+def test_a_joint_fit_is_the_least_squares_solution_of_all_experts_together():
+    """Sweeps converge to what one solve over all experts' activations finds, in float64."""
+    T, E, I, H = 400, 3, 5, 4  # noqa: E741
+    g = torch.Generator().manual_seed(1)
+    ids = torch.rand(T, E, generator=g).topk(2).indices
+    weight, target = torch.rand(T, 2, generator=g).double(), torch.randn(T, H, generator=g).double()
+    routed, features = [], torch.zeros(T, E * I, dtype=torch.float64)
+    for e in range(E):
+        token, slot = (ids == e).nonzero(as_tuple=True)
+        hidden = torch.randn(len(token), I, generator=g).double()
+        routed.append(RoutedTokens(token, weight[token, slot], hidden, float(len(token))))
+        features[token, e * I : (e + 1) * I] = hidden * weight[token, slot, None]
+    matrices = {e: torch.zeros(H, I, dtype=torch.float64) for e in range(E)}
+    moments = [(r.hidden * r.weight[:, None]).T @ (r.hidden * r.weight[:, None]) / r.mass for r in routed]
+    left = target.clone()
+    fit_jointly(E, routed.__getitem__, moments.__getitem__, matrices.__getitem__, matrices.__setitem__, left, 400)
+    best = torch.linalg.lstsq(features, target).solution
+    assert torch.allclose(torch.cat([matrices[e] for e in range(E)], 1).T, best, atol=1e-6)
+    assert torch.allclose(left, target - features @ best, atol=1e-6)
 
 
 def test_natural_has_no_basis_and_the_file_orders_no_intermediate_channels():

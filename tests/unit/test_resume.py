@@ -195,7 +195,7 @@ def test_a_worker_that_dies_is_reported(source, tmp_path):
     prelude = tmp_path / "site"
     prelude.mkdir()
     (prelude / "sitecustomize.py").write_text(
-        "import os\nif os.environ.get('RANK') == '1':\n    raise SystemExit('out of luck')\n"
+        "import os, sys\nif os.environ.get('RANK') == '1':\n    sys.stderr.write('out of luck')\n    os._exit(1)\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(prelude), os.environ.get("PYTHONPATH", "")])}
     arguments = (source, "--out", tmp_path / "q", "--calib", source.parent / "calib.txt", *FAST, "--workers", "2")
@@ -205,6 +205,26 @@ def test_a_worker_that_dies_is_reported(source, tmp_path):
     assert done.returncode == 2, done.stderr
     assert "worker 1 ended with status 1: out of luck" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_tuning_resumes_too_and_wants_one_process(source, tmp_path, monkeypatch):
+    config, reference = options(source, tune=True), tmp_path / "reference"
+    quantize_model(str(source), reference, config)
+    usual = RunState.close_layer
+
+    def die(self, index, *args):
+        if index == 2:
+            raise Died
+        usual(self, index, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "close_layer", die)
+        with pytest.raises(Died):
+            quantize_model(str(source), tmp_path / "q", config)
+    quantize_model(str(source), tmp_path / "q", config, resume=True)
+    assert contents(tmp_path / "q") == contents(reference)
+    with pytest.raises(BitsmoeError, match="--tune: experts are fitted one after another, in one process"):
+        quantize_model(str(source), tmp_path / "other", config, team=Half(0))
 
 
 class Half(Team):
