@@ -85,6 +85,7 @@ def _ours(label: str, bits: tuple[float, ...], **options: Any) -> list[Row]:
 GROUPS: dict[str, list[Row]] = {
     "main": [
         *_ours("bitsmoe", BITS),
+        *_ours("bitsmoe --tune", (1.75, 2.125, 3.125), tune=True),
         *(Row("GPTQ g128, static order", "gptq", b) for b in (2, 3)),
         *(Row("GPTQ g128, its strongest settings", "gptq", b, options=STRONG) for b in (2,)),
         *(Row("AutoRound g128, 200 iterations", "autoround", b) for b in (2, 3)),
@@ -125,6 +126,7 @@ GROUPS: dict[str, list[Row]] = {
         *_ours("without weights of outputs and tokens", (2.125,), without=["output-weights"]),
         *_ours("without correction of down", (2.125,), without=["correction"]),
         *_ours("without the first pass", (2.125,), without=["trial"]),
+        *_ours("--tune", (2.125,), tune=True),
     ],
     "dense": [
         *_ours("bitsmoe", (2.125,)),

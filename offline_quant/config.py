@@ -37,7 +37,8 @@ class QuantizeConfig(BaseModel):
     refine: int = Field(default=2, ge=0, le=20)
     """Rounds of scale refit and coordinate descent after the feedback."""
     tune: bool = False
-    """Fit the down matrices of a layer's experts together, to the original model's hidden states; see `joint`."""
+    """Aim every layer at the original model's hidden states: down matrices of its experts are fitted together (see
+    `joint`), then scales and codes tuned by gradients (see `tune`). Several times as slow."""
     without: tuple[Literal["output-weights", "correction", "trial"], ...] = ()
     """Parts left out, to measure what they bring: weights of gate and up outputs and of tokens; the correction of
     down; the first pass that measures row norms and chooses the form."""

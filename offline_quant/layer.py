@@ -17,7 +17,7 @@ from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.families import MoEShape
 from bitsmoe_kernels.format.packing import code_dtype, pack_codes
 from bitsmoe_kernels.format.schema import Basis, Layer, Projection, ProjectionName, order_dtype
-from bitsmoe_kernels.reference import LayerWeights
+from bitsmoe_kernels.reference import LayerWeights, moe_forward
 from offline_quant import compensator
 from offline_quant.allocation import Allocation, allocate
 from offline_quant.basis import Decomposition, natural, paper, whitened
@@ -641,15 +641,28 @@ class LayerQuantizer:
         device = self.stats.inputs.x.device
         return self.stats.routed_output(self.team, self._mine(), lambda e: self.spool.get(f"down-{e}").to(device))
 
-    def output_error(self) -> float:
-        """Relative error of the layer's output after `quantize`, on a sample of the tokens."""
+    def output_of(self, layer: Layer, tensors: dict[str, Tensor]) -> Tensor:
+        """What the layer's experts give with other tensors than `quantize` made, [T, H]."""
+        inputs = self.stats.inputs
+        weights = LayerWeights(layer, self.config.block_size, {k: v.to(inputs.x.device) for k, v in tensors.items()})
+        return moe_forward(weights, inputs.x, inputs.topk_weights, inputs.topk_ids)
+
+    def output_error(self, output: Tensor | None = None) -> float:
+        """Relative error of the layer's output, on a sample of the tokens.
+
+        Args:
+            output: [T, H]; None: what the experts give after `quantize`.
+        """
 
         def sampled(chunk: range) -> list[tuple[Tensor, Tensor]]:
             device = self._sampled.device
             found = (self.stats.sampled_outputs(e, self.spool.get(f"down-{e}").to(device)) for e in chunk)
             return [(place.cpu(), y.cpu()) for place, y in found]
 
-        quantized = self._sample_sum(pair for part in self.team.map(self.chunks, sampled) for pair in part)
+        if output is None:
+            quantized = self._sample_sum(pair for part in self.team.map(self.chunks, sampled) for pair in part)
+        else:
+            quantized = output[:: self.stats.sample_step]
         lost, total = (y.double().square().sum() for y in (quantized - self._sampled, self._sampled))
         return float(lost) / max(float(total), 1e-300)
 

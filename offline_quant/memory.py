@@ -45,6 +45,7 @@ def needs(
     tokens: int,
     batch_tokens: int,
     baseline: int,
+    tune: bool = False,
 ) -> Needs:
     """What a run takes.
 
@@ -56,6 +57,7 @@ def needs(
         tokens: of calibration text.
         batch_tokens: of them that pass through a layer together.
         baseline: resident bytes of the process before the run.
+        tune: whether scales and codes are tuned, which takes a whole layer and what its optimizer remembers.
     """
     E, H, I = shape.num_experts, shape.hidden_size, shape.intermediate_size  # noqa: E741
     top_k = int(model_config.get("num_experts_per_tok", 1))
@@ -74,6 +76,7 @@ def needs(
         "forward": _FLOAT * batch_tokens * (6 * H + 4 * width) + dense,
         "chunk": _FLOAT * chunk * chunk_values(H, I),
         "bases": 10 * _DOUBLE * H * H,
+        "tuning": _FLOAT * (5 * weights + 3 * tokens * H) if tune else 0,
         "output": 3 * _FLOAT * min(SLOT_VALUES, tokens * top_k * H),
     }
     running = state + mapped + min(MEMORY_BYTES, spooled) + 2 * result + max(stages.values())

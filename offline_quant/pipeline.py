@@ -53,6 +53,7 @@ from offline_quant.state import RESULT, RunState, file_hash, fingerprint, run_st
 from offline_quant.statistics import LayerInputs, LayerStatistics
 from offline_quant.streaming import StreamedModel
 from offline_quant.team import Team
+from offline_quant.tune import tune
 
 BATCH_TOKENS, BATCH_VALUES = 16_384, 1 << 23
 """Most tokens, and values of hidden states, that pass through a layer together."""
@@ -179,7 +180,9 @@ def quantize_model(
     length = window_length(source.config, config.calib_length)
     tokens = config.calib_samples * length
     batch_tokens = length * min(config.calib_samples, batch_windows(length, source.shape.hidden_size))
-    found = needs(source.shape, source.tensors.specs, source.config, config.bits, tokens, batch_tokens, peak_bytes())
+    found = needs(
+        source.shape, source.tensors.specs, source.config, config.bits, tokens, batch_tokens, peak_bytes(), config.tune
+    )
     if team.rank == 0:
         console.print(
             f"Memory: about {found.peak / 1e9:.1f} GB a process, {found.calibration_state / 1e9:.2f} GB of it for "
@@ -497,10 +500,18 @@ class _Run:
                 self._pass(index, "original")
                 target = self._aim(index)
                 self.clock.lap("calibration")
-            tensors, errors = quantizer.quantize(plan, target)
-            output_error = quantizer.output_error()
+            tensors, errors = quantizer.quantize(plan, None if target is None else target.clone())
             self.clock.lap("quantization")
-            self._add(index, quantizer.quantized_output())
+            if target is None:
+                output_error, output = quantizer.output_error(), quantizer.quantized_output()
+            else:
+                given = {name: tensor.to(target.device) for name, tensor in tensors.items()}
+                inputs = quantizer.stats.inputs
+                tensors = tune(plan.layer, self.config.block_size, given, inputs, target, self.config.seed)
+                self.clock.lap("tuning")
+                whole = quantizer.output_of(plan.layer, tensors)
+                output_error, output = quantizer.output_error(whole), iter([whole])
+            self._add(index, output)
         quantizer.spool.clear()
         self.clock.lap("calibration")
         if not self.config.tune or self.plan_only:
