@@ -174,7 +174,8 @@ def solve(name: str, bits: float) -> dict[str, Any]:
 def _apart(*arguments: str) -> dict[str, Any]:
     """What this program prints with other arguments, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.scale", *arguments]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # as the `bitsmoe` command has it
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

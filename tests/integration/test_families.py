@@ -69,9 +69,10 @@ def test_tokens_equal_those_of_the_dequantized_checkpoint(
         return
     # Rounding the reference's weights to bfloat16 parts the two; neither may be farther from the exact model.
     exact = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
-    ours, theirs = (errors(completions, exact).square().mean().sqrt() for completions in (got, want))
+    # Medians: one expert that a token narrowly misses, on either side, outweighs all other tokens in a mean square.
+    ours, theirs = (errors(completions, exact).abs().median() for completions in (got, want))
     assert ours <= 1.25 * theirs, (ours, theirs)
-    assert theirs < 0.2
+    assert theirs < 0.02
 
 
 def test_linear_layers_outside_the_experts_at_four_bits(tmp_path: Path, calib: str, generate: Generator) -> None:
