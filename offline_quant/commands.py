@@ -17,10 +17,8 @@ from rich.table import Table
 
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.checkpoint import Checkpoint
-from bitsmoe_kernels.format.families import moe_shape
-from bitsmoe_kernels.sharding import parallel_sizes
 from offline_quant.config import QuantizeConfig
-from offline_quant.dense import dense_line, dense_report
+from offline_quant.dense import dense_line
 from offline_quant.dequantize import dequantize_checkpoint
 from offline_quant.evaluate import evaluate as evaluate_model
 from offline_quant.hub import push as push_checkpoint
@@ -28,7 +26,7 @@ from offline_quant.memory import parse_bytes
 from offline_quant.output import PAGE_FILE
 from offline_quant.pipeline import check_device, quantize_model, resolve_model
 from offline_quant.progress import console
-from offline_quant.report import inspect_checkpoint
+from offline_quant.report import inspect_checkpoint, parallel_sizes_of
 from offline_quant.workers import team_of
 
 app = typer.Typer(
@@ -215,17 +213,7 @@ def inspect(
     """Show all-in bits per weight and where the bits of a checkpoint went."""
     checkpoint = Checkpoint(_existing(directory))
     checkpoint.check()
-    config, dense = checkpoint.config, dense_report(checkpoint.dense(), checkpoint.plain_tensors().specs)
-    bits = {
-        prefix: {name: checkpoint.tensors.get(f"{prefix}.{name}_bits") for name in layer.projections}
-        for prefix, layer in config.layers.items()
-    }
-    total = sum(spec.nbytes for spec in checkpoint.tensors.specs.values())
-    shape = moe_shape(checkpoint.model_config, str(directory))
-    parallel = parallel_sizes(
-        shape.num_experts, shape.intermediate_size, len(shape.layers), config.block_size, checkpoint.model_config
-    )
-    data = inspect_checkpoint(config, bits, total, dense, parallel)
+    data = inspect_checkpoint(checkpoint)
     if as_json:
         print(json.dumps(data))
         return
@@ -251,7 +239,7 @@ def inspect(
     if data["dense_layers"]:
         output.print(dense_line(data["dense_layers"]))
     output.print(f"experts {data['expert_bytes'] / 1e6:.2f} MB, everything else {data['other_bytes'] / 1e6:.2f} MB")
-    output.print(f"serving: {parallel}")
+    output.print(f"serving: {parallel_sizes_of(checkpoint)}")
 
 
 @app.command()

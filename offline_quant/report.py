@@ -1,6 +1,5 @@
 """What a run decided and what came of it, as data: written beside the checkpoint, free of times and paths."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,9 +8,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bitsmoe_kernels.format.schema import CheckpointConfig, Layer, ProjectionName
-from bitsmoe_kernels.sharding import ParallelSizes
+from bitsmoe_kernels.format.checkpoint import Checkpoint
+from bitsmoe_kernels.format.families import moe_shape
+from bitsmoe_kernels.format.schema import Layer, ProjectionName
+from bitsmoe_kernels.sharding import ParallelSizes, parallel_sizes
 from offline_quant.config import QuantizeConfig
+from offline_quant.dense import dense_report
 from offline_quant.layer import LayerPlan
 from offline_quant.objectives import OBJECTIVES
 from offline_quant.statistics import LayerStatistics
@@ -141,22 +143,24 @@ def model_report(
     }
 
 
-def inspect_checkpoint(
-    config: CheckpointConfig,
-    bits_of: Mapping[str, Mapping[ProjectionName, Tensor]],
-    total_bytes: int,
-    dense: Mapping[str, Any],
-    parallel: ParallelSizes,
-) -> dict[str, Any]:
-    """Where the bits of a checkpoint went.
+def parallel_sizes_of(checkpoint: Checkpoint) -> ParallelSizes:
+    """Sizes a checkpoint's model divides into."""
+    shape = moe_shape(checkpoint.model_config, str(checkpoint.directory))
+    return parallel_sizes(
+        shape.num_experts, shape.intermediate_size, len(shape.layers), checkpoint.config.block_size,
+        checkpoint.model_config,
+    )  # fmt: skip
 
-    Args:
-        config: its schema.
-        bits_of: layer prefix -> projection -> block bits [E, B].
-        total_bytes: size of all tensors of the checkpoint, experts and others.
-        dense: see `dense.dense_report`.
-        parallel: sizes it divides into.
-    """
+
+def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Where the bits of a checkpoint went, and how it can be served; values of its tensors are not checked."""
+    config, total_bytes = checkpoint.config, sum(spec.nbytes for spec in checkpoint.tensors.specs.values())
+    bits_of = {
+        prefix: {name: checkpoint.tensors.get(f"{prefix}.{name}_bits") for name in layer.projections}
+        for prefix, layer in config.layers.items()
+    }
+    dense = dense_report(checkpoint.dense(), checkpoint.plain_tensors().specs)
+    parallel = parallel_sizes_of(checkpoint)
     layers = []
     histogram: dict[str, int] = {}
     for prefix, layer in config.layers.items():

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from typer.testing import CliRunner
 
 from bitsmoe_kernels import format as format_package
@@ -542,6 +542,7 @@ FORMS_CHANNEL = DenseWeights(num_bits=8, strategy="channel")
 def vllm_config(dtype: torch.dtype = torch.bfloat16, **parallel: Any) -> SimpleNamespace:
     defaults = {
         "enable_eplb": False, "enable_expert_parallel": False, "data_parallel_size": 1, "tensor_parallel_size": 1,
+        "pipeline_parallel_size": 1,
     }  # fmt: skip
     return SimpleNamespace(
         parallel_config=SimpleNamespace(**defaults | parallel),
@@ -549,7 +550,7 @@ def vllm_config(dtype: torch.dtype = torch.bfloat16, **parallel: Any) -> SimpleN
     )
 
 
-TEXT_CONFIG = SimpleNamespace(hidden_act="silu", num_attention_heads=2)
+TEXT_CONFIG = PretrainedConfig(hidden_act="silu", num_attention_heads=2, num_hidden_layers=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -210,12 +210,9 @@ def _use_checkpoint(directory: Path) -> None:
         raise FindingError(f"accepted in full, but not its bits: {faults[:3]}")
     if CheckpointConfig.parse(json.loads(json.dumps(config.dump()))) != config:
         raise FindingError("the schema is not what is written of it")
-    bits: dict[str, Any] = {}
     for prefix, layer in config.layers.items():
-        tensors = checkpoint.layer_tensors(prefix)
-        use_layer(prefix, layer, config.block_size, tensors)
-        bits[prefix] = {name: tensors[f"{name}_bits"] for name in layer.projections}
-    inspect_checkpoint(config, bits, sum(spec.nbytes for spec in checkpoint.tensors.specs.values()))
+        use_layer(prefix, layer, config.block_size, checkpoint.layer_tensors(prefix))
+    inspect_checkpoint(checkpoint)
 
 
 def use_layer(prefix: str, layer: Layer, block_size: int, tensors: dict[str, Tensor]) -> None:

@@ -168,7 +168,7 @@ class ShardReader:
     @property
     def files(self) -> list[str]:
         """Names of the safetensors files."""
-        return list(self._open)
+        return sorted(set(self._file_of.values()))
 
     def __contains__(self, name: object) -> bool:
         return name in self.specs
