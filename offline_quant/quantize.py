@@ -20,6 +20,8 @@ from bitsmoe_kernels.format.schema import MAX_BITS
 from offline_quant.distortion import Factor, factorize, gaussian_quantizer, on_diagonal
 
 COLUMN_BLOCK = 32
+ROUND_VALUES = 1 << 15
+"""Values that are rounded at once where no row waits for another."""
 _SCALE_CANDIDATES = (0.7, 0.85, 1.0, 1.2)
 _SCALE_STEPS = 3
 
@@ -201,16 +203,22 @@ def _feedback(F: Tensor, U: Tensor, grid: _Grid, c: Tensor, rough: bool = False)
 
 
 def _round_all(F: Tensor, M: Tensor, grid: _Grid, c: Tensor, rough: bool = False) -> Quantized:
-    """Every row to its own best scale, all at once."""
+    """Every row to its own best scale, as many at once as a processor's cache holds."""
     n, K, N = F.shape
 
     def rows(x: Tensor) -> Tensor:
         return x.expand(n, K, x.shape[2]).reshape(n * K, -1)
 
-    flat, columns = _Grid(rows(grid.half), rows(grid.power)), rows(c[:, None])
-    a = flat.scale(rows(F), columns, rough)
-    codes, value = flat.round(rows(F), a, columns)
-    d = F - value.view(n, K, N)
+    flat, half, power, columns = (rows(x) for x in (F, grid.half, grid.power, c[:, None]))
+    a, codes, d = flat.new_empty(n * K), torch.empty_like(flat, dtype=torch.uint8), torch.empty_like(flat)
+    step = max(1, ROUND_VALUES // N)
+    for at in range(0, n * K, step):
+        part = slice(at, at + step)
+        own = _Grid(half[part], power[part])
+        a[part] = own.scale(flat[part], columns[part], rough)
+        codes[part], value = own.round(flat[part], a[part], columns[part])
+        torch.sub(flat[part], value, out=d[part])
+    d = d.view(n, K, N)
     return Quantized(codes.view(n, K, N), a.view(n, K), c, F.square().sum(-1), (d * (M @ d)).sum((1, 2)))
 
 
