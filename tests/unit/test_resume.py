@@ -242,7 +242,7 @@ def test_every_item_has_one_owner():
 
 
 def test_a_spool_keeps_little_in_memory_and_the_rest_on_disk(tmp_path):
-    spool = Spool(tmp_path, memory_bytes=100)
+    spool = Spool(tmp_path, memory_bytes=90)
     values = {f"t{i}": torch.randn(4, i + 1) for i in range(4)}
     for name, value in values.items():
         spool.put(name, value)
