@@ -186,7 +186,7 @@ def quantize_model(
     if team.rank == 0:
         console.print(
             f"Memory: about {found.peak / 1e9:.1f} GB a process, {found.calibration_state / 1e9:.2f} GB of it for "
-            f"calibration text; disk: {found.disk / 1e9:.1f} GB while it runs"
+            f"calibration text; disk: {found.disk / 1e9:.1f} GB or more while it runs"
         )
     check_memory(found, max_memory)
     started = {
