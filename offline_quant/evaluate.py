@@ -15,8 +15,6 @@ from offline_quant.streaming import StreamedModel
 
 MAX_WINDOW = 2048
 BATCH_TOKENS = 8192
-_BATCHES = 8
-"""Batches for which a layer's experts are read together."""
 _HEAD_TOKENS = 2048
 
 
@@ -149,10 +147,9 @@ def final_states(source: WeightSource, windows: Tensor, device: str) -> States:
     with bar(f"Evaluating {source.directory.name}"[:28], model.num_layers * len(batches)) as tick:
         for index in range(model.num_layers):
             with model.layer(index) as module:
-                for i in range(0, len(batches), _BATCHES):
-                    group = batches[i : i + _BATCHES]
-                    batches[i : i + _BATCHES] = model.through(module, group)
-                    tick(len(group))
+                for i, hidden in enumerate(model.through(module, batches)):
+                    batches[i] = hidden, batches[i][1]
+                    tick()
     return States(torch.cat([h for h, _ in batches]), model.head, model)
 
 

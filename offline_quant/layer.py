@@ -197,7 +197,7 @@ class LayerQuantizer:
         self.grams: dict[ProjectionName, Tensor] = {}
         for found in self.each(self._survey):
             for name, gram in found.grams.items():
-                self.grams[name] = self.grams[name].add_(gram) if name in self.grams else gram
+                _add_gram(self.grams, name, gram)
             parts.append(replace(found, grams={}))
         device = self.stats.inputs.x.device
         roots = torch.cat([p.roots for p in parts]).to(device)
@@ -229,9 +229,9 @@ class LayerQuantizer:
                 _add_gram(grams, "gate_up", (weighed.T @ gate_up[i]).double() * float(stats.share[e]))
             if "paper" in forms:
                 gate, up = gate_up[i].chunk(2)
-                _add_gram(grams, "gate", (gate * outputs[i, : self.I, None]).T @ gate)
-                _add_gram(grams, "up", (up * outputs[i, self.I :, None]).T @ up)
-                _add_gram(grams, "down", down[i] @ down[i].T)
+                _add_gram(grams, "gate", ((gate * outputs[i, : self.I, None]).T @ gate).double())
+                _add_gram(grams, "up", ((up * outputs[i, self.I :, None]).T @ up).double())
+                _add_gram(grams, "down", (down[i] @ down[i].T).double())
         found, moments, factor = rank_components(down.mT, torch.stack(D), "input", feedback=config.feedback)
         self._keep("down", chunk, moments, factor)
         order = torch.arange(self.I, device=down.device).expand_as(found.order)
@@ -297,32 +297,35 @@ class LayerQuantizer:
             if self.config.feedback:
                 self.spool.put(f"{key}-factor-{e}", factor.U[i], if_room=True)
 
-    def _kept(self, projection: "ProjectionPlan", chunk: range) -> tuple[Tensor, Factor]:
-        """What `_keep` put aside; what there was no room for is computed again, to the same bits."""
-        M = self._fetch(f"{projection.key}-moments", chunk)
-        if M is None:
-            M = self._moments_again(projection, chunk)
-        if not self.config.feedback:
-            return M, on_diagonal(M)
-        U = self._fetch(f"{projection.key}-factor", chunk)
-        ridge = self._ridge[projection.key][chunk.start : chunk.stop]
-        return M, factorize(M) if U is None else Factor(ridge, U)
+    def moments(self, projection: ProjectionPlan, chunk: range) -> Tensor:
+        """Moments [n, K, K] of what enters the original projection's contraction, rows in stored order.
 
-    def _moments_again(self, projection: "ProjectionPlan", chunk: range) -> Tensor:
-        d, order = projection.decomposition, projection.components.order[chunk.start : chunk.stop]
+        What there was no room to keep is computed again, to the same bits.
+        """
+        if (M := self._fetch(f"{projection.key}-moments", chunk)) is not None:
+            return M
+        d, own = projection.decomposition, slice(chunk.start, chunk.stop)
         if projection.name == "down":
-            gate_up, down = self.experts(chunk)
-            moments = torch.stack([self._expert_moments(e, gate_up[i], down[i])[2] for i, e in enumerate(chunk)])
-            return permuted(moments, self.channel_order[chunk.start : chunk.stop])
+            return permuted(self._survey_again(chunk, 2), self.channel_order[own])
         M = d.moments(self._input_moments(chunk))
-        return permuted(M, order) if d.component_axis == "input" else M
+        return permuted(M, projection.components.order[own]) if d.component_axis == "input" else M
+
+    def _factor(self, projection: ProjectionPlan, chunk: range, M: Tensor) -> Factor:
+        """Of `moments`."""
+        if not self.config.feedback:
+            return on_diagonal(M)
+        U = self._fetch(f"{projection.key}-factor", chunk)
+        return factorize(M) if U is None else Factor(self._ridge[projection.key][chunk.start : chunk.stop], U)
 
     def _input_moments(self, chunk: range) -> Tensor:
         """Moments [n, H, H] of what enters gate and up."""
-        if (M := self._fetch("inputs", chunk)) is not None:
-            return M
+        M = self._fetch("inputs", chunk)
+        return self._survey_again(chunk, 0) if M is None else M
+
+    def _survey_again(self, chunk: range, which: int) -> Tensor:
+        """One of the moments `_expert_moments` gives."""
         gate_up, down = self.experts(chunk)
-        return torch.stack([self._expert_moments(e, gate_up[i], down[i])[0] for i, e in enumerate(chunk)])
+        return torch.stack([self._expert_moments(e, gate_up[i], down[i])[which] for i, e in enumerate(chunk)])
 
     def _fetch(self, key: str, chunk: range) -> Tensor | None:
         names = [f"{key}-{e}" for e in chunk]
@@ -335,10 +338,6 @@ class LayerQuantizer:
         for key in {p.key for p in plan.projections.values()} - {"down"}:
             for e in self._mine():
                 self.spool.drop(f"{key}-moments-{e}", f"{key}-factor-{e}")
-
-    def moments_of(self, projection: ProjectionPlan, chunk: range) -> Tensor:
-        """Moments [n, K, K] of what enters the original projection's contraction, rows in stored order."""
-        return self._kept(projection, chunk)[0]
 
     def _decompositions(self, form: str) -> dict[ProjectionName, Decomposition]:
         """The decomposition of every projection under one form, see `schema_of`."""
@@ -363,7 +362,7 @@ class LayerQuantizer:
             loaded, found = self.load(chunk), {}
             inputs = self._input_moments(chunk)
             for name, d in open_.items():
-                M = self._kept(down, chunk)[0] if name == "down" else inputs
+                M = self.moments(down, chunk) if name == "down" else inputs
                 sort = name == "down" or schema.projections[name].order != "none"
                 components, M, factor = rank_components(
                     d.factors(self.weights(name, chunk, loaded)), d.moments(M), d.component_axis, sort,
@@ -458,7 +457,8 @@ class LayerQuantizer:
         def attempt(chunk: range) -> dict[ProjectionName, tuple[Tensor, Tensor]]:
             loaded, found = self.load(chunk), {}
             for name, projection in plan.projections.items():
-                M, factor = self._kept(projection, chunk)
+                M = self.moments(projection, chunk)
+                factor = self._factor(projection, chunk, M)
                 q, _ = self._round(plan, projection, chunk, self.weights(name, chunk, loaded), M, factor, TRIAL)
                 found[name] = q.norms.cpu(), q.error.cpu()
             return found
@@ -569,8 +569,8 @@ class LayerQuantizer:
         errors: dict[ProjectionName, tuple[float, float]] = {}
         for name, projection in plan.projections.items():
             if name != "down":
-                M, factor = self._kept(projection, chunk)
-                W = self.weights(name, chunk, loaded)
+                M, W = self.moments(projection, chunk), self.weights(name, chunk, loaded)
+                factor = self._factor(projection, chunk, M)
                 parts, errors[name] = self._quantize_part(plan, projection, chunk, W, M, factor)
                 tensors |= {f"{name}_{k}": v for k, v in parts.items()}
         return tensors, errors
@@ -584,13 +584,7 @@ class LayerQuantizer:
             self.spool.put(f"down-{e}", matrix)
         return tensors, errors | {"down": error}
 
-    def _dequantized(
-        self,
-        plan: LayerPlan,
-        tensors: dict[str, Tensor],
-        chunk: range,
-        *names: ProjectionName,
-    ) -> Tensor:
+    def _dequantized(self, plan: LayerPlan, tensors: dict[str, Tensor], chunk: range, *names: ProjectionName) -> Tensor:
         """What a reader of the file makes of a chunk's tensors: [n, N, K] of the named projections, or gate and up."""
         picked = names or tuple(n for n in ("gate_up", "gate", "up") if n in plan.projections)
         projections: dict[ProjectionName, Projection] = {}
@@ -743,7 +737,6 @@ def _compensated(
 
 
 def _add_gram(grams: dict[ProjectionName, Tensor], name: ProjectionName, gram: Tensor) -> None:
-    gram = gram.double()
     grams[name] = grams[name].add_(gram) if name in grams else gram
 
 

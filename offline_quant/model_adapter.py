@@ -65,6 +65,7 @@ class QuantizedModel:
         self.shape = moe_shape(self.config, str(directory))
         self.dense = self.checkpoint.dense()
         self.tensors = self.checkpoint.plain_tensors()
+        self._last: tuple[int, LayerWeights] | None = None
         check_side_files(directory)
         self._check_schema()
 
@@ -91,11 +92,11 @@ class QuantizedModel:
 
     def experts(self, layer: int, chunk: range | None = None) -> tuple[Tensor, Tensor]:
         """Dequantized experts of a layer, see `WeightSource`."""
-        prefix = self.shape.prefix(layer)
-        config = self.checkpoint.config
-        weights = LayerWeights(config.layers[prefix], config.block_size, self.checkpoint.layer_tensors(prefix))
-        found = [weights.expert_weights(e) for e in (range(self.shape.num_experts) if chunk is None else chunk)]
-        return torch.stack([torch.cat([gate, up]) for gate, up, _ in found]), torch.stack([d for _, _, d in found])
+        if self._last is None or self._last[0] != layer:  # chunks of one layer come one after another
+            prefix, config = self.shape.prefix(layer), self.checkpoint.config
+            tensors = self.checkpoint.layer_tensors(prefix)
+            self._last = layer, LayerWeights(config.layers[prefix], config.block_size, tensors)
+        return self._last[1].experts(range(self.shape.num_experts) if chunk is None else chunk)
 
 
 def open_model(directory: Path) -> "SourceModel | QuantizedModel":

@@ -184,7 +184,7 @@ def _bt_moe(
     def energies(chunk: range) -> NDArray[np.float64]:
         loaded, energy = quantizer.load(chunk), np.zeros((len(chunk), len(width)))
         for name, plan in plans.items():
-            W, M = quantizer.weights(name, chunk, loaded), quantizer.moments_of(plan, chunk)
+            W, M = quantizer.weights(name, chunk, loaded), quantizer.moments(plan, chunk)
             order = plan.components.order[chunk.start : chunk.stop]
             F, M = W.mT.gather(1, order[:, :, None].expand(-1, -1, W.shape[1])), damped(M)
             for bits in np.unique(width):

@@ -61,6 +61,31 @@ def unwritable(out: Path, reason: Exception) -> BitsmoeError:
     return BitsmoeError(f"{out}: cannot be written ({reason}); {free / 1e6:.1f} MB are free there")
 
 
+def missing_parents(path: Path) -> list[Path]:
+    """Directories that making a path would make besides, the innermost first."""
+    return [p for p in path.parents if not p.exists()]
+
+
+def remove_empty(directories: list[Path]) -> None:
+    """Remove those of some directories that are there and empty, in order."""
+    for directory in directories:
+        if directory.exists() and not any(directory.iterdir()):
+            directory.rmdir()
+
+
+def move_into_place(made: Path, out: Path) -> None:
+    """Give a finished directory its place: renamed whole, or, where it was made inside `out`, file by file.
+
+    config.json comes last: with it a checkpoint is one.
+    """
+    if out in made.parents:
+        for path in sorted(made.iterdir(), key=lambda p: p.name == "config.json"):
+            os.replace(path, out / path.name)
+        made.rmdir()
+    else:
+        os.replace(made, out)
+
+
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
     """A scratch directory whose files appear in `out` if the block succeeds, and which vanishes if it does not.
@@ -73,29 +98,21 @@ def new_directory(out: Path) -> Iterator[Path]:
     """
     check_output(out)
     out = out.absolute()
-    made = [p for p in out.parents if not p.exists()]
-    inside = out.exists()
+    made = missing_parents(out)
     # Named before it is made, so that a signal in between leaves nothing.
-    scratch = (out if inside else out.parent) / f".{out.name}.partial-{secrets.token_hex(4)}"
+    scratch = (out if out.exists() else out.parent) / f".{out.name}.partial-{secrets.token_hex(4)}"
     done = False
     try:
         scratch.mkdir(parents=True)
         yield scratch
-        if inside:
-            for path in sorted(scratch.iterdir(), key=lambda p: p.name == "config.json"):
-                os.replace(path, out / path.name)
-            scratch.rmdir()
-        else:
-            os.replace(scratch, out)
+        move_into_place(scratch, out)
         done = True
     except (OSError, SafetensorError) as e:
         raise unwritable(out, e) from None
     finally:
         if not done:
             shutil.rmtree(scratch, ignore_errors=True)
-            for parent in made:
-                if parent.exists() and not any(parent.iterdir()):
-                    parent.rmdir()
+            remove_empty(made)
 
 
 def side_files(source: Path) -> list[Path]:

@@ -57,8 +57,6 @@ from offline_quant.tune import tune
 
 BATCH_TOKENS, BATCH_VALUES = 16_384, 1 << 23
 """Most tokens, and values of hidden states, that pass through a layer together."""
-TOGETHER = 8
-"""Such batches for which the experts of an original layer are read once."""
 CALIBRATION, SHARED = "calibration.json", "shared.json"
 
 
@@ -197,8 +195,7 @@ def quantize_model(
         "calibration text": file_hash(Path(config.calib)) if config.calib and Path(config.calib).is_file() else None,
     }
     with run_state(out, started, resume, team) as state:
-        windows, used = team.agreed(lambda: _windows(source, tokenizer, config, state, clock))
-        torch.manual_seed(config.seed)
+        windows, used = team.agreed(lambda: _windows(source, tokenizer, config, length, state, clock))
         record = {**config.record(), "calib": used if used == "self" or used.startswith("hf:") else Path(used).name}
         original = StreamedModel(source, config.device)
         streamed = original if dense is None else StreamedModel(DenseModel(source, dense), config.device)
@@ -234,7 +231,7 @@ def peak_bytes() -> int:
 
 
 def _windows(
-    source: SourceModel, tokenizer: Any, config: QuantizeConfig, state: RunState, clock: "_Clock"
+    source: SourceModel, tokenizer: Any, config: QuantizeConfig, length: int, state: RunState, clock: "_Clock"
 ) -> tuple[Tensor, str]:
     """Calibration tokens and where they came from, once the weights are checked; those of an earlier run if it was."""
     if (windows := state.windows) is not None and (earlier := state.kept(CALIBRATION)) is not None:
@@ -242,7 +239,6 @@ def _windows(
     source.check_finite(track)
     clock.lap("check")
     torch.manual_seed(config.seed)
-    length = window_length(source.config, config.calib_length)
     windows, used = calibration_windows(
         StreamedModel(source, config.device), tokenizer, config.calib, config.calib_samples, length, config.seed
     )
@@ -309,8 +305,8 @@ class _Run:
         self.budgets: dict[str, int] = {}
         self.batches = windows.split(batch_windows(windows.shape[1], source.shape.hidden_size))
         self.judged = windows[: max(1, sanity.TOKENS // windows.shape[1])]
-        aimed_at = windows if config.tune and not plan_only else self.judged
-        self.originals = aimed_at.split(len(self.batches[0]))
+        originals = (windows if config.tune else self.judged).split(len(self.batches[0]))
+        self.originals = () if plan_only or team.rank else originals
         """Windows that travel through the original layers: to judge by, or what every layer aims at."""
 
     def _hidden(self, index: int, name: str, tokens: Tensor) -> Tensor:
@@ -325,9 +321,8 @@ class _Run:
         self.state.open_layer(-1)
         for i in self._own():
             self.state.put_hidden(-1, f"batch-{i}", self.streamed.embed(self.batches[i])[0])
-        if self.team.rank == 0:
-            for i, tokens in enumerate(self.originals):
-                self.state.put_hidden(-1, f"original-{i}", self.original.embed(tokens)[0])
+        for i, tokens in enumerate(self.originals):
+            self.state.put_hidden(-1, f"original-{i}", self.original.embed(tokens)[0])
 
     def share_budget(self) -> None:
         """Solve one program over all layers, on the original model's activations; leaves a budget for each layer."""
@@ -355,6 +350,8 @@ class _Run:
                     quantizer.spool.clear()
                 else:
                     self._pass(index, "batch")
+                if index:  # the quantized layers begin with what enters the first
+                    self.state.drop_hidden(index - 1)
                 progress.round_off(index + 1)
         self.clock.lap("calibration")
         whole = int(self.config.bits * shape.num_weights) - sum(table.overhead for _, table in tables)
@@ -399,7 +396,7 @@ class _Run:
         shape, count = self.source.shape, self.streamed.num_layers
         done: dict[str, Layer] = {}
         finished = self.team.agreed(self.state.finished)
-        if finished == 0:
+        if finished == 0 and self.shared is None:  # a program over all layers has begun with it
             self._embed()
         self.team.wait()
         with self._bar("Quantizing", count) as progress:
@@ -437,17 +434,16 @@ class _Run:
     def _pass(self, index: int, name: str) -> None:
         """Take hidden states through a layer as the model has it: "batch", calibration text, or "original"."""
         batches = {i: self.batches[i] for i in self._own()} if name == "batch" else dict(enumerate(self.originals))
-        if name == "original" and self.team.rank:
+        if not batches:
             return
         model = self.original if name == "original" else self.streamed
         with model.layer(index) as module:
-            items = list(batches.items())
-            for group in (items[at : at + TOGETHER] for at in range(0, len(items), TOGETHER)):
-                entering = [
-                    (self._hidden(index - 1, f"{name}-{i}", tokens), model.arguments(tokens)) for i, tokens in group
-                ]
-                for (i, _), (out, _) in zip(group, model.through(module, entering), strict=True):
-                    self.state.put_hidden(index, f"{name}-{i}", out)
+            entering = (
+                (self._hidden(index - 1, f"{name}-{i}", tokens), model.arguments(tokens))
+                for i, tokens in batches.items()
+            )
+            for i, out in zip(batches, model.through(module, entering), strict=True):
+                self.state.put_hidden(index, f"{name}-{i}", out)
 
     def _add(self, index: int, routed: Iterator[Tensor]) -> None:
         """Complete the hidden states that left a layer with what its experts add, [n, H] by and by."""
@@ -494,17 +490,15 @@ class _Run:
         quantizer = self._quantizer(index, progress)
         plan = quantizer.plan(self.budgets.get(prefix))
         self.clock.lap("allocation")
+        self._pass(index, "original")
+        self.clock.lap("calibration" if self.config.tune else "sanity")
         tensors: dict[str, Tensor] = {}
         errors = output_error = None
         if self.plan_only:
             # Nothing is quantized, so later layers see the original activations.
             self._add(index, quantizer.original_output())
         else:
-            target = None
-            if self.config.tune:
-                self._pass(index, "original")
-                target = self._aim(index)
-                self.clock.lap("calibration")
+            target = self._aim(index) if self.config.tune else None
             tensors, errors = quantizer.quantize(plan, None if target is None else target.clone())
             self.clock.lap("quantization")
             if target is None:
@@ -519,9 +513,6 @@ class _Run:
             self._add(index, output)
         quantizer.spool.clear()
         self.clock.lap("calibration")
-        if not self.config.tune or self.plan_only:
-            self._pass(index, "original")
-            self.clock.lap("sanity")
         extreme = quantizer.extreme_experts()
         return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}, {
             "schema": plan.layer.model_dump(mode="json"),

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.shards import read_json
-from offline_quant.output import check_output, unwritable
+from offline_quant.output import check_output, missing_parents, move_into_place, remove_empty, unwritable
 from offline_quant.team import Team
 
 STATE_VERSION = 1
@@ -63,7 +63,7 @@ class RunState:
     def __init__(self, out: Path, started: dict[str, Any], resume: bool):
         self.out, self.started = out.absolute(), started
         self.directory = state_directory(out)
-        self._made = [p for p in self.directory.parents if not p.exists()]
+        self._made = missing_parents(self.directory)
         self._lock: IO[str] | None = None
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -151,6 +151,11 @@ class RunState:
         """Hidden states that `put_hidden` kept."""
         return torch.from_numpy(np.fromfile(self.hidden_file(index, name), np.float32)).view(shape)
 
+    def drop_hidden(self, index: int) -> None:
+        """Let go of the hidden states that left a layer."""
+        for path in self.hidden_file(index, "").parent.glob("*.f32"):
+            path.unlink()
+
     def close_layer(self, index: int, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
         """A layer is finished: keep its tensors and data for good, and let go of what came before it."""
         work = self._layer(index).with_suffix(".tmp")
@@ -160,9 +165,7 @@ class RunState:
         _write(work / _LAYER, json.dumps(data))
         os.replace(work, self._layer(index))
         _sync(self.directory)
-        for earlier in (self._layer(index - 1) if index else self.directory / "embedded.tmp",):
-            for path in earlier.glob("*.f32"):
-                path.unlink()
+        self.drop_hidden(index - 1)
 
     def layer_data(self, index: int) -> dict[str, Any]:
         """The data a finished layer was closed with."""
@@ -199,28 +202,19 @@ class RunState:
         return read_json(self.directory / name) if (self.directory / name).exists() else None
 
     def publish(self) -> None:
-        """Give the checkpoint in `result` its place and remove the state.
-
-        An `out` that does not exist is renamed into place whole; in an existing one config.json comes last.
-        """
-        result = self.directory / RESULT
-        if self.directory.parent == self.out:
-            for path in sorted(result.iterdir(), key=lambda p: p.name == "config.json"):
-                os.replace(path, self.out / path.name)
-        else:
+        """Give the checkpoint in `result` its place and remove the state."""
+        if self.out not in self.directory.parents:
             check_output(self.out)
             if self.out.exists():
                 self.out.rmdir()
-            os.replace(result, self.out)
+        move_into_place(self.directory / RESULT, self.out)
         self.close(keep=False)
 
     def close(self, keep: bool) -> None:
         """Let others work here; without `keep` nothing stays."""
         if not keep:
             shutil.rmtree(self.directory, ignore_errors=True)
-            for parent in self._made:
-                if parent.exists() and not any(parent.iterdir()):
-                    parent.rmdir()
+            remove_empty(self._made)
         if self._lock is not None:
             self._lock.close()
 

@@ -4,9 +4,10 @@ The modules are transformers' own, built without memory ("meta") and filled from
 float32. Calibration and evaluation both run on this, for ordinary and for quantized checkpoints.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ Arguments = list[dict[str, Any]]
 """What each decoder layer takes besides hidden states; layers of one kind share tensors."""
 Batches = list[tuple[Tensor, Arguments]]
 """Hidden states [n, L, H] and the layers' arguments."""
+TOGETHER = 8
+"""Batches for which a layer's experts are read once."""
 
 
 class StreamedModel:
@@ -201,20 +204,18 @@ class StreamedModel:
         return seen[0], rest
 
     @torch.no_grad()
-    def through(self, module: nn.Module, batches: Batches) -> Batches:
-        """`run` of every batch, results on the CPU. Every expert is read once for all of them together."""
-        index = self._place[module]
-        if index not in self.shape.layers:
-            return [(self.run(module, hidden, arguments).cpu(), arguments) for hidden, arguments in batches]
-        found = [self.expert_inputs(module, hidden, arguments) for hidden, arguments in batches]
-        tokens = sum(len(x.x) for x, _ in found)
-        inputs = LayerInputs.gathered((x for x, _ in found), tokens, self.device)
-        share = self.routed(index, inputs.x, inputs.topk_ids, inputs.topk_weights).cpu()
-        shares = share.split([rest[..., 0].numel() for _, rest in found])
-        return [
-            (rest + own.view_as(rest), arguments)
-            for (_, rest), own, (_, arguments) in zip(found, shares, batches, strict=True)
-        ]
+    def through(self, module: nn.Module, batches: Iterable[tuple[Tensor, Arguments]]) -> Iterator[Tensor]:
+        """`run` of every batch, results on the CPU one after another. Experts are read once for several batches."""
+        index, waiting = self._place[module], iter(batches)
+        while group := list(islice(waiting, TOGETHER)):
+            if index not in self.shape.layers:
+                yield from (self.run(module, *batch).cpu() for batch in group)
+                continue
+            found = [self.expert_inputs(module, *batch) for batch in group]
+            inputs = LayerInputs.gathered((x for x, _ in found), sum(len(x.x) for x, _ in found), self.device)
+            share = self.routed(index, inputs.x, inputs.topk_ids, inputs.topk_weights).cpu()
+            for (_, rest), own in zip(found, share.split([len(x.x) for x, _ in found]), strict=True):
+                yield rest + own.view_as(rest)
 
     @property
     def head(self) -> Tensor:

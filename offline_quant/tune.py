@@ -62,19 +62,7 @@ class _TunedProjection(nn.Module):
             return w.forward(expert, x, z)
         hidden, top = self.levels[expert], self.top[expert]
         level = (hidden + (self.codes(expert) - top / 2 - hidden).detach()) * (top > 0)
-        s, t = self.scales(expert)
-        order = w.order(expert)
-        if w.spec.component_axis == "input":
-            y = ((z if order is None else z[:, order]) * s) @ level * t
-        else:
-            y = (x * t) @ level.T * s
-            if order is not None:
-                y = torch.zeros_like(y).index_copy(1, order, y)
-            if w.basis is not None:
-                y = y @ w.basis
-        if (lowrank := w.lowrank(expert)) is not None:
-            y = y + (x @ lowrank[0].T) @ lowrank[1]
-        return y
+        return w.product(expert, x, z, level, *self.scales(expert))
 
     def tensors(self) -> dict[str, Tensor]:
         """Parts that may have changed, as the file stores them, on the CPU."""

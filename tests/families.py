@@ -103,5 +103,5 @@ def streamed_logits(source: WeightSource) -> torch.Tensor:
     batches = model.embed_windows(IDS, 24)
     for index in range(model.num_layers):
         with model.layer(index) as module:
-            batches = model.through(module, batches)
+            batches = [(h, batch[1]) for h, batch in zip(model.through(module, batches), batches, strict=True)]
     return model.logits(torch.cat([h for h, _ in batches]), model.head)

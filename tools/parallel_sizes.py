@@ -7,9 +7,7 @@ from typing import Any
 
 from bitsmoe_kernels.format.families import FAMILIES
 from bitsmoe_kernels.sharding import parallel_sizes
-
-BLOCK_SIZE = 32
-"""The quantizer's default."""
+from offline_quant.config import QuantizeConfig
 
 _QWEN_VOCAB, _GLM_VOCAB = {"vocab_size": 151_936}, {"vocab_size": 151_552}
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -107,7 +105,7 @@ def published_table() -> str:
             config[family.num_experts_key],
             config[family.intermediate_size_key],
             len(family.moe_layers(config)),
-            BLOCK_SIZE,
+            QuantizeConfig.model_fields["block_size"].default,
             config,
         )
         tensor, experts = (", ".join(map(str, n)) for n in (sizes.tensor, sizes.tensor_with_experts))

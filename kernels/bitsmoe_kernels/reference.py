@@ -122,15 +122,19 @@ class ProjectionWeights:
         """
         if expert in self.spec.kept_experts:
             return x @ self.weight(expert).T
-        # As kernels do: integers in the product, one scale before it and one after.
-        q, order = self.levels(expert), self.order(expert)
         s, t = self.part("component_scale")[expert].float(), self.part("feature_scale")[expert].float()
+        return self.product(expert, x, z, self.levels(expert), s, t)
+
+    def product(self, expert: int, x: Tensor, z: Tensor, q: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        """`forward` with levels q [C, F] and scales s [C], t [F] in place of the stored ones; gradients pass."""
+        # As kernels do: integers in the product, one scale before it and one after.
+        order = self.order(expert)
         if self.spec.component_axis == "input":
             y = ((z if order is None else z[:, order]) * s) @ q * t
         else:
             y = (x * t) @ q.T * s
             if order is not None:
-                y = torch.empty_like(y).index_copy_(1, order, y)
+                y = torch.empty_like(y).index_copy(1, order, y)
             if self.basis is not None:
                 y = y @ self.basis
         if (lowrank := self.lowrank(expert)) is not None:
@@ -160,9 +164,9 @@ class LayerWeights:
             gate, up = p["gate"].weight(expert), p["up"].weight(expert)
         return gate, up, p["down"].weight(expert)
 
-    def all_experts(self) -> tuple[Tensor, Tensor]:
-        """Dequantized gate and up [E, 2 I, H] and down [E, H, I] of all experts, float32."""
-        experts = [self.expert_weights(e) for e in range(self.layer.num_experts)]
+    def experts(self, chosen: range) -> tuple[Tensor, Tensor]:
+        """Dequantized gate and up [n, 2 I, H] and down [n, H, I] of some experts, float32."""
+        experts = [self.expert_weights(e) for e in chosen]
         return torch.stack([torch.cat([g, u]) for g, u, _ in experts]), torch.stack([d for _, _, d in experts])
 
 

@@ -298,7 +298,7 @@ def calibration_perplexity(directory: Path, calib: Path) -> float:
     batches = streamed.embed_windows(windows, 256)
     for index in range(streamed.num_layers):
         with streamed.layer(index) as module:
-            batches = streamed.through(module, batches)
+            batches = [(h, batch[1]) for h, batch in zip(streamed.through(module, batches), batches, strict=True)]
     found = sanity.tally(streamed, windows, [hidden for hidden, _ in batches])
     return math.exp(found.nll / found.tokens)
 

@@ -11,6 +11,7 @@ import random
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ class Special:
 Entry = bytes | Link | Special
 Files = dict[str, Entry]
 Mutation = Callable[[random.Random, Files], str | None]
+ShardMutation = Callable[[random.Random, Files, str, dict[str, Any], bytes], str | None]
+"""One that is given a file's name, header and data."""
 
 MUTATIONS: dict[str, tuple[int, Mutation]] = {}
 """Name -> (weight, function)."""
@@ -71,6 +74,20 @@ def mutation(weight: int) -> Callable[[Mutation], Mutation]:
     return register
 
 
+def shard_mutation(weight: int) -> Callable[[ShardMutation], Mutation]:
+    """The same for one that works on a random shard that can still be read."""
+
+    def register(function: ShardMutation) -> Mutation:
+        @wraps(function)
+        def pick(rng: random.Random, files: Files) -> str | None:
+            picked = _shard(rng, files)
+            return None if picked is None else function(rng, files, *picked)
+
+        return mutation(weight)(pick)
+
+    return register
+
+
 def mutate(rng: random.Random, files: Files) -> list[tuple[str, str]]:
     """Damage a checkpoint in one to three ways; returns (mutation, what it did) of each."""
     names, weights = list(MUTATIONS), [weight for weight, _ in MUTATIONS.values()]
@@ -86,8 +103,10 @@ def mutate(rng: random.Random, files: Files) -> list[tuple[str, str]]:
 # safetensors files: 8 bytes of header length, JSON header, data.
 
 
-def split(raw: bytes) -> tuple[dict[str, Any], bytes] | None:
+def split(raw: Entry) -> tuple[dict[str, Any], bytes] | None:
     """Header and data; None where an earlier mutation left no such file."""
+    if not isinstance(raw, bytes):
+        return None
     try:
         (length,) = struct.unpack_from("<Q", raw)
         header = json.loads(raw[8 : 8 + length])
@@ -109,8 +128,7 @@ def _shard_names(files: Files) -> list[str]:
 def _shard(rng: random.Random, files: Files) -> tuple[str, dict[str, Any], bytes] | None:
     """A random shard that can still be read, its header and its data."""
     for name in rng.sample(names := _shard_names(files), len(names)):
-        raw = files[name]
-        if isinstance(raw, bytes) and (parts := split(raw)) and _tensor_names(parts[0]):
+        if (parts := split(files[name])) and _tensor_names(parts[0]):
             return name, *parts
     return None
 
@@ -173,12 +191,9 @@ def nested(depth: int) -> Any:
     return value
 
 
-@mutation(6)
-def header_length(rng: random.Random, files: Files) -> str | None:
+@shard_mutation(6)
+def header_length(rng: random.Random, files: Files, name: str, header: dict[str, Any], data: bytes) -> str | None:
     """The header's length says something else."""
-    if (picked := _shard(rng, files)) is None:
-        return None
-    name, header, data = picked
     raw = join(header, data)
     (true,) = struct.unpack_from("<Q", raw)
     close = (true - 1, true + 1, true + 8, len(raw) - 8, len(raw) - 7, len(raw), 0, 1, 2, 8, 100_000_000, 100_000_001)
@@ -188,12 +203,9 @@ def header_length(rng: random.Random, files: Files) -> str | None:
     return f"{name}: {true} -> {length}"
 
 
-@mutation(10)
-def tensor_dtype(rng: random.Random, files: Files) -> str | None:
+@shard_mutation(10)
+def tensor_dtype(rng: random.Random, files: Files, name: str, header: dict[str, Any], data: bytes) -> str | None:
     """Another dtype in the header, its data as it was or made to fit."""
-    if (picked := _shard(rng, files)) is None:
-        return None
-    name, header, data = picked
     tensor = rng.choice(_tensor_names(header))
     if rng.random() < 0.5:
         tensors = _tensors(header, data)
@@ -212,12 +224,9 @@ def tensor_dtype(rng: random.Random, files: Files) -> str | None:
     return f"{name}: {tensor} has dtype {value!r:.60}"
 
 
-@mutation(12)
-def tensor_shape(rng: random.Random, files: Files) -> str | None:
+@shard_mutation(12)
+def tensor_shape(rng: random.Random, files: Files, name: str, header: dict[str, Any], data: bytes) -> str | None:
     """Another shape: dimensions changed, swapped, added, huge, negative, of wrong types."""
-    if (picked := _shard(rng, files)) is None:
-        return None
-    name, header, data = picked
     tensor = rng.choice(_tensor_names(header))
     shape = header[tensor].get("shape")
     if not isinstance(shape, list):
@@ -249,12 +258,9 @@ def tensor_shape(rng: random.Random, files: Files) -> str | None:
     return f"{name}: {tensor} has shape {shape!r:.60}"
 
 
-@mutation(8)
-def tensor_resized(rng: random.Random, files: Files) -> str | None:
+@shard_mutation(8)
+def tensor_resized(rng: random.Random, files: Files, name: str, header: dict[str, Any], data: bytes) -> str | None:
     """Another shape with data to match: a sound file that the schema does not expect."""
-    if (picked := _shard(rng, files)) is None:
-        return None
-    name, header, data = picked
     tensors = _tensors(header, data)
     if not tensors:
         return None
@@ -271,12 +277,9 @@ def tensor_resized(rng: random.Random, files: Files) -> str | None:
     return f"{name}: {tensor} resized to {shape}"
 
 
-@mutation(12)
-def tensor_offsets(rng: random.Random, files: Files) -> str | None:
+@shard_mutation(12)
+def tensor_offsets(rng: random.Random, files: Files, name: str, header: dict[str, Any], data: bytes) -> str | None:
     """Data that begins or ends elsewhere: shifted, overlapping, reversed, beyond the file, of wrong types."""
-    if (picked := _shard(rng, files)) is None:
-        return None
-    name, header, data = picked
     tensor = rng.choice(_tensor_names(header))
     info = header[tensor]
     begin, end = info.get("data_offsets", [0, 0]) if isinstance(info.get("data_offsets"), list) else (0, 0)
@@ -297,12 +300,9 @@ def tensor_offsets(rng: random.Random, files: Files) -> str | None:
     return f"{name}: {tensor} at {offsets!r:.60}"
 
 
-@mutation(8)
-def tensors_swapped(rng: random.Random, files: Files) -> str | None:
+@shard_mutation(8)
+def tensors_swapped(rng: random.Random, files: Files, name: str, header: dict[str, Any], data: bytes) -> str | None:
     """Two tensors change places: their entries, their names or their data."""
-    if (picked := _shard(rng, files)) is None:
-        return None
-    name, header, data = picked
     names = _tensor_names(header)
     if len(names) < 2:
         return None
@@ -316,12 +316,9 @@ def tensors_swapped(rng: random.Random, files: Files) -> str | None:
     return f"{name}: {a} and {b}"
 
 
-@mutation(8)
-def tensor_names(rng: random.Random, files: Files) -> str | None:
+@shard_mutation(8)
+def tensor_names(rng: random.Random, files: Files, name: str, header: dict[str, Any], data: bytes) -> str | None:
     """A tensor is missing, has another name, or is there twice, in one file or in two."""
-    if (picked := _shard(rng, files)) is None:
-        return None
-    name, header, data = picked
     tensors = _tensors(header, data)
     if not tensors:
         return None
@@ -340,8 +337,7 @@ def tensor_names(rng: random.Random, files: Files) -> str | None:
         tensors = {new if k == tensor else k: v for k, v in tensors.items()}
     elif how == 2:
         other = rng.choice(_shard_names(files))
-        raw = files[other]
-        parts = split(raw) if isinstance(raw, bytes) else None
+        parts = split(files[other])
         if other == name or parts is None:
             return None
         files[other] = _laid_out(_tensors(*parts) | {tensor: tensors[tensor]})
@@ -363,12 +359,9 @@ def tensor_names(rng: random.Random, files: Files) -> str | None:
     return f"{name}: {tensor}, way {how}"
 
 
-@mutation(6)
-def header_text(rng: random.Random, files: Files) -> str | None:
+@shard_mutation(6)
+def header_text(rng: random.Random, files: Files, name: str, header: dict[str, Any], data: bytes) -> str | None:
     """The header as text: spaces, wrong types, NaN, deep nesting, no UTF-8, metadata."""
-    if (picked := _shard(rng, files)) is None:
-        return None
-    name, header, data = picked
     text = json.dumps(header)
     metadata = rng.choice((None, [], "x", {"a": 1}, {"a": None}, {"a": "b" * 10**5}, {"é": "\x00"}, nested(200)))
     made = rng.choice(
@@ -395,8 +388,7 @@ def tensor_values(rng: random.Random, files: Files) -> str | None:
         ("_bits", "_order", "_lowrank_rank", "_scale", "_codes", "_basis", "_kept", "weight", "_inv", "")
     )
     for name in rng.sample(names := _shard_names(files), len(names)):
-        raw = files[name]
-        parts = split(raw) if isinstance(raw, bytes) else None
+        parts = split(files[name])
         tensors = _tensors(*parts) if parts else {}
         fitting = [k for k, (_, _, values) in tensors.items() if k.endswith(chosen) and values]
         if not fitting:
@@ -509,8 +501,7 @@ def settle(rng: random.Random, files: Files) -> bool:
         "int32": "I32",
     }  # fmt: skip
     for file in _shard_names(files):
-        raw = files[file]
-        parts = split(raw) if isinstance(raw, bytes) else None
+        parts = split(files[file])
         if parts is None:
             return False
         tensors = _tensors(*parts)

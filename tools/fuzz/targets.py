@@ -223,7 +223,7 @@ def use_layer(prefix: str, layer: Layer, block_size: int, tensors: dict[str, Ten
     """
     weights = LayerWeights(layer, block_size, tensors)
     experts, hidden, inner = layer.num_experts, layer.hidden_size, layer.intermediate_size
-    gate_up, down = weights.all_experts()
+    gate_up, down = weights.experts(range(layer.num_experts))
     if gate_up.shape != (experts, 2 * inner, hidden) or down.shape != (experts, hidden, inner):
         raise FindingError(f"{prefix}: dequantized to {list(gate_up.shape)} and {list(down.shape)}")
     x = torch.linspace(-1, 1, 2 * hidden).view(2, hidden)

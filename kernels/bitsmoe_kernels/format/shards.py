@@ -155,6 +155,7 @@ class ShardReader:
                         faults.append(f"tensor {name} is in {self._file_of[name]} and in {file}")
                     self.specs[name] = TensorSpec(dtype, tuple(shape))
                     self._file_of[name] = file
+                self._open[file] = handle
             except (SafetensorError, OSError) as e:
                 size = (directory / file).stat().st_size
                 faults.append(f"{file} ({size} bytes) is truncated or damaged ({e}): download it again")
