@@ -35,7 +35,7 @@ from offline_quant.progress import track
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "examples" / "tiny_moe"
-STAGES = ("calibration", "allocation", "quantization", "sanity", "write")
+STAGES = ("calibration", "allocation", "original model", "quantization", "write")
 """Of a run, those that come once a layer."""
 
 

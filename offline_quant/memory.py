@@ -80,8 +80,8 @@ def needs(
         "output": 3 * _FLOAT * min(SLOT_VALUES, tokens * top_k * H),
     }
     running = state + mapped + min(MEMORY_BYTES, spooled) + 2 * result + max(stages.values())
-    vocabulary = int(model_config["vocab_size"])
-    judging = _FLOAT * vocabulary * (H + 3 * sanity.TOKENS_AT_ONCE) + mapped
+    judged = min(tokens, sanity.TOKENS)
+    judging = _FLOAT * (3 * judged * H + sanity.VOCABULARY_ROWS * (H + 3 * judged)) + mapped
     writing = 2 * min(SHARD_BYTES, int(bits * shape.num_weights / 8)) + mapped
     hidden = 3 * _FLOAT * tokens * H
     return Needs(

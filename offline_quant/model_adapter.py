@@ -16,6 +16,8 @@ from bitsmoe_kernels.reference import LayerWeights
 from offline_quant.fp8 import Float8Reader
 from offline_quant.output import check_side_files
 
+CHECKED_VALUES = 1 << 24
+"""Of a tensor that are looked at together."""
 MAX_FAULTS = 1_000
 """Faults after which no more are looked for."""
 
@@ -188,10 +190,16 @@ class SourceModel:
         faults = []
         for name in progress(list(self.tensors), "Checking weights"):
             tensor = self.tensors.get(name)
-            if tensor.is_floating_point() and tensor.itemsize == 1:
-                tensor = tensor.float()  # torch does not ask float8 whether it is finite
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                bad = int((~tensor.isfinite()).sum())
+            if tensor.is_floating_point() and (bad := _not_finite(tensor)):
                 faults.append(f"tensor {name}: {bad} of {tensor.numel()} values are NaN or infinite")
         if faults:
             raise BitsmoeError(fault_list(f"{self.directory}: damaged weights; download the model again", faults))
+
+
+def _not_finite(tensor: Tensor) -> int:
+    """How many values are NaN or infinite; a few at a time, since torch makes copies of all it looks at."""
+    bad = 0
+    for part in tensor.view(-1).split(CHECKED_VALUES):
+        known = part.float() if part.itemsize == 1 else part  # torch does not ask float8 whether it is finite
+        bad += len(part) - int(known.isfinite().count_nonzero())
+    return bad

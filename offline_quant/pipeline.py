@@ -305,6 +305,7 @@ class _Run:
         self.budgets: dict[str, int] = {}
         self.batches = windows.split(batch_windows(windows.shape[1], source.shape.hidden_size))
         self.judged = windows[: max(1, sanity.TOKENS // windows.shape[1])]
+        self._judged_batches = -(-len(self.judged) // len(self.batches[0]))
         originals = (windows if config.tune else self.judged).split(len(self.batches[0]))
         self.originals = () if plan_only or team.rank else originals
         """Windows that travel through the original layers: to judge by, or what every layer aims at."""
@@ -446,9 +447,13 @@ class _Run:
                 self.state.put_hidden(index, f"{name}-{i}", out)
 
     def _add(self, index: int, routed: Iterator[Tensor]) -> None:
-        """Complete the hidden states that left a layer with what its experts add, [n, H] by and by."""
+        """Complete the hidden states that left a layer with what its experts add, [n, H] by and by.
+
+        Of the last layer only those that are judged: nothing else reads them.
+        """
         pieces: list[Tensor] = []
-        for i, tokens in enumerate(self.batches):
+        last = index == self.streamed.num_layers - 1
+        for i, tokens in enumerate(self.batches[: self._judged_batches] if last else self.batches):
             while sum(map(len, pieces)) < tokens.numel():
                 pieces.append(next(routed).cpu())
             share, *pieces = torch.cat(pieces).tensor_split([tokens.numel()])
@@ -491,7 +496,7 @@ class _Run:
         plan = quantizer.plan(self.budgets.get(prefix))
         self.clock.lap("allocation")
         self._pass(index, "original")
-        self.clock.lap("calibration" if self.config.tune else "sanity")
+        self.clock.lap("original model")
         tensors: dict[str, Tensor] = {}
         errors = output_error = None
         if self.plan_only:

@@ -12,8 +12,8 @@ from offline_quant.streaming import StreamedModel
 
 TOKENS = 8_192
 """Tokens judged."""
-TOKENS_AT_ONCE = 256
-"""Bounds the memory of logits."""
+VOCABULARY_ROWS = 4096
+"""Of the output embedding that are used at a time: bounds the memory of it and of logits."""
 PERPLEXITY_RATIO = 1.5
 """A quantized model this many times as perplexed is called degenerate."""
 REPEATED_SHARE, REPEATED_RATIO = 0.3, 2.0
@@ -37,24 +37,30 @@ class Tally:
 
 @torch.no_grad()
 def tally(model: StreamedModel, windows: Tensor, hidden: Iterable[Tensor]) -> Tally:
-    """Predictions from what leaves the last layer.
+    """Predictions from what leaves the last layer, for a few rows of the head at a time.
 
     Args:
         model: for norm and head.
         windows: int64 [n, L].
         hidden: [n_i, L, H] in batches, n in all or more, of which the first n count.
     """
-    head = model.head
-    out = Tally(0.0, 0, torch.zeros(len(head), dtype=torch.int64))
     rows = (row for batch in hidden for row in batch)
-    for ids, row in zip(windows, rows, strict=False):
-        for states, target in zip(row[:-1].split(TOKENS_AT_ONCE), ids[1:].split(TOKENS_AT_ONCE), strict=True):
-            logits = model.logits(states, head).log_softmax(-1)
-            target = target.to(logits.device)
-            out.nll -= float(logits.gather(-1, target[:, None]).double().sum())
-            out.tokens += len(target)
-            out.likeliest += torch.bincount(logits.argmax(-1).cpu(), minlength=len(head))
-    return out
+    states = torch.cat([model.normed(row[:-1]) for _, row in zip(windows, rows, strict=False)])
+    target = windows[:, 1:].flatten().to(states.device)
+    best, whole = (states.new_full((len(states),), -torch.inf) for _ in range(2))
+    wanted, likeliest = torch.zeros_like(best), torch.zeros_like(target)
+    start = 0
+    for head in model.head_rows(VOCABULARY_ROWS):
+        logits = states @ head.T
+        inside = ((target >= start) & (target < start + len(head))).nonzero()[:, 0]
+        wanted[inside] = logits[inside, target[inside] - start]
+        top, place = logits.max(-1)
+        better = ~(top <= best)  # of NaN too, which is then lost for good
+        best, likeliest = torch.where(better, top, best), torch.where(better, start + place, likeliest)
+        whole = torch.logaddexp(whole, logits.logsumexp(-1))
+        start += len(head)
+    nll = float((whole.double() - wanted.double()).sum())
+    return Tally(nll, len(target), torch.bincount(likeliest.cpu(), minlength=start))
 
 
 def verdict(original: Tally, quantized: Tally) -> dict[str, Any]:

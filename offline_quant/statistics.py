@@ -23,6 +23,8 @@ OUTPUT_TOKENS = 2_048
 """Tokens on which a layer's output is compared."""
 BLOCK_TOKENS = 2048
 """Tokens that pass through an expert at a time, so that what is made of them stays in the processor's cache."""
+LEAST_STRIPE, MOST_STRIPES = 64, 16
+"""Rows of a symmetric product that are computed at a time, from the diagonal on; into how many stripes it is cut."""
 SLOT_VALUES = 1 << 25
 """Float32 values of tokens' slots that are filled at a time."""
 PLANNING_STEP, PLANNING_TOKENS = 4, 8
@@ -114,7 +116,7 @@ class LayerStatistics:
         self._place = place.split(self.counts.tolist())
         self._weights = inputs.topk_weights.flatten()
         hidden = inputs.x.shape[1]
-        self.pooled = inputs.x.T @ inputs.x / tokens
+        self.pooled = _mirrored(_add_gram(inputs.x.new_zeros(hidden, hidden), inputs.x, inputs.x)) / tokens
         """C [H, H] over all tokens."""
         self.pseudo_count = max(1, hidden // 8)
         self._sample = torch.arange(0, tokens, max(1, tokens // hidden), device=place.device)
@@ -180,7 +182,7 @@ class LayerStatistics:
             outputs[I:] += m @ silu
             # D decides who gets bits, not what is rounded to what: part of the tokens will do.
             some = h[::step]
-            D.addmm_((some * m[::step, None]).T, some, alpha=step)
+            _add_gram(D, some * (step * m[::step, None]), some)
         self.spool.put(f"activations-{expert}", hidden)
         token *= mass
         outputs *= norms.repeat(2)
@@ -190,8 +192,8 @@ class LayerStatistics:
         M = down.new_zeros(H, H)
         for part in _blocks(len(tokens)):
             x = self.inputs.x[tokens[part]]
-            M.addmm_((x * token[part, None]).T, x)
-        return M, outputs, D
+            _add_gram(M, x * token[part, None], x)
+        return _mirrored(M), outputs, _mirrored(D)
 
     def plain_moments(self, expert: int) -> Tensor:
         """Second moments [H, H] of an expert's inputs, every token alike."""
@@ -215,16 +217,16 @@ class LayerStatistics:
         W_gate, W_up = (w.T for w in gate_up.chunk(2))
         original = self.spool.get(f"activations-{expert}").to(gate_up.device)
         seen, I = torch.empty_like(original), len(order)  # noqa: E741
-        both = gate_up.new_zeros(2 * I, I)
+        moments, crossed = gate_up.new_zeros(I, I), gate_up.new_zeros(I, I)
         for part in _blocks(len(tokens)):
             x = self.inputs.x[tokens[part]]
             h = torch.mul(F.silu(x @ W_gate, inplace=True), x @ W_up, out=seen[part])
             weighed = h * mass[part, None]
-            both[:I].addmm_(h.T, weighed)
-            both[I:].addmm_(original[part].T, weighed)
+            _add_gram(moments, h, weighed)
+            crossed.addmm_(original[part].T, weighed)
         self.spool.put(f"activations-{expert}", seen)
-        moments = both[:I]
-        return moments, both[I:][order] - moments
+        moments = _mirrored(moments)
+        return moments, crossed[order] - moments
 
     def routed(self, expert: int) -> RoutedTokens:
         """An expert's own tokens with the activations last kept for it."""
@@ -279,6 +281,20 @@ class LayerStatistics:
     def sample_step(self) -> int:
         """Of the tokens on which a layer's output is compared."""
         return max(1, len(self.inputs.x) // OUTPUT_TOKENS)
+
+
+def _add_gram(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Add x^T y, which is symmetric, to the upper triangle of `total` [K, K]; returns it. Stripes save a third."""
+    K = len(total)
+    width = max(LEAST_STRIPE, K // MOST_STRIPES)
+    for k in range(0, K, width):
+        total[k : k + width, k:].addmm_(x[:, k : k + width].T, y[:, k:])
+    return total
+
+
+def _mirrored(upper: Tensor) -> Tensor:
+    """The symmetric matrix whose upper triangle is given."""
+    return upper.triu() + upper.triu(1).T
 
 
 def _blocks(count: int) -> list[slice]:

@@ -218,16 +218,29 @@ class StreamedModel:
                 yield rest + own.view_as(rest)
 
     @property
+    def _stored_head(self) -> Tensor:
+        tied = self.source.config.get("tie_word_embeddings", False)
+        return self.source.tensors.get("model.embed_tokens.weight" if tied else "lm_head.weight")
+
+    @property
     def head(self) -> Tensor:
         """Output embedding [V, H], float32."""
-        tied = self.source.config.get("tie_word_embeddings", False)
-        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
-        return self.source.tensors.get(name).to(self.device, torch.float32)
+        return self._stored_head.to(self.device, torch.float32)
+
+    def head_rows(self, count: int) -> Iterator[Tensor]:
+        """`head`, so many rows at a time; the matrix itself stays in the checkpoint."""
+        for rows in self._stored_head.split(count):
+            yield rows.to(self.device, torch.float32)
+
+    @torch.no_grad()
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What the head reads, from what leaves the last layer [..., H]."""
+        return self.decoder.norm(hidden.to(self.device))
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, head: Tensor) -> Tensor:
         """Logits [..., V] from what leaves the last layer; head as `self.head` returns it."""
-        return self.decoder.norm(hidden.to(self.device)) @ head.T
+        return self.normed(hidden) @ head.T
 
     def materialize(self) -> nn.Module:
         """The whole model in memory, for generation."""

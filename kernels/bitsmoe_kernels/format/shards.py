@@ -210,10 +210,10 @@ class ShardWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Add one tensor; it is copied to the CPU."""
-        # A copy even if it is there already: the caller may reuse its buffer, and safetensors refuses shared memory.
-        tensor = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         if self._pending and self._pending_bytes + tensor.nbytes > self.max_shard_bytes:
             self._flush()
+        # A copy even if it is there already: the caller may reuse its buffer, and safetensors refuses shared memory.
+        tensor = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         self._pending[name] = tensor
         self._pending_bytes += tensor.nbytes
         self.total_bytes += tensor.nbytes
