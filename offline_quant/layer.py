@@ -5,8 +5,8 @@ Chunks are the unit that several processes share; their bounds depend on sizes a
 the same bytes.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -64,12 +64,13 @@ class LayerPlan:
     """What was decided for a layer.
 
     Attributes:
-        layer: schema, code_rows and ranks filled in.
-        bits: uint8 [E, B] by projection.
+        layer: schema as stored, code_rows and ranks filled in, without unused components.
+        bits: uint8 [E, B] by projection, of all components.
         ranks: compensators' ranks int32 [E]; None without compensators.
         allocation: the solver's result.
         table: the choices it was made from.
         trial: measured relative error of a first pass, summed over projections; None if there was none.
+        unused: components, int64 and ascending, that no expert gives bits: their rows of the basis are not stored.
     """
 
     layer: Layer
@@ -78,6 +79,7 @@ class LayerPlan:
     allocation: Allocation
     table: Table
     trial: float | None = None
+    unused: Mapping[ProjectionName, Tensor] = field(default_factory=dict)
 
     @property
     def basis(self) -> str:
@@ -88,6 +90,35 @@ class LayerPlan:
     def projections(self) -> dict[ProjectionName, ProjectionPlan]:
         """Components of every projection."""
         return self.table.projections
+
+    def basis_tensors(self, name: ProjectionName) -> dict[str, Tensor]:
+        """A projection's basis as stored, `{projection}_{part}`; empty without one."""
+        tensors = self.projections[name].decomposition.tensors
+        if (unused := self.unused.get(name)) is not None:
+            used = torch.ones(self.table.schema.components(name), dtype=torch.bool, device=unused.device)
+            used[unused] = False
+            tensors = {part: tensor[used] for part, tensor in tensors.items()}
+        return {f"{name}_{part}": tensor for part, tensor in tensors.items()}
+
+    def stored_rows(self, name: ProjectionName, width: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """Which rows of some experts' factors the file has, in its order, and the component each stands for there.
+
+        Rows of 0 bits come first, so that those that are left of them still make whole blocks.
+
+        Args:
+            name: the projection.
+            width: [n, C], of the factors' rows.
+            order: int64 [n, C], component of every row.
+
+        Returns:
+            int64 [n, R] both.
+        """
+        if (unused := self.unused.get(name)) is None:
+            return torch.arange(order.shape[1], device=order.device).expand_as(order), order
+        gone = torch.isin(order, unused)
+        rows = torch.where(gone, 0, 1 + (width > 0)).argsort(dim=1, stable=True)[:, len(unused) :]
+        component = order.gather(1, rows)
+        return rows, component - torch.searchsorted(unused, component)
 
 
 def schema_of(form: str, shape: MoEShape, config: QuantizeConfig) -> Layer:
@@ -405,7 +436,7 @@ class LayerQuantizer:
         if not found:
             raise refusals[0]
 
-    def plan(self, budget: int | None = None) -> LayerPlan:
+    def plan(self, budget: int | None = None, trim: bool = True) -> LayerPlan:
         """Choose a decomposition, and bits and ranks of every unit.
 
         Every form gets its own allocation under the same all-in budget, then a first quantization, which measures what
@@ -413,6 +444,7 @@ class LayerQuantizer:
 
         Args:
             budget: all-in bits of the layer; None: `--bits` for each of its weights.
+            trim: leave out components of shared bases that no expert gives bits.
         """
         best: LayerPlan | None = None
         least = np.inf
@@ -433,23 +465,60 @@ class LayerQuantizer:
                 f"--bits {self.config.bits}: impossible for {self.subject} with the bit-widths {self.config.widths}; "
                 f"use at least --bits {np.ceil(least * 1000) / 1000:.3f}"
             )
-        return best
+        whole = int(self.config.bits * best.layer.num_weights) if budget is None else budget
+        return self._trimmed(best, whole) if trim else best
 
-    def _decide(self, choices: Table, budget: int) -> LayerPlan:
+    def _trimmed(self, plan: LayerPlan, whole: int) -> LayerPlan:
+        """The same without components that no expert gives bits; what they cost is given to others.
+
+        Args:
+            plan: with all components.
+            whole: all-in bits of the layer.
+        """
+        unused = {name: rows for name in plan.projections if len(rows := self._unused(plan, name))}
+        if not unused:
+            return plan
+        loss, schema = plan.table.loss.copy(), plan.table.schema
+        for name, rows in unused.items():
+            gone = torch.isin(plan.projections[name].components.order, rows)
+            blocks = gone.view(self.E, -1, self.config.block_size).any(-1).cpu().numpy()
+            for unit in plan.table.unit_of[name][blocks]:
+                loss[unit, plan.table.width > 0] = np.inf
+        overhead = 8 * _trimmed_schema(schema, unused).nbytes(self.config.block_size)
+        choices = replace(plan.table, loss=loss, overhead=overhead)
+        return replace(self._decide(choices, whole - overhead, unused), trial=plan.trial)
+
+    def _unused(self, plan: LayerPlan, name: ProjectionName) -> Tensor:
+        """Components of 0 bits in every expert, ascending; whole blocks of them, the least important ones."""
+        projection, G = plan.projections[name], self.config.block_size
+        components, C = projection.components, plan.table.schema.components(name)
+        order = components.order
+        if projection.decomposition.basis is None or C % G or plan.ranks is not None:
+            return order.new_empty(0)
+        width = self._width(plan, name, range(self.E)).flatten(1)
+        used = torch.zeros(C, dtype=torch.bool, device=order.device)
+        used[order[width > 0]] = True
+        energy = components.energy * self.stats.share[:, None]
+        importance = energy.new_zeros(C).index_add_(0, order.flatten(), energy.flatten())
+        count = min(int((~used).sum()) // G * G, C - G)
+        return importance.masked_fill(used, torch.inf).argsort(stable=True)[:count].sort().values
+
+    def _decide(self, choices: Table, budget: int, unused: Mapping[ProjectionName, Tensor] | None = None) -> LayerPlan:
         result = self.team.agreed(lambda: allocate(choices.loss, choices.cost, budget))
         width, rank = choices.width[result.choice], choices.rank[result.choice]
         bits: dict[ProjectionName, Tensor] = {}
         filled = {}
         ranks = None
+        stored = _trimmed_schema(choices.schema, unused or {})
         for name, unit in choices.unit_of.items():
             bits[name] = torch.from_numpy(width[unit]).to(torch.uint8)
             update: dict[str, int] = {"code_rows": int(bits[name].sum())}
             if choices.rank.any():
                 ranks = torch.from_numpy(rank[unit[:, 0]]).to(torch.int32)
                 update["lowrank_total"] = int(ranks.sum())
-            filled[name] = choices.schema.projections[name].model_copy(update=update)
-        schema = choices.schema.model_copy(update={"projections": filled})
-        return LayerPlan(schema, bits, ranks, result, choices)
+            filled[name] = stored.projections[name].model_copy(update=update)
+        schema = stored.model_copy(update={"projections": filled})
+        return LayerPlan(schema, bits, ranks, result, choices, unused=unused or {})
 
     def _retry(self, plan: LayerPlan, budget: int) -> LayerPlan:
         """The same with row norms as a first pass measured them, and its error."""
@@ -479,7 +548,7 @@ class LayerQuantizer:
     def _width(self, plan: LayerPlan, name: ProjectionName, chunk: range) -> Tensor:
         """Widths of every component, [n, C, 1] where components are inputs, [n, 1, C] where they are outputs."""
         bits = plan.bits[name][chunk.start : chunk.stop].to(self.stats.inputs.x.device)
-        width = bits.repeat_interleave(self.config.block_size, 1)[:, : plan.layer.components(name)]
+        width = bits.repeat_interleave(self.config.block_size, 1)[:, : plan.table.schema.components(name)]
         return width[:, :, None] if plan.layer.projections[name].component_axis == "input" else width[:, None]
 
     def _round(
@@ -527,8 +596,8 @@ class LayerQuantizer:
                 lost[name] += a
                 total[name] += b
         tensors = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-        for projection in plan.projections.values():
-            tensors |= {f"{projection.name}_{k}": v.cpu() for k, v in projection.decomposition.tensors.items()}
+        for name in plan.projections:
+            tensors |= {k: v.cpu() for k, v in plan.basis_tensors(name).items()}
         return tensors, {str(n): lost[n] / max(total[n], 1e-300) for n in lost}
 
     def _quantize_chunk(self, plan: LayerPlan, chunk: range) -> Part:
@@ -595,8 +664,7 @@ class LayerQuantizer:
             if projection.lowrank_total:
                 update["lowrank_total"] = int(tensors[f"{name}_lowrank_rank"].sum())
             projections[name] = projection.model_copy(update=update)
-            basis = plan.projections[name].decomposition.tensors
-            held |= {f"{name}_{k}": v for k, v in basis.items()}
+            held |= plan.basis_tensors(name)
             held |= {k: v for k, v in tensors.items() if k.startswith(f"{name}_")}
         layer = plan.layer.model_copy(update={"num_experts": len(chunk), "projections": projections})
         device = self.stats.inputs.x.device
@@ -666,7 +734,7 @@ class LayerQuantizer:
         """Tensors of one projection of some experts, but for the basis, and its error and energy."""
         d, name, G = projection.decomposition, projection.name, self.config.block_size
         on_input = d.component_axis == "input"
-        C, N = plan.layer.components(name), plan.layer.features(name)
+        N = plan.layer.features(name)
         own = slice(chunk.start, chunk.stop)
         bits, width = plan.bits[name][own], self._width(plan, name, chunk)
         q, F = self._round(plan, projection, chunk, W, M, factor, self.config.refine)
@@ -680,15 +748,17 @@ class LayerQuantizer:
         codes = [pack_codes((q.codes[i] if on_input else q.codes[i].T).cpu(), bits[i], G) for i in range(len(chunk))]
         scales, features = (q.a, q.c) if on_input else (q.c, q.a)
         features = features if roots is None else features / roots
-        live = bits.repeat_interleave(G, 1)[:, :C] > 0
+        width = width.flatten(1)
+        rows, component = plan.stored_rows(name, width, order)
+        width = width.gather(1, rows)
         parts = {
             "codes": torch.cat(codes) if codes else torch.empty(0, N, dtype=code_dtype(G)),
-            "bits": bits.clone(),
-            "component_scale": (scales.cpu() * live).half(),
+            "bits": width[:, ::G].cpu(),
+            "component_scale": (scales.gather(1, rows) * (width > 0)).half().cpu(),
             "feature_scale": features.cpu().half(),
         }
         if plan.layer.projections[name].order == "expert":
-            parts["order"] = order.cpu().to(order_dtype(C))
+            parts["order"] = component.cpu().to(order_dtype(plan.layer.components(name)))
         if plan.layer.projections[name].lowrank_total:
             parts |= lowrank
         return parts, (lost, total)
@@ -734,6 +804,17 @@ def _compensated(
     U = U if roots is None else U / roots[:, None]
     picked = [torch.cat([x[i, :rank] for i, rank in enumerate(ranks.tolist())]).half().cpu() for x in (V, U)]
     return q, residual, {"lowrank_rank": ranks.clone(), "lowrank_in": picked[0], "lowrank_out": picked[1]}
+
+
+def _trimmed_schema(schema: Layer, unused: Mapping[ProjectionName, Tensor]) -> Layer:
+    """A layer's schema without some components of its bases."""
+    projections = dict(schema.projections)
+    for name, rows in unused.items():
+        basis = projections[name].basis
+        assert basis is not None
+        smaller = basis.model_copy(update={"rank": basis.rank - len(rows)})
+        projections[name] = projections[name].model_copy(update={"basis": smaller})
+    return schema.model_copy(update={"projections": projections})
 
 
 def _add_gram(grams: dict[ProjectionName, Tensor], name: ProjectionName, gram: Tensor) -> None:

@@ -343,7 +343,7 @@ class _Run:
                 self.state.open_layer(index)
                 if index in shape.layers:
                     quantizer = self._quantizer(index, progress)
-                    table = replace(quantizer.plan().table, projections={})
+                    table = replace(quantizer.plan(trim=False).table, projections={})
                     losses.append(table.loss * weight.get(index, 1.0))
                     costs.append(table.cost)
                     tables.append((shape.prefix(index), table))

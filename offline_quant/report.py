@@ -89,6 +89,7 @@ def layer_report(
     return {
         "layer": prefix,
         "basis": plan.basis,
+        "basis_rank": {name: p.basis.rank for name, p in layer.projections.items() if p.basis},
         "bpw": 8 * layer.nbytes(config.block_size) / layer.num_weights,
         "predicted_error": a.loss,
         "predicted_error_by_projection": predicted,
@@ -103,7 +104,7 @@ def layer_report(
             name: [round(v, 4) for v in bits.float().mean(1).tolist()] for name, bits in plan.bits.items()
         },
         "weights_by_width": {
-            name: width_histogram(layer, name, bits, config.block_size) for name, bits in plan.bits.items()
+            name: width_histogram(plan.table.schema, name, bits, config.block_size) for name, bits in plan.bits.items()
         },
         "compensator_ranks": None if plan.ranks is None else plan.ranks.tolist(),
     }

@@ -354,9 +354,13 @@ def held(gate_up, down):
     return lambda chunk: (gate_up[chunk.start : chunk.stop], down[chunk.start : chunk.stop])
 
 
-def quantizer_of(basis, bits, block_size=16, unseen=None, E=4, H=48, I=32):  # noqa: E741
+def quantizer_of(basis, bits, block_size=16, unseen=None, E=4, H=48, I=32, rank=None):  # noqa: E741
+    """With a rank, all experts' gate and up matrices read little more than that many directions of the input."""
     g = torch.Generator().manual_seed(8)
     gate_up, down = torch.randn(E, 2 * I, H, generator=g) / 7, torch.randn(E, H, I, generator=g) / 7
+    if rank is not None:
+        directions = torch.linalg.qr(torch.randn(H, H, generator=g)).Q[:rank]
+        gate_up = (gate_up @ directions.T) @ directions + 1e-3 * gate_up
     stats = LayerStatistics(inputs(600, H, E, unseen=unseen), E)
     config = QuantizeConfig(bits=bits, basis=basis, block_size=block_size)
     shape = MoEShape(FAMILIES["Qwen3MoeForCausalLM"], (0,), E, H, I)
@@ -391,8 +395,11 @@ def test_a_layer_keeps_its_budget_and_its_function(basis, block_size, unseen):
     assert all(0 <= v < 0.02 for v in errors.values())
 
 
-def test_reported_error_is_what_the_stored_weights_lose():
-    gate_up, down, stats, plan, tensors, errors, config = layer("natural", 4.5)
+@pytest.mark.parametrize(
+    ("basis", "bits", "rank"), [("natural", 4.5, None), ("whitened", 4.5, 10), ("whitened", 9.0, 40)]
+)
+def test_reported_error_is_what_the_stored_weights_lose(basis, bits, rank):
+    gate_up, down, stats, plan, tensors, errors, config = layer(basis, bits, rank=rank)
     weights = LayerWeights(plan.layer, config.block_size, tensors)
     lost = total = 0.0
     for e in range(4):
@@ -406,6 +413,43 @@ def test_reported_error_is_what_the_stored_weights_lose():
         lost += share * float((feel * ((d @ M.double()) * d).sum(1)).sum())
         total += share * float((feel * ((r @ M.double()) * r).sum(1)).sum())
     assert errors["gate_up"] == pytest.approx(lost / total, rel=0.02)
+
+
+@pytest.mark.parametrize(("basis", "name"), [("whitened", "gate_up"), ("paper", "gate"), ("paper", "up")])
+def test_components_that_no_expert_gives_bits_are_not_stored(basis, name):
+    """Their rows of the basis, scales and order cost bits that others put to use; weights are those of the codes."""
+    bits = {"whitened": 4.5, "paper": 5.0}[basis]
+    _, _, quantizer, _ = quantizer_of(basis, bits, rank=10)
+    whole, plan = quantizer.plan(trim=False), quantizer.plan()
+    rank = plan.layer.projections[name].basis.rank
+    assert (whole.layer.projections[name].basis.rank, rank) == (48, 32)
+    assert len(plan.unused[name]) == 16
+    assert 8 * plan.layer.nbytes(16) <= bits * plan.layer.num_weights
+    assert plan.allocation.loss < whole.allocation.loss
+    tensors, _ = quantizer.quantize(plan)
+    assert {k: tuple(v.shape) for k, v in tensors.items()} == {
+        k: s.shape for k, s in plan.layer.tensor_specs(16).items()
+    }
+    assert len(tensors[f"{name}_codes"]) == int(tensors[f"{name}_bits"].sum())
+    order = tensors[f"{name}_order"].long()
+    assert torch.equal(order.sort(1).values, torch.arange(32).expand(4, 32))
+    # Every stored row with bits is the row it was among all components, with its own row of the basis.
+    kept = [k for k in range(48) if k not in plan.unused[name].tolist()]
+    basis_rows = plan.projections[name].decomposition.tensors["basis"]
+    assert torch.equal(tensors[f"{name}_basis"], basis_rows[kept])
+    for e in range(4):
+        before = plan.bits[name][e].repeat_interleave(16)
+        after = tensors[f"{name}_bits"][e].repeat_interleave(16)
+        components = plan.projections[name].components.order[e]
+        assert [kept[k] for k in order[e][after > 0].tolist()] == components[before > 0].tolist()
+        assert torch.equal(after[after > 0], before[before > 0])
+
+
+def test_where_every_component_is_used_all_are_stored():
+    _, _, quantizer, _ = quantizer_of("whitened", 9.0)
+    plan = quantizer.plan()
+    assert plan.layer.projections["gate_up"].basis.rank == 48
+    assert not plan.unused
 
 
 @pytest.mark.parametrize("basis", ["natural", "whitened"])
