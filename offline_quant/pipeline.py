@@ -17,7 +17,7 @@ from torch import Tensor
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.dense import DenseConfig
 from bitsmoe_kernels.format.schema import FORMAT_VERSION, QUANT_METHOD, CheckpointConfig, Layer
-from bitsmoe_kernels.format.shards import ShardWriter
+from bitsmoe_kernels.format.shards import ShardWriter, read_json
 from offline_quant import sanity
 from offline_quant.allocation import allocate
 from offline_quant.calibration import (
@@ -49,7 +49,16 @@ from offline_quant.report_page import write_page
 from offline_quant.sensitivity import layer_sensitivities
 from offline_quant.spectrum import tail_length
 from offline_quant.spool import Spool
-from offline_quant.state import RESULT, RunState, file_hash, fingerprint, run_state, state_directory
+from offline_quant.state import (
+    RESULT,
+    RunState,
+    file_hash,
+    fingerprint,
+    held_bytes,
+    is_complete,
+    run_state,
+    state_directory,
+)
 from offline_quant.statistics import LayerInputs, LayerStatistics
 from offline_quant.streaming import StreamedModel
 from offline_quant.team import Team
@@ -164,15 +173,13 @@ def quantize_model(
         raise BitsmoeError("--tune: experts are fitted one after another, in one process; use it without --workers")
     if config.device == "cuda" and team.size > 1:
         config = config.model_copy(update={"device": f"cuda:{team.local_rank}"})
-    check_output(out, but=state_directory(out).name)
+    if not (resume and is_complete(out)):
+        check_output(out, but=state_directory(out).name)
     check_device(config.device)
     check_text_source(config.calib)
     source = SourceModel(resolve_model(model))
     check_budget(source, config)
     dense = dense_plan(source, config.dense_bits)
-    if not plan_only:
-        others = sum(t.nbytes for name, t in source.tensors.specs.items() if not source.shape.is_expert_tensor(name))
-        check_space(out, others + int(min(config.bits, 8.5) * source.shape.num_weights / 8))
     tokenizer = load_tokenizer(source.directory)
     clock = _Clock()
     length = window_length(source.config, config.calib_length)
@@ -187,6 +194,8 @@ def quantize_model(
             f"calibration text; disk: {found.disk / 1e9:.1f} GB or more while it runs"
         )
     check_memory(found, max_memory)
+    if team.rank == 0:
+        check_space(out, _result_bytes(source, config) * (not plan_only) + found.disk - held_bytes(out))
     started = {
         **config.record(),
         "plan": plan_only,
@@ -195,6 +204,8 @@ def quantize_model(
         "calibration text": file_hash(Path(config.calib)) if config.calib and Path(config.calib).is_file() else None,
     }
     with run_state(out, started, resume, team) as state:
+        if state.concluded:
+            return Outcome({} if team.rank else read_json(out / REPORT_FILE), needs=found)
         windows, used = team.agreed(lambda: _windows(source, tokenizer, config, length, state, clock))
         record = {**config.record(), "calib": used if used == "self" or used.startswith("hf:") else Path(used).name}
         original = StreamedModel(source, config.device)
@@ -218,6 +229,11 @@ def quantize_model(
         clock.lap("report page")
         state.publish()
     return Outcome(report, clock.laps, clock.cpu, clock.peaks, found)
+
+
+def _result_bytes(source: SourceModel, config: QuantizeConfig) -> int:
+    others = sum(t.nbytes for name, t in source.tensors.specs.items() if not source.shape.is_expert_tensor(name))
+    return others + int(min(config.bits, 8.5) * source.shape.num_weights / 8)
 
 
 def peak_bytes() -> int:

@@ -7,6 +7,7 @@
         *.json              where those came from; the program over all layers, where there is one
         layer-00003/        a finished layer: its tensors, schema, report and the hidden states that leave it
         result/             the checkpoint, put together at the end and renamed to its place
+        complete            the result is whole, and on its way there
 
 A layer's directory appears by renaming, after all its files have reached the disk. Hidden states of earlier layers are
 removed once a later one is complete.
@@ -30,12 +31,19 @@ from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.shards import read_json
-from offline_quant.output import check_output, missing_parents, move_into_place, remove_empty, unwritable
+from offline_quant.output import (
+    REPORT_FILE,
+    check_output,
+    missing_parents,
+    move_into_place,
+    remove_empty,
+    unwritable,
+)
 from offline_quant.team import Team
 
 STATE_VERSION = 1
 RESULT = "result"
-_STATE, _LOCK, _WINDOWS = "state.json", "lock", "windows.safetensors"
+_STATE, _LOCK, _WINDOWS, _COMPLETE = "state.json", "lock", "windows.safetensors", "complete"
 _TENSORS, _LAYER = "tensors.safetensors", "layer.json"
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
@@ -47,8 +55,22 @@ def state_directory(out: Path) -> Path:
     return out / beside.name if out.exists() and not beside.exists() else beside
 
 
+def is_complete(out: Path) -> bool:
+    """Whether a run that writes `out` died after all of its work, while it left."""
+    state = state_directory(out)
+    return (state / _COMPLETE).exists() and ((state / RESULT).exists() or (out / REPORT_FILE).exists())
+
+
+def held_bytes(out: Path) -> int:
+    """Bytes an earlier run that wrote `out` has left on the disk."""
+    return sum(path.stat().st_size for path in state_directory(out).rglob("*") if path.is_file())
+
+
 class RunState:
     """The state of one run.
+
+    Attributes:
+        concluded: an earlier run had made everything, and what it could not do any more is done: nothing is left to do.
 
     Args:
         out: the directory the run writes.
@@ -65,6 +87,7 @@ class RunState:
         self.directory = state_directory(out)
         self._made = missing_parents(self.directory)
         self._lock: IO[str] | None = None
+        self.concluded = False
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._take()
@@ -90,7 +113,8 @@ class RunState:
 
     def _begin(self, resume: bool) -> None:
         earlier = read_json(self.directory / _STATE) if (self.directory / _STATE).exists() else None
-        if earlier is None or not self.finished():
+        complete = is_complete(self.out)
+        if not complete and (earlier is None or not self.finished()):
             self._start_anew()
             return
         if not resume:
@@ -98,6 +122,8 @@ class RunState:
                 f"--out {self.out}: an earlier run stopped after {self.finished()} layer(s), kept in {self.directory}; "
                 "add --resume to go on, or remove that directory to start anew"
             )
+        if earlier is None:  # the last thing to go was under way
+            earlier = {"version": STATE_VERSION, "started": self.started}
         if earlier.get("version") != STATE_VERSION:
             raise BitsmoeError(
                 f"--resume: {self.directory} was left by another version of bitsmoe (state {earlier.get('version')}, "
@@ -111,6 +137,10 @@ class RunState:
                     faults,
                 )
             )
+        if complete:
+            self._leave()
+            self.concluded = True
+            return
         for path in self.directory.iterdir():
             if path.name.startswith("spool-") or path.suffix == ".tmp" or path.name == RESULT:
                 remove(path)
@@ -203,11 +233,23 @@ class RunState:
 
     def publish(self) -> None:
         """Give the checkpoint in `result` its place and remove the state."""
+        result = self.directory / RESULT
+        for path in (*result.iterdir(), result):
+            _sync(path)
         if self.out not in self.directory.parents:
             check_output(self.out)
             if self.out.exists():
                 self.out.rmdir()
-        move_into_place(self.directory / RESULT, self.out)
+        _write(self.directory / _COMPLETE, "")
+        self._leave()
+
+    def _leave(self) -> None:
+        if (self.directory / RESULT).exists():
+            move_into_place(self.directory / RESULT, self.out)
+        for path in self.directory.iterdir():
+            if path.name not in (_COMPLETE, _STATE, _LOCK):
+                remove(path)
+        (self.directory / _STATE).unlink(missing_ok=True)
         self.close(keep=False)
 
     def close(self, keep: bool) -> None:
@@ -239,8 +281,11 @@ def run_state(out: Path, started: dict[str, Any], resume: bool, team: Team) -> I
         if team.rank == 0 and state is not None:
             # An input that is at fault will be so again.
             kept = 0 if isinstance(e, BitsmoeError) else state.finished()
-            state.close(keep=kept > 0)
-            if kept:
+            complete = is_complete(state.out)
+            state.close(keep=complete or kept > 0)
+            if complete:
+                problem.add_note("everything was made: the same command with --resume puts it in its place")
+            elif kept:
                 problem.add_note(
                     f"{kept} finished layer(s) are kept in {state.directory}: the same command with --resume goes on"
                 )

@@ -521,7 +521,7 @@ import pathlib, offline_quant.pipeline as p
 check = p.check_space
 def check_then_fill(out, needed):
     check(out, needed)
-    (out.parent / "filler").write_bytes(bytes(2_900_000))
+    (out.parent / "filler").write_bytes(bytes(3_900_000))
 p.check_space = check_then_fill
 """
 
@@ -530,7 +530,7 @@ p.check_space = check_then_fill
     ("size", "prelude", "message", "left"),
     [
         (2_000_000, "", "MB are free", []),
-        (5_500_000, FILL_AFTER_CHECK, "1 finished layer(s) are kept in", [".q.partial", "filler"]),
+        (6_500_000, FILL_AFTER_CHECK, "1 finished layer(s) are kept in", [".q.partial", "filler"]),
     ],
     ids=["full from the start", "fills up while writing"],
 )

@@ -16,9 +16,10 @@ from bitsmoe_kernels.errors import BitsmoeError
 from builders import REPO
 from families import make_model
 from offline_quant import pipeline
+from offline_quant import state as state_module
 from offline_quant.config import QuantizeConfig
 from offline_quant.memory import check_memory, parse_bytes
-from offline_quant.output import PAGE_FILE
+from offline_quant.output import PAGE_FILE, REPORT_FILE
 from offline_quant.pipeline import quantize_model
 from offline_quant.spool import Spool
 from offline_quant.state import RunState, fingerprint, state_directory
@@ -84,6 +85,53 @@ def test_a_run_that_dies_goes_on(source, whole, tmp_path, monkeypatch, layer, wh
     quantize_model(str(source), out, options(source), resume=True)
     assert worked == list(range(finished, 3))
     assert contents(out) == contents(whole)
+    assert [p.name for p in tmp_path.iterdir()] == ["q"]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("where", ["before it leaves", "half moved", "moved", "half removed", "all but removed"])
+def test_a_run_that_dies_while_it_leaves_is_concluded(source, whole, tmp_path, monkeypatch, where, inside):
+    """Everything was made: nothing is done again, whether the output is renamed whole or filled in its place."""
+    out = tmp_path / "q"
+    if inside:
+        out.mkdir()
+    moved, close = state_module.move_into_place, RunState.close
+
+    def die(*args):
+        raise Died
+
+    def half_moved(made, place):
+        if not inside:
+            raise Died  # one rename: there is no half
+        first = sorted(made.iterdir())[0]
+        os.replace(first, place / first.name)
+        raise Died
+
+    def removed(path):
+        if where == "moved" or (where == "half removed" and path.name == "layer-00001"):
+            raise Died
+        remove(path)
+
+    remove = state_module.remove
+    with monkeypatch.context() as patch:
+        if where == "before it leaves":
+            patch.setattr(RunState, "_leave", die)
+        elif where == "half moved":
+            patch.setattr(state_module, "move_into_place", half_moved)
+        else:
+            patch.setattr(state_module, "move_into_place", moved)
+            patch.setattr(state_module, "remove", removed)
+        if where == "all but removed":
+            patch.setattr(RunState, "close", lambda run, keep: close(run, keep) if keep else die())
+        with pytest.raises(Died):
+            quantize_model(str(source), out, options(source))
+    monkeypatch.setattr(pipeline._Run, "_finish_layer", None)
+    if where == "before it leaves":
+        with pytest.raises(BitsmoeError, match=r"bits was 4\.5, now 5\.0"):
+            quantize_model(str(source), out, options(source, bits=5.0), resume=True)
+    outcome = quantize_model(str(source), out, options(source), resume=True)
+    assert contents(out) == contents(whole)
+    assert outcome.report == json.loads((whole / REPORT_FILE).read_text())
     assert [p.name for p in tmp_path.iterdir()] == ["q"]
 
 
