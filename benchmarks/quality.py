@@ -5,7 +5,7 @@
 All methods calibrate on the same windows of the same text and are compared with the original model on the same tokens,
 as `bitsmoe eval` does it. Groups of rows:
 
-    main        bitsmoe at 1.75, 2.125, 2.5 and 3.125 bits; every baseline at 2 and 3 bits
+    main        bitsmoe from 1.75 to 4 bits; every baseline at 2 and 3 bits
     seeds       bitsmoe and GPTQ about 2.125 bits on other calibration windows of the same text
     forms       every decomposition forced, beside what `auto` takes
     objectives  AlphaQ, BT-MoE, frequency and uniform beside bitsmoe
@@ -48,7 +48,7 @@ HELD_OUT_WINDOWS, HELD_OUT_SEED = 64, 1
 OURS = "bitsmoe"
 FIGURES_FILE = "figures.json"
 """What a run of ours leaves beside its checkpoint."""
-BITS = (1.75, 2.125, 2.5, 3.125)
+BITS = (1.75, 2.0, 2.125, 2.5, 2.75, 3.125, 4.0)
 FORM_BITS = (2.125, 3.125)
 STRONG = {"observer": "memoryless_mse", "calibrate_all_experts": False}
 """Settings that helped GPTQ most, none of them its library's default."""
@@ -126,6 +126,7 @@ GROUPS: dict[str, list[Row]] = {
         *_ours("without weights of outputs and tokens", (2.125,), without=["output-weights"]),
         *_ours("without correction of down", (2.125,), without=["correction"]),
         *_ours("without the first pass", (2.125,), without=["trial"]),
+        *_ours("with basis rows that no expert uses", (2.125,), without=["trim"]),
         *_ours("--tune", (2.125,), tune=True),
     ],
     "dense": [

@@ -39,9 +39,9 @@ class QuantizeConfig(BaseModel):
     tune: bool = False
     """Aim every layer at the original model's hidden states: down matrices of its experts are fitted together (see
     `joint`), then scales and codes tuned by gradients (see `tune`). Several times as slow."""
-    without: tuple[Literal["output-weights", "correction", "trial"], ...] = ()
+    without: tuple[Literal["output-weights", "correction", "trial", "trim"], ...] = ()
     """Parts left out, to measure what they bring: weights of gate and up outputs and of tokens; the correction of
-    down; the first pass that measures row norms and chooses the form."""
+    down; the first pass that measures row norms and chooses the form; leaving out basis rows no expert uses."""
     calib: str | None = None
     """`self`, a text file, a JSON-lines file, or `hf:DATASET`; None: the default dataset, else `self`."""
     calib_samples: int = Field(default=128, ge=1)

@@ -466,7 +466,7 @@ class LayerQuantizer:
                 f"use at least --bits {np.ceil(least * 1000) / 1000:.3f}"
             )
         whole = int(self.config.bits * best.layer.num_weights) if budget is None else budget
-        return self._trimmed(best, whole) if trim else best
+        return self._trimmed(best, whole) if trim and "trim" not in self.config.without else best
 
     def _trimmed(self, plan: LayerPlan, whole: int) -> LayerPlan:
         """The same without components that no expert gives bits; what they cost is given to others.
