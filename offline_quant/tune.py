@@ -20,14 +20,17 @@ STEPS = 96
 BATCH_TOKENS = 2_048
 LEAST_BATCHES = 16
 """Batches that the tokens make at least: a code changes where batches agree, and there must be some to agree."""
-CODE_RATE = 0.06
-"""Levels that a code's hidden value moves in one step at most, at the start; it falls to zero linearly."""
+CODE_RATE, CODE_RATE_BITS = 0.06, 2.0
+"""Levels that a code's hidden value moves in one step at most, at the start, where gate and up have so many bits on
+average; half as many for every bit more, since what a change can win falls faster than the noise of gradients. It falls
+to zero linearly."""
 SCALE_RATE = 0.002
 """Relative change of a scale in one step at most, at the start."""
 DOWN_RATE = 0.3
 """Rates of down, relative to those of gate and up: down was fitted last, to just this target."""
 JUDGED_SHARE = 16
-"""One token in so many takes no part in tuning and judges its result."""
+"""One token in so many judges the result. They are among those tuned on, as they are among those quantized on: tokens
+only one side has seen would favour the other."""
 
 
 class _TunedProjection(nn.Module):
@@ -88,9 +91,11 @@ class _TunedLayer:
     def groups(self) -> list[dict[str, object]]:
         """Parameters by their rates."""
         found = []
+        widths = torch.cat([part.weights.part("bits").flatten() for n, part in self.parts.items() if n != "down"])
+        codes = CODE_RATE * 2 ** (CODE_RATE_BITS - float(widths.float().mean()))
         for name, part in self.parts.items():
             down = DOWN_RATE if name == "down" else 1.0
-            found.append({"params": list(part.levels), "rate": CODE_RATE * down})
+            found.append({"params": list(part.levels), "rate": codes * down})
             found.append({"params": [*part.components, *part.features], "rate": SCALE_RATE * down})
         return found
 
@@ -147,13 +152,12 @@ def tune(
         steps: batches.
 
     Returns:
-        All tensors, on the CPU. The given ones, where tuning did not lower the error on the tokens set aside.
+        All tensors, on the CPU. The given ones, where tuning did not lower the error on a sample of the tokens.
     """
     given = dict(tensors)
-    judging = torch.arange(len(target), device=target.device) % JUDGED_SHARE == JUDGED_SHARE - 1
-    judged, taught = _take(inputs, judging), _take(inputs, ~judging)
-    wanted, target = target[judging], target[~judging]
     device = inputs.x.device
+    sample = torch.arange(0, len(target), JUDGED_SHARE, device=device)
+    judged, wanted = _take(inputs, sample), target[sample]
 
     def lost(of: Mapping[str, Tensor]) -> float:
         weights = LayerWeights(layer, block_size, {k: v.to(device) for k, v in of.items()})
@@ -172,7 +176,7 @@ def tune(
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * (1 - step / steps)
         optimizer.zero_grad()
-        tuned.backward(_take(taught, rows), target[rows])
+        tuned.backward(_take(inputs, rows), target[rows])
         optimizer.step()
     result = {k: v.cpu() for k, v in given.items()}
     for part in tuned.parts.values():
