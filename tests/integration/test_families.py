@@ -17,8 +17,8 @@ from vllm_processes import Completions, Generator
 TOKENS = 24
 PROMPTS = [[(7 * i + 31 * start) % 4000 + 1 for i in range(12 + start % 10)] for start in (0, 5, 9)]
 MANY_PROMPTS = [[(7 * i + 31 * start) % 4000 + 1 for i in range(12 + start % 10)] for start in range(24)]
-"""For errors that only statistics can compare: the ratio of two medians over three prompts has a standard deviation of a
-fifth, over these of less than a tenth."""
+"""For errors that only statistics can compare: over three prompts the ratio of two medians has a standard deviation of
+a fifth, over these of less than a tenth."""
 MAX_ERROR = 1e-4
 """Of a token's log-probability in float32, and how far apart two are that count as a tie, see test_serving.py."""
 MAX_ERROR_FLOAT16 = 5e-2
