@@ -21,7 +21,7 @@ LEAST_OUTPUT = 0.02
 """Least weight of a gate or up output, relative to the expert's mean output."""
 OUTPUT_TOKENS = 2_048
 """Tokens on which a layer's output is compared."""
-BLOCK_TOKENS = 2048
+BLOCK_TOKENS = 1024
 """Tokens that pass through an expert at a time, so that what is made of them stays in the processor's cache."""
 LEAST_STRIPE, MOST_STRIPES = 64, 16
 """Rows of a symmetric product that are computed at a time, from the diagonal on; into how many stripes it is cut."""
