@@ -81,8 +81,8 @@ def main() -> None:
             except subprocess.TimeoutExpired:
                 kill(process)
             layers = sum(1 for _ in state_directory(out).glob("layer-?????"))
-            # Killed while it left: the result had been put into its place.
-            ended = process.returncode != -signal.SIGKILL or (out / "config.json").exists()
+            gone = out.exists() and not state_directory(out).exists()  # killed after all of its work
+            ended = process.returncode != -signal.SIGKILL or gone
             if not ended:
                 finish(start(args.model, out, options, resume=True))
             wrong = differences(whole, out) + [p.name for p in out.parent.glob(".killed*")]

@@ -6,7 +6,7 @@ the same bytes.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -70,7 +70,6 @@ class LayerPlan:
         allocation: the solver's result.
         table: the choices it was made from.
         trial: measured relative error of a first pass, summed over projections; None if there was none.
-        unused: components, int64 and ascending, that no expert gives bits: their rows of the basis are not stored.
     """
 
     layer: Layer
@@ -79,7 +78,6 @@ class LayerPlan:
     allocation: Allocation
     table: Table
     trial: float | None = None
-    unused: Mapping[ProjectionName, Tensor] = field(default_factory=dict)
 
     @property
     def basis(self) -> str:
@@ -94,7 +92,7 @@ class LayerPlan:
     def basis_tensors(self, name: ProjectionName) -> dict[str, Tensor]:
         """A projection's basis as stored, `{projection}_{part}`; empty without one."""
         tensors = self.projections[name].decomposition.tensors
-        if (unused := self.unused.get(name)) is not None:
+        if (unused := self.table.unused.get(name)) is not None:
             used = torch.ones(self.table.schema.components(name), dtype=torch.bool, device=unused.device)
             used[unused] = False
             tensors = {part: tensor[used] for part, tensor in tensors.items()}
@@ -113,7 +111,7 @@ class LayerPlan:
         Returns:
             int64 [n, R] both.
         """
-        if (unused := self.unused.get(name)) is None:
+        if (unused := self.table.unused.get(name)) is None:
             return torch.arange(order.shape[1], device=order.device).expand_as(order), order
         gone = torch.isin(order, unused)
         rows = torch.where(gone, 0, 1 + (width > 0)).argsort(dim=1, stable=True)[:, len(unused) :]
@@ -448,8 +446,9 @@ class LayerQuantizer:
         """
         best: LayerPlan | None = None
         least = np.inf
+        weights = self.shape.num_weights // len(self.shape.layers)
+        whole = int(self.config.bits * weights) if budget is None else budget
         for choices in self.tables():
-            whole = int(self.config.bits * choices.schema.num_weights) if budget is None else budget
             smallest = choices.overhead + int(choices.cost.min(1).sum())
             least = min(least, smallest / choices.schema.num_weights)
             if smallest > whole:
@@ -465,7 +464,6 @@ class LayerQuantizer:
                 f"--bits {self.config.bits}: impossible for {self.subject} with the bit-widths {self.config.widths}; "
                 f"use at least --bits {np.ceil(least * 1000) / 1000:.3f}"
             )
-        whole = int(self.config.bits * best.layer.num_weights) if budget is None else budget
         return self._trimmed(best, whole) if trim and "trim" not in self.config.without else best
 
     def _trimmed(self, plan: LayerPlan, whole: int) -> LayerPlan:
@@ -485,8 +483,8 @@ class LayerQuantizer:
             for unit in plan.table.unit_of[name][blocks]:
                 loss[unit, plan.table.width > 0] = np.inf
         overhead = 8 * _trimmed_schema(schema, unused).nbytes(self.config.block_size)
-        choices = replace(plan.table, loss=loss, overhead=overhead)
-        return replace(self._decide(choices, whole - overhead, unused), trial=plan.trial)
+        choices = replace(plan.table, loss=loss, overhead=overhead, unused=unused)
+        return replace(self._decide(choices, whole - overhead), trial=plan.trial)
 
     def _unused(self, plan: LayerPlan, name: ProjectionName) -> Tensor:
         """Components of 0 bits in every expert, ascending; whole blocks of them, the least important ones."""
@@ -503,13 +501,13 @@ class LayerQuantizer:
         count = min(int((~used).sum()) // G * G, C - G)
         return importance.masked_fill(used, torch.inf).argsort(stable=True)[:count].sort().values
 
-    def _decide(self, choices: Table, budget: int, unused: Mapping[ProjectionName, Tensor] | None = None) -> LayerPlan:
+    def _decide(self, choices: Table, budget: int) -> LayerPlan:
         result = self.team.agreed(lambda: allocate(choices.loss, choices.cost, budget))
         width, rank = choices.width[result.choice], choices.rank[result.choice]
         bits: dict[ProjectionName, Tensor] = {}
         filled = {}
         ranks = None
-        stored = _trimmed_schema(choices.schema, unused or {})
+        stored = _trimmed_schema(choices.schema, choices.unused)
         for name, unit in choices.unit_of.items():
             bits[name] = torch.from_numpy(width[unit]).to(torch.uint8)
             update: dict[str, int] = {"code_rows": int(bits[name].sum())}
@@ -518,7 +516,7 @@ class LayerQuantizer:
                 update["lowrank_total"] = int(ranks.sum())
             filled[name] = stored.projections[name].model_copy(update=update)
         schema = stored.model_copy(update={"projections": filled})
-        return LayerPlan(schema, bits, ranks, result, choices, unused=unused or {})
+        return LayerPlan(schema, bits, ranks, result, choices)
 
     def _retry(self, plan: LayerPlan, budget: int) -> LayerPlan:
         """The same with row norms as a first pass measured them, and its error."""

@@ -30,11 +30,13 @@ class Needs:
         calibration_state: of it, what the calibration set takes while a layer is quantized: inputs of its experts and
             their routing.
         disk: besides the result, while the run goes on.
+        result: of all tensors of the result, about.
     """
 
     peak: int
     calibration_state: int
     disk: int
+    result: int
 
 
 def needs(
@@ -84,10 +86,12 @@ def needs(
     judging = _FLOAT * (3 * judged * H + sanity.VOCABULARY_ROWS * (H + 3 * judged)) + mapped
     writing = 2 * min(SHARD_BYTES, int(bits * shape.num_weights / 8)) + mapped
     hidden = 3 * _FLOAT * tokens * H
+    others = sum(spec.nbytes for name, spec in specs.items() if not shape.is_expert_tensor(name))
     return Needs(
         peak=baseline + LATER + max(running, judging, writing),
         calibration_state=state,
         disk=hidden + max(0, _FLOAT * (tokens * top_k * I + E * H * I) - MEMORY_BYTES),
+        result=others + int(min(bits, 8.5) * shape.num_weights / 8),
     )
 
 

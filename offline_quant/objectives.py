@@ -7,8 +7,8 @@ frequency   expert matrices; activation frequency times what a width loses of a 
 uniform     expert matrices; all alike
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -42,7 +42,9 @@ class Table:
         unit_of: for each projection the unit of every block, int64 [E, B].
         width: [choices].
         rank: [choices], of the compensators of the unit's projections.
-        overhead: bits of scales, metadata and basis.
+        overhead: bits of scales, metadata and basis, as stored.
+        unused: components, int64 and ascending, that are held at 0 bits in every expert: their rows of the basis are
+            not stored.
     """
 
     form: str
@@ -54,6 +56,7 @@ class Table:
     width: NDArray[np.int64]
     rank: NDArray[np.int64]
     overhead: int
+    unused: Mapping[ProjectionName, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,8 @@ def quantize_model(
         raise BitsmoeError("--tune: experts are fitted one after another, in one process; use it without --workers")
     if config.device == "cuda" and team.size > 1:
         config = config.model_copy(update={"device": f"cuda:{team.local_rank}"})
-    if not (resume and is_complete(out)):
+    leaving = resume and is_complete(out)
+    if not leaving:
         check_output(out, but=state_directory(out).name)
     check_device(config.device)
     check_text_source(config.calib)
@@ -194,8 +195,8 @@ def quantize_model(
             f"calibration text; disk: {found.disk / 1e9:.1f} GB or more while it runs"
         )
     check_memory(found, max_memory)
-    if team.rank == 0:
-        check_space(out, _result_bytes(source, config) * (not plan_only) + found.disk - held_bytes(out))
+    if team.rank == 0 and not leaving:
+        check_space(out, found.result * (not plan_only) + found.disk - held_bytes(out))
     started = {
         **config.record(),
         "plan": plan_only,
@@ -229,11 +230,6 @@ def quantize_model(
         clock.lap("report page")
         state.publish()
     return Outcome(report, clock.laps, clock.cpu, clock.peaks, found)
-
-
-def _result_bytes(source: SourceModel, config: QuantizeConfig) -> int:
-    others = sum(t.nbytes for name, t in source.tensors.specs.items() if not source.shape.is_expert_tensor(name))
-    return others + int(min(config.bits, 8.5) * source.shape.num_weights / 8)
 
 
 def peak_bytes() -> int:
@@ -321,7 +317,6 @@ class _Run:
         self.budgets: dict[str, int] = {}
         self.batches = windows.split(batch_windows(windows.shape[1], source.shape.hidden_size))
         self.judged = windows[: max(1, sanity.TOKENS // windows.shape[1])]
-        self._judged_batches = -(-len(self.judged) // len(self.batches[0]))
         originals = (windows if config.tune else self.judged).split(len(self.batches[0]))
         self.originals = () if plan_only or team.rank else originals
         """Windows that travel through the original layers: to judge by, or what every layer aims at."""
@@ -469,7 +464,8 @@ class _Run:
         """
         pieces: list[Tensor] = []
         last = index == self.streamed.num_layers - 1
-        for i, tokens in enumerate(self.batches[: self._judged_batches] if last else self.batches):
+        read = len(self.judged if last else self.windows)
+        for i, tokens in enumerate(self.batches[: -(-read // len(self.batches[0]))]):
             while sum(map(len, pieces)) < tokens.numel():
                 pieces.append(next(routed).cpu())
             share, *pieces = torch.cat(pieces).tensor_split([tokens.numel()])

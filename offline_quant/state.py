@@ -1,13 +1,12 @@
 """What a run has finished so far, on disk beside its output: a run that dies goes on after its last finished layer.
 
     .NAME.partial/
-        state.json          version, what the run was started with, and how far it is
+        state.json          version, what the run was started with, and whether its result is complete
         lock                held by the run that works here
         windows.safetensors calibration tokens
         *.json              where those came from; the program over all layers, where there is one
         layer-00003/        a finished layer: its tensors, schema, report and the hidden states that leave it
         result/             the checkpoint, put together at the end and renamed to its place
-        complete            the result is whole, and on its way there
 
 A layer's directory appears by renaming, after all its files have reached the disk. Hidden states of earlier layers are
 removed once a later one is complete.
@@ -43,7 +42,7 @@ from offline_quant.team import Team
 
 STATE_VERSION = 1
 RESULT = "result"
-_STATE, _LOCK, _WINDOWS, _COMPLETE = "state.json", "lock", "windows.safetensors", "complete"
+_STATE, _LOCK, _WINDOWS = "state.json", "lock", "windows.safetensors"
 _TENSORS, _LAYER = "tensors.safetensors", "layer.json"
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
@@ -57,8 +56,9 @@ def state_directory(out: Path) -> Path:
 
 def is_complete(out: Path) -> bool:
     """Whether a run that writes `out` died after all of its work, while it left."""
-    state = state_directory(out)
-    return (state / _COMPLETE).exists() and ((state / RESULT).exists() or (out / REPORT_FILE).exists())
+    directory = state_directory(out)
+    state = read_json(directory / _STATE) if (directory / _STATE).exists() else {}
+    return "complete" in state and ((directory / RESULT).exists() or (out / REPORT_FILE).exists())
 
 
 def held_bytes(out: Path) -> int:
@@ -114,7 +114,7 @@ class RunState:
     def _begin(self, resume: bool) -> None:
         earlier = read_json(self.directory / _STATE) if (self.directory / _STATE).exists() else None
         complete = is_complete(self.out)
-        if not complete and (earlier is None or not self.finished()):
+        if earlier is None or not (complete or self.finished()):
             self._start_anew()
             return
         if not resume:
@@ -122,8 +122,6 @@ class RunState:
                 f"--out {self.out}: an earlier run stopped after {self.finished()} layer(s), kept in {self.directory}; "
                 "add --resume to go on, or remove that directory to start anew"
             )
-        if earlier is None:  # the last thing to go was under way
-            earlier = {"version": STATE_VERSION, "started": self.started}
         if earlier.get("version") != STATE_VERSION:
             raise BitsmoeError(
                 f"--resume: {self.directory} was left by another version of bitsmoe (state {earlier.get('version')}, "
@@ -149,7 +147,11 @@ class RunState:
         for path in self.directory.iterdir():
             if path.name != _LOCK:
                 remove(path)
-        _write(self.directory / _STATE, json.dumps({"version": STATE_VERSION, "started": self.started}, indent=1))
+        self._note()
+
+    def _note(self, **more: bool) -> None:
+        data = {"version": STATE_VERSION, "started": self.started, **more}
+        _write(self.directory / _STATE, json.dumps(data, indent=1))
 
     def finished(self) -> int:
         """Layers that are complete."""
@@ -240,16 +242,15 @@ class RunState:
             check_output(self.out)
             if self.out.exists():
                 self.out.rmdir()
-        _write(self.directory / _COMPLETE, "")
+        self._note(complete=True)
         self._leave()
 
     def _leave(self) -> None:
         if (self.directory / RESULT).exists():
             move_into_place(self.directory / RESULT, self.out)
         for path in self.directory.iterdir():
-            if path.name not in (_COMPLETE, _STATE, _LOCK):
+            if path.name not in (_STATE, _LOCK):
                 remove(path)
-        (self.directory / _STATE).unlink(missing_ok=True)
         self.close(keep=False)
 
     def close(self, keep: bool) -> None:

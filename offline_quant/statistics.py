@@ -116,7 +116,7 @@ class LayerStatistics:
         self._place = place.split(self.counts.tolist())
         self._weights = inputs.topk_weights.flatten()
         hidden = inputs.x.shape[1]
-        self.pooled = _mirrored(_add_gram(inputs.x.new_zeros(hidden, hidden), inputs.x, inputs.x)) / tokens
+        self.pooled = _mirrored(_add_symmetric(inputs.x.new_zeros(hidden, hidden), inputs.x, inputs.x)) / tokens
         """C [H, H] over all tokens."""
         self.pseudo_count = max(1, hidden // 8)
         self._sample = torch.arange(0, tokens, max(1, tokens // hidden), device=place.device)
@@ -182,7 +182,7 @@ class LayerStatistics:
             outputs[I:] += m @ silu
             # D decides who gets bits, not what is rounded to what: part of the tokens will do.
             some = h[::step]
-            _add_gram(D, some * (step * m[::step, None]), some)
+            _add_symmetric(D, some * (step * m[::step, None]), some)
         self.spool.put(f"activations-{expert}", hidden)
         token *= mass
         outputs *= norms.repeat(2)
@@ -192,7 +192,7 @@ class LayerStatistics:
         M = down.new_zeros(H, H)
         for part in _blocks(len(tokens)):
             x = self.inputs.x[tokens[part]]
-            _add_gram(M, x * token[part, None], x)
+            _add_symmetric(M, x * token[part, None], x)
         return _mirrored(M), outputs, _mirrored(D)
 
     def plain_moments(self, expert: int) -> Tensor:
@@ -222,7 +222,7 @@ class LayerStatistics:
             x = self.inputs.x[tokens[part]]
             h = torch.mul(F.silu(x @ W_gate, inplace=True), x @ W_up, out=seen[part])
             weighed = h * mass[part, None]
-            _add_gram(moments, h, weighed)
+            _add_symmetric(moments, h, weighed)
             crossed.addmm_(original[part].T, weighed)
         self.spool.put(f"activations-{expert}", seen)
         moments = _mirrored(moments)
@@ -283,7 +283,7 @@ class LayerStatistics:
         return max(1, len(self.inputs.x) // OUTPUT_TOKENS)
 
 
-def _add_gram(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def _add_symmetric(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Add x^T y, which is symmetric, to the upper triangle of `total` [K, K]; returns it. Stripes save a third."""
     K = len(total)
     width = max(LEAST_STRIPE, K // MOST_STRIPES)

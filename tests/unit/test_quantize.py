@@ -423,7 +423,7 @@ def test_components_that_no_expert_gives_bits_are_not_stored(basis, name):
     whole, plan = quantizer.plan(trim=False), quantizer.plan()
     rank = plan.layer.projections[name].basis.rank
     assert (whole.layer.projections[name].basis.rank, rank) == (48, 32)
-    assert len(plan.unused[name]) == 16
+    assert len(plan.table.unused[name]) == 16
     assert 8 * plan.layer.nbytes(16) <= bits * plan.layer.num_weights
     assert plan.allocation.loss < whole.allocation.loss
     tensors, _ = quantizer.quantize(plan)
@@ -434,7 +434,7 @@ def test_components_that_no_expert_gives_bits_are_not_stored(basis, name):
     order = tensors[f"{name}_order"].long()
     assert torch.equal(order.sort(1).values, torch.arange(32).expand(4, 32))
     # Every stored row with bits is the row it was among all components, with its own row of the basis.
-    kept = [k for k in range(48) if k not in plan.unused[name].tolist()]
+    kept = [k for k in range(48) if k not in plan.table.unused[name].tolist()]
     basis_rows = plan.projections[name].decomposition.tensors["basis"]
     assert torch.equal(tensors[f"{name}_basis"], basis_rows[kept])
     for e in range(4):
@@ -449,7 +449,7 @@ def test_where_every_component_is_used_all_are_stored():
     _, _, quantizer, _ = quantizer_of("whitened", 9.0)
     plan = quantizer.plan()
     assert plan.layer.projections["gate_up"].basis.rank == 48
-    assert not plan.unused
+    assert not plan.table.unused
 
 
 @pytest.mark.parametrize("basis", ["natural", "whitened"])
