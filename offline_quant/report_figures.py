@@ -155,7 +155,7 @@ def spectra(figure: Figure, pictures: Mapping[str, LayerPicture]) -> None:
         axes.set_ylabel("share")
         axes.margins(x=0.01)
         axes.set_xticks(_ticks(max(len(p.spectrum.get(name, ())) for p in pictures.values()), 9))
-    panels[-1].set_xlabel("component, in stored order")
+    panels[-1].set_xlabel("component, the least important first")
     labels = list(pictures)
     if few:
         panels[0].legend(loc="lower right", ncols=2 if len(labels) > 4 else 1, handlelength=1.4)

@@ -229,8 +229,8 @@ def _widths(layers: Sequence[dict[str, Any]]) -> str:
                 mine[int(width)] = mine.get(int(width), 0) + count
     total = sum(sum(counts.values()) for counts in weights.values())
     caption = (
-        f"All {total:,} stored entries by the width of their codes. Unequal importance spreads them out; those at 0 "
-        "bits are dropped for the sake of the others."
+        f"All {total:,} entries of the factors by the width of their codes. Unequal importance spreads them out; "
+        "those at 0 bits are dropped for the sake of the others."
     )
     return _section("Weights by width", _figure(width_bars(weights), caption))
 
