@@ -6,7 +6,7 @@ All methods calibrate on the same windows of the same text and are compared with
 as `bitsmoe eval` does it. Groups of rows:
 
     main        bitsmoe from 1.75 to 4 bits; every baseline at 2 and 3 bits
-    seeds       bitsmoe and GPTQ about 2.125 bits on other calibration windows of the same text
+    seeds       bitsmoe, its forms and GPTQ on other calibration windows of the same text
     forms       every decomposition forced, beside what `auto` takes
     objectives  AlphaQ, BT-MoE, frequency and uniform beside bitsmoe
     ablation    parts of the method left out
@@ -50,6 +50,7 @@ FIGURES_FILE = "figures.json"
 """What a run of ours leaves beside its checkpoint."""
 BITS = (1.75, 2.0, 2.125, 2.5, 2.75, 3.125, 4.0)
 FORM_BITS = (2.125, 3.125)
+SEEDS = range(5)
 STRONG = {"observer": "memoryless_mse", "calibrate_all_experts": False}
 """Settings that helped GPTQ most, none of them its library's default."""
 
@@ -82,6 +83,10 @@ def _ours(label: str, bits: tuple[float, ...], **options: Any) -> list[Row]:
     return [Row(label, OURS, b, options=options) for b in bits]
 
 
+def _ours_by_seed(label: str, **options: Any) -> list[Row]:
+    return [Row(label, OURS, b, seed, options) for b in FORM_BITS for seed in SEEDS]
+
+
 GROUPS: dict[str, list[Row]] = {
     "main": [
         *_ours("bitsmoe", BITS),
@@ -93,8 +98,9 @@ GROUPS: dict[str, list[Row]] = {
         *(Row("round-to-nearest g128", "rtn", b) for b in (2, 3)),
     ],
     "seeds": [
-        *(Row("bitsmoe", OURS, 2.125, seed) for seed in range(5)),
-        *(Row("GPTQ g128, static order", "gptq", 2, seed) for seed in range(5)),
+        *_ours_by_seed("bitsmoe"),
+        *(r for form in ("natural", "whitened") for r in _ours_by_seed(f"--basis {form}", basis=form)),
+        *(Row("GPTQ g128, static order", "gptq", 2, seed) for seed in SEEDS),
     ],
     "forms": [
         *_ours("bitsmoe", FORM_BITS),
@@ -257,16 +263,19 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _seed_table(rows: list[dict[str, Any]]) -> list[str]:
-    head = ["method", "seeds", "KL, mean", "KL, standard deviation", "excess, mean", "excess, standard deviation"]
+    """Means and standard deviations over the seeds of a method at a budget, where there are several."""
+    head = ["method", "bpw", "seeds", "KL, mean", "standard deviation", "excess, mean", "standard deviation"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    labels = [r["label"] for r in rows]
-    for label in (one for one in dict.fromkeys(labels) if labels.count(one) > 1):
-        kl, excess = ([r[k] for r in rows if r["label"] == label] for k in ("kl", "excess"))
-        spread = [statistics.stdev(v) for v in (kl, excess)]
-        lines.append(
-            f"| {label} | {len(kl)} | {statistics.mean(kl):.5f} | {spread[0]:.5f} | {statistics.mean(excess):.3f} "
-            f"| {spread[1]:.3f} |"
-        )
+    runs: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in rows:
+        runs.setdefault((row["label"], row["bits"]), []).append(row)
+    for (label, _), drawn in runs.items():
+        if len(drawn) > 1:
+            bpw, kl, excess = ([r[k] for r in drawn] for k in ("bpw", "kl", "excess"))
+            lines.append(
+                f"| {label} | {statistics.mean(bpw):.3f} | {len(drawn)} | {statistics.mean(kl):.5f} "
+                f"| {statistics.stdev(kl):.5f} | {statistics.mean(excess):.3f} | {statistics.stdev(excess):.3f} |"
+            )
     return lines
 
 

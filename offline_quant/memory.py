@@ -84,14 +84,15 @@ def needs(
     running = state + mapped + min(MEMORY_BYTES, spooled) + 2 * result + max(stages.values())
     judged = min(tokens, sanity.TOKENS)
     judging = _FLOAT * (3 * judged * H + sanity.VOCABULARY_ROWS * (H + 3 * judged)) + mapped
-    writing = 2 * min(SHARD_BYTES, int(bits * shape.num_weights / 8)) + mapped
     hidden = 3 * _FLOAT * tokens * H
     others = sum(spec.nbytes for name, spec in specs.items() if not shape.is_expert_tensor(name))
+    stored = others + int(min(bits, 8.5) * shape.num_weights / 8)
+    writing = 2 * min(max(SHARD_BYTES, largest), stored) + mapped
     return Needs(
         peak=baseline + LATER + max(running, judging, writing),
         calibration_state=state,
         disk=hidden + max(0, _FLOAT * (tokens * top_k * I + E * H * I) - MEMORY_BYTES),
-        result=others + int(min(bits, 8.5) * shape.num_weights / 8),
+        result=stored,
     )
 
 
