@@ -228,11 +228,13 @@ def inspect(
             spread = p["code_bits_by_expert"]
             total = sum(parts.values())
             shares = [f"{n / total:.1%}" for n in (parts["codes"], scales, basis, other)]
+            if p["basis"]:
+                shares[2] += f" ({p['basis']})"
             bits_range = f"{min(spread):.2f}-{max(spread):.2f}"
             table.add_row(_layer_number(layer["layer"]), name, f"{p['bpw']:.4f}", bits_range, *shares)
     output.print(table)
     counted = sum(data["weights_by_width"].values())
-    histogram = _table("Factor entries by bit-width", "bits", "share", "")
+    histogram = _table("Stored factor entries by bit-width", "bits", "share", "")
     for width, count in data["weights_by_width"].items():
         histogram.add_row(width, f"{count / counted:.1%}", "█" * round(50 * count / counted))
     output.print(histogram)

@@ -34,6 +34,9 @@ EXTREME = 100.0
 """Output energy, relative to the layer's median expert, from which an expert is reported as extreme."""
 TRIAL = -1
 """Stands for the rounds of refinement in a first pass: none, and scales by one guess."""
+SHARED_BASIS_HANDICAP = 1.09
+"""A form with shared bases is taken if a first pass finds its error smaller by this factor: among equals natural
+channels end better (docs/experiments.md), and they are served without a projection."""
 COMPENSATOR_ROUNDS = 2
 """How often codes and compensator are fitted to what the other leaves over."""
 
@@ -821,7 +824,10 @@ def _add_gram(grams: dict[ProjectionName, Tensor], name: ProjectionName, gram: T
 
 def _lost(plan: LayerPlan) -> float:
     """What a plan is judged by."""
-    return plan.allocation.loss if plan.trial is None else plan.trial
+    if plan.trial is None:
+        return plan.allocation.loss
+    shared = any(p.basis for p in plan.layer.projections.values())
+    return plan.trial * (SHARED_BASIS_HANDICAP if shared else 1.0)
 
 
 def _concatenate(parts: list[Components], device: torch.device) -> Components:

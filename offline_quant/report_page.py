@@ -117,7 +117,7 @@ def _layers(report: dict[str, Any]) -> str:
         tokens, unseen = row["tokens_per_expert"], row["unseen_experts"]
         cells = [
             _number_of(row["layer"]),
-            row["basis"],
+            _basis(row),
             f"{row['bpw']:.4f}",
             *(_number(row[key]) for key in ("predicted_error", "measured_error", "output_error")),
             _percent(row["solver_gap"]),
@@ -135,6 +135,12 @@ def _layers(report: dict[str, Any]) -> str:
         "experts' output; the gap is how far the chosen bits can be from the best ones."
     )
     return f'<h2>Layers</h2>\n{_table(head, rows)}\n<p class="note">{note}</p>'
+
+
+def _basis(layer: dict[str, Any]) -> str:
+    """A layer's form, with the components that its shared bases keep."""
+    ranks = layer["basis_rank"].values()
+    return f"{layer['basis']}, rank {', '.join(map(str, ranks))}" if ranks else str(layer["basis"])
 
 
 def _errors(report: dict[str, Any]) -> str:

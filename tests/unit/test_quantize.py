@@ -395,6 +395,14 @@ def test_a_layer_keeps_its_budget_and_its_function(basis, block_size, unseen):
     assert all(0 <= v < 0.02 for v in errors.values())
 
 
+@pytest.mark.parametrize(("rank", "better", "taken"), [(None, "natural", "natural"), (24, "whitened", "natural"),
+                                                       (16, "whitened", "whitened")])  # fmt: skip
+def test_a_shared_basis_must_pay_clearly(rank, better, taken):
+    trials = {basis: quantizer_of(basis, 6.0, rank=rank)[2].plan().trial for basis in ("natural", "whitened")}
+    assert min(trials, key=trials.get) == better
+    assert quantizer_of("auto", 6.0, rank=rank)[2].plan().basis == taken
+
+
 @pytest.mark.parametrize(
     ("basis", "bits", "rank"), [("natural", 4.5, None), ("whitened", 4.5, 10), ("whitened", 9.0, 40)]
 )

@@ -67,6 +67,7 @@ def make(
             {
                 "layer": prefix,
                 "basis": "whitened" if i % 2 else "natural",
+                "basis_rank": {"gate_up": 48 + i} if i % 2 else {},
                 "bpw": 2.125 - i / 1000,
                 "predicted_error": sum(predicted.values()),
                 "predicted_error_by_projection": predicted,
@@ -226,7 +227,7 @@ def test_table_of_layers(page: Page) -> None:
     ]  # fmt: skip
     assert len(rows) == 4
     for i, (cells, row) in enumerate(zip(rows, report["layers"], strict=True)):
-        assert cells[:3] == [str(i), row["basis"], f"{row['bpw']:.4f}"]
+        assert cells[:3] == [str(i), f"whitened, rank {48 + i}" if i % 2 else "natural", f"{row['bpw']:.4f}"]
         errors = [row["predicted_error"], row["measured_error"], row["output_error"]]
         assert [float(cell) for cell in cells[3:6]] == pytest.approx(errors, rel=5e-3)
         assert cells[6:] == ["0.025%", f"{71 + i}{DASH}1,234", "none"]
