@@ -103,6 +103,9 @@ def write_model(name: str, layers: int, directory: Path, experts: int | None = N
     if experts is not None:
         key = next(k for k in ("num_experts", "n_routed_experts") if k in config)
         config[key] = experts
+        if "n_group" in config:  # routing looks for the two best experts of a group
+            config["n_group"] = min(config["n_group"], experts // 2)
+            config["topk_group"] = min(config["topk_group"], config["n_group"])
     shape = moe_shape(config, name)
     with torch.device("meta"):
         plain = {k: v for k, v in config.items() if k != "model_type"}
