@@ -85,15 +85,26 @@ def needs(
     judged = min(tokens, sanity.TOKENS)
     judging = _FLOAT * (3 * judged * H + sanity.VOCABULARY_ROWS * (H + 3 * judged)) + mapped
     hidden = 3 * _FLOAT * tokens * H
-    others = sum(spec.nbytes for name, spec in specs.items() if not shape.is_expert_tensor(name))
-    stored = others + int(min(bits, 8.5) * shape.num_weights / 8)
-    writing = 2 * min(max(SHARD_BYTES, largest), stored) + mapped
+    others = [spec.nbytes for name, spec in specs.items() if not shape.is_expert_tensor(name)]
+    coded = int(min(bits, 8.5) * weights / 8)
+    # A layer's experts are about two tensors: codes of gate and up, and of down. The spool's memory comes back late.
+    shard = largest_shard([*[2 * coded // 3, coded // 3] * len(layer), *others])
+    writing = 2 * shard + MAPPED_BYTES + min(MEMORY_BYTES, spooled)
     return Needs(
         peak=baseline + LATER + max(running, judging, writing),
         calibration_state=state,
         disk=hidden + max(0, _FLOAT * (tokens * top_k * I + E * H * I) - MEMORY_BYTES),
-        result=stored,
+        result=sum(others) + coded * len(layer),
     )
+
+
+def largest_shard(sizes: list[int], limit: int = SHARD_BYTES) -> int:
+    """Bytes of the largest shard that `ShardWriter` makes of tensors of these sizes, one after another."""
+    largest = pending = 0
+    for size in sizes:
+        pending = size if pending + size > limit else pending + size
+        largest = max(largest, pending)
+    return largest
 
 
 def _layer_values(shape: MoEShape, specs: dict[str, TensorSpec], layer: int) -> int:
