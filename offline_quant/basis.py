@@ -76,11 +76,16 @@ def whitened(name: ProjectionName, gram: Tensor, C: Tensor, bits: int) -> Decomp
         C: [H, H] second moments of the input, pooled over the layer's tokens.
         bits: 8 or 16, of the stored basis.
     """
-    C = C.double()
-    C = C + torch.eye(len(C), dtype=C.dtype, device=C.device) * (DAMPING * C.diagonal().mean())
+    C = C.to(torch.float64, copy=True)
+    C.diagonal().add_(DAMPING * C.diagonal().mean())
     value, vector = torch.linalg.eigh(C)
-    root, inverse_root = (vector * value.sqrt()) @ vector.T, (vector / value.sqrt()) @ vector.T
-    _, V = torch.linalg.eigh(root @ gram @ root)
+    del C  # matrices of [H, H] doubles are what a large model's run takes most memory for
+    root = (vector * value.sqrt()) @ vector.T
+    product = root @ gram @ root
+    del root
+    _, V = torch.linalg.eigh(product)
+    del product
+    inverse_root = (vector / value.sqrt()) @ vector.T
     return _stored(name, "input", (V.flip(-1).T @ inverse_root).float(), bits)
 
 
