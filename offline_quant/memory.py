@@ -18,6 +18,8 @@ SHARD_BYTES = 1 << 30
 """Of a shard of the result: writing one takes twice as much memory."""
 LATER = 80 << 20
 """What libraries take that are loaded when they are needed: the solver, the plots."""
+SCORE_COPIES = 2.5
+"""Of attention scores, where they are computed as a whole: measured on DeepSeek-V3's shapes."""
 _FLOAT, _INT, _DOUBLE = 4, 8, 8
 
 
@@ -46,6 +48,7 @@ def needs(
     bits: float,
     tokens: int,
     batch_tokens: int,
+    length: int,
     baseline: int,
     tune: bool = False,
 ) -> Needs:
@@ -58,6 +61,7 @@ def needs(
         bits: per weight of the result.
         tokens: of calibration text.
         batch_tokens: of them that pass through a layer together.
+        length: of a window of them.
         baseline: resident bytes of the process before the run.
         tune: whether scales and codes are tuned, which takes a whole layer and what its optimizer remembers.
     """
@@ -74,24 +78,30 @@ def needs(
     result = int(bits * weights / 8)
     heads = int(model_config.get("num_attention_heads", 1))
     width = max(H, heads * int(model_config.get("head_dim") or H // heads))
+    # Where queries and values differ in width (DeepSeek), torch computes attention scores as a whole.
+    queries = int(model_config.get("qk_nope_head_dim") or 0) + int(model_config.get("qk_rope_head_dim") or 0)
+    whole = queries != int(model_config.get("v_head_dim") or 0)
+    scores = int(SCORE_COPIES * heads * batch_tokens * length) if whole else 0
+    kept = state + min(MEMORY_BYTES, spooled)
+    forward = kept + MAPPED_BYTES + _FLOAT * (batch_tokens * (6 * H + 4 * width) + scores) + dense
     stages = {
-        "forward": _FLOAT * batch_tokens * (6 * H + 4 * width) + dense,
         "chunk": _FLOAT * chunk * chunk_values(H, I),
-        "bases": 10 * _DOUBLE * H * H,
+        "bases": 8 * _DOUBLE * H * H,
         "tuning": _FLOAT * (5 * weights + 3 * tokens * H) if tune else 0,
         "output": 3 * _FLOAT * min(SLOT_VALUES, tokens * top_k * H),
     }
-    running = state + mapped + min(MEMORY_BYTES, spooled) + 2 * result + max(stages.values())
+    # The memory of what came before, attention among it, comes back late.
+    running = kept + mapped + dense + 2 * result + max(stages.values())
     judged = min(tokens, sanity.TOKENS)
     judging = _FLOAT * (3 * judged * H + sanity.VOCABULARY_ROWS * (H + 3 * judged)) + mapped
     hidden = 3 * _FLOAT * tokens * H
     others = [spec.nbytes for name, spec in specs.items() if not shape.is_expert_tensor(name)]
     coded = int(min(bits, 8.5) * weights / 8)
-    # A layer's experts are about two tensors: codes of gate and up, and of down. The spool's memory comes back late.
+    # A layer's experts are about two tensors: codes of gate and up, and of down.
     shard = largest_shard([*[2 * coded // 3, coded // 3] * len(layer), *others])
     writing = 2 * shard + MAPPED_BYTES + min(MEMORY_BYTES, spooled)
     return Needs(
-        peak=baseline + LATER + max(running, judging, writing),
+        peak=baseline + LATER + max(forward, running, judging, writing),
         calibration_state=state,
         disk=hidden + max(0, _FLOAT * (tokens * top_k * I + E * H * I) - MEMORY_BYTES),
         result=sum(others) + coded * len(layer),

@@ -187,8 +187,9 @@ def quantize_model(
     tokens = config.calib_samples * length
     batch_tokens = length * min(config.calib_samples, batch_windows(length, source.shape.hidden_size))
     found = needs(
-        source.shape, source.tensors.specs, source.config, config.bits, tokens, batch_tokens, peak_bytes(), config.tune
-    )
+        source.shape, source.tensors.specs, source.config, config.bits, tokens, batch_tokens, length, peak_bytes(),
+        config.tune,
+    )  # fmt: skip
     if team.rank == 0:
         console.print(
             f"Memory: about {found.peak / 1e9:.1f} GB a process, {found.calibration_state / 1e9:.2f} GB of it for "
