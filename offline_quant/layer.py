@@ -36,7 +36,7 @@ TRIAL = -1
 """Stands for the rounds of refinement in a first pass: none, and scales by one guess."""
 SHARED_BASIS_HANDICAP = 1.09
 """A form with shared bases is taken if a first pass finds its error smaller by this factor: among equals natural
-channels end better (docs/experiments.md), and they are served without a projection."""
+channels end better (docs/experiments.md), and they are served without a projection. Tuning evens that out."""
 COMPENSATOR_ROUNDS = 2
 """How often codes and compensator are fitted to what the other leaves over."""
 
@@ -459,7 +459,7 @@ class LayerQuantizer:
             plan = self._decide(choices, whole - choices.overhead)
             if self.config.objective == "bitsmoe" and "trial" not in self.config.without:
                 plan = self._retry(plan, whole - choices.overhead)
-            best, worse = (plan, best) if best is None or _lost(plan) < _lost(best) else (best, plan)
+            best, worse = (plan, best) if best is None or self._lost(plan) < self._lost(best) else (best, plan)
             if worse is not None:
                 self._forget(worse)
         if best is None:
@@ -468,6 +468,13 @@ class LayerQuantizer:
                 f"use at least --bits {np.ceil(least * 1000) / 1000:.3f}"
             )
         return self._trimmed(best, whole) if trim and "trim" not in self.config.without else best
+
+    def _lost(self, plan: LayerPlan) -> float:
+        """What a plan is judged by."""
+        if plan.trial is None:
+            return plan.allocation.loss
+        shared = any(p.basis for p in plan.layer.projections.values())
+        return plan.trial * (SHARED_BASIS_HANDICAP if shared and not self.config.tune else 1.0)
 
     def _trimmed(self, plan: LayerPlan, whole: int) -> LayerPlan:
         """The same without components that no expert gives bits; what they cost is given to others.
@@ -820,14 +827,6 @@ def _trimmed_schema(schema: Layer, unused: Mapping[ProjectionName, Tensor]) -> L
 
 def _add_gram(grams: dict[ProjectionName, Tensor], name: ProjectionName, gram: Tensor) -> None:
     grams[name] = grams[name].add_(gram) if name in grams else gram
-
-
-def _lost(plan: LayerPlan) -> float:
-    """What a plan is judged by."""
-    if plan.trial is None:
-        return plan.allocation.loss
-    shared = any(p.basis for p in plan.layer.projections.values())
-    return plan.trial * (SHARED_BASIS_HANDICAP if shared else 1.0)
 
 
 def _concatenate(parts: list[Components], device: torch.device) -> Components:
