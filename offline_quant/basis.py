@@ -79,7 +79,7 @@ def whitened(name: ProjectionName, gram: Tensor, C: Tensor, bits: int) -> Decomp
     C = C.to(torch.float64, copy=True)
     C.diagonal().add_(DAMPING * C.diagonal().mean())
     value, vector = torch.linalg.eigh(C)
-    del C  # matrices of [H, H] doubles are what a large model's run takes most memory for
+    del C  # [H, H] in float64 weighs much in a large model, so each goes as soon as it can
     root = (vector * value.sqrt()) @ vector.T
     product = root @ gram @ root
     del root
