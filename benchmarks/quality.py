@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -79,12 +80,8 @@ class Row:
         return json.dumps([self.method, self.bits, self.seed, self.options], sort_keys=True)
 
 
-def _ours(label: str, bits: tuple[float, ...], **options: Any) -> list[Row]:
-    return [Row(label, OURS, b, options=options) for b in bits]
-
-
-def _ours_by_seed(label: str, **options: Any) -> list[Row]:
-    return [Row(label, OURS, b, seed, options) for b in FORM_BITS for seed in SEEDS]
+def _ours(label: str, bits: tuple[float, ...], seeds: Iterable[int] = (0,), **options: Any) -> list[Row]:
+    return [Row(label, OURS, b, seed, options) for b in bits for seed in seeds]
 
 
 GROUPS: dict[str, list[Row]] = {
@@ -98,8 +95,8 @@ GROUPS: dict[str, list[Row]] = {
         *(Row("round-to-nearest g128", "rtn", b) for b in (2, 3)),
     ],
     "seeds": [
-        *_ours_by_seed("bitsmoe"),
-        *(r for form in ("natural", "whitened") for r in _ours_by_seed(f"--basis {form}", basis=form)),
+        *_ours("bitsmoe", FORM_BITS, SEEDS),
+        *(r for form in ("natural", "whitened") for r in _ours(f"--basis {form}", FORM_BITS, SEEDS, basis=form)),
         *(Row("GPTQ g128, static order", "gptq", 2, seed) for seed in SEEDS),
     ],
     "forms": [

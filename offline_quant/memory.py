@@ -8,7 +8,7 @@ from typing import Any
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.families import MoEShape
 from bitsmoe_kernels.format.schema import TensorSpec
-from bitsmoe_kernels.format.shards import MAPPED_BYTES
+from bitsmoe_kernels.format.shards import MAPPED_BYTES, largest_shard
 from offline_quant import sanity
 from offline_quant.chunks import chunk_values, chunks_of
 from offline_quant.spool import MEMORY_BYTES
@@ -73,9 +73,8 @@ def needs(
     mapped = min(MAPPED_BYTES + largest, sum(spec.nbytes for spec in specs.values()))
     chunk = len(chunks_of(E, H, I)[0])
     spooled = _FLOAT * (E * (5 * H * H + 3 * I * I) + tokens * top_k * I + E * H * I)
-    layer = [_layer_values(shape, specs, i) for i in shape.layers]
-    dense = _FLOAT * max(layer)
-    result = int(bits * weights / 8)
+    dense = _FLOAT * max(_layer_values(shape, specs, i) for i in shape.layers)
+    coded = int(min(bits, 8.5) * weights / 8)
     heads = int(model_config.get("num_attention_heads", 1))
     width = max(H, heads * int(model_config.get("head_dim") or H // heads))
     # Where queries and values differ in width (DeepSeek), torch computes attention scores as a whole.
@@ -91,30 +90,20 @@ def needs(
         "output": 3 * _FLOAT * min(SLOT_VALUES, tokens * top_k * H),
     }
     # The memory of what came before, attention among it, comes back late.
-    running = kept + mapped + dense + 2 * result + max(stages.values())
+    running = kept + mapped + dense + 2 * coded + max(stages.values())
     judged = min(tokens, sanity.TOKENS)
     judging = _FLOAT * (3 * judged * H + sanity.VOCABULARY_ROWS * (H + 3 * judged)) + mapped
     hidden = 3 * _FLOAT * tokens * H
     others = [spec.nbytes for name, spec in specs.items() if not shape.is_expert_tensor(name)]
-    coded = int(min(bits, 8.5) * weights / 8)
     # A layer's experts are about two tensors: codes of gate and up, and of down.
-    shard = largest_shard([*[2 * coded // 3, coded // 3] * len(layer), *others])
+    shard = largest_shard([*[2 * coded // 3, coded // 3] * len(shape.layers), *others], SHARD_BYTES)
     writing = 2 * shard + MAPPED_BYTES + min(MEMORY_BYTES, spooled)
     return Needs(
         peak=baseline + LATER + max(forward, running, judging, writing),
         calibration_state=state,
         disk=hidden + max(0, _FLOAT * (tokens * top_k * I + E * H * I) - MEMORY_BYTES),
-        result=sum(others) + coded * len(layer),
+        result=sum(others) + coded * len(shape.layers),
     )
-
-
-def largest_shard(sizes: list[int], limit: int = SHARD_BYTES) -> int:
-    """Bytes of the largest shard that `ShardWriter` makes of tensors of these sizes, one after another."""
-    largest = pending = 0
-    for size in sizes:
-        pending = size if pending + size > limit else pending + size
-        largest = max(largest, pending)
-    return largest
 
 
 def _layer_values(shape: MoEShape, specs: dict[str, TensorSpec], layer: int) -> int:

@@ -401,6 +401,9 @@ def test_a_shared_basis_must_pay_clearly(rank, better, taken):
     trials = {basis: quantizer_of(basis, 6.0, rank=rank)[2].plan().trial for basis in ("natural", "whitened")}
     assert min(trials, key=trials.get) == better
     assert quantizer_of("auto", 6.0, rank=rank)[2].plan().basis == taken
+    tuned = quantizer_of("auto", 6.0, rank=rank)[2]
+    tuned.config = tuned.config.model_copy(update={"tune": True})
+    assert tuned.plan().basis == better
 
 
 @pytest.mark.parametrize(

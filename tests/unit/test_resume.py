@@ -11,16 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from bitsmoe_kernels.errors import BitsmoeError
-from bitsmoe_kernels.format.shards import ShardWriter
 from builders import REPO
 from families import make_model
 from offline_quant import pipeline
 from offline_quant import state as state_module
 from offline_quant.config import QuantizeConfig
-from offline_quant.memory import check_memory, largest_shard, parse_bytes
+from offline_quant.memory import check_memory, parse_bytes
 from offline_quant.output import PAGE_FILE, REPORT_FILE
 from offline_quant.pipeline import quantize_model
 from offline_quant.spool import Spool
@@ -340,13 +338,3 @@ def test_more_memory_than_allowed_is_refused_before_the_work(source, tmp_path):
     assert list(tmp_path.iterdir()) == []
     outcome = quantize_model(str(source), tmp_path / "q", options(source), max_memory=10**12)
     check_memory(outcome.needs, None)
-
-
-@pytest.mark.parametrize("sizes", [[40, 40, 40], [99], [150, 10], [10, 90, 1, 250, 20, 60], [60, 60, 60]])
-def test_the_largest_shard_is_foreseen(sizes, tmp_path):
-    writer = ShardWriter(tmp_path, 100)
-    for i, size in enumerate(sizes):
-        writer.add(str(i), torch.zeros(size, dtype=torch.uint8))
-    writer.finish()
-    held = [sum(t.nbytes for t in load_file(path).values()) for path in tmp_path.glob("*.safetensors")]
-    assert largest_shard(sizes, 100) == max(held)

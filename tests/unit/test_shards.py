@@ -7,12 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.schema import TensorSpec
-from bitsmoe_kernels.format.shards import INDEX_FILE, SINGLE_FILE, ShardReader, ShardWriter, read_index, read_json
+from bitsmoe_kernels.format.shards import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    ShardReader,
+    ShardWriter,
+    largest_shard,
+    read_index,
+    read_json,
+)
 
 
 def tensors() -> dict[str, Tensor]:
@@ -358,3 +366,13 @@ def test_names_are_shown_as_a_terminal_can_take_them(tmp_path: Path) -> None:
     message = error(tmp_path)
     assert "tensor \\x1b[2Jnnn" in message
     assert len(message) < 1000
+
+
+@pytest.mark.parametrize("sizes", [[40, 40, 40], [99], [150, 10], [10, 90, 1, 250, 20, 60], [60, 60, 60]])
+def test_the_largest_shard_is_foreseen(sizes, tmp_path):
+    writer = ShardWriter(tmp_path, 100)
+    for i, size in enumerate(sizes):
+        writer.add(str(i), torch.zeros(size, dtype=torch.uint8))
+    writer.finish()
+    held = [sum(t.nbytes for t in load_file(path).values()) for path in tmp_path.glob("*.safetensors")]
+    assert largest_shard(sizes, 100) == max(held)

@@ -240,3 +240,12 @@ class ShardWriter:
             weight_map.update(dict.fromkeys(names, file))
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
         (self.directory / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def largest_shard(sizes: list[int], max_shard_bytes: int) -> int:
+    """Bytes of the largest shard that `ShardWriter` makes of tensors of these sizes, added one after another."""
+    largest = pending = 0
+    for size in sizes:
+        pending = size if pending + size > max_shard_bytes else pending + size
+        largest = max(largest, pending)
+    return largest
