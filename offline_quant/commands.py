@@ -218,7 +218,8 @@ def inspect(
         print(json.dumps(data))
         return
     title = f"{directory}: {data['bpw']:.4f} bits per weight all-in"
-    table = _table(title, "layer", "projection", "bpw", "code bits by expert", "codes", "scales", "basis", "other")
+    columns = ("layer", "projection", "bpw", "code bits by expert", "codes", "scales", "basis", "rank", "other")
+    table = _table(title, *columns)
     for layer in data["layers"]:
         for name, p in layer["projections"].items():
             parts = p["bytes"]
@@ -228,9 +229,9 @@ def inspect(
             spread = p["code_bits_by_expert"]
             total = sum(parts.values())
             shares = [f"{n / total:.1%}" for n in (parts["codes"], scales, basis, other)]
-            if p["basis"]:
-                shares[2] += f" ({p['basis']})"
             bits_range = f"{min(spread):.2f}-{max(spread):.2f}"
+            stored = checkpoint.config.layers[layer["layer"]].projections[name].basis
+            shares.insert(3, str(stored.rank) if stored else "-")
             table.add_row(_layer_number(layer["layer"]), name, f"{p['bpw']:.4f}", bits_range, *shares)
     output.print(table)
     counted = sum(data["weights_by_width"].values())

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -629,6 +630,10 @@ def test_inspect_shows_where_the_bits_went(quantized):
     }
     table = succeed("inspect", quantized).stdout
     assert "bits per weight all-in" in table
+    layers = Checkpoint(quantized).config.layers.values()
+    ranks = [p.basis.rank if p.basis else "-" for layer in layers for p in layer.projections.values()]
+    rows = [line.split() for line in table.splitlines() if re.match(r"\s*\d+\s+(gate|up|down)", line)]
+    assert [row[-2] for row in rows] == [str(rank) for rank in ranks]
     assert "gate_up" in table
     assert "tensor-parallel sizes 1, 2, 4, 8;" in " ".join(table.split())
     assert "up to 2 pipeline stages" in " ".join(table.split())
