@@ -36,7 +36,9 @@ TRIAL = -1
 """Stands for the rounds of refinement in a first pass: none, and scales by one guess."""
 SHARED_BASIS_HANDICAP = 1.09
 """A form with shared bases is taken if a first pass finds its error smaller by this factor: among equals natural
-channels end better (docs/experiments.md), and they are served without a projection. Tuning evens that out."""
+channels end better (docs/experiments.md). Tuning evens that out."""
+SHARED_BASIS_GAIN = 0.0012
+"""And if that spares this much of the relative error, for every token served pays for the projection."""
 COMPENSATOR_ROUNDS = 2
 """How often codes and compensator are fitted to what the other leaves over."""
 
@@ -474,7 +476,9 @@ class LayerQuantizer:
         if plan.trial is None:
             return plan.allocation.loss
         shared = any(p.basis for p in plan.layer.projections.values())
-        return plan.trial * (SHARED_BASIS_HANDICAP if shared and not self.config.tune else 1.0)
+        if not shared or self.config.tune:
+            return plan.trial
+        return max(plan.trial * SHARED_BASIS_HANDICAP, plan.trial + SHARED_BASIS_GAIN)
 
     def _trimmed(self, plan: LayerPlan, whole: int) -> LayerPlan:
         """The same without components that no expert gives bits; what they cost is given to others.

@@ -395,13 +395,24 @@ def test_a_layer_keeps_its_budget_and_its_function(basis, block_size, unseen):
     assert all(0 <= v < 0.02 for v in errors.values())
 
 
-@pytest.mark.parametrize(("rank", "better", "taken"), [(None, "natural", "natural"), (24, "whitened", "natural"),
-                                                       (16, "whitened", "whitened")])  # fmt: skip
-def test_a_shared_basis_must_pay_clearly(rank, better, taken):
-    trials = {basis: quantizer_of(basis, 6.0, rank=rank)[2].plan().trial for basis in ("natural", "whitened")}
+@pytest.mark.parametrize(
+    ("rank", "bits", "alone", "better", "taken"),
+    [
+        (None, 6.0, None, "natural", "natural"),
+        (16, 6.0, None, "whitened", "whitened"),
+        (24, 6.0, "SHARED_BASIS_HANDICAP", "whitened", "natural"),  # 1.016 times better
+        (16, 7.0, "SHARED_BASIS_GAIN", "whitened", "natural"),  # six times better, where there is little to win
+    ],
+)
+def test_a_shared_basis_must_pay_clearly(rank, bits, alone, better, taken, monkeypatch):
+    """By either rule alone."""
+    for rule, nothing in {"SHARED_BASIS_HANDICAP": 1.0, "SHARED_BASIS_GAIN": 0.0}.items():
+        if alone not in (None, rule):
+            monkeypatch.setattr(f"offline_quant.layer.{rule}", nothing)
+    trials = {basis: quantizer_of(basis, bits, rank=rank)[2].plan().trial for basis in ("natural", "whitened")}
     assert min(trials, key=trials.get) == better
-    assert quantizer_of("auto", 6.0, rank=rank)[2].plan().basis == taken
-    tuned = quantizer_of("auto", 6.0, rank=rank)[2]
+    assert quantizer_of("auto", bits, rank=rank)[2].plan().basis == taken
+    tuned = quantizer_of("auto", bits, rank=rank)[2]
     tuned.config = tuned.config.model_copy(update={"tune": True})
     assert tuned.plan().basis == better
 
