@@ -50,7 +50,7 @@ OURS = "bitsmoe"
 FIGURES_FILE = "figures.json"
 """What a run of ours leaves beside its checkpoint."""
 BITS = (1.75, 2.0, 2.125, 2.5, 2.75, 3.125, 4.0)
-FORM_BITS = (2.125, 3.125)
+FORM_BITS = (2.125, 2.5, 3.125)
 SEEDS = range(5)
 STRONG = {"observer": "memoryless_mse", "calibrate_all_experts": False}
 """Settings that helped GPTQ most, none of them its library's default."""
