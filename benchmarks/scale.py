@@ -205,7 +205,8 @@ def measure(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]
         "peak_over_predicted": run["peak_rss"] / run["predicted_peak"],
         "calibration_state": run["calibration_state"], "layer_bf16_bytes": layer_bytes,
         "peak_over_layer": (run["peak_rss"] - run["calibration_state"]) / layer_bytes,
-        "seconds_per_layer": per_layer, "projected_hours": per_layer * MODELS[args.model].layers / 3600,
+        "seconds_per_layer": per_layer,
+        "projected_hours": None if args.experts else per_layer * MODELS[args.model].layers / 3600,
         "run": run, "threads": torch.get_num_threads(), "cores": len(os.sched_getaffinity(0)),
         "torch": torch.__version__, "commit": commit(),
     }  # fmt: skip
@@ -247,7 +248,8 @@ def main() -> None:
     for key in ("peak_rss", "predicted_peak", "calibration_state", "layer_bf16_bytes"):
         print(f"{key:>20}  {result[key] / 1e9:.2f} GB")
     for key in ("peak_over_predicted", "peak_over_layer", "seconds_per_layer", "projected_hours"):
-        print(f"{key:>20}  {result[key]:.2f}")
+        if result[key] is not None:
+            print(f"{key:>20}  {result[key]:.2f}")
 
 
 if __name__ == "__main__":

@@ -166,17 +166,18 @@ def quantize(
             return
     report = outcome.report
     title = f"{out} ({'plan only' if plan else 'quantized'})"
-    columns = ("layer", "basis", "bpw", "predicted error", "measured error", "output error", "solver gap")
+    columns = ("layer", "basis", "rank", "bpw", "predicted error", "measured error", "output error")
     table = _table(title, *columns, "tokens per expert")
     for row in report["layers"]:
         measured, tokens = row["measured_error"], row["tokens_per_expert"]
         table.add_row(
-            _layer_number(row["layer"]), row["basis"], f"{row['bpw']:.4f}", f"{row['predicted_error']:.4f}",
+            _layer_number(row["layer"]), row["basis"], ", ".join(map(str, row["basis_rank"].values())) or "-",
+            f"{row['bpw']:.4f}", f"{row['predicted_error']:.4f}",
             "-" if measured is None else f"{measured:.4f}",
-            "-" if row["output_error"] is None else f"{row['output_error']:.4f}", f"{row['solver_gap']:.1e}",
-            f"{tokens['min']}-{tokens['max']}",
+            "-" if row["output_error"] is None else f"{row['output_error']:.4f}", f"{tokens['min']}-{tokens['max']}",
         )  # fmt: skip
     output.print(table)
+    output.print(f"Solver gap, proven: at most {max(row['solver_gap'] for row in report['layers']):.1e}")
     for row in report["layers"]:
         if row["unseen_experts"]:
             output.print(
@@ -295,7 +296,7 @@ def evaluate(
 
 def _table(title: str, *columns: str) -> Table:
     """A table that fits 80 columns: no frame, words to the left and figures to the right."""
-    table = Table(title=title, title_justify="left", box=rich.box.SIMPLE, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=rich.box.SIMPLE, pad_edge=False, collapse_padding=True)
     for column in columns:
         table.add_column(column, justify="left" if column in ("layer", "projection", "figure", "") else "right")
     return table

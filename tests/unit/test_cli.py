@@ -249,7 +249,7 @@ def test_bfloat16_is_the_rounded_weights(tmp_path, quantized):
 
 def test_plan_writes_the_report_only(tmp_path, text, source):
     out = tmp_path / "plan"
-    succeed("quantize", source, "--bits", "2", "--out", out, "--calib", text, "--plan", *FAST)
+    table = succeed("quantize", source, "--bits", "2", "--out", out, "--calib", text, "--plan", *FAST).stdout
     assert sorted(p.name for p in out.iterdir()) == ["bitsmoe_report.json", "report.html"]
     report = json.loads((out / "bitsmoe_report.json").read_text())
     assert 1.99 <= report["bpw"] <= 2
@@ -258,6 +258,16 @@ def test_plan_writes_the_report_only(tmp_path, text, source):
         assert layer["solver_gap"] < 1e-5
         assert layer["measured_error"] is None
         assert 0 < layer["predicted_error"] < 1
+    # A line for each layer, whole at 80 columns.
+    rows = [line.split() for line in table.splitlines() if re.match(r"\s*\d+\s+(natural|whitened)", line)]
+    assert rows == [
+        [
+            str(i), layer["basis"], str(layer["basis_rank"].get("gate_up", "-")), f"{layer['bpw']:.4f}",
+            f"{layer['predicted_error']:.4f}", "-", "-", "{min}-{max}".format(**layer["tokens_per_expert"]),
+        ]
+        for i, layer in enumerate(report["layers"])
+    ]  # fmt: skip
+    assert "whitened" in rows[0]
     # The same directory then takes the checkpoint.
     succeed("quantize", source, "--bits", "2", "--out", out, "--calib", text, "--refine", "0", *FAST)
     assert json.loads((out / "bitsmoe_report.json").read_text())["layers"][0]["measured_error"] > 0
