@@ -6,6 +6,8 @@ bounds the optimum from below and leaves few units undecided, and HiGHS settles 
 second for one layer and for a whole model of millions of units.
 """
 
+import os
+import sys
 from dataclasses import dataclass
 
 import highspy
@@ -185,7 +187,7 @@ def _solve(
     lp.a_matrix_.index_ = np.stack([unit, np.full(n, units)], 1).ravel()
     lp.a_matrix_.value_ = np.stack([np.ones(n), weight // divisor], 1).ravel().astype(float)
     lp.integrality_ = [highspy.HighsVarType.kInteger] * n
-    solver = highspy.Highs()
+    solver = _solver()
     for option, setting in (
         ("output_flag", False), ("threads", 1), ("random_seed", 0), ("mip_max_nodes", MAX_NODES),
         ("mip_rel_gap", RELATIVE_GAP),
@@ -199,3 +201,16 @@ def _solve(
     table = np.full((units, choices), -1.0)
     table[unit, choice] = taken
     return table.argmax(1), float(base.sum()) + solver.getInfo().mip_dual_bound * scale
+
+
+def _solver() -> highspy.Highs:
+    """A new HiGHS, whose greeting on standard output, where results go, no option turns off."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        return highspy.Highs()
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)

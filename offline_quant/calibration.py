@@ -31,9 +31,12 @@ def load_tokenizer(directory: Path) -> Any:
         BitsmoeError: none can be loaded.
     """
     try:
-        return AutoTokenizer.from_pretrained(str(directory))
+        tokenizer = AutoTokenizer.from_pretrained(str(directory))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise BitsmoeError(f"{directory}: no tokenizer can be loaded ({e})") from None
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of no file at all
+        raise BitsmoeError(f"{directory}: no tokenizer can be loaded (its files are missing)")
+    return tokenizer
 
 
 def window_length(config: dict[str, Any], wanted: int) -> int:

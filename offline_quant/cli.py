@@ -1,5 +1,6 @@
 """Entry point of the `bitsmoe` command: one clear message and status 2 for whatever the user can mend."""
 
+import io
 import os
 import signal
 import sys
@@ -22,6 +23,9 @@ def main() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # bars of a histogram, say, where the terminal knows ASCII only
     try:
         _run()
     except BaseException as e:

@@ -91,7 +91,8 @@ def quantize(
     basis: Annotated[
         str,
         typer.Option(
-            help="Shared basis: auto (the better of natural and whitened in a first pass), natural, whitened, paper."
+            help="Shared basis: auto (whitened where a first pass finds it clearly better than natural), natural, "
+            "whitened, paper."
         ),
     ] = _DEFAULTS.basis,
     basis_bits: Annotated[int, typer.Option(help="Bits of the basis: 8 or 16.")] = _DEFAULTS.basis_bits,
@@ -167,7 +168,7 @@ def quantize(
     report = outcome.report
     title = f"{out} ({'plan only' if plan else 'quantized'})"
     columns = ("layer", "basis", "rank", "bpw", "predicted error", "measured error", "output error")
-    table = _table(title, *columns, "tokens per expert")
+    table = _table(*columns, "tokens per expert")
     for row in report["layers"]:
         measured, tokens = row["measured_error"], row["tokens_per_expert"]
         table.add_row(
@@ -176,7 +177,7 @@ def quantize(
             "-" if measured is None else f"{measured:.4f}",
             "-" if row["output_error"] is None else f"{row['output_error']:.4f}", f"{tokens['min']}-{tokens['max']}",
         )  # fmt: skip
-    output.print(table)
+    _show(title, table)
     output.print(f"Solver gap, proven: at most {max(row['solver_gap'] for row in report['layers']):.1e}")
     for row in report["layers"]:
         if row["unseen_experts"]:
@@ -220,7 +221,7 @@ def inspect(
         return
     title = f"{directory}: {data['bpw']:.4f} bits per weight all-in"
     columns = ("layer", "projection", "bpw", "code bits by expert", "codes", "scales", "basis", "rank", "other")
-    table = _table(title, *columns)
+    table = _table(*columns)
     for layer in data["layers"]:
         for name, p in layer["projections"].items():
             parts = p["bytes"]
@@ -234,12 +235,12 @@ def inspect(
             stored = checkpoint.config.layers[layer["layer"]].projections[name].basis
             shares.insert(3, str(stored.rank) if stored else "-")
             table.add_row(_layer_number(layer["layer"]), name, f"{p['bpw']:.4f}", bits_range, *shares)
-    output.print(table)
+    _show(title, table)
     counted = sum(data["weights_by_width"].values())
-    histogram = _table("Stored factor entries by bit-width", "bits", "share", "")
+    histogram = _table("bits", "share", "")
     for width, count in data["weights_by_width"].items():
         histogram.add_row(width, f"{count / counted:.1%}", "█" * round(50 * count / counted))
-    output.print(histogram)
+    _show("Stored factor entries by bit-width", histogram)
     if data["dense_layers"]:
         output.print(dense_line(data["dense_layers"]))
     output.print(f"experts {data['expert_bytes'] / 1e6:.2f} MB, everything else {data['other_bytes'] / 1e6:.2f} MB")
@@ -273,7 +274,7 @@ def push(
 @app.command("eval")
 def evaluate(
     directory: Annotated[str, typer.Argument(help="A checkpoint directory, quantized or ordinary, or a Hub name.")],
-    text: Annotated[Path, typer.Option(help="UTF-8 text, or JSON lines with a `text` key.")],
+    text: Annotated[Path, typer.Option(help="UTF-8 text, or FILE.jsonl: JSON lines with a `text` key.")],
     reference: Annotated[
         str | None, typer.Option(help="Model to compare with: adds KL divergence and top-1 agreement.")
     ] = None,
@@ -288,15 +289,21 @@ def evaluate(
     if as_json:
         print(json.dumps(result.as_dict()))
         return
-    table = _table(f"{directory} on {text.name}", "figure", "value")
+    table = _table("figure", "value")
     for name, value in result.as_dict().items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.5f}")
+    _show(f"{directory} on {text.name}", table)
+
+
+def _show(title: str, table: Table) -> None:
+    """Print a table below its title, which may be wider."""
+    output.print(f"\n{title}", style="italic", soft_wrap=True, markup=False, highlight=False)
     output.print(table)
 
 
-def _table(title: str, *columns: str) -> Table:
+def _table(*columns: str) -> Table:
     """A table that fits 80 columns: no frame, words to the left and figures to the right."""
-    table = Table(title=title, title_justify="left", box=rich.box.SIMPLE, pad_edge=False, collapse_padding=True)
+    table = Table(box=rich.box.SIMPLE, pad_edge=False, collapse_padding=True)
     for column in columns:
         table.add_column(column, justify="left" if column in ("layer", "projection", "figure", "") else "right")
     return table

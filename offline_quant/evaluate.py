@@ -1,5 +1,6 @@
 """Perplexity, and divergence from a reference model, over non-overlapping windows of text."""
 
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,12 @@ def _compare(mine: "States", other: "States | None", windows: Tensor, bpw: float
             reference_nll -= float(ref.gather(-1, target[..., None]).double().sum())
             kl += float((ref.exp() * (ref - logp)).sum(-1).double().sum())
             agree += float((ref.argmax(-1) == logp.argmax(-1)).sum())
+    for states, total in ((mine, nll), (other, reference_nll)):
+        if states is not None and not math.isfinite(total):
+            raise BitsmoeError(
+                f"{states.model.source.directory}: its predictions are not finite; a tensor holds NaN, infinity or far "
+                "too large values, so make or download the checkpoint again"
+            )
     result = Evaluation(_exp(nll / count), count, length, bpw)
     if other is None:
         return result

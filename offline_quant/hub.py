@@ -15,8 +15,9 @@ from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.format.shards import INDEX_FILE, file_fault
 from offline_quant.calibration import NETWORK_ERRORS
-from offline_quant.model_adapter import QuantizedModel
+from offline_quant.model_adapter import QuantizedModel, not_finite
 from offline_quant.output import CARD_FILE, PAGE_FILE, REPORT_FILE, side_files
+from offline_quant.progress import track
 
 LIBRARY, PIPELINE, TAGS = "vllm", "text-generation", ["bitsmoe", "mixture-of-experts", "quantized"]
 """What the Hub's pages and searches go by."""
@@ -103,11 +104,16 @@ def _code(value: object) -> str:
 def _head(name: str, base: str | None, report: dict[str, Any], total: int) -> list[str]:
     experts = report["expert_bytes"]
     original = f"[{base}](https://huggingface.co/{base})" if base else _code(name)
+    others, dense_size = "nothing else is", []
+    if dense := report["dense_layers"]:
+        bits = " and ".join(map(str, dense["bits"]))
+        others = f"the linear layers outside them are at {bits} bits"
+        dense_size = [f"| size of the linear layers outside the experts | {dense['bytes'] / 1e6:,.2f} MB |"]
+        total -= dense["bytes"]
     lines = [
         f"# {_code(name.rpartition('/')[2])}, experts at {report['bpw']:.3f} bits per weight",
         "",
-        "The routed experts of this Mixture-of-Experts model are quantized with bitsmoe-vllm; everything else is as in "
-        "the original.",
+        f"The routed experts of this Mixture-of-Experts model are quantized with bitsmoe-vllm; {others}.",
         "",
         "| | |",
         "|---|---|",
@@ -115,6 +121,7 @@ def _head(name: str, base: str | None, report: dict[str, Any], total: int) -> li
         f"| bits per expert weight, scales, bases and metadata counted | {report['bpw']:.4f} |",
         f"| expert weights | {report['expert_weights']:,} |",
         f"| size of the experts | {experts / 1e6:,.2f} MB |",
+        *dense_size,
         f"| size of everything else | {(total - experts) / 1e6:,.2f} MB |",
     ]
     if (sanity := report["sanity"]) is not None:
@@ -213,6 +220,7 @@ def push(directory: Path, repo_id: str, private: bool = False, revision: str | N
         model = QuantizedModel(directory)
         names = push_files(model)
         faults += [f for name in names if (f := file_fault(directory, name))]
+        faults += not_finite(model.tensors, track)
         if CARD_FILE in names:
             ModelCard((directory / CARD_FILE).read_text(encoding="utf-8"))
     except BitsmoeError as e:

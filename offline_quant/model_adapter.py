@@ -187,13 +187,18 @@ class SourceModel:
         Raises:
             BitsmoeError: names every tensor that has some.
         """
-        faults = []
-        for name in progress(list(self.tensors), "Checking weights"):
-            tensor = self.tensors.get(name)
-            if tensor.is_floating_point() and (bad := _not_finite(tensor)):
-                faults.append(f"tensor {name}: {bad} of {tensor.numel()} values are NaN or infinite")
-        if faults:
+        if faults := not_finite(self.tensors, progress):
             raise BitsmoeError(fault_list(f"{self.directory}: damaged weights; download the model again", faults))
+
+
+def not_finite(tensors: Tensors, progress: Callable[[Sequence[str], str], Iterable[str]]) -> list[str]:
+    """Tensors that hold NaN or infinity, a fault each; reads all of them."""
+    faults = []
+    for name in progress(list(tensors), "Checking weights"):
+        tensor = tensors.get(name)
+        if tensor.is_floating_point() and (bad := _not_finite(tensor)):
+            faults.append(f"tensor {name}: {bad} of {tensor.numel()} values are NaN or infinite")
+    return faults
 
 
 def _not_finite(tensor: Tensor) -> int:

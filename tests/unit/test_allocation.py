@@ -1,6 +1,8 @@
 """Allocation against exhaustive search and dynamic programming."""
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -130,3 +132,10 @@ def test_equal_units_share_a_budget_without_a_long_search():
     found = allocate(loss, cost, 777)
     assert found.cost == 777
     assert found.loss == pytest.approx(277 * 0.12 + 223 * 0.36)
+
+
+def test_the_solver_does_not_greet_where_results_go():
+    """In a process of its own: it greets once."""
+    code = "from offline_quant.allocation import _solver; _solver(); print('result')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "result\n"

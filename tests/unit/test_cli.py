@@ -40,13 +40,13 @@ class Done:
     stderr: str
 
 
-def bitsmoe(*args):
+def bitsmoe(*args, columns=200):
     """Run the command line in this process, which has torch loaded already."""
     out, err = io.StringIO(), io.StringIO()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["bitsmoe", *map(str, args)])
-        patch.setenv("COLUMNS", "200")
+        patch.setenv("COLUMNS", str(columns))
         patch.setenv("HF_HUB_OFFLINE", "1")
         try:
             main()
@@ -59,8 +59,8 @@ def bitsmoe(*args):
     return Done(status, out.getvalue(), err.getvalue())
 
 
-def succeed(*args):
-    done = bitsmoe(*args)
+def succeed(*args, columns=200):
+    done = bitsmoe(*args, columns=columns)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -249,7 +249,9 @@ def test_bfloat16_is_the_rounded_weights(tmp_path, quantized):
 
 def test_plan_writes_the_report_only(tmp_path, text, source):
     out = tmp_path / "plan"
-    table = succeed("quantize", source, "--bits", "2", "--out", out, "--calib", text, "--plan", *FAST).stdout
+    table = succeed(
+        "quantize", source, "--bits", "2", "--out", out, "--calib", text, "--plan", *FAST, columns=80
+    ).stdout
     assert sorted(p.name for p in out.iterdir()) == ["bitsmoe_report.json", "report.html"]
     report = json.loads((out / "bitsmoe_report.json").read_text())
     assert 1.99 <= report["bpw"] <= 2
@@ -438,6 +440,10 @@ def truncate(model):
         (lambda m: edit_tensors(m, lambda t: t[EXPERT].view(-1)[5:7].fill_(float("nan"))), "2 of 65536 values are NaN"),
         (lambda m: (m / "config.json").unlink(), "config.json: cannot be read"),
         (lambda m: (m / "tokenizer.json").unlink(), "no tokenizer can be loaded"),
+        (
+            lambda m: [path.unlink() for path in (*m.glob("tokenizer*"), m / "special_tokens_map.json")],
+            "no tokenizer can be loaded (its files are missing)",
+        ),
     ],
 )
 def test_damaged_models_are_refused(tmp_path, model, text, damage, message):
@@ -647,6 +653,24 @@ def test_inspect_shows_where_the_bits_went(quantized):
     assert "gate_up" in table
     assert "tensor-parallel sizes 1, 2, 4, 8;" in " ".join(table.split())
     assert "up to 2 pipeline stages" in " ".join(table.split())
+
+
+def test_a_title_is_whole_on_one_line_and_a_histogram_survives_ascii(quantized, text):
+    title = f"{quantized} on {text.name}"
+    assert title in succeed("eval", quantized, "--text", text, columns=80).stdout.splitlines()
+    command = [sys.executable, "-m", "offline_quant.cli", "inspect", str(quantized)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Stored factor entries by bit-width" in done.stdout.splitlines()
+    assert re.search(r"% +\?+", done.stdout)
+
+
+def test_nan_outside_the_experts_is_no_result(tmp_path, model, quantized, text):
+    """Of the checkpoint, and of the reference it is compared with."""
+    edit_tensors(model, lambda t: t["model.layers.0.self_attn.q_proj.weight"].view(-1)[:1].fill_(float("nan")))
+    refused("eval", model, "--text", text, message=f"{model}: its predictions are not finite")
+    refused("eval", quantized, "--text", text, "--reference", model, message=f"{model}: its predictions are not finite")
 
 
 def test_evaluation_refuses_what_it_cannot_compare(tmp_path, model, text, source):

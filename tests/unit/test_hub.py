@@ -11,6 +11,7 @@ import huggingface_hub.constants
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.checkpoint import Checkpoint
@@ -36,6 +37,7 @@ def report(**changes: Any) -> dict[str, Any]:
     return {
         "bpw": 2.1249, "expert_weights": 3_145_728, "expert_bytes": 30_000, "calibration_tokens": 65_536,
         "options": {"bits": 2.125, "objective": "bitsmoe", "calib": "my|text`.txt", "seed": 0}, "sanity": SANITY,
+        "dense_layers": None,
         "layers": [row(0), row(1)],
     } | changes  # fmt: skip
 
@@ -97,8 +99,17 @@ def test_a_card_has_the_reports_figures(checkpoint: Path, source: Path) -> None:
         r"| calib | `my\|text'.txt` |",
     ):
         assert f"\n{line}\n" in f"\n{text}\n", line
+    assert "quantized with bitsmoe-vllm; nothing else is." in text
     assert "KL divergence" not in text
     assert "broken" not in text
+
+
+def test_a_card_names_layers_outside_the_experts(checkpoint: Path, source: Path) -> None:
+    text = card_of(checkpoint, "me/model", source, dense_layers={"bits": [4], "bytes": 10_000}).text
+    total = sum(spec.nbytes for spec in Checkpoint(checkpoint).tensors.specs.values())
+    assert "quantized with bitsmoe-vllm; the linear layers outside them are at 4 bits." in text
+    assert "| size of the linear layers outside the experts | 0.01 MB |" in text
+    assert f"| size of everything else | {(total - 40_000) / 1e6:.2f} MB |" in text
 
 
 def test_kl_where_it_was_measured_and_a_broken_model(checkpoint: Path, source: Path) -> None:
@@ -287,6 +298,16 @@ def test_all_faults_before_anything_is_sent(
     assert "no token for the Hub: run `hf auth login`" in message
     assert "surprise: Extra inputs are not permitted" in message
     assert "block_size" in message
+    assert hub.requests == []
+
+
+def test_damage_outside_the_experts_is_found(hub: FakeHub, checkpoint: Path) -> None:
+    path = next(p for p in checkpoint.glob("*.safetensors") if "model.norm.weight" in load_file(p))
+    tensors = load_file(path)
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    message = refused(checkpoint, "me/model")
+    assert f"tensor model.norm.weight: 1 of {len(tensors['model.norm.weight'])} values are NaN or infinite" in message
     assert hub.requests == []
 
 
