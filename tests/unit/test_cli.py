@@ -663,7 +663,7 @@ def test_a_title_is_whole_on_one_line_and_a_histogram_survives_ascii(quantized, 
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "Stored factor entries by bit-width" in done.stdout.splitlines()
-    assert re.search(r"% +\?+", done.stdout)
+    assert "?????" in done.stdout
 
 
 def test_nan_outside_the_experts_is_no_result(tmp_path, model, quantized, text):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from builders import TINY_MOE
 from offline_quant.calibration import load_tokenizer, sample_windows, text_windows
 from offline_quant.evaluate import evaluate
 from offline_quant.model_adapter import SourceModel
+from offline_quant.pipeline import give_back
 from offline_quant.streaming import StreamedModel
 
 TEXT = "The old man looked at the sea, and said nothing for a long while. " * 120
@@ -174,3 +176,19 @@ def test_sampled_text_is_the_models_own_and_repeats_with_its_seed(whole):
     nll = -logp.gather(-1, first[:, 1:, None]).mean()
     # Text drawn at temperature 1 is as surprising as the model expects it to be.
     assert float(nll) == pytest.approx(float(entropy), rel=0.1)
+
+
+def test_freed_memory_is_given_back_from_between_blocks_in_use():
+    def resident():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+    before = resident()
+    blocks = [torch.ones(25_000) for _ in range(2_000)]  # 100 kB each: small enough for the heap
+    full = resident() - before
+    kept = blocks[::20]
+    del blocks
+    give_back()
+    assert full > 190_000
+    assert resident() - before < 0.2 * full
+    assert len(kept) == 100
