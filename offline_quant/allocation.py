@@ -7,7 +7,6 @@ second for one layer and for a whole model of millions of units.
 """
 
 import os
-import sys
 from dataclasses import dataclass
 
 import highspy
@@ -205,7 +204,6 @@ def _solve(
 
 def _solver() -> highspy.Highs:
     """A new HiGHS, whose greeting on standard output, where results go, no option turns off."""
-    sys.stdout.flush()
     kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 1)

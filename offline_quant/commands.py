@@ -26,7 +26,7 @@ from offline_quant.memory import parse_bytes
 from offline_quant.output import PAGE_FILE
 from offline_quant.pipeline import check_device, quantize_model, resolve_model
 from offline_quant.progress import console
-from offline_quant.report import inspect_checkpoint, parallel_sizes_of
+from offline_quant.report import basis_ranks, inspect_checkpoint, parallel_sizes_of
 from offline_quant.workers import team_of
 
 app = typer.Typer(
@@ -172,7 +172,7 @@ def quantize(
     for row in report["layers"]:
         measured, tokens = row["measured_error"], row["tokens_per_expert"]
         table.add_row(
-            _layer_number(row["layer"]), row["basis"], ", ".join(map(str, row["basis_rank"].values())) or "-",
+            _layer_number(row["layer"]), row["basis"], basis_ranks(row) or "-",
             f"{row['bpw']:.4f}", f"{row['predicted_error']:.4f}",
             "-" if measured is None else f"{measured:.4f}",
             "-" if row["output_error"] is None else f"{row['output_error']:.4f}", f"{tokens['min']}-{tokens['max']}",
@@ -233,8 +233,10 @@ def inspect(
             shares = [f"{n / total:.1%}" for n in (parts["codes"], scales, basis, other)]
             bits_range = f"{min(spread):.2f}-{max(spread):.2f}"
             stored = checkpoint.config.layers[layer["layer"]].projections[name].basis
-            shares.insert(3, str(stored.rank) if stored else "-")
-            table.add_row(_layer_number(layer["layer"]), name, f"{p['bpw']:.4f}", bits_range, *shares)
+            rank = str(stored.rank) if stored else "-"
+            table.add_row(
+                _layer_number(layer["layer"]), name, f"{p['bpw']:.4f}", bits_range, *shares[:3], rank, shares[3]
+            )
     _show(title, table)
     counted = sum(data["weights_by_width"].values())
     histogram = _table("bits", "share", "")

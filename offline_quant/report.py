@@ -110,6 +110,11 @@ def layer_report(
     }
 
 
+def basis_ranks(row: dict[str, Any]) -> str:
+    """Ranks of a layer's shared bases for people, from its `layer_report`; empty without one."""
+    return ", ".join(map(str, row["basis_rank"].values()))
+
+
 def model_report(
     reports: list[dict[str, Any]],
     layers: dict[str, Layer],

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from bitsmoe_kernels.format.schema import PROJECTION_NAMES
 from offline_quant.dense import dense_line
-from offline_quant.report import LayerPicture
+from offline_quant.report import LayerPicture, basis_ranks
 
 MOST_MAPS = 8
 """Layers whose bits are drawn; of more, these many evenly spaced."""
@@ -139,8 +139,8 @@ def _layers(report: dict[str, Any]) -> str:
 
 def _basis(layer: dict[str, Any]) -> str:
     """A layer's form, with the components that its shared bases keep."""
-    ranks = layer["basis_rank"].values()
-    return f"{layer['basis']}, rank {', '.join(map(str, ranks))}" if ranks else str(layer["basis"])
+    ranks = basis_ranks(layer)
+    return f"{layer['basis']}, rank {ranks}" if ranks else str(layer["basis"])
 
 
 def _errors(report: dict[str, Any]) -> str:
