@@ -154,6 +154,12 @@ def forms_of(config: QuantizeConfig) -> tuple[str, ...]:
     return OBJECTIVES[config.objective].forms if config.basis == "auto" else (config.basis,)
 
 
+def may_share_bases(shape: MoEShape, config: QuantizeConfig) -> bool:
+    """Whether a form with shared bases may be chosen."""
+    schemas = (schema_of(form, shape, config) for form in forms_of(config))
+    return any(p.basis is not None for schema in schemas for p in schema.projections.values())
+
+
 def passes(config: QuantizeConfig) -> int:
     """How often every expert comes by, at most."""
     each_form = 2 if config.objective == "bitsmoe" and "trial" not in config.without else 1

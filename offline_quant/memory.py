@@ -51,6 +51,7 @@ def needs(
     length: int,
     baseline: int,
     tune: bool = False,
+    bases: bool = True,
 ) -> Needs:
     """What a run takes.
 
@@ -64,6 +65,7 @@ def needs(
         length: of a window of them.
         baseline: resident bytes of the process before the run.
         tune: whether scales and codes are tuned, which takes a whole layer and what its optimizer remembers.
+        bases: whether a form with shared bases may be chosen.
     """
     E, H, I = shape.num_experts, shape.hidden_size, shape.intermediate_size  # noqa: E741
     top_k = int(model_config.get("num_experts_per_tok", 1))
@@ -85,7 +87,7 @@ def needs(
     forward = kept + MAPPED_BYTES + _FLOAT * (batch_tokens * (6 * H + 4 * width) + scores) + dense
     stages = {
         "chunk": _FLOAT * chunk * chunk_values(H, I),
-        "bases": 8 * _DOUBLE * H * H,
+        "bases": 8 * _DOUBLE * H * H if bases else 0,
         "tuning": _FLOAT * (5 * weights + 3 * tokens * H) if tune else 0,
         "output": 3 * _FLOAT * min(SLOT_VALUES, tokens * top_k * H),
     }

@@ -32,7 +32,7 @@ from offline_quant.calibration import (
 from offline_quant.config import QuantizeConfig
 from offline_quant.dense import DenseModel, dense_plan, dense_report, write_other_tensors
 from offline_quant.hub import write_card
-from offline_quant.layer import LayerQuantizer, budget_bits, forms_of, passes, schema_of
+from offline_quant.layer import LayerQuantizer, budget_bits, forms_of, may_share_bases, passes, schema_of
 from offline_quant.memory import SHARD_BYTES, Needs, check_memory, needs
 from offline_quant.model_adapter import SourceModel
 from offline_quant.objectives import OBJECTIVES
@@ -190,7 +190,7 @@ def quantize_model(
     batch_tokens = length * min(config.calib_samples, batch_windows(length, source.shape.hidden_size))
     found = needs(
         source.shape, source.tensors.specs, source.config, config.bits, tokens, batch_tokens, length, peak_bytes(),
-        config.tune,
+        config.tune, may_share_bases(source.shape, config),
     )  # fmt: skip
     if team.rank == 0:
         console.print(

@@ -8,10 +8,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.scale import MODELS
 from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.format.families import moe_shape
+from bitsmoe_kernels.format.schema import TensorSpec
 from builders import TINY_MOE
 from offline_quant.calibration import load_tokenizer, sample_windows, text_windows
+from offline_quant.chunks import chunk_values
+from offline_quant.config import QuantizeConfig
 from offline_quant.evaluate import evaluate
+from offline_quant.layer import may_share_bases
+from offline_quant.memory import needs
 from offline_quant.model_adapter import SourceModel
 from offline_quant.pipeline import give_back
 from offline_quant.streaming import StreamedModel
@@ -193,3 +200,26 @@ def test_freed_memory_is_given_back_from_between_blocks_in_use():
     assert full > 150_000
     assert resident() - before < 0.2 * full
     assert len(kept) == 100
+
+
+@pytest.mark.parametrize(
+    ("options", "shared"),
+    [({}, True), ({"basis": "natural"}, False), ({"basis": "paper"}, True), ({"objective": "alphaq"}, False)],
+)
+def test_memory_of_shared_bases_is_asked_for_where_they_may_be_chosen(options, shared):
+    config = MODELS["qwen3-235b-a22b"].config | {"num_hidden_layers": 1, "num_experts": 8}
+    shape = moe_shape(config, "test")
+    H, inner = shape.hidden_size, shape.intermediate_size
+    sizes = ((inner, H), (inner, H), (H, inner))
+    specs = {
+        name: TensorSpec(torch.bfloat16, size)
+        for e in range(shape.num_experts)
+        for name, size in zip(shape.expert_names(0, e), sizes, strict=True)
+    }
+
+    def peak(bases):
+        return needs(shape, specs, config, 2.125, 4096, 4096, 2048, 0, bases=bases).peak
+
+    assert may_share_bases(shape, QuantizeConfig(bits=2.125, **options)) is shared
+    # Eight double-precision matrices [H, H] instead of what one expert takes.
+    assert peak(True) - peak(False) == 8 * 8 * H * H - 4 * chunk_values(H, inner)
