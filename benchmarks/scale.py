@@ -30,8 +30,9 @@ from offline_quant.allocation import allocate
 from offline_quant.config import QuantizeConfig
 from offline_quant.distortion import kappa
 from offline_quant.output import copy_side_files
-from offline_quant.pipeline import peak_bytes, quantize_model
+from offline_quant.pipeline import quantize_model
 from offline_quant.progress import track
+from offline_quant.resident import peak_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "examples" / "tiny_moe"

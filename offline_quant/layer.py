@@ -27,6 +27,7 @@ from offline_quant.distortion import Components, Factor, factorize, on_diagonal,
 from offline_quant.joint import fit_jointly
 from offline_quant.objectives import OBJECTIVES, Table, part, table
 from offline_quant.quantize import Quantized, quantize
+from offline_quant.resident import give_back
 from offline_quant.statistics import LayerStatistics, corrected
 from offline_quant.team import Team
 
@@ -228,7 +229,13 @@ class LayerQuantizer:
 
     def each(self, work: Callable[[range], Result]) -> Iterator[Result]:
         """`work` of every chunk, shared by the team; results in their order."""
-        for chunk, found in zip(self.chunks, self.team.map(self.chunks, work), strict=True):
+
+        def worked(chunk: range) -> Result:
+            found = work(chunk)
+            give_back()
+            return found
+
+        for chunk, found in zip(self.chunks, self.team.map(self.chunks, worked), strict=True):
             yield found
             self._tick(len(chunk))
 

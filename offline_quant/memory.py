@@ -13,6 +13,7 @@ from offline_quant import sanity
 from offline_quant.chunks import chunk_values, chunks_of
 from offline_quant.spool import MEMORY_BYTES
 from offline_quant.statistics import SLOT_VALUES
+from offline_quant.streaming import TOGETHER
 
 SHARD_BYTES = 1 << 30
 """Of a shard of the result: writing one takes twice as much memory."""
@@ -72,7 +73,9 @@ def needs(
     weights = 3 * E * H * I
     state = tokens * (_FLOAT * H + top_k * (_FLOAT + 3 * _INT))
     largest = max((spec.nbytes for spec in specs.values()), default=0)
-    mapped = min(MAPPED_BYTES + largest, sum(spec.nbytes for spec in specs.values()))
+    source = sum(spec.nbytes for spec in specs.values())
+    mapped = min(MAPPED_BYTES, source)
+    whole_tensor = min(MAPPED_BYTES + largest, source)
     chunk = len(chunks_of(E, H, I)[0])
     spooled = _FLOAT * (E * (5 * H * H + 3 * I * I) + tokens * top_k * I + E * H * I)
     dense = _FLOAT * max(_layer_values(shape, specs, i) for i in shape.layers)
@@ -84,24 +87,28 @@ def needs(
     whole = queries != int(model_config.get("v_head_dim") or 0)
     scores = int(SCORE_COPIES * heads * batch_tokens * length) if whole else 0
     kept = state + min(MEMORY_BYTES, spooled)
-    forward = kept + MAPPED_BYTES + _FLOAT * (batch_tokens * (6 * H + 4 * width) + scores) + dense
-    stages = {
-        "chunk": _FLOAT * chunk * chunk_values(H, I),
-        "bases": 8 * _DOUBLE * H * H if bases else 0,
-        "tuning": _FLOAT * (5 * weights + 3 * tokens * H) if tune else 0,
-        "output": 3 * _FLOAT * min(SLOT_VALUES, tokens * top_k * H),
-    }
-    # The memory of what came before, attention among it, comes back late.
-    running = kept + mapped + dense + 2 * coded + max(stages.values())
     judged = min(tokens, sanity.TOKENS)
-    judging = _FLOAT * (3 * judged * H + sanity.VOCABULARY_ROWS * (H + 3 * judged)) + mapped
+    # Of several batches at once: hidden states, what enters the experts, what they put out, and what passes them by.
+    together = 4 * H * min(TOGETHER * batch_tokens, tokens if tune else judged)
+    attention = batch_tokens * (6 * H + 4 * width) + scores
+    experts = 4 * chunk * 3 * H * I
+    forward = kept + mapped + dense + _FLOAT * (together + max(attention, experts))
+    codes = {
+        "chunk": coded + _FLOAT * chunk * chunk_values(H, I),
+        "put together": 2 * coded,
+        "bases": 8 * _DOUBLE * H * H if bases else 0,
+        "tuning": 2 * coded + _FLOAT * (5 * weights + 3 * tokens * H) if tune else 0,
+        "output": coded + 3 * _FLOAT * min(SLOT_VALUES, tokens * top_k * H),
+    }
+    running = kept + mapped + max(codes.values())
+    judging = _FLOAT * (3 * judged * H + sanity.VOCABULARY_ROWS * (H + 3 * judged)) + whole_tensor
     hidden = 3 * _FLOAT * tokens * H
     others = [spec.nbytes for name, spec in specs.items() if not shape.is_expert_tensor(name)]
     # A layer's experts are about two tensors: codes of gate and up, and of down.
     shard = largest_shard([*[2 * coded // 3, coded // 3] * len(shape.layers), *others], SHARD_BYTES)
-    writing = 2 * shard + MAPPED_BYTES + min(MEMORY_BYTES, spooled)
+    writing = 2 * shard + mapped
     return Needs(
-        peak=baseline + LATER + max(forward, running, judging, writing),
+        peak=baseline + LATER + max(whole_tensor, forward, running, judging, writing),
         calibration_state=state,
         disk=hidden + max(0, _FLOAT * (tokens * top_k * I + E * H * I) - MEMORY_BYTES),
         result=sum(others) + coded * len(shape.layers),

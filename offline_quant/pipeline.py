@@ -1,9 +1,6 @@
 """`bitsmoe quantize` from options to checkpoint: check everything, calibrate, then layer by layer plan and quantize."""
 
-import ctypes
 import json
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -48,6 +45,7 @@ from offline_quant.output import (
 from offline_quant.progress import Bar, bar, console, track
 from offline_quant.report import LayerPicture, layer_picture, layer_report, model_report
 from offline_quant.report_page import write_page
+from offline_quant.resident import give_back, peak_bytes
 from offline_quant.sensitivity import layer_sensitivities
 from offline_quant.spectrum import tail_length
 from offline_quant.spool import Spool
@@ -233,25 +231,6 @@ def quantize_model(
         clock.lap("report page")
         state.publish()
     return Outcome(report, clock.laps, clock.cpu, clock.peaks, found)
-
-
-def peak_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    status = Path("/proc/self/status")
-    if status.exists():  # the other figure begins with what the parent process had
-        found = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
-        if found:
-            return 1024 * int(found.split()[1])
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def give_back() -> None:
-    """Give freed memory back to the system.
-
-    glibc keeps what lies between blocks that are still in use: in a model of many layers more with every layer.
-    """
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
 
 
 def _windows(

@@ -19,6 +19,7 @@ from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.families import MODULE_EXPERTS, kept_tensors
 from offline_quant.chunks import chunks_of
 from offline_quant.model_adapter import WeightSource
+from offline_quant.resident import give_back
 from offline_quant.statistics import LayerInputs
 
 Arguments = list[dict[str, Any]]
@@ -124,6 +125,7 @@ class StreamedModel:
             called = [(topk_ids == e).nonzero(as_tuple=True) for e in chunk]
             if not any(len(token) for token, _ in called):
                 continue
+            give_back()  # what earlier experts took, and attention
             gate_up, down = (w.to(self.device) for w in self.source.experts(index, chunk))
             for i, (token, slot) in enumerate(called):
                 gate, up = (x[token] @ gate_up[i].T).chunk(2, -1)
@@ -211,10 +213,12 @@ class StreamedModel:
             if index not in self.shape.layers:
                 yield from (self.run(module, *batch).cpu() for batch in group)
                 continue
-            found = [self.expert_inputs(module, *batch) for batch in group]
-            inputs = LayerInputs.gathered((x for x, _ in found), sum(len(x.x) for x, _ in found), self.device)
+            entering, rests = map(list, zip(*(self.expert_inputs(module, *batch) for batch in group), strict=True))
+            lengths = [len(x.x) for x in entering]
+            # Each is let go as it is copied.
+            inputs = LayerInputs.gathered((entering.pop(0) for _ in lengths), sum(lengths), self.device)
             share = self.routed(index, inputs.x, inputs.topk_ids, inputs.topk_weights).cpu()
-            for (_, rest), own in zip(found, share.split([len(x.x) for x, _ in found]), strict=True):
+            for rest, own in zip(rests, share.split(lengths), strict=True):
                 yield rest + own.view_as(rest)
 
     @property

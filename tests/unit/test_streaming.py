@@ -3,6 +3,7 @@
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +17,12 @@ from builders import TINY_MOE
 from offline_quant.calibration import load_tokenizer, sample_windows, text_windows
 from offline_quant.config import QuantizeConfig
 from offline_quant.evaluate import evaluate
-from offline_quant.layer import may_share_bases
+from offline_quant.layer import LayerQuantizer, may_share_bases
 from offline_quant.memory import needs
 from offline_quant.model_adapter import SourceModel
-from offline_quant.pipeline import give_back
+from offline_quant.resident import give_back
 from offline_quant.streaming import StreamedModel
+from offline_quant.team import Team
 
 TEXT = "The old man looked at the sea, and said nothing for a long while. " * 120
 
@@ -184,21 +186,40 @@ def test_sampled_text_is_the_models_own_and_repeats_with_its_seed(whole):
     assert float(nll) == pytest.approx(float(entropy), rel=0.1)
 
 
-def test_freed_memory_is_given_back_from_between_blocks_in_use():
-    def resident():
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+def resident():
+    """Anonymous memory of this process, kB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
+
+def scattered():
+    """A twentieth of 200 MB in blocks small enough for the heap; what lies between them was freed."""
+    return [torch.ones(25_000) for _ in range(2_000)][::20]
+
+
+def test_freed_memory_is_given_back_from_between_blocks_in_use():
     give_back()  # what other tests have freed
     before = resident()
-    blocks = [torch.ones(25_000) for _ in range(2_000)]  # 100 kB each: small enough for the heap
+    kept = scattered()
     full = resident() - before
-    kept = blocks[::20]
-    del blocks
     give_back()
     assert full > 150_000
     assert resident() - before < 0.2 * full
     assert len(kept) == 100
+
+
+def test_a_chunk_of_experts_leaves_nothing_behind_for_the_next_one():
+    give_back()
+    before, kept, found = resident(), [], []
+
+    def work(chunk):
+        found.append(resident() - before)
+        kept.append(scattered())
+
+    quantizer = SimpleNamespace(chunks=[range(e, e + 1) for e in range(4)], team=Team(), _tick=lambda experts: None)
+    assert len(list(LayerQuantizer.each(quantizer, work))) == 4
+    assert max(found) < 60_000  # three times a twentieth, not three times 200 MB
+    assert len(kept) == 4
 
 
 @pytest.mark.parametrize(
@@ -217,7 +238,7 @@ def test_memory_of_shared_bases_is_asked_for_where_they_may_be_chosen(options, s
     }
 
     def peak(bases):
-        return needs(shape, specs, config, 2.125, 4096, 4096, 2048, 0, bases=bases).peak
+        return needs(shape, specs, config, 2.125, 4096, 2048, 2048, 0, bases=bases).peak
 
     assert may_share_bases(shape, QuantizeConfig(bits=2.125, **options)) is shared
     assert peak(False) < peak(True) <= peak(False) + 8 * 8 * H * H  # eight double-precision matrices
