@@ -156,7 +156,7 @@ def rank_components(
         The components, and M and its factor with rows in stored order.
     """
     find = factorize if feedback else on_diagonal
-    total = (F * (M @ F)).sum((1, 2))
+    total = output_energy(F, M)
     if component_axis == "output":
         factor = find(M)
         energy = (factor.variances[:, :, None] * F.square()).sum(1)
@@ -168,6 +168,11 @@ def rank_components(
     M = permuted(M, order)
     factor = find(M)
     return Components(order, norms.gather(1, order), factor.variances, total), M, factor
+
+
+def output_energy(F: Tensor, M: Tensor) -> Tensor:
+    """tr(F^T M F) [n], what factors F [n, K, N] put out for inputs of second moments M [n, K, K]."""
+    return (F * (M @ F)).sum((1, 2))
 
 
 def permuted(M: Tensor, order: Tensor) -> Tensor:

@@ -23,7 +23,15 @@ from offline_quant.allocation import Allocation, allocate
 from offline_quant.basis import Decomposition, natural, paper, whitened
 from offline_quant.chunks import chunks_of
 from offline_quant.config import QuantizeConfig
-from offline_quant.distortion import Components, Factor, factorize, on_diagonal, permuted, rank_components
+from offline_quant.distortion import (
+    Components,
+    Factor,
+    factorize,
+    on_diagonal,
+    output_energy,
+    permuted,
+    rank_components,
+)
 from offline_quant.joint import fit_jointly
 from offline_quant.objectives import OBJECTIVES, Table, part, table
 from offline_quant.quantize import Quantized, quantize
@@ -769,7 +777,9 @@ class LayerQuantizer:
         if plan.ranks is not None:
             q, residual, lowrank = _compensated(q, F, M, width, plan.ranks[own], order, roots, self.config)
         share = self.stats.share[own]
-        lost, total = (float((share * (x * (M @ x)).sum((1, 2))).sum()) for x in (residual, F))
+        # Down was fitted anew since its components were ranked.
+        energy = output_energy(F, M) if name == "down" else projection.components.total[own]
+        lost, total = (float((share * x).sum()) for x in (output_energy(residual, M), energy))
         codes = [pack_codes((q.codes[i] if on_input else q.codes[i].T).cpu(), bits[i], G) for i in range(len(chunk))]
         scales, features = (q.a, q.c) if on_input else (q.c, q.a)
         features = features if roots is None else features / roots

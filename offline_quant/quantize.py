@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_kernels.format.schema import MAX_BITS
-from offline_quant.distortion import Factor, factorize, gaussian_quantizer, on_diagonal
+from offline_quant.distortion import Factor, factorize, gaussian_quantizer, on_diagonal, output_energy
 
 COLUMN_BLOCK = 32
 ROUND_VALUES = 1 << 15
@@ -229,7 +229,7 @@ def _round_all(F: Tensor, M: Tensor, grid: _Grid, c: Tensor, rough: bool = False
         codes[part], value = own.round(flat[part], a[part], columns[part])
         torch.sub(flat[part], value, out=d[part])
     d = d.view(n, K, N)
-    return Quantized(codes.view(n, K, N), a.view(n, K), c, F.square().sum(-1), (d * (M @ d)).sum((1, 2)))
+    return Quantized(codes.view(n, K, N), a.view(n, K), c, F.square().sum(-1), output_energy(d, M))
 
 
 def _refit(M: Tensor, MF: Tensor, q: Quantized, width: Tensor) -> Quantized:
@@ -264,4 +264,4 @@ def _coordinate_descent(F: Tensor, M: Tensor, q: Quantized, width: Tensor, grid:
             change = new - value[:, k]
             residual[:, k] -= change
             gradient[:, i + 1 :].addcmul_(M[:, k + 1 : end, k, None], change[:, None], value=-1)
-    return Quantized(codes, q.a, q.c, q.norms, (residual * (M @ residual)).sum((1, 2)))
+    return Quantized(codes, q.a, q.c, q.norms, output_energy(residual, M))
