@@ -45,7 +45,7 @@ from offline_quant.output import (
 from offline_quant.progress import Bar, bar, console, track
 from offline_quant.report import LayerPicture, layer_picture, layer_report, model_report
 from offline_quant.report_page import write_page
-from offline_quant.resident import give_back, peak_bytes
+from offline_quant.resident import give_back, keep_large_blocks_apart, peak_bytes
 from offline_quant.sensitivity import layer_sensitivities
 from offline_quant.spectrum import tail_length
 from offline_quant.spool import Spool
@@ -168,6 +168,7 @@ def quantize_model(
     Raises:
         BitsmoeError: any fault of the input; nothing is left behind, or layers that `resume` goes on with.
     """
+    keep_large_blocks_apart()
     team = team or Team()
     if config.tune and team.size > 1:
         raise BitsmoeError("--tune: experts are fitted one after another, in one process; use it without --workers")

@@ -20,7 +20,7 @@ from offline_quant.evaluate import evaluate
 from offline_quant.layer import LayerQuantizer, may_share_bases
 from offline_quant.memory import needs
 from offline_quant.model_adapter import SourceModel
-from offline_quant.resident import give_back
+from offline_quant.resident import give_back, keep_large_blocks_apart
 from offline_quant.streaming import StreamedModel
 from offline_quant.team import Team
 
@@ -206,6 +206,18 @@ def test_freed_memory_is_given_back_from_between_blocks_in_use():
     assert full > 150_000
     assert resident() - before < 0.2 * full
     assert len(kept) == 100
+
+
+def test_large_blocks_go_back_as_soon_as_they_are_freed():
+    keep_large_blocks_apart()
+    give_back()
+    before = resident()
+    blocks = [torch.ones(7_000_000) for _ in range(20)]  # 28 MB each
+    assert resident() - before > 500_000
+    kept = blocks[::5]
+    del blocks
+    assert resident() - before < 150_000
+    assert len(kept) == 4
 
 
 def test_a_chunk_of_experts_leaves_nothing_behind_for_the_next_one():
