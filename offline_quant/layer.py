@@ -165,8 +165,11 @@ def forms_of(config: QuantizeConfig) -> tuple[str, ...]:
 
 def may_share_bases(shape: MoEShape, config: QuantizeConfig) -> bool:
     """Whether a form with shared bases may be chosen."""
-    schemas = (schema_of(form, shape, config) for form in forms_of(config))
-    return any(p.basis is not None for schema in schemas for p in schema.projections.values())
+    return any(_shares_bases(schema_of(form, shape, config)) for form in forms_of(config))
+
+
+def _shares_bases(layer: Layer) -> bool:
+    return any(p.basis is not None for p in layer.projections.values())
 
 
 def passes(config: QuantizeConfig) -> int:
@@ -496,8 +499,7 @@ class LayerQuantizer:
         """What a plan is judged by."""
         if plan.trial is None:
             return plan.allocation.loss
-        shared = any(p.basis for p in plan.layer.projections.values())
-        if not shared or self.config.tune:
+        if not _shares_bases(plan.layer) or self.config.tune:
             return plan.trial
         return max(plan.trial * SHARED_BASIS_HANDICAP, plan.trial + SHARED_BASIS_GAIN)
 

@@ -91,7 +91,7 @@ def needs(
     # Of several batches at once: hidden states, what enters the experts, what they put out, and what passes them by.
     together = 4 * H * min(TOGETHER * batch_tokens, tokens if tune else judged)
     attention = batch_tokens * (6 * H + 4 * width) + scores
-    experts = 4 * chunk * 3 * H * I
+    experts = 4 * chunk * 3 * H * I  # a chunk, the one before it, and as much for what is computed with them
     forward = kept + mapped + dense + _FLOAT * (together + max(attention, experts))
     codes = {
         "chunk": coded + _FLOAT * chunk * chunk_values(H, I),

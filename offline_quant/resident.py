@@ -4,6 +4,7 @@ import ctypes
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 LARGE_BLOCK = 24 << 20
 """Smaller ones are used again so often that fresh pages would take time: at 8 MB a twelfth of a run on tiny_moe."""
@@ -25,7 +26,7 @@ def keep_large_blocks_apart() -> None:
 
     glibc raises that size to 32 MB by itself, and matrices of large experts then lie among small blocks in its heap.
     """
-    if sys.platform == "linux" and (option := getattr(ctypes.CDLL(None), "mallopt", None)):
+    if option := _of_glibc("mallopt"):
         option(_M_MMAP_THRESHOLD, LARGE_BLOCK)
         option(_M_TRIM_THRESHOLD, 4 * LARGE_BLOCK)  # no longer raised with the other
 
@@ -33,8 +34,12 @@ def keep_large_blocks_apart() -> None:
 def give_back() -> None:
     """Give freed memory back to the system.
 
-    glibc keeps what lies between blocks that are still in use: of a large model
-    more with every expert.
+    glibc keeps what lies between blocks that are still in use: of a large model more with every expert.
     """
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+    if trim := _of_glibc("malloc_trim"):
         trim(0)
+
+
+def _of_glibc(function: str) -> Any:
+    """A function of the C library; None where there is no such thing."""
+    return getattr(ctypes.CDLL(None), function, None) if sys.platform == "linux" else None
