@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bitsmoe_kernels.format.schema import Axis, Basis, ProjectionName
 from offline_quant.statistics import DAMPING
+from offline_quant.symmetric import add_product, mirrored
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Decomposition:
         """Second moments of what enters the contraction, given those of the projection's input [n, K, K]."""
         if self.basis is None or self.component_axis == "output":
             return M
-        return self.basis @ M @ self.basis.T
+        B = self.basis.T.expand(len(M), -1, -1)
+        return mirrored(add_product(torch.zeros_like(M), B, M @ B))
 
 
 def natural(name: ProjectionName) -> Decomposition:

@@ -13,6 +13,10 @@ from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError
 from offline_quant.statistics import DAMPING
+from offline_quant.symmetric import output_energy
+
+TRIANGLE = 128
+"""A triangular matrix of this size is inverted at once."""
 
 
 @lru_cache
@@ -98,8 +102,19 @@ def factorize(moments: Tensor) -> Factor:
         if not bool(failed.any()):
             break
         ridge = torch.where(failed, 10 * ridge, ridge)
-    identity = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device).expand_as(moments)
-    return Factor(ridge, torch.linalg.solve_triangular(root.flip(-1, -2), identity, upper=True))
+    return Factor(ridge, _inverse(root.flip(-1, -2)))
+
+
+def _inverse(R: Tensor) -> Tensor:
+    """Of upper triangular R [n, K, K], by halves: a third of the multiplications of solving for the identity."""
+    K = R.shape[-1]
+    if K <= TRIANGLE:
+        return torch.linalg.solve_triangular(R, torch.eye(K, dtype=R.dtype, device=R.device).expand_as(R), upper=True)
+    first, last = slice(K // 2), slice(K // 2, None)
+    out = torch.zeros_like(R)
+    out[:, first, first], out[:, last, last] = _inverse(R[:, first, first]), _inverse(R[:, last, last])
+    out[:, first, last] = (out[:, first, first] @ R[:, first, last] @ out[:, last, last]).neg_()
+    return out
 
 
 def _least_ridge(moments: Tensor) -> Tensor:
@@ -168,11 +183,6 @@ def rank_components(
     M = permuted(M, order)
     factor = find(M)
     return Components(order, norms.gather(1, order), factor.variances, total), M, factor
-
-
-def output_energy(F: Tensor, M: Tensor) -> Tensor:
-    """tr(F^T M F) [n], what factors F [n, K, N] put out for inputs of second moments M [n, K, K]."""
-    return (F * (M @ F)).sum((1, 2))
 
 
 def permuted(M: Tensor, order: Tensor) -> Tensor:

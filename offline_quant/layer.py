@@ -28,7 +28,6 @@ from offline_quant.distortion import (
     Factor,
     factorize,
     on_diagonal,
-    output_energy,
     permuted,
     rank_components,
 )
@@ -37,6 +36,7 @@ from offline_quant.objectives import OBJECTIVES, Table, part, table
 from offline_quant.quantize import Quantized, quantize
 from offline_quant.resident import give_back
 from offline_quant.statistics import LayerStatistics, corrected
+from offline_quant.symmetric import output_energy
 from offline_quant.team import Team
 
 EXTREME = 100.0
@@ -774,14 +774,16 @@ class LayerQuantizer:
         bits, width = plan.bits[name][own], self._width(plan, name, chunk)
         q, F = self._round(plan, projection, chunk, W, M, factor, self.config.refine)
         order, roots = projection.components.order[own], self._roots(name, chunk)
-        residual = F - q.dequantize(width)
+        residual, left = F - q.dequantize(width), q.lost
         lowrank: dict[str, Tensor] = {}
         if plan.ranks is not None:
             q, residual, lowrank = _compensated(q, F, M, width, plan.ranks[own], order, roots, self.config)
+            left = None
         share = self.stats.share[own]
         # Down was fitted anew since its components were ranked.
         energy = output_energy(F, M) if name == "down" else projection.components.total[own]
-        lost, total = (float((share * x).sum()) for x in (output_energy(residual, M), energy))
+        left = output_energy(residual, M) if left is None else left
+        lost, total = (float((share * x).sum()) for x in (left, energy))
         codes = [pack_codes((q.codes[i] if on_input else q.codes[i].T).cpu(), bits[i], G) for i in range(len(chunk))]
         scales, features = (q.a, q.c) if on_input else (q.c, q.a)
         features = features if roots is None else features / roots

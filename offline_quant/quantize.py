@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from bitsmoe_kernels.format.schema import MAX_BITS
-from offline_quant.distortion import Factor, factorize, gaussian_quantizer, on_diagonal, output_energy
+from offline_quant.distortion import Factor, factorize, gaussian_quantizer, on_diagonal
+from offline_quant.symmetric import add_product, mirrored, output_energy
 
 COLUMN_BLOCK = 32
 ROUND_VALUES = 1 << 15
@@ -38,6 +39,7 @@ class Quantized:
         c: [n, N]: scales, float32 values that float16 holds exactly.
         norms: [n, K], squared norms of the rows as they were rounded, with what others had handed them.
         error: [n], tr((F - F^)^T M (F - F^)) for damped M.
+        lost: [n], the same for M as it is, if that came up on the way.
     """
 
     codes: Tensor
@@ -45,6 +47,7 @@ class Quantized:
     c: Tensor
     norms: Tensor
     error: Tensor
+    lost: Tensor | None = None
 
     def dequantize(self, width: Tensor) -> Tensor:
         """F^ [n, K, N], float32."""
@@ -76,14 +79,15 @@ def quantize(
     width = width[:, :, None] if along == "K" else width[:, None, :]
     if factor is None:
         factor = factorize(M) if feedback else on_diagonal(M)
-    M = factor.damped(M)
     c, grid = _column_scale(F, factor.variances, width), _Grid.of(width)
-    out = _feedback(F, factor.U, grid, c, rough) if feedback else _round_all(F, M, grid, c, rough)
-    best = out
-    MF = M @ F if passes else F
+    out = _feedback(F, factor.U, grid, c, rough) if feedback else _round_all(F, M, factor.ridge, grid, c, rough)
+    if not passes:
+        return out
+    best, M = out, factor.damped(M)
+    MF = M @ F
     for _ in range(passes):
-        out = _refit(M, MF, out, width)
-        out = _coordinate_descent(F, M, out, width, grid)
+        out, gradient = _refit(M, MF, out, width)
+        out = _coordinate_descent(F, M, out, width, grid, gradient)
         # Float16 rounding of the scales can undo a gain: keep the best seen, expert by expert.
         better = out.error < best.error
         best = Quantized(
@@ -212,7 +216,7 @@ def _feedback(F: Tensor, U: Tensor, grid: _Grid, c: Tensor, rough: bool = False)
     return Quantized(codes, a, c, norms, total)
 
 
-def _round_all(F: Tensor, M: Tensor, grid: _Grid, c: Tensor, rough: bool = False) -> Quantized:
+def _round_all(F: Tensor, M: Tensor, ridge: Tensor, grid: _Grid, c: Tensor, rough: bool = False) -> Quantized:
     """Every row to its own best scale, as many at once as a processor's cache holds."""
     n, K, N = F.shape
 
@@ -229,39 +233,57 @@ def _round_all(F: Tensor, M: Tensor, grid: _Grid, c: Tensor, rough: bool = False
         codes[part], value = own.round(flat[part], a[part], columns[part])
         torch.sub(flat[part], value, out=d[part])
     d = d.view(n, K, N)
-    return Quantized(codes.view(n, K, N), a.view(n, K), c, F.square().sum(-1), output_energy(d, M))
+    lost = output_energy(d, M)
+    error = lost + ridge * d.square().sum((1, 2))
+    return Quantized(codes.view(n, K, N), a.view(n, K), c, F.square().sum(-1), error, lost)
 
 
-def _refit(M: Tensor, MF: Tensor, q: Quantized, width: Tensor) -> Quantized:
-    """Best a for fixed codes and c (one K x K solve), then best c for fixed codes and a (one ratio per output)."""
+def _refit(M: Tensor, MF: Tensor, q: Quantized, width: Tensor) -> tuple[Quantized, Tensor]:
+    """Best a for fixed codes and c (one K x K solve), then best c for fixed codes and a (one ratio per output).
+
+    Returns:
+        Codes with these scales, their error still the former's; M (F - F^) [n, K, N].
+    """
     level = _centred(q.codes, width)
     A = level * q.c[:, None]
-    normal = M * (A @ A.mT)
+    normal = M * mirrored(add_product(torch.zeros_like(M), A.mT, A.mT))
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
     ridge = 1e-6 * diagonal.mean(-1, keepdim=True) + 1e-30
-    normal = normal + torch.diag_embed(ridge.expand_as(diagonal))
+    diagonal += ridge
     a = torch.linalg.solve(normal, (A * MF).sum(-1, keepdim=True))[..., 0]
     a = _half(torch.where(level.abs().sum(-1) > 0, a, 0.0))
-    A = level * a[:, :, None]
-    power = (A * (M @ A)).sum(1)
-    c = torch.where(power > 0, (A * MF).sum(1) / power.clamp(min=1e-30), q.c)
-    return Quantized(q.codes, a, _half(c), q.norms, q.error)
+    A = level.mul_(a[:, :, None])
+    MA = M @ A
+    power = (A * MA).sum(1)
+    c = _half(torch.where(power > 0, (A * MF).sum(1) / power.clamp(min=1e-30), q.c))
+    return Quantized(q.codes, a, c, q.norms, q.error), torch.sub(MF, MA.mul_(c[:, None]), out=MA)
 
 
-def _coordinate_descent(F: Tensor, M: Tensor, q: Quantized, width: Tensor, grid: _Grid) -> Quantized:
-    """Round every row again, against what all other rows leave over."""
+def _coordinate_descent(F: Tensor, M: Tensor, q: Quantized, width: Tensor, grid: _Grid, gradient: Tensor) -> Quantized:
+    """Round every row again, against what all other rows leave over.
+
+    Args:
+        F: [n, K, N].
+        M: [n, K, K], damped.
+        q: codes and scales.
+        width: of every component.
+        grid: of these.
+        gradient: M (F - F^) [n, K, N]; is overwritten.
+    """
     codes = q.codes.clone()
     value = q.dequantize(width)
-    residual = F - value
+    error = ((F - value) * gradient).sum((1, 2))
+    change = torch.empty_like(F)
     K, own = F.shape[1], M.diagonal(dim1=-2, dim2=-1)[:, :, None]
     for start in range(0, K, COLUMN_BLOCK):
         end = min(start + COLUMN_BLOCK, K)
-        gradient = M[:, start:end] @ residual
+        # A row's gradient is brought up to date when its turn comes, and stays as it was then.
+        gradient[:, start:end].baddbmm_(M[:, start:end, :start], change[:, :start], alpha=-1)
         for k in range(start, end):
-            i = k - start
-            target = torch.addcdiv(value[:, k], gradient[:, i], own[:, k])
+            target = torch.addcdiv(value[:, k], gradient[:, k], own[:, k])
             codes[:, k], new = grid.row(k).round(target, q.a[:, k], q.c)
-            change = new - value[:, k]
-            residual[:, k] -= change
-            gradient[:, i + 1 :].addcmul_(M[:, k + 1 : end, k, None], change[:, None], value=-1)
-    return Quantized(codes, q.a, q.c, q.norms, output_energy(residual, M))
+            moved = torch.sub(new, value[:, k], out=change[:, k])
+            gradient[:, k + 1 : end].addcmul_(M[:, k + 1 : end, k, None], moved[:, None], value=-1)
+    # Each move d of a row with gradient g and moment m took 2 g d - m d^2 off the error.
+    gain = gradient.mul_(2).addcmul_(own, change, value=-1).mul_(change).sum((1, 2))
+    return Quantized(codes, q.a, q.c, q.norms, error - gain)

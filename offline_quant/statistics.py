@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from offline_quant.spool import Spool
+from offline_quant.symmetric import add_product, mirrored
 from offline_quant.team import Team
 
 RARE_SHARE = 0.25
@@ -23,8 +24,6 @@ OUTPUT_TOKENS = 2_048
 """Tokens on which a layer's output is compared."""
 BLOCK_TOKENS = 1024
 """Tokens that pass through an expert at a time, so that what is made of them stays in the processor's cache."""
-LEAST_STRIPE, MOST_STRIPES = 64, 16
-"""Rows of a symmetric product that are computed at a time, from the diagonal on; into how many stripes it is cut."""
 SLOT_VALUES = 1 << 25
 """Float32 values of tokens' slots that are filled at a time."""
 PLANNING_STEP, PLANNING_TOKENS = 4, 8
@@ -116,7 +115,7 @@ class LayerStatistics:
         self._place = place.split(self.counts.tolist())
         self._weights = inputs.topk_weights.flatten()
         hidden = inputs.x.shape[1]
-        self.pooled = _mirrored(_add_symmetric(inputs.x.new_zeros(hidden, hidden), inputs.x, inputs.x)) / tokens
+        self.pooled = mirrored(add_product(inputs.x.new_zeros(hidden, hidden), inputs.x, inputs.x)) / tokens
         """C [H, H] over all tokens."""
         self.pseudo_count = max(1, hidden // 8)
         self._sample = torch.arange(0, tokens, max(1, tokens // hidden), device=place.device)
@@ -182,7 +181,7 @@ class LayerStatistics:
             outputs[I:] += m @ silu
             # D decides who gets bits, not what is rounded to what: part of the tokens will do.
             some = h[::step]
-            _add_symmetric(D, some * (step * m[::step, None]), some)
+            add_product(D, some * (step * m[::step, None]), some)
         self.spool.put(f"activations-{expert}", hidden)
         token *= mass
         outputs *= norms.repeat(2)
@@ -192,8 +191,8 @@ class LayerStatistics:
         M = down.new_zeros(H, H)
         for part in _blocks(len(tokens)):
             x = self.inputs.x[tokens[part]]
-            _add_symmetric(M, x * token[part, None], x)
-        return _mirrored(M), outputs, _mirrored(D)
+            add_product(M, x * token[part, None], x)
+        return mirrored(M), outputs, mirrored(D)
 
     def plain_moments(self, expert: int) -> Tensor:
         """Second moments [H, H] of an expert's inputs, every token alike."""
@@ -222,10 +221,10 @@ class LayerStatistics:
             x = self.inputs.x[tokens[part]]
             h = torch.mul(F.silu(x @ W_gate, inplace=True), x @ W_up, out=seen[part])
             weighed = h * mass[part, None]
-            _add_symmetric(moments, h, weighed)
+            add_product(moments, h, weighed)
             crossed.addmm_(original[part].T, weighed)
         self.spool.put(f"activations-{expert}", seen)
-        moments = _mirrored(moments)
+        moments = mirrored(moments)
         return moments, crossed[order] - moments
 
     def routed(self, expert: int) -> RoutedTokens:
@@ -281,20 +280,6 @@ class LayerStatistics:
     def sample_step(self) -> int:
         """Of the tokens on which a layer's output is compared."""
         return max(1, len(self.inputs.x) // OUTPUT_TOKENS)
-
-
-def _add_symmetric(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Add x^T y, which is symmetric, to the upper triangle of `total` [K, K]; returns it. Stripes save a third."""
-    K = len(total)
-    width = max(LEAST_STRIPE, K // MOST_STRIPES)
-    for k in range(0, K, width):
-        total[k : k + width, k:].addmm_(x[:, k : k + width].T, y[:, k:])
-    return total
-
-
-def _mirrored(upper: Tensor) -> Tensor:
-    """The symmetric matrix whose upper triangle is given."""
-    return upper.triu() + upper.triu(1).T
 
 
 def _blocks(count: int) -> list[slice]:

@@ -24,6 +24,7 @@ from offline_quant.layer import LayerQuantizer
 from offline_quant.quantize import Quantized, _Grid, quantize
 from offline_quant.report import width_histogram
 from offline_quant.statistics import DAMPING, LayerInputs, LayerStatistics, RoutedTokens, corrected
+from offline_quant.symmetric import add_product, mirrored, output_energy
 
 # Best uniform quantizers of a unit Gaussian: J. Max, "Quantizing for minimum distortion", 1960, table II.
 MAX_1960 = {1: (1.5957, 0.3634), 2: (0.9957, 0.1188), 3: (0.5860, 0.03744), 4: (0.3352, 0.01154), 5: (0.1881, 0.003495)}
@@ -61,6 +62,30 @@ def test_feedback_factor_and_conditional_variances():
             schur = m[k, k] - (cross @ torch.linalg.solve(rest, cross) if len(rest) else 0)
             assert float(d[e, k]) == pytest.approx(float(schur), rel=1e-3)
             assert float(U[e, k, k]) ** -2 == pytest.approx(float(schur), rel=1e-3)
+
+
+def test_a_factor_of_many_components_is_found_by_halves():
+    raw = moments(2, 301, tokens=2_000)
+    factor = factorize(raw)
+    inverse = factor.U.double().mT @ factor.U.double()
+    assert torch.equal(factor.U, factor.U.triu())
+    expected = torch.linalg.inv(factor.damped(raw).double())
+    assert float((inverse - expected).norm() / expected.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 130, 1_100])
+def test_symmetric_products_equal_whole_ones(size):
+    g = torch.Generator().manual_seed(size)
+    x, F = torch.randn(2, 5, size, generator=g), torch.randn(2, size, 3, generator=g)
+    start = x.mT @ x
+    product = start.double() + x.double().mT @ (2 * x.double())
+    for total in (mirrored(add_product(start.clone(), x, 2 * x)), [
+        mirrored(add_product(start[i].clone(), x[i], 2 * x[i])) for i in range(2)
+    ]):  # fmt: skip
+        for i in range(2):
+            assert torch.allclose(total[i].double(), product[i], rtol=1e-5, atol=1e-5)
+    expected = (F.double() * (start.double() @ F.double())).sum((1, 2))
+    assert torch.allclose(output_energy(F, start).double(), expected, rtol=1e-5)
 
 
 def test_moments_that_float32_cannot_factor_are_damped_more():
@@ -156,6 +181,21 @@ def test_refinement_never_makes_it_worse(along):
     assert bool((errors[1] <= errors[0] * 1.0001).all())
     assert bool((errors[2] <= errors[1] * 1.0001).all())
     assert float(errors[2].sum()) < 0.97 * float(errors[0].sum())
+
+
+@pytest.mark.parametrize("along", ["K", "N"])
+@pytest.mark.parametrize("feedback", [False, True])
+@pytest.mark.parametrize("passes", [0, 1, 3])
+def test_the_error_that_decides_is_that_of_the_codes(along, feedback, passes):
+    """It is followed through every move of every row, not computed again."""
+    F, M = torch.randn(3, 150, 40, generator=torch.Generator().manual_seed(1)), moments(3, 150, 3)
+    widths = torch.randint(0, 5, (3, 150 if along == "K" else 40), dtype=torch.uint8)
+    q = quantize(F, M, widths, along, passes, feedback)
+    found = q.dequantize(widths[:, :, None] if along == "K" else widths[:, None])
+    assert torch.allclose(q.error.double(), error(F, damped(M), found), rtol=1e-3)
+    assert (q.lost is None) == (feedback or passes > 0)
+    if q.lost is not None:
+        assert torch.allclose(q.lost.double(), error(F, M, found), rtol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5])
@@ -354,7 +394,7 @@ def held(gate_up, down):
     return lambda chunk: (gate_up[chunk.start : chunk.stop], down[chunk.start : chunk.stop])
 
 
-def quantizer_of(basis, bits, block_size=16, unseen=None, E=4, H=48, I=32, rank=None):  # noqa: E741
+def quantizer_of(basis, bits, block_size=16, unseen=None, E=4, H=48, I=32, rank=None, **options):  # noqa: E741
     """With a rank, all experts' gate and up matrices read little more than that many directions of the input."""
     g = torch.Generator().manual_seed(8)
     gate_up, down = torch.randn(E, 2 * I, H, generator=g) / 7, torch.randn(E, H, I, generator=g) / 7
@@ -362,7 +402,7 @@ def quantizer_of(basis, bits, block_size=16, unseen=None, E=4, H=48, I=32, rank=
         directions = torch.linalg.qr(torch.randn(H, H, generator=g)).Q[:rank]
         gate_up = (gate_up @ directions.T) @ directions + 1e-3 * gate_up
     stats = LayerStatistics(inputs(600, H, E, unseen=unseen), E)
-    config = QuantizeConfig(bits=bits, basis=basis, block_size=block_size)
+    config = QuantizeConfig(bits=bits, basis=basis, block_size=block_size, **options)
     shape = MoEShape(FAMILIES["Qwen3MoeForCausalLM"], (0,), E, H, I)
     return gate_up, down, LayerQuantizer(held(gate_up, down), stats, shape, config, "layer"), config
 
@@ -418,12 +458,20 @@ def test_a_shared_basis_must_pay_clearly(rank, bits, alone, better, taken, monke
 
 
 @pytest.mark.parametrize(
-    ("basis", "bits", "rank"), [("natural", 4.5, None), ("whitened", 4.5, 10), ("whitened", 9.0, 40)]
+    ("basis", "bits", "rank", "options"),
+    [
+        ("natural", 4.5, None, {}),
+        ("natural", 4.5, None, {"feedback": False, "refine": 0}),
+        ("auto", 12.0, None, {"objective": "bt-moe", "ranks": (0, 8), "feedback": False, "refine": 0}),
+        ("whitened", 4.5, 10, {}),
+        ("whitened", 9.0, 40, {}),
+    ],
 )
-def test_reported_error_is_what_the_stored_weights_lose(basis, bits, rank):
-    gate_up, down, stats, plan, tensors, errors, config = layer(basis, bits, rank=rank)
+def test_reported_error_is_what_the_stored_weights_lose(basis, bits, rank, options):
+    gate_up, down, stats, plan, tensors, errors, config = layer(basis, bits, rank=rank, **options)
     weights = LayerWeights(plan.layer, config.block_size, tensors)
-    lost = total = 0.0
+    names = [n for n in errors if n != "down"]
+    lost, total = (dict.fromkeys(names, 0.0) for _ in range(2))
     for e in range(4):
         M, outputs, _ = stats.expert_moments(e, gate_up[e], down[e])
         # Channels were permuted: compare with the permuted original, found by matching energies of rows.
@@ -432,9 +480,11 @@ def test_reported_error_is_what_the_stored_weights_lose(basis, bits, rank):
         nearest = torch.cdist(again, reference).argmin(1)
         feel, share = outputs.double()[nearest], float(stats.share[e])
         d, r = again - reference[nearest], reference[nearest]
-        lost += share * float((feel * ((d @ M.double()) * d).sum(1)).sum())
-        total += share * float((feel * ((r @ M.double()) * r).sum(1)).sum())
-    assert errors["gate_up"] == pytest.approx(lost / total, rel=0.02)
+        for name, rows in zip(names, torch.arange(2 * len(gate)).tensor_split(len(names)), strict=True):
+            lost[name] += share * float((feel * ((d @ M.double()) * d).sum(1))[rows].sum())
+            total[name] += share * float((feel * ((r @ M.double()) * r).sum(1))[rows].sum())
+    assert {n: errors[n] for n in names} == pytest.approx({n: lost[n] / total[n] for n in names}, rel=0.02)
+    assert plan.ranks is None or int(plan.ranks.sum()) > 0
 
 
 @pytest.mark.parametrize(("basis", "name"), [("whitened", "gate_up"), ("paper", "gate"), ("paper", "up")])
