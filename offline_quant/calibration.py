@@ -60,7 +60,7 @@ def check_text_source(calib: str | None) -> None:
 
 
 def documents(source: str) -> Iterator[str]:
-    """Texts of a source: a text file as one, a JSON-lines file or a dataset as many.
+    """Texts of a source: a text file as one, a file of JSON lines or a dataset as many.
 
     Raises:
         BitsmoeError: unreadable, or without text.
@@ -73,7 +73,7 @@ def documents(source: str) -> Iterator[str]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise BitsmoeError(f"{path}: cannot be read as UTF-8 text ({e})") from None
-    if path.suffix != ".jsonl":
+    if path.suffix != ".jsonl" and not _begins_with_row(text):
         yield text
         return
     for number, line in enumerate(text.split("\n"), 1):
@@ -85,6 +85,15 @@ def documents(source: str) -> Iterator[str]:
         except ValueError as e:
             raise BitsmoeError(f"{path}, line {number}: not JSON ({e})") from None
         yield _row_text(row, f"{path}, line {number}")
+
+
+def _begins_with_row(text: str) -> bool:
+    """Whether the first line is a JSON object that holds text: a file of such lines is no text, whatever its name."""
+    try:
+        row = json.loads(text.lstrip().partition("\n")[0])
+    except ValueError:
+        return False
+    return isinstance(row, dict) and any(isinstance(row.get(key), str) for key in _TEXT_KEYS)
 
 
 def _row_text(row: Any, where: str) -> str:

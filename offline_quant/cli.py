@@ -1,5 +1,6 @@
 """Entry point of the `bitsmoe` command: one clear message and status 2 for whatever the user can mend."""
 
+import errno
 import io
 import os
 import signal
@@ -50,7 +51,18 @@ def _run() -> None:
         sys.stderr.write(f"Error: {e.name} is not installed; run: pip install 'bitsmoe-vllm[quantize]'\n")
         raise SystemExit(USAGE_STATUS) from None
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except OSError as e:
+        # Of what is written to files every command takes care itself.
+        if e.errno != errno.ENOSPC or e.filename:
+            raise
+        with open(os.devnull, "w") as nowhere:  # what is left of the output, at exit
+            os.dup2(nowhere.fileno(), 1)
+        console.print(Text("Error:", "bold red"), f"standard output cannot be written ({e.strerror})")
+        raise SystemExit(USAGE_STATUS) from None
     except BitsmoeError as e:
         console.print(Text("Error:", "bold red"), "\n".join((str(e), *getattr(e, "__notes__", ()))), soft_wrap=True)
         raise SystemExit(USAGE_STATUS) from None

@@ -276,7 +276,7 @@ def push(
 @app.command("eval")
 def evaluate(
     directory: Annotated[str, typer.Argument(help="A checkpoint directory, quantized or ordinary, or a Hub name.")],
-    text: Annotated[Path, typer.Option(help="UTF-8 text, or FILE.jsonl: JSON lines with a `text` key.")],
+    text: Annotated[Path, typer.Option(help="UTF-8 text, or JSON lines with a `text` key.")],
     reference: Annotated[
         str | None, typer.Option(help="Model to compare with: adds KL divergence and top-1 agreement.")
     ] = None,

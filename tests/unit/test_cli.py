@@ -666,6 +666,15 @@ def test_a_title_is_whole_on_one_line_and_a_histogram_survives_ascii(quantized, 
     assert "?????" in done.stdout
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_output_that_cannot_be_written_is_said_so(quantized):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "offline_quant.cli", "inspect", str(quantized)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "Error: standard output cannot be written (No space left on device)\n"
+
+
 def test_nan_outside_the_experts_is_no_result(tmp_path, model, quantized, text):
     """Of the checkpoint, and of the reference it is compared with."""
     edit_tensors(model, lambda t: t["model.layers.0.self_attn.q_proj.weight"].view(-1)[:1].fill_(float("nan")))

@@ -14,7 +14,7 @@ from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.families import moe_shape
 from bitsmoe_kernels.format.schema import TensorSpec
 from builders import TINY_MOE
-from offline_quant.calibration import load_tokenizer, sample_windows, text_windows
+from offline_quant.calibration import documents, load_tokenizer, sample_windows, text_windows
 from offline_quant.config import QuantizeConfig
 from offline_quant.evaluate import evaluate
 from offline_quant.layer import LayerQuantizer, may_share_bases
@@ -143,12 +143,20 @@ def test_a_seed_picks_one_of_several_evenly_spread_sets_of_windows(tmp_path):
     assert len(seen) == 5
 
 
-def test_json_lines_are_joined(tmp_path):
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json", "t"])
+def test_json_lines_are_joined(tmp_path, name):
     tokenizer = load_tokenizer(TINY_MOE)
-    path = tmp_path / "t.jsonl"
+    path = tmp_path / name
     path.write_text('{"text": "One\u2028two three."}\n\n"four five"\n', encoding="utf-8")
     ids = tokenizer("One\u2028two three.")["input_ids"] + tokenizer("four five")["input_ids"]
     assert text_windows(tokenizer, str(path), len(ids))[0].tolist() == ids
+
+
+@pytest.mark.parametrize("content", ['{"body": "a"}\n', '"four five"\n', "{\n", "4\n\n"])
+def test_text_that_only_looks_like_json_lines_is_text(tmp_path, content):
+    path = tmp_path / "t.txt"
+    path.write_text(content)
+    assert list(documents(str(path))) == [content]
 
 
 @pytest.mark.parametrize(
