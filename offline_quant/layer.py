@@ -348,10 +348,11 @@ class LayerQuantizer:
         """Energy at the layer's output of one unit of a projection's error."""
         return 1.0 if name == "down" else self.output_unit
 
-    def _keep(self, key: str, chunk: range, M: Tensor, factor: Factor) -> None:
+    def _keep(self, key: str, chunk: range, M: Tensor | None, factor: Factor) -> None:
         """Put moments and their factor aside, rows in stored order, as far as there is room."""
         for i, e in enumerate(chunk):
-            self.spool.put(f"{key}-moments-{e}", M[i], if_room=True)
+            if M is not None:
+                self.spool.put(f"{key}-moments-{e}", M[i], if_room=True)
             if self.config.feedback:
                 self.spool.put(f"{key}-factor-{e}", factor.U[i], if_room=True)
 
@@ -426,7 +427,8 @@ class LayerQuantizer:
                     d.factors(self.weights(name, chunk, loaded)), d.moments(M), d.component_axis, sort,
                     self.config.feedback,
                 )  # fmt: skip
-                self._keep(f"{form}-{name}", chunk, M, factor)
+                # Without a basis they are the inputs' moments in another order.
+                self._keep(f"{form}-{name}", chunk, None if d.basis is None else M, factor)
                 found[name] = components.cpu(), factor.ridge.cpu()
             return found
 

@@ -77,7 +77,7 @@ def needs(
     mapped = min(MAPPED_BYTES, source)
     whole_tensor = min(MAPPED_BYTES + largest, source)
     chunk = len(chunks_of(E, H, I)[0])
-    spooled = _FLOAT * (E * (5 * H * H + 3 * I * I) + tokens * top_k * I + E * H * I)
+    spooled = _FLOAT * (E * (4 * H * H + 3 * I * I) + tokens * top_k * I + E * H * I)
     dense = _FLOAT * max(_layer_values(shape, specs, i) for i in shape.layers)
     coded = int(min(bits, 8.5) * weights / 8)
     heads = int(model_config.get("num_attention_heads", 1))
