@@ -253,10 +253,12 @@ class LayerQuantizer:
     def _survey_all(self) -> None:
         parts: list[Survey] = []
         self.grams: dict[ProjectionName, Tensor] = {}
+        sample = _Sample(self.stats)
         for found in self.each(self._survey):
             for name, gram in found.grams.items():
                 _add_gram(self.grams, name, gram)
-            parts.append(replace(found, grams={}))
+            sample.add(found.sampled)
+            parts.append(replace(found, grams={}, sampled=[]))
         device = self.stats.inputs.x.device
         roots = torch.cat([p.roots for p in parts]).to(device)
         self.output_unit = float(roots.square().mean())
@@ -268,7 +270,7 @@ class LayerQuantizer:
             name: gram.to(device) / (self.output_unit if name == "gate_up" else 1) for name, gram in self.grams.items()
         }
         self._ridge["down"] = torch.cat([p.ridge for p in parts]).to(device)
-        self._sampled = self._sample_sum(pair for p in parts for pair in p.sampled)
+        self._sampled = sample.output()
 
     def _survey(self, chunk: range) -> Survey:
         """Moments and output weights of a chunk; sorts its intermediate channels by ascending importance."""
@@ -305,16 +307,6 @@ class LayerQuantizer:
         if "output-weights" in self.config.without:
             return self.stats.plain_moments(e), torch.ones_like(outputs), D
         return M, outputs, D
-
-    def _sample_sum(self, parts: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
-        """The layer's output at the sampled tokens, [n, H], from every expert's slots."""
-        step, slots = self.stats.sample_step, self.stats.inputs.topk_ids.shape[1]
-        sampled = -(-len(self.stats.inputs.x) // step)
-        y = self.stats.inputs.x.new_zeros(sampled * slots, self.H)
-        for place, output in parts:
-            place = place.to(y.device)
-            y[place // slots // step * slots + place % slots] = output.to(y.device)
-        return y.view(sampled, slots, self.H).sum(1)
 
     def load(self, chunk: range) -> tuple[Tensor, Tensor]:
         """Gate and up [n, 2 I, H] and down [n, H, I] of experts as the model has them, channels sorted."""
@@ -620,19 +612,27 @@ class LayerQuantizer:
             Tensors `{projection}_{part}` on the CPU, and the relative output error of each projection as measured on
             the calibration statistics.
         """
-        parts: list[dict[str, Tensor]] = []
+        specs = plan.layer.tensor_specs(self.config.block_size)
+        tensors: dict[str, Tensor] = {}
+        filled = dict.fromkeys(specs, 0)
         lost = dict.fromkeys(plan.projections, 0.0)
         total = dict.fromkeys(plan.projections, 0.0)
         if target is None:
             found = self.each(lambda chunk: self._quantize_chunk(plan, chunk))
         else:
             found = self._quantize_jointly(plan, target)
-        for tensors, errors in found:
-            parts.append(tensors)
+        for parts, errors in found:
+            # Put together at once: kept apart until the end they would pin the heap, and then be there twice.
+            for key, rows in parts.items():
+                if key not in tensors:
+                    tensors[key] = torch.empty(specs[key].shape, dtype=specs[key].dtype)
+                assert rows.dtype == specs[key].dtype
+                tensors[key][filled[key] : filled[key] + len(rows)] = rows
+                filled[key] += len(rows)
             for name, (a, b) in errors.items():
                 lost[name] += a
                 total[name] += b
-        tensors = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+        assert all(filled[key] == len(tensor) for key, tensor in tensors.items())
         for name in plan.projections:
             tensors |= {k: v.cpu() for k, v in plan.basis_tensors(name).items()}
         return tensors, {str(n): lost[n] / max(total[n], 1e-300) for n in lost}
@@ -759,7 +759,10 @@ class LayerQuantizer:
             return [(place.cpu(), y.cpu()) for place, y in found]
 
         if output is None:
-            quantized = self._sample_sum(pair for part in self.team.map(self.chunks, sampled) for pair in part)
+            sample = _Sample(self.stats)
+            for found in self.team.map(self.chunks, sampled):
+                sample.add(found)
+            quantized = sample.output()
         else:
             quantized = output[:: self.stats.sample_step]
         lost, total = (y.double().square().sum() for y in (quantized - self._sampled, self._sampled))
@@ -803,6 +806,26 @@ class LayerQuantizer:
         if plan.layer.projections[name].lowrank_total:
             parts |= lowrank
         return parts, (lost, total)
+
+
+class _Sample:
+    """A layer's output at the tokens on which it is compared, put together from every expert's slots."""
+
+    def __init__(self, stats: LayerStatistics):
+        self._step, self._top_k = stats.sample_step, stats.inputs.topk_ids.shape[1]
+        tokens, H = stats.inputs.x.shape
+        self._slots = stats.inputs.x.new_zeros(-(-tokens // self._step) * self._top_k, H)
+
+    def add(self, found: list[tuple[Tensor, Tensor]]) -> None:
+        """What `LayerStatistics.sampled_outputs` found of some experts."""
+        for place, output in found:
+            place = place.to(self._slots.device)
+            place = place // self._top_k // self._step * self._top_k + place % self._top_k
+            self._slots[place] = output.to(self._slots.device)
+
+    def output(self) -> Tensor:
+        """[n, H]."""
+        return self._slots.view(-1, self._top_k, self._slots.shape[1]).sum(1)
 
 
 def _compensated(

@@ -95,7 +95,6 @@ def needs(
     forward = kept + mapped + dense + _FLOAT * (together + max(attention, experts))
     codes = {
         "chunk": coded + _FLOAT * chunk * chunk_values(H, I),
-        "put together": 2 * coded,
         "bases": 8 * _DOUBLE * H * H if bases else 0,
         "tuning": 2 * coded + _FLOAT * (5 * weights + 3 * tokens * H) if tune else 0,
         "output": coded + 3 * _FLOAT * min(SLOT_VALUES, tokens * top_k * H),

@@ -1,5 +1,7 @@
 """The quantizer's mathematics against plain float64 loops and published constants."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.families import FAMILIES, MoEShape
 from bitsmoe_kernels.format.schema import Layer, Projection
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
+from offline_quant import chunks as chunks_module
 from offline_quant import layer as layer_module
 from offline_quant import statistics as statistics_module
 from offline_quant.basis import natural, paper, whitened
@@ -455,6 +458,25 @@ def test_a_shared_basis_must_pay_clearly(rank, bits, alone, better, taken, monke
     tuned = quantizer_of("auto", bits, rank=rank)[2]
     tuned.config = tuned.config.model_copy(update={"tune": True})
     assert tuned.plan().basis == better
+
+
+def test_what_a_chunk_gave_is_let_go_when_others_follow(monkeypatch):
+    """Its codes are in their place by then."""
+    monkeypatch.setattr(chunks_module, "CHUNK_EXPERTS", 1)
+    *_, quantizer, _ = quantizer_of("natural", 9.0)
+    work, alive, most, copies = quantizer._quantize_chunk, weakref.WeakSet(), [], []
+
+    def watched(plan, chunk):
+        most.append(len(alive))
+        tensors, errors = work(plan, chunk)
+        alive.update(tensors.values())
+        copies.append({name: tensor.clone() for name, tensor in tensors.items()})
+        return tensors, errors
+
+    monkeypatch.setattr(quantizer, "_quantize_chunk", watched)
+    tensors, _ = quantizer.quantize(quantizer.plan())
+    assert most == [0, len(tensors), len(tensors), len(tensors)]
+    assert all(torch.equal(tensors[name], torch.cat([c[name] for c in copies])) for name in tensors)
 
 
 @pytest.mark.parametrize(
