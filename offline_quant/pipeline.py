@@ -547,8 +547,7 @@ class _Run:
         """Put the checkpoint together: experts, other tensors, config.json, tokenizer, generation config."""
         writer = ShardWriter(result, SHARD_BYTES)
         for index in range(self.streamed.num_layers):
-            for name, tensor in self.state.layer_tensors(index):
-                writer.add(name, tensor)
+            writer.add_all(self.state.layer_tensors(index))
         write_other_tensors(self.source, dense, writer)
         writer.finish()
         draft = CheckpointConfig(

@@ -3,10 +3,12 @@
 import json
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -107,6 +109,27 @@ def test_final_names_appear_at_the_end_only(tmp_path: Path) -> None:
     assert names(tmp_path)
     writer.finish()
     assert not any(name.endswith(".tmp") for name in names(tmp_path))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux, which lists mapped files")
+def test_a_file_that_was_copied_from_is_not_kept_mapped(tmp_path: Path) -> None:
+    source = tmp_path / "source.safetensors"
+    save_file(tensors(), source)
+
+    def mapped() -> bool:
+        return str(source) in Path("/proc/self/maps").read_text()
+
+    def held() -> Iterator[tuple[str, Tensor]]:
+        with safe_open(str(source), framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                yield name, file.get_tensor(name)
+                assert mapped()
+
+    writer = ShardWriter(tmp_path)
+    writer.add_all(held())
+    assert not mapped()
+    writer.finish()
+    assert sorted(load_file(tmp_path / SINGLE_FILE)) == sorted(tensors())
 
 
 def test_views_are_written_as_they_look(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +217,11 @@ class ShardWriter:
         self._pending[name] = tensor
         self._pending_bytes += tensor.nbytes
         self.total_bytes += tensor.nbytes
+
+    def add_all(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Add several; holds none of them when it returns: the last one would keep a whole file mapped."""
+        for name, tensor in tensors:
+            self.add(name, tensor)
 
     def _flush(self) -> None:
         path = self.directory / f"shard-{len(self._shards)}.tmp"
