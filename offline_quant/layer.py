@@ -762,6 +762,7 @@ class LayerQuantizer:
             sample = _Sample(self.stats)
             for found in self.team.map(self.chunks, sampled):
                 sample.add(found)
+                give_back()
             quantized = sample.output()
         else:
             quantized = output[:: self.stats.sample_step]

@@ -16,7 +16,7 @@ from offline_quant.statistics import SLOT_VALUES
 from offline_quant.streaming import TOGETHER
 
 SHARD_BYTES = 1 << 30
-"""Of a shard of the result: writing one takes twice as much memory."""
+"""Of a shard of the result, which is put together in memory."""
 LATER = 80 << 20
 """What libraries take that are loaded when they are needed: the solver, the plots."""
 SCORE_COPIES = 2.5
@@ -105,7 +105,7 @@ def needs(
     others = [spec.nbytes for name, spec in specs.items() if not shape.is_expert_tensor(name)]
     # A layer's experts are about two tensors: codes of gate and up, and of down.
     shard = largest_shard([*[2 * coded // 3, coded // 3] * len(shape.layers), *others], SHARD_BYTES)
-    writing = 2 * shard + mapped
+    writing = shard + max(coded, whole_tensor)  # and what its tensors are copied from
     return Needs(
         peak=baseline + LATER + max(whole_tensor, forward, running, judging, writing),
         calibration_state=state,

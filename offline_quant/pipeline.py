@@ -545,7 +545,8 @@ class _Run:
         self, result: Path, layers: dict[str, Layer], record: dict[str, object], dense: DenseConfig | None
     ) -> None:
         """Put the checkpoint together: experts, other tensors, config.json, tokenizer, generation config."""
-        writer = ShardWriter(result, SHARD_BYTES)
+        # Even a large block lies in the heap where it holds free room for it, and would stay resident.
+        writer = ShardWriter(result, SHARD_BYTES, give_back)
         for index in range(self.streamed.num_layers):
             writer.add_all(self.state.layer_tensors(index))
         write_other_tensors(self.source, dense, writer)

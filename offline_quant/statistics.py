@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from offline_quant.resident import give_back
 from offline_quant.spool import Spool
 from offline_quant.symmetric import add_product, mirrored
 from offline_quant.team import Team
@@ -263,6 +264,7 @@ class LayerStatistics:
                 place = place[first:last]
                 h = self.spool.get(f"activations-{e}")[first:last].to(slots.device)
                 slots[place - start * self._slots] = (h @ down(e).T).mul_(self._weights[place, None])
+            give_back()
             yield team.merged(slots).view(end - start, self._slots, hidden).sum(1)
 
     def sampled_outputs(self, expert: int, down: Tensor) -> tuple[Tensor, Tensor]:

@@ -464,18 +464,18 @@ def test_what_a_chunk_gave_is_let_go_when_others_follow(monkeypatch):
     """Its codes are in their place by then."""
     monkeypatch.setattr(chunks_module, "CHUNK_EXPERTS", 1)
     *_, quantizer, _ = quantizer_of("natural", 9.0)
-    work, alive, most, copies = quantizer._quantize_chunk, weakref.WeakSet(), [], []
+    work, given, alive, copies = quantizer._quantize_chunk, [], [], []
 
     def watched(plan, chunk):
-        most.append(len(alive))
+        alive.append(sum(ref() is not None for ref in given))
         tensors, errors = work(plan, chunk)
-        alive.update(tensors.values())
+        given.extend(map(weakref.ref, tensors.values()))
         copies.append({name: tensor.clone() for name, tensor in tensors.items()})
         return tensors, errors
 
     monkeypatch.setattr(quantizer, "_quantize_chunk", watched)
     tensors, _ = quantizer.quantize(quantizer.plan())
-    assert most == [0, len(tensors), len(tensors), len(tensors)]
+    assert alive == [0, len(tensors), len(tensors), len(tensors)]
     assert all(torch.equal(tensors[name], torch.cat([c[name] for c in copies])) for name in tensors)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,6 +131,21 @@ def test_a_file_that_was_copied_from_is_not_kept_mapped(tmp_path: Path) -> None:
     assert not mapped()
     writer.finish()
     assert sorted(load_file(tmp_path / SINGLE_FILE)) == sorted(tensors())
+
+
+def test_a_shard_is_on_disk_and_let_go_when_it_is_said_to_be_written(tmp_path: Path) -> None:
+    added: list[weakref.ref[Tensor]] = []
+    seen: list[tuple[int, int]] = []
+
+    def written() -> None:
+        seen.append((len(list(tmp_path.iterdir())), sum(ref() is not None for ref in added)))
+
+    writer = ShardWriter(tmp_path, 800, written)
+    for i in range(5):
+        writer.add(f"t{i}", torch.zeros(100))
+        added.append(weakref.ref(writer._pending[f"t{i}"]))
+    writer.finish()
+    assert seen == [(1, 0), (2, 0), (3, 0)]
 
 
 def test_views_are_written_as_they_look(tmp_path: Path) -> None:

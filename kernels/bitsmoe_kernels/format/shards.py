@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -198,11 +198,13 @@ class ShardWriter:
     Args:
         directory: an existing directory.
         max_shard_bytes: a shard is written once it holds this much.
+        written: called after every shard, whose tensors are let go by then.
     """
 
-    def __init__(self, directory: Path, max_shard_bytes: int = 5 * 1000**3):
+    def __init__(self, directory: Path, max_shard_bytes: int = 5 * 1000**3, written: Callable[[], None] = lambda: None):
         self.directory = directory
         self.max_shard_bytes = max_shard_bytes
+        self._written = written
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[tuple[Path, list[str]]] = []
@@ -229,6 +231,7 @@ class ShardWriter:
         path.chmod(0o666 & ~umask())  # safetensors makes files only their owner can read
         self._shards.append((path, list(self._pending)))
         self._pending, self._pending_bytes = {}, 0
+        self._written()
 
     def finish(self) -> None:
         """Write what is pending, give the shards their names, write the index when there is more than one."""
