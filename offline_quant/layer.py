@@ -780,16 +780,16 @@ class LayerQuantizer:
         bits, width = plan.bits[name][own], self._width(plan, name, chunk)
         q, F = self._round(plan, projection, chunk, W, M, factor, self.config.refine)
         order, roots = projection.components.order[own], self._roots(name, chunk)
-        residual, left = F - q.dequantize(width), q.lost
+        residual, error = F - q.dequantize(width), q.lost
         lowrank: dict[str, Tensor] = {}
         if plan.ranks is not None:
             q, residual, lowrank = _compensated(q, F, M, width, plan.ranks[own], order, roots, self.config)
-            left = None
+            error = None
         share = self.stats.share[own]
         # Down was fitted anew since its components were ranked.
         energy = output_energy(F, M) if name == "down" else projection.components.total[own]
-        left = output_energy(residual, M) if left is None else left
-        lost, total = (float((share * x).sum()) for x in (left, energy))
+        error = output_energy(residual, M) if error is None else error
+        lost, total = (float((share * x).sum()) for x in (error, energy))
         codes = [pack_codes((q.codes[i] if on_input else q.codes[i].T).cpu(), bits[i], G) for i in range(len(chunk))]
         scales, features = (q.a, q.c) if on_input else (q.c, q.a)
         features = features if roots is None else features / roots

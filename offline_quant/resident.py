@@ -25,6 +25,7 @@ def keep_large_blocks_apart() -> None:
     """Have blocks of LARGE_BLOCK bytes and more mapped on their own, so that they go back once they are freed.
 
     glibc raises that size to 32 MB by itself, and matrices of large experts then lie among small blocks in its heap.
+    They still do where the heap holds free room for them, and stay resident until `give_back`.
     """
     if option := _of_glibc("mallopt"):
         option(_M_MMAP_THRESHOLD, LARGE_BLOCK)
