@@ -236,7 +236,8 @@ def _widths(layers: Sequence[dict[str, Any]]) -> str:
     total = sum(sum(counts.values()) for counts in weights.values())
     caption = (
         f"All {total:,} entries of the factors by the width of their codes. Unequal importance spreads them out; "
-        "those at 0 bits are dropped for the sake of the others."
+        "those at 0 bits are dropped for the sake of the others. Components of a shared basis that no expert gives "
+        "bits are counted here and not stored: bitsmoe inspect, which counts what is stored, then shows fewer at 0."
     )
     return _section("Weights by width", _figure(width_bars(weights), caption))
 
