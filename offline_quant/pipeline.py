@@ -168,7 +168,6 @@ def quantize_model(
     Raises:
         BitsmoeError: any fault of the input; nothing is left behind, or layers that `resume` goes on with.
     """
-    keep_large_blocks_apart()
     team = team or Team()
     if config.tune and team.size > 1:
         raise BitsmoeError("--tune: experts are fitted one after another, in one process; use it without --workers")
@@ -180,6 +179,7 @@ def quantize_model(
     check_device(config.device)
     check_text_source(config.calib)
     source = SourceModel(resolve_model(model))
+    keep_large_blocks_apart(4 * source.shape.hidden_size * source.shape.intermediate_size)
     check_budget(source, config)
     dense = dense_plan(source, config.dense_bits)
     tokenizer = load_tokenizer(source.directory)

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 LARGE_BLOCK = 24 << 20
-"""Smaller ones are used again so often that fresh pages would take time: at 8 MB a twelfth of a run on tiny_moe."""
+"""Always apart. Apart from 8 MB on, batches of small matrices take fresh pages again and again: a twelfth of a run on
+tiny_moe."""
+LARGE_MATRIX = 4 << 20
+"""So much is worked on in a matrix of this size that fresh pages for it do not count."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -21,14 +24,18 @@ def peak_bytes() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def keep_large_blocks_apart() -> None:
-    """Have blocks of LARGE_BLOCK bytes and more mapped on their own, so that they go back once they are freed.
+def keep_large_blocks_apart(matrix_bytes: int = 0) -> None:
+    """Have large blocks mapped on their own, so that they go back once they are freed.
 
-    glibc raises that size to 32 MB by itself, and matrices of large experts then lie among small blocks in its heap.
-    They still do where the heap holds free room for them, and stay resident until `give_back`.
+    glibc raises the size of these to 32 MB by itself, and matrices of large experts then lie among small blocks in its
+    heap. They still do where the heap holds free room for them, and stay resident until `give_back`.
+
+    Args:
+        matrix_bytes: of an expert's matrix in float32: what is as large counts as a large block if that is large.
     """
+    block = min(matrix_bytes, LARGE_BLOCK) if matrix_bytes >= LARGE_MATRIX else LARGE_BLOCK
     if option := _of_glibc("mallopt"):
-        option(_M_MMAP_THRESHOLD, LARGE_BLOCK)
+        option(_M_MMAP_THRESHOLD, block)
         option(_M_TRIM_THRESHOLD, 4 * LARGE_BLOCK)  # no longer raised with the other
 
 
