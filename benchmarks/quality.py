@@ -157,10 +157,9 @@ def measure(model: Path, calib: str, reference: Reference, row: Row) -> dict[str
             write_windows(model, calib, windows, seed=row.seed)
             figures = run_baseline(row.method, model, windows, int(row.bits), out, **row.options)
         found = reference.evaluate(out).as_dict()
-    excess = found["perplexity"] - found["perplexity_reference"]
     return {
         "label": row.label, "method": row.method, "bits": row.bits, "seed": row.seed, "options": row.options,
-        "run": figures, **found, "bpw": figures["bpw"], "excess": excess,
+        "run": figures, **found, "bpw": figures["bpw"],
     }  # fmt: skip
 
 

@@ -278,7 +278,7 @@ def evaluate(
     directory: Annotated[str, typer.Argument(help="A checkpoint directory, quantized or ordinary, or a Hub name.")],
     text: Annotated[Path, typer.Option(help="UTF-8 text, or JSON lines with a `text` key.")],
     reference: Annotated[
-        str | None, typer.Option(help="Model to compare with: adds KL divergence and top-1 agreement.")
+        str | None, typer.Option(help="Model to compare with: adds KL divergence, top-1 agreement and excess.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -291,9 +291,13 @@ def evaluate(
     if as_json:
         print(json.dumps(result.as_dict()))
         return
-    table = _table("figure", "value")
-    for name, value in result.as_dict().items():
-        table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.5f}")
+    figures = result.as_dict()
+    table = _table("figure", "value", "standard error")
+    for name, value in figures.items():
+        if not name.endswith("_stderr"):
+            error = figures.get(f"{name}_stderr")
+            shown = f"{value:,}" if isinstance(value, int) else f"{value:.5f}"
+            table.add_row(name, shown, "" if error is None else f"{error:.5f}")
     _show(f"{directory} on {text.name}", table)
 
 

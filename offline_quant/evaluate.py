@@ -23,6 +23,9 @@ _HEAD_TOKENS = 2048
 class Evaluation:
     """Figures of one model on one text.
 
+    The standard error of a figure says how far another text of this kind and length would be expected to move it.
+    Windows are taken as independent, tokens of one window are not. None of one window alone.
+
     Attributes:
         perplexity: exp of the mean negative log-likelihood of every token but each window's first.
         tokens: tokens predicted.
@@ -31,15 +34,23 @@ class Evaluation:
         kl: mean KL(reference || model), nats per token; None without a reference.
         top1_agreement: share of tokens where both find the same token most likely; None without a reference.
         perplexity_reference: the reference's perplexity; None without one.
+        excess: perplexity above the reference's; None without one.
+        perplexity_stderr, kl_stderr, top1_agreement_stderr, excess_stderr: their standard errors. That of the excess is
+            of pairs: what both models find hard about a window does not count.
     """
 
     perplexity: float
     tokens: int
     window: int
     bpw: float
+    perplexity_stderr: float | None = None
     kl: float | None = None
+    kl_stderr: float | None = None
     top1_agreement: float | None = None
+    top1_agreement_stderr: float | None = None
     perplexity_reference: float | None = None
+    excess: float | None = None
+    excess_stderr: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON data, without what was not measured."""
@@ -103,35 +114,54 @@ def _check_comparable(model: WeightSource, reference: WeightSource) -> None:
 
 
 def _compare(mine: "States", other: "States | None", windows: Tensor, bpw: float) -> Evaluation:
-    nll = reference_nll = kl = agree = 0.0
-    count, length = 0, windows.shape[1]
-    step = max(1, _HEAD_TOKENS // length)
+    # Means over the tokens of every window: losses, and with a reference its losses, divergence and agreement.
+    rows: list[Tensor] = []
+    step = max(1, _HEAD_TOKENS // windows.shape[1])
     for at in range(0, len(windows), step):
         logp = mine.log_probabilities(at, step)
-        target = windows[at : at + step, 1:].to(logp.device)
-        nll -= float(logp.gather(-1, target[..., None]).double().sum())
-        count += target.numel()
+        target = windows[at : at + step, 1:].to(logp.device)[..., None]
+        figures = [-logp.gather(-1, target)[..., 0]]
         if other is not None:
             ref = other.log_probabilities(at, step)
-            reference_nll -= float(ref.gather(-1, target[..., None]).double().sum())
-            kl += float((ref.exp() * (ref - logp)).sum(-1).double().sum())
-            agree += float((ref.argmax(-1) == logp.argmax(-1)).sum())
-    for states, total in ((mine, nll), (other, reference_nll)):
-        if states is not None and not math.isfinite(total):
+            figures.append(-ref.gather(-1, target)[..., 0])
+            figures.append((ref.exp() * (ref - logp)).sum(-1))
+            figures.append(ref.argmax(-1) == logp.argmax(-1))
+        rows.append(torch.stack([f.double().mean(1) for f in figures], 1))
+    means = torch.cat(rows)
+    for states, losses in zip([mine] if other is None else [mine, other], means.T, strict=False):
+        if not losses.isfinite().all():
             raise BitsmoeError(
                 f"{states.model.source.directory}: its predictions are not finite; a tensor holds NaN, infinity or far "
                 "too large values, so make or download the checkpoint again"
             )
-    result = Evaluation(_exp(nll / count), count, length, bpw)
-    if other is None:
+    nll, *compared = means.T
+    perplexity = _perplexity(nll)
+    result = Evaluation(
+        perplexity, windows[:, 1:].numel(), windows.shape[1], bpw, perplexity_stderr=_stderr(perplexity * nll)
+    )
+    if not compared:
         return result
+    reference_nll, kl, agree = compared
+    base = _perplexity(reference_nll)
     return replace(
-        result, kl=kl / count, top1_agreement=agree / count, perplexity_reference=_exp(reference_nll / count)
+        result,
+        kl=float(kl.mean()),
+        kl_stderr=_stderr(kl),
+        top1_agreement=float(agree.mean()),
+        top1_agreement_stderr=_stderr(agree),
+        perplexity_reference=base,
+        excess=perplexity - base,
+        excess_stderr=_stderr(perplexity * nll - base * reference_nll),  # to first order
     )
 
 
-def _exp(x: float) -> float:
-    return float(torch.tensor(x, dtype=torch.float64).exp())
+def _perplexity(losses: Tensor) -> float:
+    return float(losses.mean().exp())
+
+
+def _stderr(values: Tensor) -> float | None:
+    """Of the mean of independent values [n]."""
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 @dataclass(frozen=True)
