@@ -24,14 +24,14 @@ def peak_bytes() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def keep_large_blocks_apart(matrix_bytes: int = 0) -> None:
+def keep_large_blocks_apart(matrix_bytes: int) -> None:
     """Have large blocks mapped on their own, so that they go back once they are freed.
 
     glibc raises the size of these to 32 MB by itself, and matrices of large experts then lie among small blocks in its
     heap. They still do where the heap holds free room for them, and stay resident until `give_back`.
 
     Args:
-        matrix_bytes: of an expert's matrix in float32: what is as large counts as a large block if that is large.
+        matrix_bytes: of an expert's matrix in float32. From LARGE_MATRIX on, blocks of its size are large ones too.
     """
     block = min(matrix_bytes, LARGE_BLOCK) if matrix_bytes >= LARGE_MATRIX else LARGE_BLOCK
     if option := _of_glibc("mallopt"):

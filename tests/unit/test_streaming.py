@@ -160,10 +160,8 @@ def test_standard_errors_are_those_of_means_over_independent_windows(whole, tmp_
 
 
 def test_one_window_has_no_standard_error(tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text(
-        load_tokenizer(TINY_MOE).decode(load_tokenizer(TINY_MOE)(TEXT)["input_ids"][:600]), encoding="utf-8"
-    )
+    text, tokenizer = tmp_path / "text.txt", load_tokenizer(TINY_MOE)
+    text.write_text(tokenizer.decode(tokenizer(TEXT)["input_ids"][:600]), encoding="utf-8")
     figures = evaluate(TINY_MOE, text, TINY_MOE).as_dict()
     assert figures["tokens"] == 511
     assert not [name for name in figures if name.endswith("_stderr")]
