@@ -1,11 +1,11 @@
-"""Quality against size on one model: bitsmoe beside GPTQ, AutoRound, HQQ and rounding, from their own libraries.
+"""Quality against size on one model: bitsmoe beside GPTQ, AutoRound, GGUF, HQQ and rounding, from their own libraries.
 
     python -m benchmarks.quality [--model DIR] [--calib FILE] [--text FILE] [--rows main seeds ...] [--out DIR]
 
 All methods calibrate on the same windows of the same text and are compared with the original model on the same tokens,
 as `bitsmoe eval` does it. Groups of rows:
 
-    main        bitsmoe from 1.75 to 4 bits; every baseline at 2 and 3 bits
+    main        bitsmoe from 1.75 to 4 bits; every baseline at 2 and 3 bits, GGUF's types of 1.75 to 3.44
     seeds       bitsmoe, its forms and GPTQ on other calibration windows of the same text
     forms       every decomposition forced, beside what `auto` takes
     objectives  AlphaQ, BT-MoE, frequency and uniform beside bitsmoe
@@ -54,6 +54,8 @@ FORM_BITS = (2.125, 2.5, 3.125)
 SEEDS = range(5)
 STRONG = {"observer": "memoryless_mse", "calibrate_all_experts": False}
 """Settings that helped GPTQ most, none of them its library's default."""
+GGUF = "GGUF, importance matrix"
+GGUF_TYPES = ("IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Row:
         bits: budget of bitsmoe, code width of a baseline.
         seed: of the calibration windows.
         options: of the quantizer or the baseline.
+        curve: what the plot joins its point to; None: rows of the same label.
     """
 
     label: str
@@ -73,6 +76,7 @@ class Row:
     bits: float
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+    curve: str | None = None
 
     @property
     def key(self) -> str:
@@ -91,6 +95,10 @@ GROUPS: dict[str, list[Row]] = {
         *(Row("GPTQ g128, static order", "gptq", b) for b in (2, 3)),
         *(Row("GPTQ g128, its strongest settings", "gptq", b, options=STRONG) for b in (2,)),
         *(Row("AutoRound g128, 200 iterations", "autoround", b) for b in (2, 3)),
+        *(
+            Row(f"GGUF {t}, importance matrix", "gguf", int(t.lstrip("IQ")[0]), 0, {"type": t}, GGUF)
+            for t in GGUF_TYPES
+        ),
         *(Row("HQQ g64", "hqq", b) for b in (2, 3)),
         *(Row("round-to-nearest g128", "rtn", b) for b in (2, 3)),
     ],
@@ -284,10 +292,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    labels = dict.fromkeys(r.label for r in GROUPS["main"])
-    for label in labels:
+    for label in dict.fromkeys(r.curve or r.label for r in GROUPS["main"]):
         points = sorted((rows[r.key]["bpw"], rows[r.key]["kl"]) for r in GROUPS["main"]
-                        if r.label == label and r.key in rows)  # fmt: skip
+                        if (r.curve or r.label) == label and r.key in rows)  # fmt: skip
         if points:
             ours = label == OURS
             axes.plot(*zip(*points, strict=True), marker="o", label=label, linewidth=2.5 if ours else 1.2,
@@ -373,7 +380,7 @@ def main() -> None:
     parser.add_argument("--calib", default="self")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--rows", nargs="+", choices=GROUPS, default=list(GROUPS))
-    parser.add_argument("--methods", nargs="+", help="only rows of these: bitsmoe, gptq, autoround, hqq, rtn")
+    parser.add_argument("--methods", nargs="+", help="only rows of these: bitsmoe, gptq, autoround, gguf, hqq, rtn")
     parser.add_argument("--bits", nargs="+", type=float, help="only rows of these budgets or code widths")
     parser.add_argument("--match", nargs="+", help="only rows whose label holds one of these")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")

@@ -23,7 +23,7 @@ from offline_quant.config import QuantizeConfig
 from offline_quant.model_adapter import SourceModel
 from offline_quant.output import check_output
 
-BASELINES = {"gptq": True, "autoround": True, "hqq": False, "rtn": False}
+BASELINES = {"gptq": True, "autoround": True, "gguf": True, "hqq": False, "rtn": False}
 """Each baseline's module in this package, and whether it calibrates."""
 _ROOT = Path(__file__).resolve().parents[2]
 _LOG_LINES = 15

@@ -7,11 +7,13 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.baselines import environments
 from benchmarks.baselines.checkpoint import write_checkpoint
 from benchmarks.baselines.driver import BASELINES, run_baseline, write_windows
 from benchmarks.baselines.environments import interpreter, pins, requirements_file
+from benchmarks.baselines.gguf import importance_matrix
 from benchmarks.baselines.job import WINDOWS, all_in_bpw, expert_matrices, on_grid
 from benchmarks.baselines.rtn import round_to_nearest
 from bitsmoe_kernels.errors import BitsmoeError
@@ -96,7 +98,13 @@ def test_weights_that_were_not_quantized_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("name", "library"), [("gptq", "llmcompressor==0.14.0"), ("autoround", "auto-round==0.16.0"), ("hqq", "hqq==")]
+    ("name", "library"),
+    [
+        ("gptq", "llmcompressor==0.14.0"),
+        ("autoround", "auto-round==0.16.0"),
+        ("gguf", "llama_cpp_python=="),
+        ("hqq", "hqq=="),
+    ],
 )
 def test_requirements_are_pinned(name, library):
     found = pins(requirements_file(name))
@@ -239,7 +247,7 @@ def test_requests_are_checked_before_any_work(tmp_path, model, windows, name, mo
 
 
 def test_unknown_baselines_and_bad_windows_are_refused(tmp_path, model):
-    with pytest.raises(BitsmoeError, match="unknown baseline 'awq'; there are gptq, autoround, hqq, rtn"):
+    with pytest.raises(BitsmoeError, match="unknown baseline 'awq'; there are gptq, autoround, gguf, hqq, rtn"):
         run_baseline("awq", model, None, 2, tmp_path / "out")
     path = tmp_path / "windows.safetensors"
     with pytest.raises(BitsmoeError, match="not a safetensors file"):
@@ -259,3 +267,49 @@ def test_windows_are_those_of_the_quantizer(tmp_path):
     assert got.shape[1] == 512  # the model's longest, less than the quantizer's default
     assert torch.equal(got, text_windows(load_tokenizer(TINY_MOE), str(text), 512, 128))
     assert torch.equal(load_file(tmp_path / "windows.safetensors")[WINDOWS], got)
+
+
+def test_importance_is_the_mean_square_of_what_enters_each_matrix():
+    torch.manual_seed(1)
+    config = AutoConfig.from_pretrained(TINY_MOE, num_hidden_layers=2, num_experts=E, num_experts_per_tok=2)
+    config.update(
+        {"hidden_size": H, "moe_intermediate_size": I, "head_dim": 8, "vocab_size": 50, "initializer_range": 0.3}
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    windows = torch.randint(0, 50, (3, 11))
+    got = importance_matrix(model, windows, batch_size=2)
+    seen = {}  # of every token, what its experts read
+
+    def keep(module, args):
+        seen.setdefault(module, []).append((args[0].reshape(-1, H).double(), args[1].reshape(-1, 2)))
+
+    for layer in model.model.layers:
+        layer.mlp.experts.register_forward_pre_hook(keep)
+    with torch.no_grad():
+        model(windows)
+    assert len(got) == 2 * E * 3
+    for at, layer in enumerate(model.model.layers):
+        experts = layer.mlp.experts
+        entering, hidden = {e: [] for e in range(E)}, {e: [] for e in range(E)}
+        for x, chosen in seen[experts]:
+            for token, called in zip(x, chosen.tolist(), strict=True):
+                for e in called:
+                    gate, up = experts.gate_up_proj[e].double().split(I)
+                    entering[e].append(token)
+                    hidden[e].append(torch.nn.functional.silu(gate @ token) * (up @ token))
+        for e in range(E):
+            for projection, inputs in (("gate", entering), ("up", entering), ("down", hidden)):
+                expected = torch.stack(inputs[e]).square().mean(0).float()
+                found = got[f"model.layers.{at}.mlp.experts.{e}.{projection}_proj.weight"]
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+
+def test_an_expert_that_no_token_calls_has_columns_of_equal_importance():
+    config = AutoConfig.from_pretrained(TINY_MOE, num_hidden_layers=1, num_experts=E, num_experts_per_tok=1)
+    config.update({"hidden_size": H, "moe_intermediate_size": I, "head_dim": 8, "vocab_size": 50})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate.weight.zero_()  # ties: the same expert for all
+    got = importance_matrix(model, torch.arange(20).reshape(2, 10), batch_size=1)
+    ones = [e for e in range(E) if torch.equal(got[f"model.layers.0.mlp.experts.{e}.down_proj.weight"], torch.ones(I))]
+    assert len(ones) == E - 1
