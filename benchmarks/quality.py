@@ -247,9 +247,9 @@ def as_markdown(result: dict[str, Any]) -> str:
     lines.append(
         f"{result['model']}, perplexity {first['perplexity_reference']:.2f} unquantized; {first['tokens']:,} tokens of "
         f"{result['text']}; calibrated on {result['calibration']}, windows of seed 0 where not said otherwise. KL in "
-        f"nats per token; bits per weight all-in; seconds of quantization on the clock and on the processors, on "
-        f"{on['threads']} thread(s) of {on['cpu']}, without imports, sanity gate and report; torch {on['torch']}, "
-        f"commit {', '.join(commits)}."
+        f"nats per token; ±: standard errors over windows of text; bits per weight all-in; seconds of quantization on "
+        f"the clock and on the processors, on {on['threads']} thread(s) of {on['cpu']}, without imports, sanity gate "
+        f"and report; torch {on['torch']}, commit {', '.join(commits)}."
     )
     return f"# Quality: {result['model']}\n\n" + "\n".join(lines) + "\n"
 
@@ -259,26 +259,41 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for r in rows:
         run = r["run"]
+        figures = [_figure(r, "kl", 5), _figure(r, "excess", 3), _figure(r, "top1_agreement", 4)]
         lines.append(
-            f"| {r['label']} | {r['bpw']:.3f} | {r['kl']:.5f} | {r['excess']:.3f} | {r['top1_agreement']:.4f} "
-            f"| {run['seconds']:.0f} | {run['cpu_seconds']:.0f} | {run['peak_bytes'] / 1e9:.2f} |"
+            f"| {r['label']} | {r['bpw']:.3f} | {' | '.join(figures)} | {run['seconds']:.0f} "
+            f"| {run['cpu_seconds']:.0f} | {run['peak_bytes'] / 1e9:.2f} |"
         )
     return lines
 
 
+def _figure(row: dict[str, Any], name: str, digits: int) -> str:
+    """A figure with its standard error, where one was measured."""
+    error = row.get(f"{name}_stderr")
+    return f"{row[name]:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
 def _seed_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Means and standard deviations over the seeds of a method at a budget, where there are several."""
+    """Means and standard deviations over the seeds of a method at a budget, where there are several.
+
+    The last column compares draw by draw with `bitsmoe` at the same budget; its standard error is that of draws.
+    """
     head = ["method", "bpw", "seeds", "KL, mean", "standard deviation", "excess, mean", "standard deviation"]
+    head.append("excess above bitsmoe's")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    runs: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    runs: dict[tuple[str, float], dict[int, dict[str, Any]]] = {}
     for row in rows:
-        runs.setdefault((row["label"], row["bits"]), []).append(row)
-    for (label, _), drawn in runs.items():
+        runs.setdefault((row["label"], row["bits"]), {})[row["seed"]] = row
+    for (label, bits), drawn in runs.items():
         if len(drawn) > 1:
-            bpw, kl, excess = ([r[k] for r in drawn] for k in ("bpw", "kl", "excess"))
+            bpw, kl, excess = ([r[k] for r in drawn.values()] for k in ("bpw", "kl", "excess"))
+            ours = runs.get((OURS, bits), {})
+            above = [r["excess"] - ours[seed]["excess"] for seed, r in drawn.items() if seed in ours and label != OURS]
+            spread = statistics.stdev(above) / len(above) ** 0.5 if len(above) > 1 else 0.0
             lines.append(
                 f"| {label} | {statistics.mean(bpw):.3f} | {len(drawn)} | {statistics.mean(kl):.5f} "
-                f"| {statistics.stdev(kl):.5f} | {statistics.mean(excess):.3f} | {statistics.stdev(excess):.3f} |"
+                f"| {statistics.stdev(kl):.5f} | {statistics.mean(excess):.3f} | {statistics.stdev(excess):.3f} "
+                f"| {f'{statistics.mean(above):.3f} ± {spread:.3f}' if len(above) > 1 else ''} |"
             )
     return lines
 
