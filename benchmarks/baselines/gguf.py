@@ -4,8 +4,6 @@ What llama-quantize does to the experts, without a GGUF file: it calls the same 
 """
 
 import ctypes
-import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,40 +97,27 @@ def importance_matrix(model: torch.nn.Module, windows: Tensor, batch_size: int) 
     Returns:
         float32 [K] by the name of the matrix [N, K]; ones for an expert that no token called.
     """
-    sums: dict[str, Tensor] = {}
-    handles = []
-    for name, module in model.named_modules():
-        if name.endswith(".mlp.experts"):
-            for e in range(len(module.down_proj)):
-                for projection, width in (("gate_up", module.down_proj.shape[1]), ("down", module.down_proj.shape[2])):
-                    sums[f"{name}.{e}.{projection}"] = torch.zeros(width + 1, dtype=torch.float64)  # the last: calls
-            handles.append(module.register_forward_pre_hook(_adder(name, sums)))
+    names = {module: name for name, module in model.named_modules() if name.endswith(".mlp.experts")}
+    squares: dict[str, Tensor] = {}
+    calls: dict[str, int] = {}
+
+    def add(module: Any, args: tuple[Tensor, ...]) -> None:
+        hidden, chosen = args[0].flatten(0, -2), args[1].flatten(0, -2)
+        for e in range(len(module.down_proj)):
+            x = hidden[(chosen == e).any(-1)]
+            gate, up = torch.nn.functional.linear(x, module.gate_up_proj[e]).chunk(2, -1)
+            for projection, entering in (("gate", x), ("up", x), ("down", module.act_fn(gate) * up)):
+                matrix = f"{names[module]}.{e}.{projection}_proj.weight"
+                squares[matrix] = squares.get(matrix, 0) + entering.double().square().sum(0)
+                calls[matrix] = calls.get(matrix, 0) + len(entering)
+
+    handles = [module.register_forward_pre_hook(add) for module in names]
     with torch.no_grad():
         for batch in windows.split(batch_size):
             model.model(input_ids=batch)
     for handle in handles:
         handle.remove()
-    means = {k: (v[:-1] / v[-1] if v[-1] else torch.ones_like(v[:-1])).float() for k, v in sums.items()}
-    both = ("gate_proj", "up_proj")
-    return {
-        f"{key.removesuffix('.gate_up').removesuffix('.down')}.{projection}.weight": mean
-        for key, mean in means.items()
-        for projection in (both if key.endswith(".gate_up") else ("down_proj",))
-    }
-
-
-def _adder(name: str, sums: Mapping[str, Tensor]) -> Any:
-    def add(module: Any, args: tuple[Tensor, ...]) -> None:
-        hidden, chosen = args[0].flatten(0, -2), args[1].flatten(0, -2)
-        for e in chosen.unique().tolist():
-            entering = hidden[(chosen == e).any(-1)]
-            gate, up = torch.nn.functional.linear(entering, module.gate_up_proj[e]).chunk(2, -1)
-            for projection, x in (("gate_up", entering), ("down", module.act_fn(gate) * up)):
-                total = sums[f"{name}.{e}.{projection}"]
-                total[:-1] += x.double().square().sum(0)
-                total[-1] += len(x)
-
-    return add
+    return {k: (total / calls[k] if calls[k] else torch.ones_like(total)).float() for k, total in squares.items()}
 
 
 def quantize(job: Job) -> Outcome:
@@ -156,8 +141,8 @@ def quantize(job: Job) -> Outcome:
             experts[name] = ggml.round_trip(taken, weight, importance[name])
             sizes[taken] = sizes.get(taken, 0) + weight.shape[0] * ggml.row_bytes(taken, weight.shape[1])
     count = sum(w.numel() for w in weights.values())
-    formula = " + ".join(f"8 * {size} bytes of {name}" for name, size in sizes.items()) + f" / {count}"
-    return Outcome(experts, 8 * math.fsum(sizes.values()) / count, formula)
+    parts = " + ".join(f"{size} bytes of {name}" for name, size in sizes.items())
+    return Outcome(experts, 8 * sum(sizes.values()) / count, f"8 * ({parts}) / {count}")
 
 
 if __name__ == "__main__":
