@@ -250,6 +250,7 @@ def as_markdown(result: dict[str, Any]) -> str:
         f"nats per token; ±: standard errors over windows of text; bits per weight all-in; seconds of quantization on "
         f"the clock and on the processors, on {on['threads']} thread(s) of {on['cpu']}, without imports, sanity gate "
         f"and report; torch {on['torch']}, commit {', '.join(commits)}."
+        + (" Seconds of different commits are of different days and loads." if len(commits) > 1 else "")
     )
     return f"# Quality: {result['model']}\n\n" + "\n".join(lines) + "\n"
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import quality
+from benchmarks import quality, quality_summary
 from benchmarks.quality import GROUPS, Row, as_markdown, draw
+from builders import REPO
 
 
 def measured(row: Row, **found: Any) -> dict[str, Any]:
@@ -63,3 +64,8 @@ def test_types_of_one_library_are_one_curve(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", saved)
     draw(result(*(measured(r) for r in rows)), tmp_path / "a.png")
     assert drawn == {tmp_path / "a.png": {"bitsmoe": len(quality.BITS), quality.GGUF: len(quality.GGUF_TYPES)}}
+
+
+def test_the_readme_has_the_table_of_the_committed_results():
+    """`python -m benchmarks.quality_summary` prints it."""
+    assert quality_summary.table() in (REPO / "README.md").read_text(encoding="utf-8")
