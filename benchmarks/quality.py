@@ -54,7 +54,7 @@ FORM_BITS = (2.125, 2.5, 3.125)
 SEEDS = range(5)
 STRONG = {"observer": "memoryless_mse", "calibrate_all_experts": False}
 """Settings that helped GPTQ most, none of them its library's default."""
-GGUF = "GGUF, importance matrix"
+GGUF = "GGUF IQ types, importance matrix"
 GGUF_TYPES = ("IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S")
 
 
@@ -96,7 +96,14 @@ GROUPS: dict[str, list[Row]] = {
         *(Row("GPTQ g128, its strongest settings", "gptq", b, options=STRONG) for b in (2,)),
         *(Row("AutoRound g128, 200 iterations", "autoround", b) for b in (2, 3)),
         *(
-            Row(f"GGUF {t}, importance matrix", "gguf", int(t.lstrip("IQ")[0]), 0, {"type": t}, GGUF)
+            Row(
+                f"GGUF {t}, importance matrix",
+                "gguf",
+                int(t.lstrip("IQ")[0]),
+                0,
+                {"type": t},
+                GGUF if t[0] == "I" else None,
+            )
             for t in GGUF_TYPES
         ),
         *(Row("HQQ g64", "hqq", b) for b in (2, 3)),

@@ -54,7 +54,7 @@ def test_forms_are_compared_draw_by_draw():
     assert found[3][-1] == f"-0.175 ± {error:.3f}"
 
 
-def test_types_of_one_library_are_one_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_types_of_one_kind_are_one_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     rows = [r for r in GROUPS["main"] if r.method in ("gguf", "bitsmoe") and not r.options.get("tune")]
     drawn = {}
 
@@ -63,7 +63,9 @@ def test_types_of_one_library_are_one_curve(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", saved)
     draw(result(*(measured(r) for r in rows)), tmp_path / "a.png")
-    assert drawn == {tmp_path / "a.png": {"bitsmoe": len(quality.BITS), quality.GGUF: len(quality.GGUF_TYPES)}}
+    lattices = sum(kind.startswith("IQ") for kind in quality.GGUF_TYPES)
+    expected = {"bitsmoe": len(quality.BITS), quality.GGUF: lattices, "GGUF Q2_K, importance matrix": 1}
+    assert drawn == {tmp_path / "a.png": expected}
 
 
 def test_the_readme_has_the_table_of_the_committed_results():
