@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +34,7 @@ import numpy as np
 import torch
 
 from benchmarks.baselines.driver import run_baseline, write_windows
+from benchmarks.baselines.gguf import bits_of
 from benchmarks.record import ROOT, commit, write_json
 from bitsmoe_kernels.errors import BitsmoeError
 from offline_quant.calibration import load_tokenizer, window_length, write_sampled_text
@@ -99,7 +100,7 @@ GROUPS: dict[str, list[Row]] = {
             Row(
                 f"GGUF {t}, importance matrix",
                 "gguf",
-                int(t.lstrip("IQ")[0]),
+                bits_of(t),
                 0,
                 {"type": t},
                 GGUF if t[0] == "I" else None,
@@ -264,10 +265,10 @@ def as_markdown(result: dict[str, Any]) -> str:
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     head = ["method", "bpw", "KL", "excess perplexity", "top-1 agreement", "seconds", "CPU s", "peak GB"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = table_head(head)
     for r in rows:
         run = r["run"]
-        figures = [_figure(r, "kl", 5), _figure(r, "excess", 3), _figure(r, "top1_agreement", 4)]
+        figures = [figure_text(r, "kl", 5), figure_text(r, "excess", 3), figure_text(r, "top1_agreement", 4)]
         lines.append(
             f"| {r['label']} | {r['bpw']:.3f} | {' | '.join(figures)} | {run['seconds']:.0f} "
             f"| {run['cpu_seconds']:.0f} | {run['peak_bytes'] / 1e9:.2f} |"
@@ -275,7 +276,12 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _figure(row: dict[str, Any], name: str, digits: int) -> str:
+def table_head(columns: Sequence[str]) -> list[str]:
+    """The first two lines of a Markdown table."""
+    return ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+
+
+def figure_text(row: dict[str, Any], name: str, digits: int) -> str:
     """A figure with its standard error, where one was measured."""
     error = row.get(f"{name}_stderr")
     return f"{row[name]:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
@@ -288,7 +294,7 @@ def _seed_table(rows: list[dict[str, Any]]) -> list[str]:
     """
     head = ["method", "bpw", "seeds", "KL, mean", "standard deviation", "excess, mean", "standard deviation"]
     head.append("excess above bitsmoe's")
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = table_head(head)
     runs: dict[tuple[str, float], dict[int, dict[str, Any]]] = {}
     for row in rows:
         runs.setdefault((row["label"], row["bits"]), {})[row["seed"]] = row
@@ -297,11 +303,13 @@ def _seed_table(rows: list[dict[str, Any]]) -> list[str]:
             bpw, kl, excess = ([r[k] for r in drawn.values()] for k in ("bpw", "kl", "excess"))
             ours = runs.get((OURS, bits), {})
             above = [r["excess"] - ours[seed]["excess"] for seed, r in drawn.items() if seed in ours and label != OURS]
-            spread = statistics.stdev(above) / len(above) ** 0.5 if len(above) > 1 else 0.0
+            compared = ""
+            if len(above) > 1:
+                compared = f"{statistics.mean(above):.3f} ± {statistics.stdev(above) / len(above) ** 0.5:.3f}"
             lines.append(
                 f"| {label} | {statistics.mean(bpw):.3f} | {len(drawn)} | {statistics.mean(kl):.5f} "
                 f"| {statistics.stdev(kl):.5f} | {statistics.mean(excess):.3f} | {statistics.stdev(excess):.3f} "
-                f"| {f'{statistics.mean(above):.3f} ± {spread:.3f}' if len(above) > 1 else ''} |"
+                f"| {compared} |"
             )
     return lines
 

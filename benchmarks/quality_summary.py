@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality import GGUF_TYPES, GROUPS, OURS, STRONG, Row
+from benchmarks.baselines.gguf import bits_of
+from benchmarks.quality import GGUF_TYPES, GROUPS, OURS, STRONG, Row, figure_text, table_head
 from benchmarks.record import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -24,7 +25,7 @@ def _picked() -> list[tuple[str, Row]]:
         return name, next(r for r in rows if (r.method, r.bits, r.options) == (method, bits, options))
 
     def gguf(kind: str) -> tuple[str, Row]:
-        return take(f"GGUF {kind}, importance matrix", "gguf", int(kind.lstrip("IQ")[0]), type=kind)
+        return take(f"GGUF {kind}, importance matrix", "gguf", bits_of(kind), type=kind)
 
     return [
         *(take("**bitsmoe**", OURS, bits) for bits in (1.75, 2.0, 2.125, 2.5, 3.125)),
@@ -47,15 +48,14 @@ def table(results: Path = RESULTS) -> str:
         data = json.loads((results / f"quality-{model}.json").read_text(encoding="utf-8"))
         found[model] = {row["key"]: row for row in data["rows"]}
     head = ["method"] + [f"{model}: {figure}" for model in MODELS for figure in ("bpw", "KL", "excess")]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = table_head(head)
     for name, row in _picked():
         cells = []
         for model in MODELS:
             r = found[model][row.key]
             versions = r["run"].get("versions", {})
             library = next((f" ({k} {versions[k]})" for k in LIBRARIES if k in versions), "")
-            error = f" ± {r['excess_stderr']:.2f}" if "excess_stderr" in r else ""
-            cells += [f"{r['bpw']:.3f}", f"{r['kl']:.4f}", f"{r['excess']:.2f}{error}"]
+            cells += [f"{r['bpw']:.3f}", f"{r['kl']:.4f}", figure_text(r, "excess", 2)]
         lines.append(f"| {name}{library} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

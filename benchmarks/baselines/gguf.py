@@ -21,6 +21,11 @@ SMALL_BLOCKS = {"IQ": "IQ4_NL", "Q2": "Q4_0", "Q3": "Q4_0", "Q4": "Q5_0"}
 """What llama.cpp takes instead where rows do not divide into a type's blocks of 256."""
 
 
+def bits_of(kind: str) -> int:
+    """Bits in a type's name."""
+    return int(kind.lstrip("IQ")[0])
+
+
 class _Traits(ctypes.Structure):
     """The fields of `ggml_type_traits` up to the function that gives weights back."""
 
@@ -106,10 +111,12 @@ def importance_matrix(model: torch.nn.Module, windows: Tensor, batch_size: int) 
         for e in range(len(module.down_proj)):
             x = hidden[(chosen == e).any(-1)]
             gate, up = torch.nn.functional.linear(x, module.gate_up_proj[e]).chunk(2, -1)
-            for projection, entering in (("gate", x), ("up", x), ("down", module.act_fn(gate) * up)):
-                matrix = f"{names[module]}.{e}.{projection}_proj.weight"
-                squares[matrix] = squares.get(matrix, 0) + entering.double().square().sum(0)
-                calls[matrix] = calls.get(matrix, 0) + len(entering)
+            for projections, entering in ((("gate", "up"), x), (("down",), module.act_fn(gate) * up)):
+                total = entering.double().square().sum(0)
+                for projection in projections:
+                    matrix = f"{names[module]}.{e}.{projection}_proj.weight"
+                    squares[matrix] = squares.get(matrix, 0) + total
+                    calls[matrix] = calls.get(matrix, 0) + len(entering)
 
     handles = [module.register_forward_pre_hook(add) for module in names]
     with torch.no_grad():
@@ -126,7 +133,7 @@ def quantize(job: Job) -> Outcome:
 
     s, ggml = job.settings, Ggml()
     wanted = s["type"] or SMALLEST[job.bits]
-    if f"{job.bits}" != wanted.lstrip("IQ")[0]:
+    if job.bits != bits_of(wanted):
         raise ValueError(f"type {wanted!r} is not of {job.bits} bits")
     with job.stage("load"):
         weights = expert_matrices(job.model)

@@ -269,13 +269,16 @@ def test_windows_are_those_of_the_quantizer(tmp_path):
     assert torch.equal(load_file(tmp_path / "windows.safetensors")[WINDOWS], got)
 
 
-def test_importance_is_the_mean_square_of_what_enters_each_matrix():
+def small_model(**changes):
+    """A model of the demo's architecture with random weights, float32."""
     torch.manual_seed(1)
-    config = AutoConfig.from_pretrained(TINY_MOE, num_hidden_layers=2, num_experts=E, num_experts_per_tok=2)
-    config.update(
-        {"hidden_size": H, "moe_intermediate_size": I, "head_dim": 8, "vocab_size": 50, "initializer_range": 0.3}
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    config = AutoConfig.from_pretrained(TINY_MOE, num_experts=E)
+    config.update({"hidden_size": H, "moe_intermediate_size": I, "head_dim": 8, "vocab_size": 50, **changes})
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def test_importance_is_the_mean_square_of_what_enters_each_matrix():
+    model = small_model(num_hidden_layers=2, num_experts_per_tok=2, initializer_range=0.3)
     windows = torch.randint(0, 50, (3, 11))
     got = importance_matrix(model, windows, batch_size=2)
     seen = {}  # of every token, what its experts read
@@ -305,9 +308,7 @@ def test_importance_is_the_mean_square_of_what_enters_each_matrix():
 
 
 def test_an_expert_that_no_token_calls_has_columns_of_equal_importance():
-    config = AutoConfig.from_pretrained(TINY_MOE, num_hidden_layers=1, num_experts=E, num_experts_per_tok=1)
-    config.update({"hidden_size": H, "moe_intermediate_size": I, "head_dim": 8, "vocab_size": 50})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = small_model(num_hidden_layers=1, num_experts_per_tok=1)
     with torch.no_grad():
         model.model.layers[0].mlp.gate.weight.zero_()  # ties: the same expert for all
     got = importance_matrix(model, torch.arange(20).reshape(2, 10), batch_size=1)
