@@ -19,3 +19,8 @@ def chunks_of(num_experts: int, hidden_size: int, intermediate_size: int) -> lis
     """The chunks of a layer's experts. They depend on sizes alone, so that any number of processes cuts alike."""
     step = max(1, min(CHUNK_EXPERTS, CHUNK_VALUES // chunk_values(hidden_size, intermediate_size)))
     return [range(i, min(i + step, num_experts)) for i in range(0, num_experts, step)]
+
+
+def matrix_bytes(hidden_size: int, intermediate_size: int) -> int:
+    """Bytes of one of an expert's matrices as it is worked on, float32."""
+    return 4 * hidden_size * intermediate_size

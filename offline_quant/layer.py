@@ -21,7 +21,7 @@ from bitsmoe_kernels.reference import LayerWeights, moe_forward
 from offline_quant import compensator
 from offline_quant.allocation import Allocation, allocate
 from offline_quant.basis import Decomposition, natural, paper, whitened
-from offline_quant.chunks import chunks_of
+from offline_quant.chunks import chunks_of, matrix_bytes
 from offline_quant.config import QuantizeConfig
 from offline_quant.distortion import (
     Components,
@@ -243,7 +243,7 @@ class LayerQuantizer:
 
         def worked(chunk: range) -> Result:
             found = work(chunk)
-            give_back()
+            give_back(matrix_bytes(self.H, self.I))
             return found
 
         for chunk, found in zip(self.chunks, self.team.map(self.chunks, worked), strict=True):
@@ -762,7 +762,7 @@ class LayerQuantizer:
             sample = _Sample(self.stats)
             for found in self.team.map(self.chunks, sampled):
                 sample.add(found)
-                give_back()
+                give_back(matrix_bytes(self.H, self.I))
             quantized = sample.output()
         else:
             quantized = output[:: self.stats.sample_step]

@@ -26,6 +26,7 @@ from offline_quant.calibration import (
     load_tokenizer,
     window_length,
 )
+from offline_quant.chunks import matrix_bytes
 from offline_quant.config import QuantizeConfig
 from offline_quant.dense import DenseModel, dense_plan, dense_report, write_other_tensors
 from offline_quant.hub import write_card
@@ -179,11 +180,12 @@ def quantize_model(
     check_device(config.device)
     check_text_source(config.calib)
     source = SourceModel(resolve_model(model))
-    keep_large_blocks_apart(4 * source.shape.hidden_size * source.shape.intermediate_size)
+    matrix = matrix_bytes(source.shape.hidden_size, source.shape.intermediate_size)
+    keep_large_blocks_apart(matrix)
     check_budget(source, config)
     dense = dense_plan(source, config.dense_bits)
     tokenizer = load_tokenizer(source.directory)
-    clock = _Clock()
+    clock = _Clock(matrix)
     length = window_length(source.config, config.calib_length)
     tokens = config.calib_samples * length
     batch_tokens = length * min(config.calib_samples, batch_windows(length, source.shape.hidden_size))
@@ -253,9 +255,14 @@ def _windows(
 
 
 class _Clock:
-    """Wall time, processor time and peak memory by stage; what a stage has freed is given back."""
+    """Wall time, processor time and peak memory by stage; what a stage has freed is given back.
 
-    def __init__(self) -> None:
+    Args:
+        matrix: bytes of one of an expert's matrices.
+    """
+
+    def __init__(self, matrix: int) -> None:
+        self._matrix = matrix
         self.laps: dict[str, float] = {}
         self.cpu: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
@@ -266,7 +273,7 @@ class _Clock:
         self.laps[name] = self.laps.get(name, 0.0) + now - self._last
         self.cpu[name] = self.cpu.get(name, 0.0) + cpu - self._last_cpu
         self.peaks[name] = peak_bytes()
-        give_back()
+        give_back(self._matrix)
         self._last, self._last_cpu = now, cpu
 
     def dump(self) -> dict[str, Any]:

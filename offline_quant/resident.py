@@ -39,12 +39,16 @@ def keep_large_blocks_apart(matrix_bytes: int) -> None:
         option(_M_TRIM_THRESHOLD, 4 * LARGE_BLOCK)  # no longer raised with the other
 
 
-def give_back() -> None:
+def give_back(matrix_bytes: int = LARGE_MATRIX) -> None:
     """Give freed memory back to the system.
 
     glibc keeps what lies between blocks that are still in use: of a large model more with every expert.
+
+    Args:
+        matrix_bytes: of an expert's matrix in float32. Below LARGE_MATRIX nothing is given back: it would be little,
+            and fetching the pages again takes a twentieth of a run on tiny_moe.
     """
-    if trim := _of_glibc("malloc_trim"):
+    if matrix_bytes >= LARGE_MATRIX and (trim := _of_glibc("malloc_trim")):
         trim(0)
 
 

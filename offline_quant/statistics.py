@@ -169,7 +169,7 @@ class LayerStatistics:
         D = down.new_zeros(I, I)
         step = min(PLANNING_STEP, max(1, len(tokens) // (PLANNING_TOKENS * I)))
         for part in _blocks(len(tokens)):
-            x, m = self.inputs.x[tokens[part]], mass[part]
+            x, m = self.inputs.x.index_select(0, tokens[part]), mass[part]
             gate, up = x @ W_gate, x @ W_up
             sigmoid = gate.sigmoid()
             silu = gate.mul_(sigmoid)
@@ -191,7 +191,7 @@ class LayerStatistics:
         token /= token.sum().clamp(min=1e-30)
         M = down.new_zeros(H, H)
         for part in _blocks(len(tokens)):
-            x = self.inputs.x[tokens[part]]
+            x = self.inputs.x.index_select(0, tokens[part])
             add_product(M, x * token[part, None], x)
         return mirrored(M), outputs, mirrored(D)
 
@@ -219,7 +219,7 @@ class LayerStatistics:
         seen, I = torch.empty_like(original), len(order)  # noqa: E741
         moments, crossed = gate_up.new_zeros(I, I), gate_up.new_zeros(I, I)
         for part in _blocks(len(tokens)):
-            x = self.inputs.x[tokens[part]]
+            x = self.inputs.x.index_select(0, tokens[part])
             h = torch.mul(F.silu(x @ W_gate, inplace=True), x @ W_up, out=seen[part])
             weighed = h * mass[part, None]
             add_product(moments, h, weighed)
@@ -249,10 +249,11 @@ class LayerStatistics:
             [n, H] of some n tokens, one after another.
         """
         tokens, hidden = self.inputs.x.shape
-        step = max(1, SLOT_VALUES // (self._slots * hidden))
+        step = min(tokens, max(1, SLOT_VALUES // (self._slots * hidden)))
+        held = self.inputs.x.new_empty(step * self._slots, hidden)  # fresh pages every time would cost as much again
         for start in range(0, tokens, step):
             end = min(start + step, tokens)
-            slots = self.inputs.x.new_empty((end - start) * self._slots, hidden)
+            slots = held[: (end - start) * self._slots]
             if team.size > 1:
                 slots.zero_()  # others fill the rest
             bounds = torch.tensor([start * self._slots, end * self._slots], device=slots.device)

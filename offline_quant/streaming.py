@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.families import MODULE_EXPERTS, kept_tensors
-from offline_quant.chunks import chunks_of
+from offline_quant.chunks import chunks_of, matrix_bytes
 from offline_quant.model_adapter import WeightSource
 from offline_quant.resident import give_back
 from offline_quant.statistics import LayerInputs
@@ -125,7 +125,7 @@ class StreamedModel:
             called = [(topk_ids == e).nonzero(as_tuple=True) for e in chunk]
             if not any(len(token) for token, _ in called):
                 continue
-            give_back()  # what earlier experts took, and attention
+            give_back(matrix_bytes(s.hidden_size, s.intermediate_size))  # what earlier experts took, and attention
             gate_up, down = (w.to(self.device) for w in self.source.experts(index, chunk))
             for i, (token, slot) in enumerate(called):
                 gate, up = (x[token] @ gate_up[i].T).chunk(2, -1)
