@@ -362,7 +362,8 @@ class _Run:
                     quantizer.spool.clear()
                 else:
                     self._pass(index, "batch")
-                if index:  # the quantized layers begin with what enters the first
+                self.team.wait()  # until everybody has read what goes
+                if index and self.team.rank == 0:  # the quantized layers begin with what enters the first
                     self.state.drop_hidden(index - 1)
                 progress.round_off(index + 1)
         self.clock.lap("calibration")

@@ -238,15 +238,15 @@ class RunState:
         result = self.directory / RESULT
         for path in (*result.iterdir(), result):
             _sync(path)
-        if self.out not in self.directory.parents:
-            check_output(self.out)
-            if self.out.exists():
-                self.out.rmdir()
         self._note(complete=True)
         self._leave()
 
     def _leave(self) -> None:
         if (self.directory / RESULT).exists():
+            if self.out not in self.directory.parents:
+                check_output(self.out)
+                if self.out.exists():
+                    self.out.rmdir()
             move_into_place(self.directory / RESULT, self.out)
         for path in self.directory.iterdir():
             if path.name not in (_STATE, _LOCK):
@@ -271,8 +271,14 @@ def run_state(out: Path, started: dict[str, Any], resume: bool, team: Team) -> I
         team: processes of the run; the first of them owns the state.
     """
     state: RunState | None = None
+
+    def begin() -> RunState:
+        nonlocal state
+        state = RunState(out, started, resume)
+        return state
+
     try:
-        state = team.agreed(lambda: RunState(out, started, resume))
+        state = team.agreed(begin)  # set by then, should the others not be there to hear of it
         yield state
     except BaseException as e:
         if isinstance(e, (OSError, SafetensorError)):

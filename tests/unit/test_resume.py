@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -253,6 +254,80 @@ def test_a_worker_that_dies_is_reported(source, tmp_path):
     assert done.returncode == 2, done.stderr
     assert "worker 1 ended with status 1: out of luck" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_worker_is_heard_though_it_is_quiet_and_leaves_nothing(source, tmp_path):
+    """Of the processes only the first prints, but what is wrong with another is said."""
+    prelude = tmp_path / "site"
+    prelude.mkdir()
+    (prelude / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    from bitsmoe_kernels.errors import BitsmoeError\n"
+        "    from offline_quant import pipeline\n"
+        "    def check_device(device):\n"
+        "        raise BitsmoeError('--device: this one has none')\n"
+        "    pipeline.check_device = check_device\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(prelude), os.environ.get("PYTHONPATH", "")])}
+    arguments = (source, "--out", tmp_path / "q", "--calib", source.parent / "calib.txt", *FAST, "--workers", "2")
+    done = subprocess.run(
+        command(*arguments), cwd=REPO, capture_output=True, text=True, timeout=300, env=environment, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "worker 1 ended with status 2: Error: --device: this one has none" in " ".join(done.stderr.split())
+    assert [p.name for p in tmp_path.iterdir()] == ["site"]
+
+
+def test_two_workers_share_one_budget_for_the_model(source, tmp_path):
+    config = options(source, objective="alphaq")
+    quantize_model(str(source), tmp_path / "one", config)
+    arguments = (source, "--out", tmp_path / "two", "--calib", source.parent / "calib.txt", *FAST)
+    done = subprocess.run(
+        command(*arguments, "--objective", "alphaq", "--workers", "2"),
+        cwd=REPO, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_hidden_states_go_once_everybody_has_read_them(source, tmp_path, monkeypatch):
+    events, usual = [], RunState.drop_hidden
+
+    class Watched(Team):
+        def wait(self):
+            events.append("wait")
+
+    def drop(self, index):
+        events.append(f"drop {index}")
+        usual(self, index)
+
+    monkeypatch.setattr(RunState, "drop_hidden", drop)
+    quantize_model(str(source), tmp_path / "q", options(source, objective="alphaq"), team=Watched())
+    dropped = [(before, now) for before, now in pairwise(events) if now.startswith("drop")]
+    assert {now for _, now in dropped} >= {"drop -1", "drop 0", "drop 1"}
+    assert {before for before, _ in dropped} == {"wait"}
+
+
+def test_an_output_directory_that_fills_up_costs_no_work(source, whole, tmp_path, monkeypatch):
+    out, usual = tmp_path / "q", RunState.publish
+
+    def publish(self):
+        out.mkdir()
+        (out / "note.txt").write_text("mine")
+        usual(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "publish", publish)
+        with pytest.raises(BitsmoeError, match="not an empty directory") as stopped:
+            quantize_model(str(source), out, options(source))
+    assert stopped.value.__notes__ == ["everything was made: the same command with --resume puts it in its place"]
+    with pytest.raises(BitsmoeError, match="not an empty directory"):  # still
+        quantize_model(str(source), out, options(source), resume=True)
+    (out / "note.txt").unlink()
+    assert quantize_model(str(source), out, options(source), resume=True).report
+    assert contents(out) == contents(whole)
+    assert [p.name for p in tmp_path.iterdir()] == ["q"]
 
 
 def test_tuning_resumes_too_and_wants_one_process(source, tmp_path, monkeypatch):
