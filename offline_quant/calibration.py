@@ -1,7 +1,7 @@
 """Calibration tokens: from text files, from a Hub dataset, or sampled from the model itself."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -190,12 +190,18 @@ def write_sampled_text(model: StreamedModel, tokenizer: Any, path: Path, count: 
 
 
 def calibration_windows(
-    model: StreamedModel, tokenizer: Any, calib: str | None, count: int, length: int, seed: int
+    model: StreamedModel,
+    tokenizer: Any,
+    calib: str | None,
+    count: int,
+    length: int,
+    seed: int,
+    before_sampling: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, str]:
     """Windows from the chosen source, and the name of the source used.
 
     With no source chosen, the default dataset is tried; where it cannot be reached, the model's own text is used and a
-    warning says so.
+    warning says so; `before_sampling` is called then.
     """
     if calib is None:
         console.print(f"Reading calibration text from {DEFAULT_DATASET} (choose with --calib)")
@@ -205,6 +211,7 @@ def calibration_windows(
             console.print(
                 Text("Warning:", "bold yellow"), f"{e}\nCalibrating on text sampled from the model itself instead."
             )
+            before_sampling()
             calib = "self"
     if calib == "self":
         return sample_windows(model, tokenizer, count, length, seed), "self"

@@ -83,8 +83,8 @@ def quantize(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="One budget for each layer, or one for the whole model shared by measured sensitivities: layer or "
-            "model. Default: model for alphaq and bt-moe, else layer.",
+            help="One budget for each layer, or one for the whole model: layer or model. Default: model for alphaq and "
+            "bt-moe, else layer. For the others a model's budget is shared by measured sensitivities.",
             show_default=False,
         ),
     ] = None,
@@ -121,7 +121,7 @@ def quantize(
         typer.Option(
             "--tune",
             help="Fit the experts of a layer together to the original model's hidden states, and tune scales and codes "
-            "by gradients: clearly better, and several times as slow.",
+            "by gradients: clearly better, and several times as slow. In one process only.",
         ),
     ] = _DEFAULTS.tune,
     calib_samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = _DEFAULTS.calib_samples,
@@ -130,7 +130,11 @@ def quantize(
     ] = _DEFAULTS.calib_length,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = _DEFAULTS.device,
     seed: Annotated[
-        int, typer.Option(help="Of calibration windows and sampling. Equal inputs and seed give equal bytes.")
+        int,
+        typer.Option(
+            help="Which windows of a longer text file are taken, and what is drawn at random. Equal inputs and seed "
+            "give equal bytes."
+        ),
     ] = _DEFAULTS.seed,
     resume: Annotated[
         bool,

@@ -9,7 +9,7 @@ from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.families import MoEShape
 from bitsmoe_kernels.format.schema import TensorSpec
 from bitsmoe_kernels.format.shards import MAPPED_BYTES, largest_shard
-from offline_quant import sanity
+from offline_quant import sanity, sensitivity
 from offline_quant.chunks import chunk_values, chunks_of
 from offline_quant.spool import MEMORY_BYTES
 from offline_quant.statistics import SLOT_VALUES
@@ -21,6 +21,8 @@ LATER = 80 << 20
 """What libraries take that are loaded when they are needed: the solver, the plots."""
 SCORE_COPIES = 2.5
 """Of attention scores, where they are computed as a whole: measured on DeepSeek-V3's shapes."""
+LOGIT_COPIES = 5
+"""Of logits while gradients of drawn tokens are taken."""
 _FLOAT, _INT, _DOUBLE = 4, 8, 8
 
 
@@ -53,6 +55,8 @@ def needs(
     baseline: int,
     tune: bool = False,
     bases: bool = True,
+    sensitive: bool = False,
+    sampled: bool = False,
 ) -> Needs:
     """What a run takes.
 
@@ -67,6 +71,8 @@ def needs(
         baseline: resident bytes of the process before the run.
         tune: whether scales and codes are tuned, which takes a whole layer and what its optimizer remembers.
         bases: whether a form with shared bases may be chosen.
+        sensitive: whether sensitivities of all layers are measured, with gradients.
+        sampled: whether the model writes its calibration text itself, for which it is whole in memory.
     """
     E, H, I = shape.num_experts, shape.hidden_size, shape.intermediate_size  # noqa: E741
     top_k = int(model_config.get("num_experts_per_tok", 1))
@@ -102,12 +108,28 @@ def needs(
     running = kept + mapped + max(codes.values())
     judging = _FLOAT * (3 * judged * H + sanity.VOCABULARY_ROWS * (H + 3 * judged)) + whole_tensor
     hidden = 3 * _FLOAT * tokens * H
+    layers, vocabulary = int(model_config["num_hidden_layers"]), int(model_config["vocab_size"])
+    differentiated = 0
+    if sensitive:  # hidden states of all layers, and logits or a whole layer with what its gradients take
+        measured = min(tokens, sensitivity.TOKENS)
+        together = min(measured, sensitivity.BATCH_TOKENS)
+        logits = _FLOAT * vocabulary * (H + LOGIT_COPIES * together)
+        whole_layer = dense + _FLOAT * (weights + together * (top_k * (4 * H + 8 * I) + 6 * H + 4 * width))
+        differentiated = _FLOAT * measured * H * (layers + 2) + mapped + max(logits, whole_layer)
+    sampling = 0
+    if sampled:
+        kv_heads = int(model_config.get("num_key_value_heads") or heads)
+        cached = 2 * kv_heads * int(model_config.get("head_dim") or H // heads)
+        if whole:
+            cached = heads * (queries + int(model_config.get("v_head_dim") or 0))
+        values = sum(math.prod(spec.shape) for spec in specs.values())
+        sampling = mapped + _FLOAT * (values + tokens * cached * (layers + 1))  # one layer's cache is copied to grow
     others = [spec.nbytes for name, spec in specs.items() if not shape.is_expert_tensor(name)]
     # A layer's experts are about two tensors: codes of gate and up, and of down.
     shard = largest_shard([*[2 * coded // 3, coded // 3] * len(shape.layers), *others], SHARD_BYTES)
     writing = shard + max(coded, whole_tensor)  # and what its tensors are copied from
     return Needs(
-        peak=baseline + LATER + max(whole_tensor, forward, running, judging, writing),
+        peak=baseline + LATER + max(whole_tensor, forward, running, judging, writing, differentiated, sampling),
         calibration_state=state,
         disk=hidden + max(0, _FLOAT * (tokens * top_k * I + E * H * I) - MEMORY_BYTES),
         result=sum(others) + coded * len(shape.layers),

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -189,16 +189,30 @@ def quantize_model(
     length = window_length(source.config, config.calib_length)
     tokens = config.calib_samples * length
     batch_tokens = length * min(config.calib_samples, batch_windows(length, source.shape.hidden_size))
-    found = needs(
-        source.shape, source.tensors.specs, source.config, config.bits, tokens, batch_tokens, length, peak_bytes(),
-        config.tune, may_share_bases(source.shape, config),
-    )  # fmt: skip
+    scope = config.budget or OBJECTIVES[config.objective].scope
+    baseline = peak_bytes()
+
+    def predicted(sampled: bool) -> Needs:
+        return needs(
+            source.shape, source.tensors.specs, source.config, config.bits, tokens, batch_tokens, length, baseline,
+            config.tune, may_share_bases(source.shape, config),
+            scope == "model" and OBJECTIVES[config.objective].sensitive, sampled,
+        )  # fmt: skip
+
+    found = predicted(config.calib == "self")
     if team.rank == 0:
         console.print(
             f"Memory: about {found.peak / 1e9:.1f} GB a process, {found.calibration_state / 1e9:.2f} GB of it for "
             f"calibration text; disk: {found.disk / 1e9:.1f} GB or more while it runs"
         )
     check_memory(found, max_memory)
+
+    def unforeseen() -> None:
+        """The default dataset cannot be reached, and the model is to write text itself."""
+        needed = predicted(sampled=True)
+        check_memory(needed, max_memory)
+        console.print(f"Memory: about {needed.peak / 1e9:.1f} GB, for the whole model writes it")
+
     if team.rank == 0 and not leaving:
         check_space(out, found.result * (not plan_only) + found.disk - held_bytes(out))
     started = {
@@ -211,12 +225,12 @@ def quantize_model(
     with run_state(out, started, resume, team) as state:
         if state.concluded:
             return Outcome({} if team.rank else read_json(out / REPORT_FILE), needs=found)
-        windows, used = team.agreed(lambda: _windows(source, tokenizer, config, length, state, clock))
+        windows, used = team.agreed(lambda: _windows(source, tokenizer, config, length, state, clock, unforeseen))
         record = {**config.record(), "calib": used if used == "self" or used.startswith("hf:") else Path(used).name}
         original = StreamedModel(source, config.device)
         streamed = original if dense is None else StreamedModel(DenseModel(source, dense), config.device)
         run = _Run(source, original, streamed, windows, config, state, team, clock, plan_only)
-        if (config.budget or OBJECTIVES[config.objective].scope) == "model":
+        if scope == "model":
             run.share_budget()
         layers = run.layers()
         if team.rank:
@@ -237,7 +251,13 @@ def quantize_model(
 
 
 def _windows(
-    source: SourceModel, tokenizer: Any, config: QuantizeConfig, length: int, state: RunState, clock: "_Clock"
+    source: SourceModel,
+    tokenizer: Any,
+    config: QuantizeConfig,
+    length: int,
+    state: RunState,
+    clock: "_Clock",
+    before_sampling: Callable[[], None],
 ) -> tuple[Tensor, str]:
     """Calibration tokens and where they came from, once the weights are checked; those of an earlier run if it was."""
     if (windows := state.windows) is not None and (earlier := state.kept(CALIBRATION)) is not None:
@@ -246,8 +266,9 @@ def _windows(
     clock.lap("check")
     torch.manual_seed(config.seed)
     windows, used = calibration_windows(
-        StreamedModel(source, config.device), tokenizer, config.calib, config.calib_samples, length, config.seed
-    )
+        StreamedModel(source, config.device), tokenizer, config.calib, config.calib_samples, length, config.seed,
+        before_sampling,
+    )  # fmt: skip
     state.keep(CALIBRATION, {"used": used})
     state.keep_windows(windows)
     clock.lap("calibration text")

@@ -16,7 +16,7 @@ from offline_quant.streaming import Arguments, StreamedModel
 
 TOKENS = 8_192
 """Tokens of calibration text used: bounds the memory of all layers' hidden states."""
-_BATCH_TOKENS = 2_048
+BATCH_TOKENS = 2_048
 
 
 def layer_sensitivities(
@@ -31,7 +31,7 @@ def layer_sensitivities(
         tick: called after every layer, forwards and backwards.
     """
     windows = windows[: max(1, TOKENS // windows.shape[1])]
-    batches = model.embed_windows(windows, _BATCH_TOKENS)
+    batches = model.embed_windows(windows, BATCH_TOKENS)
     entering = [[h for h, _ in batches]]
     energy: dict[int, float] = {}
     for index in range(model.num_layers):

@@ -48,7 +48,7 @@ class Team:
 
 
 class Workers(Team):
-    """A process of a torch.distributed group, which `torchrun` or `workers.launch` has started.
+    """A process of a torch.distributed group, which `torchrun` or `workers.team_of` has started.
 
     Raises:
         RuntimeError: the others cannot be reached.

@@ -30,11 +30,16 @@ def team_of(workers: int) -> Iterator[Team]:
         workers: how many processes; 1 under `torchrun`.
 
     Raises:
-        BitsmoeError: another process ended; says what it said.
+        BitsmoeError: another process ended; says what it said. Or `workers` under `torchrun`.
     """
     if started_as_worker():
         if folder := os.environ.get(_READY):
             Path(folder, os.environ["RANK"]).touch()
+        elif workers > 1:
+            raise BitsmoeError(
+                f"--workers {workers}: this is one of {os.environ['WORLD_SIZE']} processes that torchrun has started; "
+                "leave --workers out"
+            )
         yield Workers()
         return
     if workers == 1:

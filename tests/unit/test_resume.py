@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from bitsmoe_kernels.errors import BitsmoeError
 from builders import REPO
 from families import make_model
-from offline_quant import pipeline
+from offline_quant import calibration, pipeline
 from offline_quant import state as state_module
 from offline_quant.config import QuantizeConfig
 from offline_quant.memory import check_memory, parse_bytes
@@ -25,6 +26,7 @@ from offline_quant.pipeline import quantize_model
 from offline_quant.spool import Spool
 from offline_quant.state import RunState, fingerprint, state_directory
 from offline_quant.team import Team
+from offline_quant.workers import team_of
 
 TEXT = "She opened the door, and there stood her brother with the lamp in his hand. " * 60
 
@@ -392,6 +394,31 @@ def test_what_there_is_no_room_for_is_computed_again(source, whole, tmp_path, mo
     monkeypatch.setattr(Spool, "put", put)
     quantize_model(str(source), tmp_path / "q", options(source))
     assert contents(tmp_path / "q") == contents(whole)
+
+
+def test_a_model_that_must_write_its_own_text_is_held_to_the_limit_of_memory(source, tmp_path, monkeypatch):
+    """Nobody knew before that the default dataset would not be reached."""
+    usual = pipeline.needs
+
+    def unreachable(*args):
+        raise BitsmoeError("the dataset cannot be reached")
+
+    def needs(*args):
+        found = usual(*args)
+        return replace(found, peak=2 * 10**12) if args[-1] else found
+
+    monkeypatch.setattr(calibration, "text_windows", unreachable)
+    monkeypatch.setattr(pipeline, "needs", needs)
+    with pytest.raises(BitsmoeError, match=r"--max-memory 1000.00 GB: this run would take about 2000.00 GB"):
+        quantize_model(str(source), tmp_path / "q", options(source, calib=None), max_memory=10**12)
+    assert not list(tmp_path.iterdir())
+
+
+def test_workers_are_not_asked_for_twice(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    expected = "--workers 4: this is one of 2 processes that torchrun has started"
+    with pytest.raises(BitsmoeError, match=expected), team_of(4):
+        pass
 
 
 @pytest.mark.parametrize(

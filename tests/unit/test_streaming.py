@@ -330,3 +330,22 @@ def test_memory_of_shared_bases_is_asked_for_where_they_may_be_chosen(options, s
 
     assert may_share_bases(shape, QuantizeConfig(bits=2.125, **options)) is shared
     assert peak(False) < peak(True) <= peak(False) + 8 * 8 * H * H  # eight double-precision matrices
+
+
+def test_memory_of_the_whole_model_and_of_gradients_is_asked_for():
+    config = MODELS["qwen3-30b-a3b"].config | {"num_hidden_layers": 24, "num_experts": 16}
+    shape = moe_shape(config, "test")
+    H, inner = shape.hidden_size, shape.intermediate_size
+    specs = {
+        name: TensorSpec(torch.bfloat16, size)
+        for layer in shape.layers
+        for e in range(shape.num_experts)
+        for name, size in zip(shape.expert_names(layer, e), ((inner, H), (inner, H), (H, inner)), strict=True)
+    }
+
+    def peak(**more):
+        return needs(shape, specs, config, 2.125, 4096, 2048, 2048, 0, **more).peak
+
+    assert peak(sampled=True) > max(peak(), 4 * shape.num_weights)
+    head_and_logits = 4 * config["vocab_size"] * (H + 2048)
+    assert peak(sensitive=True) > max(peak(), head_and_logits)
