@@ -21,8 +21,9 @@ LATER = 80 << 20
 """What libraries take that are loaded when they are needed: the solver, the plots."""
 SCORE_COPIES = 2.5
 """Of attention scores, where they are computed as a whole: measured on DeepSeek-V3's shapes."""
-LOGIT_COPIES = 5
-"""Of logits while gradients of drawn tokens are taken."""
+LOGIT_COPIES = 3.5
+"""Of logits while gradients of drawn tokens are taken: measured with the vocabulary of Qwen3-30B-A3B, where they are the
+most of it (peak 6.6 GB with 32 experts and `--budget model`)."""
 _FLOAT, _INT, _DOUBLE = 4, 8, 8
 
 
@@ -113,7 +114,7 @@ def needs(
     if sensitive:  # hidden states of all layers, and logits or a whole layer with what its gradients take
         measured = min(tokens, sensitivity.TOKENS)
         together = min(measured, sensitivity.BATCH_TOKENS)
-        logits = _FLOAT * vocabulary * (H + LOGIT_COPIES * together)
+        logits = int(_FLOAT * vocabulary * (H + LOGIT_COPIES * together))
         whole_layer = dense + _FLOAT * (weights + together * (top_k * (4 * H + 8 * I) + 6 * H + 4 * width))
         differentiated = _FLOAT * measured * H * (layers + 2) + mapped + max(logits, whole_layer)
     sampling = 0
