@@ -22,8 +22,8 @@ LATER = 80 << 20
 SCORE_COPIES = 2.5
 """Of attention scores, where they are computed as a whole: measured on DeepSeek-V3's shapes."""
 LOGIT_COPIES = 3.5
-"""Of logits while gradients of drawn tokens are taken: measured with the vocabulary of Qwen3-30B-A3B, where they are the
-most of it (peak 6.6 GB with 32 experts and `--budget model`)."""
+"""Of logits while gradients of drawn tokens are taken: measured with the vocabulary of Qwen3-30B-A3B, where they are
+most of what `--budget model` takes (6.6 GB with one layer of 32 experts)."""
 _FLOAT, _INT, _DOUBLE = 4, 8, 8
 
 
