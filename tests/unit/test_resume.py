@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -242,17 +243,21 @@ def test_torchrun_starts_workers_too(source, whole, tmp_path):
     assert contents(out) == contents(whole)
 
 
-def test_a_worker_that_dies_is_reported(source, tmp_path):
+def run_two_workers(source: Path, tmp_path: Path, second: str) -> subprocess.CompletedProcess[str]:
+    """Two workers, of which the second begins with some code of its own."""
     prelude = tmp_path / "site"
     prelude.mkdir()
-    (prelude / "sitecustomize.py").write_text(
-        "import os, sys\nif os.environ.get('RANK') == '1':\n    sys.stderr.write('out of luck')\n    os._exit(1)\n"
-    )
+    only = "import os\nif os.environ.get('RANK') == '1':\n"
+    (prelude / "sitecustomize.py").write_text(only + textwrap.indent(second, "    "))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(prelude), os.environ.get("PYTHONPATH", "")])}
     arguments = (source, "--out", tmp_path / "q", "--calib", source.parent / "calib.txt", *FAST, "--workers", "2")
-    done = subprocess.run(
+    return subprocess.run(
         command(*arguments), cwd=REPO, capture_output=True, text=True, timeout=300, env=environment, check=False
     )
+
+
+def test_a_worker_that_dies_is_reported(source, tmp_path):
+    done = run_two_workers(source, tmp_path, "import sys\nsys.stderr.write('out of luck')\nos._exit(1)\n")
     assert done.returncode == 2, done.stderr
     assert "worker 1 ended with status 1: out of luck" in done.stderr
     assert "Traceback" not in done.stderr
@@ -260,22 +265,14 @@ def test_a_worker_that_dies_is_reported(source, tmp_path):
 
 def test_a_worker_is_heard_though_it_is_quiet_and_leaves_nothing(source, tmp_path):
     """Of the processes only the first prints, but what is wrong with another is said."""
-    prelude = tmp_path / "site"
-    prelude.mkdir()
-    (prelude / "sitecustomize.py").write_text(
-        "import os\n"
-        "if os.environ.get('RANK') == '1':\n"
-        "    from bitsmoe_kernels.errors import BitsmoeError\n"
-        "    from offline_quant import pipeline\n"
-        "    def check_device(device):\n"
-        "        raise BitsmoeError('--device: this one has none')\n"
-        "    pipeline.check_device = check_device\n"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(prelude), os.environ.get("PYTHONPATH", "")])}
-    arguments = (source, "--out", tmp_path / "q", "--calib", source.parent / "calib.txt", *FAST, "--workers", "2")
-    done = subprocess.run(
-        command(*arguments), cwd=REPO, capture_output=True, text=True, timeout=300, env=environment, check=False
-    )
+    fault = """
+from bitsmoe_kernels.errors import BitsmoeError
+from offline_quant import pipeline
+def check_device(device):
+    raise BitsmoeError("--device: this one has none")
+pipeline.check_device = check_device
+"""
+    done = run_two_workers(source, tmp_path, fault)
     assert done.returncode == 2, done.stderr
     assert "worker 1 ended with status 2: Error: --device: this one has none" in " ".join(done.stderr.split())
     assert [p.name for p in tmp_path.iterdir()] == ["site"]
