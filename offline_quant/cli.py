@@ -64,7 +64,6 @@ def _run() -> None:
         console.print(Text("Error:", "bold red"), f"standard output cannot be written ({e.strerror})")
         raise SystemExit(USAGE_STATUS) from None
     except BitsmoeError as e:
-        console.quiet = False  # as it is in all but the first of several processes
         console.print(Text("Error:", "bold red"), "\n".join((str(e), *getattr(e, "__notes__", ()))), soft_wrap=True)
         raise SystemExit(USAGE_STATUS) from None
 

@@ -164,9 +164,11 @@ def quantize(
     start = time.monotonic()
     limit = None if max_memory is None else parse_bytes(max_memory)
     with team_of(workers) as team:
-        if team.rank:
-            console.quiet = True
-        outcome = quantize_model(model, out, _config(options), plan, resume, team, limit)
+        console.quiet = team.rank > 0
+        try:
+            outcome = quantize_model(model, out, _config(options), plan, resume, team, limit)
+        finally:
+            console.quiet = False  # what was wrong is said by everybody
         if team.rank:
             return
     report = outcome.report

@@ -109,13 +109,13 @@ def needs(
     running = kept + mapped + max(codes.values())
     judging = _FLOAT * (3 * judged * H + sanity.VOCABULARY_ROWS * (H + 3 * judged)) + whole_tensor
     hidden = 3 * _FLOAT * tokens * H
-    layers, vocabulary = int(model_config["num_hidden_layers"]), int(model_config["vocab_size"])
+    layers = int(model_config["num_hidden_layers"])
     differentiated = 0
     if sensitive:  # hidden states of all layers, and logits or a whole layer with what its gradients take
         measured = min(tokens, sensitivity.TOKENS)
-        together = min(measured, sensitivity.BATCH_TOKENS)
-        logits = int(_FLOAT * vocabulary * (H + LOGIT_COPIES * together))
-        whole_layer = dense + _FLOAT * (weights + together * (top_k * (4 * H + 8 * I) + 6 * H + 4 * width))
+        batch = min(measured, sensitivity.BATCH_TOKENS)
+        logits = int(_FLOAT * int(model_config["vocab_size"]) * (H + LOGIT_COPIES * batch))
+        whole_layer = dense + _FLOAT * (weights + batch * (top_k * (4 * H + 8 * I) + 6 * H + 4 * width))
         differentiated = _FLOAT * measured * H * (layers + 2) + mapped + max(logits, whole_layer)
     sampling = 0
     if sampled:

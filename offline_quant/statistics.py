@@ -249,7 +249,7 @@ class LayerStatistics:
             [n, H] of some n tokens, one after another.
         """
         tokens, hidden = self.inputs.x.shape
-        step = min(tokens, max(1, SLOT_VALUES // (self._slots * hidden)))
+        step = max(1, min(tokens, SLOT_VALUES // (self._slots * hidden)))
         held = self.inputs.x.new_empty(step * self._slots, hidden)  # fresh pages every time would cost as much again
         for start in range(0, tokens, step):
             end = min(start + step, tokens)

@@ -213,6 +213,13 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "offline_quant.cli", "quantize", *map(str, arguments)]
 
 
+def run(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """`bitsmoe quantize` in a process of its own."""
+    return subprocess.run(
+        command(*arguments), cwd=REPO, capture_output=True, text=True, timeout=300, env=env, check=False
+    )
+
+
 FAST = ("--bits", "4.5", "--calib-samples", "6", "--calib-length", "64", "--refine", "0")
 
 
@@ -227,7 +234,7 @@ def test_a_killed_process_resumes_and_two_workers_give_the_bytes_of_one(source, 
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not out.exists()
-    done = subprocess.run(command(*arguments), cwd=REPO, capture_output=True, text=True, timeout=300, check=False)
+    done = run(*arguments)
     assert done.returncode == 0, done.stderr
     assert contents(out) == contents(whole)
     assert [p.name for p in tmp_path.iterdir()] == ["q"]
@@ -251,9 +258,7 @@ def run_two_workers(source: Path, tmp_path: Path, second: str) -> subprocess.Com
     (prelude / "sitecustomize.py").write_text(only + textwrap.indent(second, "    "))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(prelude), os.environ.get("PYTHONPATH", "")])}
     arguments = (source, "--out", tmp_path / "q", "--calib", source.parent / "calib.txt", *FAST, "--workers", "2")
-    return subprocess.run(
-        command(*arguments), cwd=REPO, capture_output=True, text=True, timeout=300, env=environment, check=False
-    )
+    return run(*arguments, env=environment)
 
 
 def test_a_worker_that_dies_is_reported(source, tmp_path):
@@ -282,10 +287,7 @@ def test_two_workers_share_one_budget_for_the_model(source, tmp_path):
     config = options(source, objective="alphaq")
     quantize_model(str(source), tmp_path / "one", config)
     arguments = (source, "--out", tmp_path / "two", "--calib", source.parent / "calib.txt", *FAST)
-    done = subprocess.run(
-        command(*arguments, "--objective", "alphaq", "--workers", "2"),
-        cwd=REPO, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    done = run(*arguments, "--objective", "alphaq", "--workers", "2")
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 

@@ -310,6 +310,17 @@ def test_a_chunk_of_experts_leaves_nothing_behind_for_the_next_one():
     assert len(kept) == 4
 
 
+def expert_specs(shape):
+    """Tensors of all experts of a model, bfloat16."""
+    H, inner = shape.hidden_size, shape.intermediate_size
+    return {
+        name: TensorSpec(torch.bfloat16, size)
+        for layer in shape.layers
+        for e in range(shape.num_experts)
+        for name, size in zip(shape.expert_names(layer, e), ((inner, H), (inner, H), (H, inner)), strict=True)
+    }
+
+
 @pytest.mark.parametrize(
     ("options", "shared"),
     [({}, True), ({"basis": "natural"}, False), ({"basis": "paper"}, True), ({"objective": "alphaq"}, False)],
@@ -317,13 +328,7 @@ def test_a_chunk_of_experts_leaves_nothing_behind_for_the_next_one():
 def test_memory_of_shared_bases_is_asked_for_where_they_may_be_chosen(options, shared):
     config = MODELS["qwen3-235b-a22b"].config | {"num_hidden_layers": 1, "num_experts": 8}
     shape = moe_shape(config, "test")
-    H, inner = shape.hidden_size, shape.intermediate_size
-    sizes = ((inner, H), (inner, H), (H, inner))
-    specs = {
-        name: TensorSpec(torch.bfloat16, size)
-        for e in range(shape.num_experts)
-        for name, size in zip(shape.expert_names(0, e), sizes, strict=True)
-    }
+    specs, H = expert_specs(shape), shape.hidden_size
 
     def peak(bases):
         return needs(shape, specs, config, 2.125, 4096, 2048, 2048, 0, bases=bases).peak
@@ -335,13 +340,7 @@ def test_memory_of_shared_bases_is_asked_for_where_they_may_be_chosen(options, s
 def test_memory_of_the_whole_model_and_of_gradients_is_asked_for():
     config = MODELS["qwen3-30b-a3b"].config | {"num_hidden_layers": 24, "num_experts": 16}
     shape = moe_shape(config, "test")
-    H, inner = shape.hidden_size, shape.intermediate_size
-    specs = {
-        name: TensorSpec(torch.bfloat16, size)
-        for layer in shape.layers
-        for e in range(shape.num_experts)
-        for name, size in zip(shape.expert_names(layer, e), ((inner, H), (inner, H), (H, inner)), strict=True)
-    }
+    specs, H = expert_specs(shape), shape.hidden_size
 
     def peak(**more):
         return needs(shape, specs, config, 2.125, 4096, 2048, 2048, 0, **more).peak
