@@ -1,0 +1,100 @@
+"""`--device cuda` without one: on a pretended device, every operation must find its operands in one place."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from families import make_model
+from offline_quant import tune
+from offline_quant.config import QuantizeConfig
+from offline_quant.evaluate import Reference, evaluate
+from offline_quant.pipeline import quantize_model
+from pretended_cuda import pretended_cuda
+
+TEXT = "She opened the door, and there stood her brother with the lamp in his hand. " * 40
+QUICK = {"bits": 4.5, "calib_samples": 3, "calib_length": 48, "refine": 1}
+SAME_BYTES: list[tuple[str, dict[str, Any]]] = [
+    ("Qwen3MoeForCausalLM", {}),
+    ("Qwen3MoeForCausalLM", {"basis": "paper"}),
+    ("Qwen3MoeForCausalLM", {"objective": "alphaq"}),
+    ("Qwen3MoeForCausalLM", {"objective": "bt-moe", "refine": 0, "widths": (2, 4)}),
+    ("Qwen3MoeForCausalLM", {"objective": "uniform", "feedback": False, "without": ["correction", "trim"]}),
+    ("Qwen3MoeForCausalLM", {"calib": "self"}),
+    ("Qwen2MoeForCausalLM", {"dense_bits": 4}),
+    ("DeepseekV3ForCausalLM", {}),
+    ("Qwen3NextForCausalLM", {}),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("device")
+    (path / "calib.txt").write_text(TEXT)
+    return path
+
+
+def model(folder: Path, architecture: str) -> Path:
+    path = folder / architecture
+    return path if path.exists() else make_model(architecture, path)
+
+
+def options(folder: Path, device: str, **changed: Any) -> QuantizeConfig:
+    return QuantizeConfig(**{"calib": str(folder / "calib.txt"), **QUICK, **changed, "device": device})
+
+
+def quantized(folder: Path, source: Path, out: Path, device: str, **changed: Any) -> dict[str, bytes]:
+    quantize_model(str(source), out, options(folder, device, **changed))
+    return {name: (out / name).read_bytes() for name in ("model.safetensors", "config.json")}
+
+
+@pytest.mark.parametrize(("architecture", "changed"), SAME_BYTES)
+def test_a_checkpoint_is_that_of_a_cpu(
+    folder: Path, tmp_path: Path, architecture: str, changed: dict[str, Any]
+) -> None:
+    source = model(folder, architecture)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = quantized(folder, source, tmp_path / "cpu", "cpu", **changed)
+    with pretended_cuda():
+        assert quantized(folder, source, tmp_path / "cuda", "cuda", **changed) == expected
+
+
+def test_gradients_too_stay_on_the_device(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of sensitivities and of tuning; they are ones there, so the checkpoint is another."""
+    monkeypatch.setattr(tune, "STEPS", 2)
+    changed = {"tune": True, "budget": "model"}
+    with pretended_cuda():
+        assert quantized(folder, model(folder, "Qwen3MoeForCausalLM"), tmp_path / "cuda", "cuda", **changed)
+
+
+def test_evaluation(folder: Path, tmp_path: Path) -> None:
+    source, text = model(folder, "Qwen3MoeForCausalLM"), folder / "calib.txt"
+    with sdpa_kernel(SDPBackend.MATH):
+        quantized(folder, source, tmp_path / "q", "cpu")
+        expected = evaluate(tmp_path / "q", text, source)
+    with pretended_cuda():
+        assert evaluate(tmp_path / "q", text, source, "cuda") == expected
+        assert Reference(source, text, "cuda").evaluate(tmp_path / "q") == expected
+
+
+def test_the_pretended_device_refuses_what_a_real_one_refuses() -> None:
+    with pretended_cuda():
+        here, there = torch.ones(3, device="cuda"), torch.ones(3)
+        assert here.is_cuda
+        assert torch.equal((here + here.to("cuda")).cpu(), 2 * there)
+        assert (here + torch.tensor(1.0)).is_cuda  # a number
+        assert here[torch.tensor([0, 2])].shape == (2,)
+        for wrong in (
+            lambda: here + there,
+            lambda: torch.cat([here, there]),
+            lambda: there.add_(here),
+            lambda: there[torch.tensor([0], device="cuda")],
+            lambda: here.index_select(0, torch.tensor([0])),
+            lambda: torch.stack([here, there]),
+        ):
+            with pytest.raises(RuntimeError, match="cuda:0 and cpu"):
+                wrong()
+        with pytest.raises(RuntimeError):
+            here.numpy()
