@@ -40,6 +40,7 @@ def main() -> None:
 
 def _run() -> None:
     try:
+        import torch
         from rich.text import Text
 
         from bitsmoe_kernels.errors import BitsmoeError
@@ -63,9 +64,23 @@ def _run() -> None:
             os.dup2(nowhere.fileno(), 1)
         console.print(Text("Error:", "bold red"), f"standard output cannot be written ({e.strerror})")
         raise SystemExit(USAGE_STATUS) from None
+    except torch.OutOfMemoryError as e:
+        _refuse(
+            f"{str(e).partition('. ')[0]}: the GPU is too small; give less calibration text (--calib-samples, "
+            "--calib-length), or --device cpu",
+            e,
+        )
     except BitsmoeError as e:
-        console.print(Text("Error:", "bold red"), "\n".join((str(e), *getattr(e, "__notes__", ()))), soft_wrap=True)
-        raise SystemExit(USAGE_STATUS) from None
+        _refuse(str(e), e)
+
+
+def _refuse(fault: str, error: Exception) -> NoReturn:
+    from rich.text import Text
+
+    from offline_quant.progress import console
+
+    console.print(Text("Error:", "bold red"), "\n".join((fault, *getattr(error, "__notes__", ()))), soft_wrap=True)
+    raise SystemExit(USAGE_STATUS) from None
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ class LayerQuantizer:
         self.experts, self.stats, self.shape, self.config, self.subject = experts, stats, shape, config, subject
         self.team, self.spool, self._tick = team or Team(), stats.spool, tick
         self.E, self.I, self.H = shape.num_experts, shape.intermediate_size, shape.hidden_size
-        self.chunks = chunks_of(self.E, self.H, self.I)
+        self.chunks = chunks_of(self.E, self.H, self.I, stats.inputs.x.device)
         self._ridge: dict[str, Tensor] = {}
         self._survey_all()
 
@@ -382,7 +382,8 @@ class LayerQuantizer:
         names = [f"{key}-{e}" for e in chunk]
         if not all(name in self.spool for name in names):
             return None
-        return torch.stack([self.spool.get(name) for name in names]).to(self.stats.inputs.x.device)
+        device = self.stats.inputs.x.device
+        return torch.stack([self.spool.get(name).to(device) for name in names])
 
     def _forget(self, plan: LayerPlan) -> None:
         """Drop what was kept for a form that is not taken."""

@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.families import MoEShape
 from bitsmoe_kernels.format.schema import TensorSpec
@@ -25,6 +27,7 @@ LOGIT_COPIES = 3.5
 """Of logits while gradients of drawn tokens are taken: measured with the vocabulary of Qwen3-30B-A3B, where they are
 most of what `--budget model` takes (6.6 GB with one layer of 32 experts)."""
 _FLOAT, _INT, _DOUBLE = 4, 8, 8
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def needs(
     bases: bool = True,
     sensitive: bool = False,
     sampled: bool = False,
+    device: torch.device = _CPU,
 ) -> Needs:
     """What a run takes.
 
@@ -74,6 +78,8 @@ def needs(
         bases: whether a form with shared bases may be chosen.
         sensitive: whether sensitivities of all layers are measured, with gradients.
         sampled: whether the model writes its calibration text itself, for which it is whole in memory.
+        device: where layers are worked on. Of a GPU's chunks only the source weights pass through memory; the rest is
+            counted as without one, which is too much.
     """
     E, H, I = shape.num_experts, shape.hidden_size, shape.intermediate_size  # noqa: E741
     top_k = int(model_config.get("num_experts_per_tok", 1))
@@ -83,7 +89,9 @@ def needs(
     source = sum(spec.nbytes for spec in specs.values())
     mapped = min(MAPPED_BYTES, source)
     whole_tensor = min(MAPPED_BYTES + largest, source)
-    chunk = len(chunks_of(E, H, I)[0])
+    chunk = len(chunks_of(E, H, I, device)[0])
+    read = 2 * chunk * 3 * H * I  # a chunk, and the one before it
+    worked = read if device.type == "cuda" else chunk * chunk_values(H, I)
     spooled = _FLOAT * (E * (4 * H * H + 3 * I * I) + tokens * top_k * I + E * H * I)
     dense = _FLOAT * max(_layer_values(shape, specs, i) for i in shape.layers)
     coded = int(min(bits, 8.5) * weights / 8)
@@ -98,10 +106,10 @@ def needs(
     # Of several batches at once: hidden states, what enters the experts, what they put out, and what passes them by.
     together = 4 * H * min(TOGETHER * batch_tokens, tokens if tune else judged)
     attention = batch_tokens * (6 * H + 4 * width) + scores
-    experts = 4 * chunk * 3 * H * I  # a chunk, the one before it, and as much for what is computed with them
+    experts = read if device.type == "cuda" else 2 * read  # as much again for what is computed with them
     forward = kept + mapped + dense + _FLOAT * (together + max(attention, experts))
     codes = {
-        "chunk": coded + _FLOAT * chunk * chunk_values(H, I),
+        "chunk": coded + _FLOAT * worked,
         "bases": 8 * _DOUBLE * H * H if bases else 0,
         "tuning": 2 * coded + _FLOAT * (5 * weights + 3 * tokens * H) if tune else 0,
         "output": coded + 3 * _FLOAT * min(SLOT_VALUES, tokens * top_k * H),

@@ -26,7 +26,7 @@ from offline_quant.calibration import (
     load_tokenizer,
     window_length,
 )
-from offline_quant.chunks import matrix_bytes
+from offline_quant.chunks import gpu_share, matrix_bytes
 from offline_quant.config import QuantizeConfig
 from offline_quant.dense import DenseModel, dense_plan, dense_report, write_other_tensors
 from offline_quant.hub import write_card
@@ -196,7 +196,7 @@ def quantize_model(
         return needs(
             source.shape, source.tensors.specs, source.config, config.bits, tokens, batch_tokens, length, baseline,
             config.tune, may_share_bases(source.shape, config),
-            scope == "model" and OBJECTIVES[config.objective].sensitive, sampled,
+            scope == "model" and OBJECTIVES[config.objective].sensitive, sampled, torch.device(config.device),
         )  # fmt: skip
 
     found = predicted(config.calib == "self")
@@ -516,7 +516,9 @@ class _Run:
                 "too large, so download the model again"
             )
         self.clock.lap("calibration")
-        stats = LayerStatistics(inputs, shape.num_experts, Spool(self.state.directory))
+        stats = LayerStatistics(
+            inputs, shape.num_experts, Spool(self.state.directory, device_bytes=gpu_share(self.streamed.device))
+        )
 
         def experts(chunk: range) -> tuple[Tensor, Tensor]:
             gate_up, down = self.source.experts(index, chunk)

@@ -1,4 +1,4 @@
-"""Tensors put aside between the passes over a layer's experts: in memory as long as little is kept, else on disk."""
+"""Tensors put aside between the passes over a layer's experts: on a GPU, in memory or on disk, whichever has room."""
 
 import math
 import secrets
@@ -21,14 +21,15 @@ class Spool:
     Args:
         directory: for files, made when the first is needed; None: everything stays in memory.
         memory_bytes: kept in memory before files are used.
+        device_bytes: of tensors on a GPU, kept there before memory is used.
     """
 
-    def __init__(self, directory: Path | None = None, memory_bytes: int = MEMORY_BYTES):
+    def __init__(self, directory: Path | None = None, memory_bytes: int = MEMORY_BYTES, device_bytes: int = 0):
         # A name of its own: processes may share the place.
         self.directory = directory and directory / f"spool-{secrets.token_hex(4)}"
-        self.memory_bytes = memory_bytes
+        self.memory_bytes, self.device_bytes = memory_bytes, device_bytes
         self._held: dict[str, Tensor] = {}
-        self._held_bytes = self._filed = 0
+        self._held_bytes = self._filed = self._on_device = 0
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def put(self, name: str, tensor: Tensor, if_room: bool = False) -> None:
@@ -40,6 +41,10 @@ class Spool:
             if_room: rather not keep it than fill the disk.
         """
         self.drop(name)
+        if tensor.is_cuda and self._on_device + tensor.nbytes <= self.device_bytes:
+            self._held[name] = tensor.detach()
+            self._on_device += tensor.nbytes
+            return
         if self.directory is None or self._held_bytes + tensor.nbytes <= self.memory_bytes:
             self._held[name] = tensor.cpu()
             self._held_bytes += tensor.nbytes
@@ -54,7 +59,7 @@ class Spool:
         tensor.detach().cpu().contiguous().numpy().tofile(self.directory / name)
 
     def get(self, name: str) -> Tensor:
-        """The tensor kept under a name, on the CPU."""
+        """The tensor kept under a name, on the CPU or where it was."""
         if name in self._held:
             return self._held[name]
         assert self.directory is not None
@@ -67,7 +72,11 @@ class Spool:
         """Forget tensors, known or not."""
         for name in names:
             if name in self._held:
-                self._held_bytes -= self._held.pop(name).nbytes
+                held = self._held.pop(name)
+                if held.is_cuda:
+                    self._on_device -= held.nbytes
+                else:
+                    self._held_bytes -= held.nbytes
             if (shape := self._shapes.pop(name, None)) is not None:
                 assert self.directory is not None
                 self._filed -= 4 * math.prod(shape)

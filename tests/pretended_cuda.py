@@ -15,9 +15,10 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -168,8 +169,12 @@ def _lifted() -> Iterator[None]:
 
 
 @contextmanager
-def pretended_cuda() -> Iterator[None]:
-    """One CUDA device, as far as torch operations go; attention by plain products, as a test can have it on a CPU."""
+def pretended_cuda(memory: int = 80_000_000_000) -> Iterator[None]:
+    """One CUDA device, as far as torch operations go; attention by plain products, as a test can have it on a CPU.
+
+    Args:
+        memory: bytes it says it has.
+    """
     _register_guard()
     generator = torch.Generator
 
@@ -177,11 +182,11 @@ def pretended_cuda() -> Iterator[None]:
         def __new__(cls, device: Any = "cpu") -> torch.Generator:
             return generator("cpu")
 
-    capability: Sequence[int] = (9, 0)
     with (
         mock.patch.object(torch.cuda, "device_count", return_value=1),
         mock.patch.object(torch.cuda, "is_available", return_value=True),
-        mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=SimpleNamespace(total_memory=memory)),
         mock.patch.object(torch, "Generator", Generator),
         mock.patch.object(torch.autograd, "grad", _gradients),
         sdpa_kernel(SDPBackend.MATH),

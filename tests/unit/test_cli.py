@@ -675,6 +675,19 @@ def test_output_that_cannot_be_written_is_said_so(quantized):
     assert done.stderr == "Error: standard output cannot be written (No space left on device)\n"
 
 
+def test_a_gpu_that_is_too_small_is_said_so(tmp_path, source, text, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB"
+        )
+
+    monkeypatch.setattr("offline_quant.layer.LayerQuantizer.quantize", full)
+    done = bitsmoe("quantize", source, "--bits", 4.5, "--calib", text, "--out", tmp_path / "q", *FAST)
+    assert done.returncode == 2
+    assert "Error: CUDA out of memory: the GPU is too small; give less calibration text" in done.stderr
+    assert not (tmp_path / "q").exists()
+
+
 def test_nan_outside_the_experts_is_no_result(tmp_path, model, quantized, text):
     """Of the checkpoint, and of the reference it is compared with."""
     edit_tensors(model, lambda t: t["model.layers.0.self_attn.q_proj.weight"].view(-1)[:1].fill_(float("nan")))

@@ -9,9 +9,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from families import make_model
 from offline_quant import tune
+from offline_quant.chunks import chunks_of
 from offline_quant.config import QuantizeConfig
 from offline_quant.evaluate import Reference, evaluate
 from offline_quant.pipeline import quantize_model
+from offline_quant.spool import Spool
 from pretended_cuda import pretended_cuda
 
 TEXT = "She opened the door, and there stood her brother with the lamp in his hand. " * 40
@@ -77,6 +79,41 @@ def test_evaluation(folder: Path, tmp_path: Path) -> None:
     with pretended_cuda():
         assert evaluate(tmp_path / "q", text, source, "cuda") == expected
         assert Reference(source, text, "cuda").evaluate(tmp_path / "q") == expected
+
+
+def chunks(device: str, experts: int = 128, hidden: int = 2048, intermediate: int = 768) -> list[int]:
+    return [len(chunk) for chunk in chunks_of(experts, hidden, intermediate, torch.device(device))]
+
+
+def test_a_gpu_takes_many_experts_at_once() -> None:
+    """A row costs as many launches for one expert as for many."""
+    assert set(chunks("cpu")) == {2, 3}
+    with pretended_cuda(memory=80_000_000_000):
+        assert chunks("cuda") == [64, 64]
+        assert chunks("cuda", experts=72) == [36, 36]
+        assert chunks("cuda", experts=256, hidden=7168, intermediate=2048) == [13] * 19 + [9]
+    with pretended_cuda(memory=24_000_000_000):
+        assert chunks("cuda") == [32] * 4
+    with pretended_cuda(memory=1_000_000_000):
+        assert chunks("cuda") == [1] * 128
+
+
+def test_what_is_kept_between_passes_stays_on_a_gpu_while_there_is_room(tmp_path: Path) -> None:
+    with pretended_cuda():
+        spool = Spool(tmp_path, memory_bytes=40, device_bytes=50)
+        values = {name: torch.full((10,), float(i), device="cuda") for i, name in enumerate("abc")}
+        for name, value in values.items():
+            spool.put(name, value)
+        assert [spool.get(name).is_cuda for name in "abc"] == [True, False, False]
+        assert [path.name for path in tmp_path.rglob("c")] == ["c"]
+        assert all(torch.equal(spool.get(name).cpu(), values[name].cpu()) for name in "abc")
+        spool.drop("a")
+        spool.put("d", values["b"])
+        assert spool.get("d").is_cuda
+        spool.put("e", torch.ones(10))  # not on the device
+        assert not spool.get("e").is_cuda
+        spool.clear()
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_pretended_device_refuses_what_a_real_one_refuses() -> None:
