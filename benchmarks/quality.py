@@ -35,7 +35,7 @@ import torch
 
 from benchmarks.baselines.driver import run_baseline, write_windows
 from benchmarks.baselines.gguf import bits_of
-from benchmarks.record import ROOT, commit, write_json
+from benchmarks.record import ROOT, commit, gpu_peak, write_json
 from bitsmoe_kernels.errors import BitsmoeError
 from offline_quant.calibration import load_tokenizer, window_length, write_sampled_text
 from offline_quant.config import QuantizeConfig
@@ -162,16 +162,17 @@ def write_held_out_text(model: Path, path: Path, seed: int = HELD_OUT_SEED) -> N
     write_sampled_text(StreamedModel(source), load_tokenizer(model), path, HELD_OUT_WINDOWS, length, seed)
 
 
-def measure(model: Path, calib: str, reference: Reference, row: Row) -> dict[str, Any]:
+def measure(model: Path, calib: str, reference: Reference, row: Row, device: str = "cpu") -> dict[str, Any]:
     """Quantize and evaluate: figures of one row."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "model"
         if row.method == OURS:
-            figures = _quantize_apart(model, out, {**row.options, "bits": row.bits, "calib": calib, "seed": row.seed})
+            options = {**row.options, "bits": row.bits, "calib": calib, "seed": row.seed, "device": device}
+            figures = _quantize_apart(model, out, options)
         else:
             windows = Path(scratch) / "windows.safetensors"
             write_windows(model, calib, windows, seed=row.seed)
-            figures = run_baseline(row.method, model, windows, int(row.bits), out, **row.options)
+            figures = run_baseline(row.method, model, windows, int(row.bits), out, device, **row.options)
         found = reference.evaluate(out).as_dict()
     return {
         "label": row.label, "method": row.method, "bits": row.bits, "seed": row.seed, "options": row.options,
@@ -204,7 +205,7 @@ def _quantize_here(model: Path, out: Path, options: dict[str, Any]) -> None:
         "cpu_seconds": _quantizing(outcome.cpu_seconds, config.tune), "stages": outcome.seconds,
         "peak_bytes": max(outcome.peak_bytes.values()), "threads": torch.get_num_threads(),
         "solver_gap": max(layer["solver_gap"] for layer in outcome.report["layers"]), "layers": layers,
-        "model_budget": outcome.report["model_budget"],
+        "model_budget": outcome.report["model_budget"], **gpu_peak(),
     }  # fmt: skip
     assert (out / REPORT_FILE).is_file()
     (out / FIGURES_FILE).write_text(json.dumps(figures), encoding="utf-8")
@@ -251,13 +252,14 @@ def as_markdown(result: dict[str, Any]) -> str:
             "",
         ]
     first, on = result["rows"][0], result["environment"]
+    gpu = f" and one {on['gpu']}" if "gpu" in on else ""
     commits = dict.fromkeys(row["commit"] for row in result["rows"])
     lines.append(
         f"{result['model']}, perplexity {first['perplexity_reference']:.2f} unquantized; {first['tokens']:,} tokens of "
         f"{result['text']}; calibrated on {result['calibration']}, windows of seed 0 where not said otherwise. KL in "
         f"nats per token; ±: standard errors over windows of text; bits per weight all-in; seconds of quantization on "
-        f"the clock and on the processors, on {on['threads']} thread(s) of {on['cpu']}, without imports, sanity gate "
-        f"and report; torch {on['torch']}, commit {', '.join(commits)}."
+        f"the clock and on the processors, on {on['threads']} thread(s) of {on['cpu']}{gpu}, without imports, sanity "
+        f"gate and report; torch {on['torch']}, commit {', '.join(commits)}."
         + (" Seconds of different commits are of different days and loads." if len(commits) > 1 else "")
     )
     return f"# Quality: {result['model']}\n\n" + "\n".join(lines) + "\n"
@@ -337,14 +339,16 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str = "cpu") -> dict[str, Any]:
     """What the figures were measured on."""
     model = next(
         (line.split(":")[1].strip() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")),
         platform.processor(),
     )
+    gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
     return {
         "cpu": model,
+        **gpu,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
@@ -377,7 +381,7 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
         "model": args.model.name,
         "calibration": "text sampled from the model" if args.calib == "self" else Path(args.calib).name,
         "text": args.text.name if args.text else "text sampled from the model with another seed",
-        "environment": environment(),
+        "environment": environment(args.device),
     }
     args.out.mkdir(parents=True, exist_ok=True)
     base = args.out / f"quality-{args.model.name}"
@@ -392,11 +396,11 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
         and (not args.bits or r.bits in args.bits)
         and (not args.match or any(part in r.label for part in args.match))
     }
-    reference = Reference(args.model, text) if wanted else None
+    reference = Reference(args.model, text, args.device) if wanted else None
     for number, row in enumerate(wanted.values(), 1):
         print(f"[{number}/{len(wanted)}] {row.label}, {row.bits} bits, seed {row.seed}", file=sys.stderr, flush=True)
         assert reference is not None
-        found = measure(args.model, calib, reference, row)
+        found = measure(args.model, calib, reference, row, args.device)
         result["rows"].append({"key": row.key, "commit": result["environment"]["commit"], **found})
         write_json(base.with_suffix(".json"), result)
     base.with_suffix(".md").write_text(as_markdown(result), encoding="utf-8")
@@ -414,6 +418,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="only rows of these: bitsmoe, gptq, autoround, gguf, hqq, rtn")
     parser.add_argument("--bits", nargs="+", type=float, help="only rows of these budgets or code widths")
     parser.add_argument("--match", nargs="+", help="only rows whose label holds one of these")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what quantizes and evaluates")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--quantize", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()

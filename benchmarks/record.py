@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+COMMIT_VARIABLE = "BITSMOE_COMMIT"
+"""Environment variable that names the commit of sources that are a copy without history."""
 
 
 def said_by(*command: str) -> str:
@@ -19,8 +21,8 @@ def said_by(*command: str) -> str:
 
 
 def commit() -> str:
-    """The sources' commit; empty where they are a copy without history."""
-    return said_by("git", "describe", "--always", "--dirty")
+    """The sources' commit; empty where they are a copy without history that is not named."""
+    return os.environ.get(COMMIT_VARIABLE) or said_by("git", "describe", "--always", "--dirty")
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -28,6 +30,13 @@ def write_json(path: Path, data: Any) -> None:
     new = path.with_suffix(path.suffix + ".new")
     new.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     new.replace(path)
+
+
+def gpu_peak() -> dict[str, int]:
+    """`peak_device_bytes`: most memory that torch's tensors took on a GPU in this process; nothing without one."""
+    import torch
+
+    return {"peak_device_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}
 
 
 def child_environment() -> dict[str, str]:

@@ -4,7 +4,8 @@
 
 Writes a checkpoint with the model's real tensor shapes and random heavy-tailed values into a temporary folder,
 quantizes it in a process of its own and prints what that took beside what was predicted before it began. With
---allocation the program over all layers of the whole model is solved too, on random losses.
+--allocation the program over all layers of the whole model is solved too, on random losses; with --gptq its library
+quantizes the same model on the same windows, and --device cuda has both on a GPU.
 """
 
 import argparse
@@ -22,7 +23,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.record import commit, write_json
+from benchmarks.baselines.driver import run_baseline, write_windows
+from benchmarks.record import commit, gpu_peak, write_json
 from bitsmoe_kernels.format.families import kept_tensors, moe_shape
 from bitsmoe_kernels.format.schema import num_blocks
 from bitsmoe_kernels.format.shards import ShardWriter
@@ -83,7 +85,7 @@ MODELS = {
         58,
     ),
     "rehearsal": Model(
-        _QWEN3 | {"hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 64, "num_attention_heads": 2,
+        _QWEN3 | {"hidden_size": 128, "moe_intermediate_size": 128, "intermediate_size": 128, "num_attention_heads": 2,
                   "head_dim": 32, "num_key_value_heads": 1, "num_experts": 8, "num_experts_per_tok": 2,
                   "vocab_size": 4096, "max_position_embeddings": 512},
         4,
@@ -153,6 +155,7 @@ def quantize(directory: Path, scratch: Path, options: dict[str, Any]) -> dict[st
         "bpw": outcome.report["bpw"],
         "basis": [layer["basis"] for layer in outcome.report["layers"]],
         "calibration_tokens": outcome.report["calibration_tokens"],
+        **gpu_peak(),
     }
 
 
@@ -183,6 +186,13 @@ def _apart(*arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def _gptq(directory: Path, scratch: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Figures of GPTQ's library on the same windows, at 2 bits."""
+    windows = scratch / "windows.safetensors"
+    write_windows(directory, options["calib"], windows, options["calib_samples"], options["calib_length"])
+    return run_baseline("gptq", directory, windows, 2, scratch / "gptq", options["device"])
+
+
 def measure(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
     """Everything that was asked for."""
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
@@ -192,10 +202,11 @@ def measure(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]
         text = Path(folder) / "calib.txt"
         write_text(text, args.calib_samples * args.calib_length)
         options = {
-            **options, "calib": str(text), "calib_samples": args.calib_samples, "calib_length": args.calib_length,
-            "bits": args.bits,
+            "device": args.device, **options, "calib": str(text), "calib_samples": args.calib_samples,
+            "calib_length": args.calib_length, "bits": args.bits,
         }  # fmt: skip
         run = _apart("--child", json.dumps([str(directory), folder, options]))
+        gptq = _gptq(directory, Path(folder), options) if args.gptq else None
     shape = moe_shape(config, args.model)
     layer_bytes = 2 * shape.num_weights // len(shape.layers)
     per_layer = sum(run["stages"].get(stage, 0.0) for stage in STAGES) / args.layers
@@ -211,6 +222,11 @@ def measure(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]
         "run": run, "threads": torch.get_num_threads(), "cores": len(os.sched_getaffinity(0)),
         "torch": torch.__version__, "commit": commit(),
     }  # fmt: skip
+    if args.device == "cuda":
+        result["gpu"] = torch.cuda.get_device_name()
+    if gptq is not None:
+        result["gptq"] = gptq | {"seconds_per_layer": gptq["seconds"] / args.layers}
+        result["gptq_over_ours"] = result["gptq"]["seconds_per_layer"] / per_layer
     if args.allocation:
         result["allocation"] = _apart("--solve", json.dumps([args.model, args.bits]))
     return result
@@ -227,6 +243,8 @@ def main() -> None:
     parser.add_argument("--calib-length", type=int, default=2048)
     parser.add_argument("--options", type=json.loads, default={}, help='of the quantizer, as JSON: {"refine": 0}')
     parser.add_argument("--allocation", action="store_true", help="solve the whole model's program as well")
+    parser.add_argument("--gptq", action="store_true", help="GPTQ's library on the same model and windows as well")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what quantizes")
     parser.add_argument("--scratch", type=Path, help="where the temporary folder goes")
     parser.add_argument("--out", type=Path, help="file to write the figures to")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -248,8 +266,8 @@ def main() -> None:
         return
     for key in ("peak_rss", "predicted_peak", "calibration_state", "layer_bf16_bytes"):
         print(f"{key:>20}  {result[key] / 1e9:.2f} GB")
-    for key in ("peak_over_predicted", "peak_over_layer", "seconds_per_layer", "projected_hours"):
-        if result[key] is not None:
+    for key in ("peak_over_predicted", "peak_over_layer", "seconds_per_layer", "projected_hours", "gptq_over_ours"):
+        if result.get(key) is not None:
             print(f"{key:>20}  {result[key]:.2f}")
 
 

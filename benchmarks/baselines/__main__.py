@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--windows", type=Path, help="file of token windows made before, instead of --calib")
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True, help="directory for the dequantized checkpoint")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="hides a GPU from the library, or not")
     parser.add_argument("--text", type=Path, help="evaluate on this text against the original model")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the baseline")
     args = parser.parse_args()
@@ -44,7 +45,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
             windows = Path(scratch) / "windows.safetensors"
             write_windows(args.model, args.calib, windows)
         check_request(args.name, windows, args.bits, settings)
-        result = run_baseline(args.name, args.model, windows, args.bits, args.out, **settings)
+        result = run_baseline(args.name, args.model, windows, args.bits, args.out, args.device, **settings)
     if args.text:
         result["evaluation"] = evaluate(args.out, args.text, args.model).as_dict()
     return result

@@ -37,7 +37,7 @@ def quantize(job: Job) -> Outcome:
             nsamples=len(job.windows),
             batch_size=s["batch_size"],
             enable_torch_compile=False,
-            device_map="cpu",
+            device_map="cuda" if torch.cuda.is_available() else "cpu",
         )
     with job.stage("quantize"):
         model, _ = tuner.quantize()

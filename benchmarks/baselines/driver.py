@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.baselines.checkpoint import write_checkpoint
-from benchmarks.baselines.environments import interpreter
+from benchmarks.baselines.environments import interpreter, packages
 from benchmarks.baselines.job import EXPERTS_FILE, JOB_FILE, RESULT_FILE, WINDOWS
 from bitsmoe_kernels.errors import BitsmoeError
 from offline_quant.calibration import load_tokenizer, text_windows, window_length
@@ -84,7 +84,13 @@ def _window_faults(path: Path) -> list[str]:
 
 
 def run_baseline(
-    name: str, model: Path, windows_file: Path | None, bits: int, out_dir: Path, **settings: Any
+    name: str,
+    model: Path,
+    windows_file: Path | None,
+    bits: int,
+    out_dir: Path,
+    device: str = "cpu",
+    **settings: Any,
 ) -> dict[str, Any]:
     """Quantize the routed experts of a model with a baseline, in its own environment.
 
@@ -94,13 +100,14 @@ def run_baseline(
         windows_file: safetensors file as `write_windows` writes it; may be None where the method needs none.
         bits: bits of a code.
         out_dir: for the checkpoint with dequantized weights; must not exist, or be empty.
+        device: `cpu`, where a GPU is hidden from the library, or `cuda`.
         settings: changes to the module's SETTINGS.
 
     Returns:
         JSON data: `baseline`, `bits`; `bpw` of codes, scales and zero points with the codes packed without gaps, its
         `bpw_formula`, and `bpw_stored` with the gaps of the library's packing; `seconds` of the quantization call alone
         by the clock, `cpu_seconds` the same on all threads, `seconds_load` of loading the model; `peak_bytes` of the
-        process; `threads`, `cores`, `windows`, `settings`, `versions`.
+        process, and `peak_device_bytes` if it saw a GPU; `threads`, `cores`, `windows`, `settings`, `versions`.
 
     Raises:
         BitsmoeError: a request that cannot be met, an environment that cannot be made, or a run that failed.
@@ -114,16 +121,17 @@ def run_baseline(
         windows = str(windows_file.resolve()) if windows_file else None
         job = {"model": str(model.resolve()), "windows": windows, "bits": bits, "settings": settings}
         (directory / JOB_FILE).write_text(json.dumps(job), encoding="utf-8")
-        _start(name, python, directory)
+        _start(name, python, directory, device)
         result = json.loads((directory / RESULT_FILE).read_text(encoding="utf-8"))
         write_checkpoint(model, out_dir, load_file(directory / EXPERTS_FILE))
     return {"baseline": name, **result}
 
 
-def _start(name: str, python: Path, directory: Path) -> None:
+def _start(name: str, python: Path, directory: Path, device: str) -> None:
     env = {
         **os.environ,
-        "PYTHONPATH": str(_ROOT),
+        **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}),
+        "PYTHONPATH": os.pathsep.join(str(path) for path in (packages(name), _ROOT) if path),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
         "HF_HUB_OFFLINE": "1",  # the model is a directory; nothing is to be fetched
         "TOKENIZERS_PARALLELISM": "false",

@@ -11,7 +11,11 @@ from bitsmoe_kernels.errors import BitsmoeError
 
 REQUIREMENTS = Path(__file__).parent / "requirements"
 ROOT_VARIABLE = "BITSMOE_BASELINES"
-"""Environment variable that names another place for the environments than .baselines in the checkout."""
+"""Environment variable that names another place for the environments than .baselines in the checkout.
+
+A folder there with the plain name of a baseline holds packages for this interpreter (`pip install --target`), for
+machines without a package index.
+"""
 _PIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.+!_-]*")
 _READY = ".ready"
 
@@ -42,6 +46,12 @@ def pins(path: Path) -> list[str]:
     return found
 
 
+def packages(name: str) -> Path | None:
+    """Folder of packages that this interpreter needs besides its own for a baseline; None: there is none."""
+    folder = environments_root() / name
+    return folder if folder.is_dir() else None
+
+
 def interpreter(name: str) -> Path:
     """The Python a baseline runs in; makes its environment where there is none yet.
 
@@ -49,7 +59,7 @@ def interpreter(name: str) -> Path:
         BitsmoeError: it cannot be made.
     """
     file = requirements_file(name)
-    if not file.exists():
+    if not file.exists() or packages(name):
         return Path(sys.executable)
     required = pins(file)
     # Other pins, or another Python, get another environment.
@@ -80,5 +90,5 @@ def _run(name: str, directory: Path, command: list[str]) -> None:
         raise BitsmoeError(
             f"baseline {name}: its environment {directory} cannot be made: {reason}\n"
             f"It takes pip and a package index, once. Run the same command where there is one, or set {ROOT_VARIABLE} "
-            f"to a folder that holds {directory.name}, made by the same Python"
+            f"to a folder that holds {directory.name}, made by the same Python, or {name}, packages for this one"
         )

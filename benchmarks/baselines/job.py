@@ -19,6 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.record import gpu_peak
+
 WINDOWS = "windows"
 """Name of the tensor in a file of calibration windows: token ids, int64 [windows, length]."""
 JOB_FILE, RESULT_FILE, EXPERTS_FILE = "job.json", "result.json", "experts.safetensors"
@@ -167,6 +169,7 @@ def main(quantize: Callable[[Job], Outcome], libraries: Sequence[str]) -> None:
         "seconds_load": job.wall["load"],
         "cpu_seconds": job.cpu["quantize"],
         "peak_bytes": peak * 1024,
+        **gpu_peak(),
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)),
         "windows": list(windows.shape),

@@ -49,7 +49,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--marlin", type=Path, metavar="FILE", help="extension with vLLM's MoE operators (_moe_C)")
     parser.add_argument("--seconds", type=float, help="begin no row after so many seconds")
     parser.add_argument("--method-seconds", type=float, default=900, help="a method's process ends after so many")
-    parser.add_argument("--commit", help="of the sources, where they are a copy without history")
     return parser
 
 
@@ -97,7 +96,7 @@ def _time(args: argparse.Namespace, out: Path) -> None:
     from benchmarks.kernels.results import Results, as_markdown, draw, machine, slug
 
     plan = _plan(args)
-    here = machine(args.commit)
+    here = machine()
     base = out / ("kernels-rehearsal" if args.rehearse else f"kernels-{slug(here['gpu'])}")
     header = {"rehearsal": args.rehearse, "machine": here}
     results = Results(base.with_suffix(".json"), header, {m: source_of(m) for m in METHODS})
@@ -120,7 +119,7 @@ def _tune(args: argparse.Namespace, out: Path) -> None:
         parts = min(MOST_PROCESSES, os.cpu_count() or 1)
         for process in list(_compilers(model, args.dtype, args.bits, parts)):
             process.wait()
-    name = "rehearsal" if args.rehearse else slug(machine(args.commit)["gpu"])
+    name = "rehearsal" if args.rehearse else slug(machine()["gpu"])
     slots = SLOTS[:2] if args.rehearse else SLOTS
     print(tune(shape_named(model), plan.setting, out / f"tune-{name}.json", slots))
 

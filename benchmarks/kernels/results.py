@@ -16,17 +16,13 @@ SAME = ("gpu", "torch", "triton")
 KEY = ("model", "method", "dtype", "bits", "tokens", "routing", "source")
 
 
-def machine(commit: str | None) -> dict[str, Any]:
-    """What the figures are measured on.
-
-    Args:
-        commit: of the sources, where they are a copy without history; None: ask git.
-    """
+def machine() -> dict[str, Any]:
+    """What the figures are measured on."""
     import triton
 
     found: dict[str, Any] = {
         "gpu": platform.machine(), "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda,
-        "commit": commit or record.commit() or "unknown",
+        "commit": record.commit() or "unknown",
     }  # fmt: skip
     if torch.cuda.is_available():
         p = torch.cuda.get_device_properties(0)
