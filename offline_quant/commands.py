@@ -4,7 +4,6 @@ import json
 import logging
 import time
 from enum import StrEnum
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +16,7 @@ from rich.table import Table
 
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.checkpoint import Checkpoint
+from offline_quant import VERSION
 from offline_quant.config import QuantizeConfig
 from offline_quant.dense import dense_line
 from offline_quant.dequantize import dequantize_checkpoint
@@ -51,7 +51,7 @@ class Dtype(StrEnum):
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"bitsmoe-vllm {version('bitsmoe-vllm')}")
+        print(f"bitsmoe-vllm {VERSION}")
         raise typer.Exit
 
 

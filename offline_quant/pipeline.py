@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.dense import DenseConfig
 from bitsmoe_kernels.format.schema import FORMAT_VERSION, QUANT_METHOD, CheckpointConfig, Layer
 from bitsmoe_kernels.format.shards import ShardWriter, read_json
-from offline_quant import sanity
+from offline_quant import VERSION, sanity
 from offline_quant.allocation import allocate
 from offline_quant.calibration import (
     NETWORK_ERRORS,
@@ -219,7 +218,7 @@ def quantize_model(
         **config.record(),
         "plan": plan_only,
         "model": fingerprint(source.directory),
-        "bitsmoe": version("bitsmoe-vllm"),
+        "bitsmoe": VERSION,
         "calibration text": file_hash(Path(config.calib)) if config.calib and Path(config.calib).is_file() else None,
     }
     with run_state(out, started, resume, team) as state:
@@ -589,7 +588,7 @@ class _Run:
             bpw=0.0,
             layers=layers,
             linear_quantization=None if dense is None else dense.dump(),
-            tool_version=version("bitsmoe-vllm"),
+            tool_version=VERSION,
             run=record,
         )
         final = draft.model_copy(update={"bpw": draft.all_in_bpw()})

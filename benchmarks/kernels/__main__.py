@@ -90,7 +90,7 @@ def _plan(args: argparse.Namespace) -> Any:
     )
 
 
-def _time(args: argparse.Namespace, out: Path) -> None:
+def _time(args: argparse.Namespace, out: Path) -> bool:
     from benchmarks.kernels import work
     from benchmarks.kernels.methods import METHODS, source_of
     from benchmarks.kernels.results import Results, as_markdown, draw, machine, slug
@@ -100,15 +100,16 @@ def _time(args: argparse.Namespace, out: Path) -> None:
     base = out / ("kernels-rehearsal" if args.rehearse else f"kernels-{slug(here['gpu'])}")
     header = {"rehearsal": args.rehearse, "machine": here}
     results = Results(base.with_suffix(".json"), header, {m: source_of(m) for m in METHODS})
-    work.run(plan, results, args.method_seconds)
+    well = work.run(plan, results, args.method_seconds)
     results.save()
     text = as_markdown(results.data)
     base.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     draw(results.data, base.with_suffix(".png"))
     print(text)
+    return well
 
 
-def _tune(args: argparse.Namespace, out: Path) -> None:
+def _tune(args: argparse.Namespace, out: Path) -> bool:
     from benchmarks.kernels.results import machine, slug
     from benchmarks.kernels.tune import SLOTS, tune
     from benchmarks.kernels.work import MOST_PROCESSES, shape_named
@@ -122,6 +123,7 @@ def _tune(args: argparse.Namespace, out: Path) -> None:
     name = "rehearsal" if args.rehearse else slug(machine()["gpu"])
     slots = SLOTS[:2] if args.rehearse else SLOTS
     print(tune(shape_named(model), plan.setting, out / f"tune-{name}.json", slots))
+    return True
 
 
 def _compilers(model: str, dtype: str, bits: float, parts: int) -> Iterator["subprocess.Popen[bytes]"]:
@@ -170,7 +172,8 @@ def main() -> None:
         # A rehearsal's figures say nothing: they are kept only where a folder is named.
         out = args.out or (Path(scratch) if args.rehearse else RESULTS)
         out.mkdir(parents=True, exist_ok=True)
-        (_tune if args.tune else _time)(args, out)
+        if not (_tune if args.tune else _time)(args, out):
+            sys.exit(1)
 
 
 if __name__ == "__main__":

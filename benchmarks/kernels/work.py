@@ -171,8 +171,13 @@ def run_apart(plan: Plan, method: str, results: Results, limit_s: float) -> str 
         return f"ended with {code}: {said[-1].strip() if said else 'no message'}"
 
 
-def run(plan: Plan, results: Results, limit_s: float) -> None:
-    """Everything in the plan: the first model by all methods, then the others."""
+def run(plan: Plan, results: Results, limit_s: float) -> bool:
+    """Everything in the plan: the first model by all methods, then the others.
+
+    Returns:
+        Whether no method failed that may run here.
+    """
+    well = True
     able = []
     for method in plan.methods:
         if (reason := methods.missing(method, plan.setting)) is not None:
@@ -187,8 +192,10 @@ def run(plan: Plan, results: Results, limit_s: float) -> None:
             if _left(part, method, results) and not part.late:
                 if (reason := run_apart(part, method, results, limit_s)) is not None:
                     results.miss(method, models, reason)
+                    well = False
                 elif left := _left(part, method, results):
                     results.miss(method, models, f"{len(left)} rows are left: the time was up")
+    return well
 
 
 def _left(plan: Plan, method: str, results: Results) -> list[tuple[Any, ...]]:

@@ -1,0 +1,141 @@
+"""The campaign on a GPU, as far as it goes without one: parts, steps, what it refuses and what it leaves."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.baselines import environments
+from benchmarks.gpu import __main__ as program
+from benchmarks.gpu import parts, steps
+from benchmarks.gpu.steps import Setting, Step
+from bitsmoe_kernels.errors import BitsmoeError
+
+
+def setting(tmp_path: Path, corpus: Path | None = None, rehearsal: bool = True) -> Setting:
+    return Setting(tmp_path / "out", tmp_path / "scratch", tmp_path / "site", corpus, rehearsal)
+
+
+def test_a_machine_gets_what_it_lacks(tmp_path: Path) -> None:
+    there = tmp_path / "freeze.txt"
+    there.write_text("# a comment\nTyping_Extensions==4.1\nhighspy @ file:///somewhere\nnumpy>=2\n\npydantic.core\n")
+    assert parts.present(there) == {"typing-extensions", "highspy", "numpy", "pydantic-core"}
+    part = parts.Part(("pydantic-core==2.50.4", "pydantic==2.14.3", "typing-extensions==4.16.0"))
+    assert parts.wanted(part, parts.present(there)) == ["pydantic==2.14.3"]
+
+
+def test_torch_and_triton_are_the_machine_s_own() -> None:
+    there = parts.present(parts.PRESENT)
+    for part in parts.PARTS.values():
+        lacking = {parts.canonical(p.partition("==")[0]) for p in parts.wanted(part, there)}
+        assert lacking
+        assert not lacking & {"torch", "triton", "numpy", "transformers"}
+
+
+def test_packages_of_a_baseline_may_lie_beside_the_interpreter_s_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(environments.ROOT_VARIABLE, str(tmp_path))
+    assert environments.packages("gptq") is None
+    (tmp_path / "gptq").mkdir()
+    monkeypatch.setattr(environments, "_run", lambda *_: pytest.fail("an environment is being made"))
+    assert environments.interpreter("gptq") == Path(sys.executable)
+    assert environments.packages("gptq") == tmp_path / "gptq"
+
+
+def test_a_part_is_installed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "parts" / "kernels").mkdir(parents=True)
+    (tmp_path / "parts" / "kernels" / "some.so").write_bytes(b"code")
+    (tmp_path / "parts" / "strange").mkdir()
+    site = tmp_path / "site"
+    assert parts.install(tmp_path / "parts", site) == ["kernels"]
+    assert (site / "kernels" / "some.so").read_bytes() == b"code"
+    (tmp_path / "parts" / "kernels" / "some.so").unlink()
+    assert parts.install(tmp_path / "parts", site) == ["kernels"]
+    (tmp_path / "parts" / "base").mkdir()
+    (tmp_path / "parts" / "base" / "broken-1.0-py3-none-any.whl").write_bytes(b"no archive")
+    with pytest.raises(BitsmoeError, match="part base cannot be installed"):
+        parts.install(tmp_path / "parts", site)
+    assert not (site / "base").exists()
+
+
+def test_all_that_is_missing_is_said_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(steps, "run", lambda *_: pytest.fail("something ran"))
+    command = ["gpu", "run", "--steps", "kernels", "quantizer", "train", "--parts", str(tmp_path / "nothing")]
+    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path / "out"), "--scratch", str(tmp_path / "scratch")])
+    with pytest.raises(SystemExit) as e:
+        program.main()
+    for fault in (
+        "step kernels needs part base",
+        "step quantizer needs part base, gptq",
+        "step train needs --corpus",
+        "sees no CUDA device; --rehearse runs every step on a CPU",
+    ):
+        assert fault in str(e.value.code)
+
+
+def script(text: str) -> list[str]:
+    return [sys.executable, "-c", text]
+
+
+def test_every_command_runs_and_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = [script("print('first')"), script("import sys; print('second'); sys.exit(3)"), script("print('third')")]
+    monkeypatch.setitem(steps.STEPS, "tests", Step("something", lambda s: said))
+    monkeypatch.setitem(steps.STEPS, "tune", Step("something", lambda s: [script("print('later')")]))
+    s = setting(tmp_path)
+    assert not steps.run(["tests"], s, None)
+    assert steps.run(["tune"], s, None)
+    report = json.loads((s.out / "steps.json").read_text())
+    assert [c["status"] for c in report["tests"]] == [0, 3, 0]
+    assert [c["status"] for c in report["tune"]] == [0]
+    log = (s.out / "tests.log").read_text()
+    assert [line for line in log.splitlines() if not line.startswith("$")] == ["first", "second", "third"]
+
+
+def test_time_that_is_up_stops_what_runs_and_begins_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "LEAST_SECONDS", 0.5)
+    commands = [script("print('begun', flush=True); import time; time.sleep(60)"), script("print('never')")]
+    monkeypatch.setitem(steps.STEPS, "tests", Step("something", lambda s: commands))
+    s, began = setting(tmp_path), time.time()
+    assert not steps.run(["tests"], s, time.time() + 2)
+    assert time.time() - began < 30
+    report = json.loads((s.out / "steps.json").read_text())
+    assert [c["status"] for c in report["tests"]] == ["stopped: the time was up", "not begun: the time was up"]
+    assert "begun" in (s.out / "tests.log").read_text()
+
+
+def test_a_trained_model_is_handed_over_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "PIECE_BYTES", 10)
+    model, out = tmp_path / "m", tmp_path / "out"
+    for folder in (model, out, tmp_path / "t"):
+        folder.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(bytes(range(25)))
+    (tmp_path / "t" / "tokenizer.json").write_text("[]")
+    steps.complete(model, tmp_path / "t", out)
+    assert (model / "tokenizer.json").read_text() == "[]"
+    pieces = sorted(out.glob("m-model.safetensors.*"))
+    assert b"".join(p.read_bytes() for p in pieces) == bytes(range(25))
+    assert len(pieces) == 3
+    assert (out / "m-config.json").read_text() == "{}"
+
+
+def test_tests_for_a_gpu_are_found(tmp_path: Path) -> None:
+    """As the first step finds them, from sources that are not installed."""
+    s = setting(tmp_path)
+    assert steps.run(["tests"], s, None), (s.out / "tests.log").read_text()
+    assert "test_memory_checker" in (s.out / "tests.log").read_text()
+
+
+def test_every_step_names_its_commands(tmp_path: Path) -> None:
+    for rehearsal in (True, False):
+        for name, step in steps.STEPS.items():
+            commands = step.commands(setting(tmp_path, tmp_path, rehearsal))
+            assert commands, name
+            text = " ".join(" ".join(command) for command in commands)
+            assert ("cuda" in text) == (not rehearsal and name in ("quantizer", "train", "quality"))
