@@ -122,8 +122,12 @@ class LayerLoader:
                 delattr(self._module, name)
 
 
+DUMMY_SPREAD = (0, 0, 0, 0, 1, -1, 1, -1, 2, -2)
+"""What the widths of ten blocks differ by from their mean."""
+
+
 def dummy_tensors(layer: Layer, block_size: int) -> dict[str, Tensor]:
-    """Made-up tensors that satisfy a schema: widths spread evenly, codes and scales constant.
+    """Made-up tensors that satisfy a schema: codes and scales constant, widths mixed about as quantizing mixes them.
 
     Args:
         layer: the schema.
@@ -142,6 +146,9 @@ def dummy_tensors(layer: Layer, block_size: int) -> dict[str, Tensor]:
             raise BitsmoeError(f"{name}: code_rows {p.code_rows} do not fit {len(coded)} experts of {blocks} blocks")
         widths = torch.full((len(coded) * blocks,), share, dtype=torch.uint8)
         widths[:rest] += 1
+        if max(DUMMY_SPREAD) <= share < MAX_BITS - max(DUMMY_SPREAD):
+            spread = torch.tensor(DUMMY_SPREAD, dtype=torch.int8).repeat(len(widths) // len(DUMMY_SPREAD))
+            widths[: len(spread)] = (widths[: len(spread)].to(torch.int8) + spread).to(torch.uint8)
         tensors[f"{name}_bits"][coded] = widths.view(len(coded), blocks)
         tensors[f"{name}_component_scale"].fill_(1 / 64)
         tensors[f"{name}_feature_scale"].fill_(1 / 64)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.baselines import environments
-from benchmarks.gpu.parts import MARLIN
+from benchmarks.gpu.parts import MARLIN, PARTS
 from benchmarks.record import ROOT, child_environment, write_json
 
 EXAMPLES = ROOT / "examples"
@@ -143,12 +143,24 @@ def _quality(s: Setting) -> list[Command]:
     ]
 
 
+def _serving(s: Setting) -> list[Command]:
+    if s.rehearsal:
+        tiny = ["--model", "rehearsal", "--methods", "bitsmoe", "16-bit", "--batches", "1", "--output", "4", "--eager"]
+        return [_python("-m", "benchmarks.serving", *tiny, "--out", s.out / "serving-rehearsal.json")]
+    return [_python("-m", "benchmarks.serving", "--model", "qwen3-30b-a3b", "--out", s.out / "serving-gpu.json")]
+
+
 STEPS = {
     "tests": Step("that the kernels compute what they should, memory checker included", _tests),
-    "kernels": Step("one layer's time beside 16 bits, 4 bits, GPTQ-Marlin and Humming", _kernels),
+    "kernels": Step("one layer's time beside 16 bits, 4 bits, GPTQ-Marlin and Humming", _kernels, ("base", "kernels")),
     "tune": Step("the table of tiles", _tune),
     "quantizer": Step("seconds for a layer of Qwen3-30B-A3B, beside GPTQ's library", _quantizer, ("base", "gptq")),
     "train": Step("demo models trained properly", _train, texts=True),
+    "serving": Step(
+        "tokens per second of Qwen3-30B-A3B in vLLM, beside GPTQ at 4 bits",
+        _serving,
+        ("base", "serving", "serving-core", "serving-experts", "serving-attention"),
+    ),
     "quality": Step("quality tables of these models", _quality, ("base", "gptq", "autoround"), True),
 }
 
@@ -165,11 +177,13 @@ def faults(names: Sequence[str], there: Sequence[str], s: Setting) -> list[str]:
     return found
 
 
-def environment(s: Setting) -> dict[str, str]:
-    """Of the steps' processes: the base part is importable, baselines find theirs beside it."""
+def environment(s: Setting, step: Step) -> dict[str, str]:
+    """Of a step's processes: its parts are importable; baselines find theirs by themselves."""
     found = child_environment()
     if (s.site / "base").is_dir():
-        found["PYTHONPATH"] = os.pathsep.join([found["PYTHONPATH"], str(s.site / "base"), str(s.site / "kernels")])
+        folders = dict.fromkeys(PARTS[name].site or name for name in step.parts)
+        parts = [str(s.site / folder) for folder in folders if not environments.requirements_file(folder).exists()]
+        found["PYTHONPATH"] = os.pathsep.join([found["PYTHONPATH"], *parts])
         found[environments.ROOT_VARIABLE] = str(s.site)
     return found | {"PYTHONUNBUFFERED": "1"}
 
@@ -198,7 +212,7 @@ def run(names: Sequence[str], s: Setting, deadline: float | None) -> bool:
                 log.write(f"$ {shown}\n")
                 log.flush()
                 began = time.time()
-                status = _command(command, s, log, deadline)
+                status = _command(command, environment(s, STEPS[name]), log, deadline)
                 done[name].append({"command": shown, "seconds": round(time.time() - began, 1), "status": status})
                 write_json(report, done)
         last = (s.out / f"{name}.log").read_text(encoding="utf-8", errors="replace").splitlines()[-25:]
@@ -210,14 +224,12 @@ def _short(part: str) -> str:
     return "python" if part == sys.executable else part.removeprefix(f"{ROOT}/")
 
 
-def _command(command: Command, s: Setting, log: Any, deadline: float | None) -> int | str:
+def _command(command: Command, env: dict[str, str], log: Any, deadline: float | None) -> int | str:
     """Exit status, or why there is none."""
     left = None if deadline is None else deadline - time.time()
     if left is not None and left < LEAST_SECONDS:
         return "not begun: the time was up"
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(s), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         return process.wait(left)
     except subprocess.TimeoutExpired:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError, FormatError
-from bitsmoe_kernels.format.schema import Layer
+from bitsmoe_kernels.format.schema import Layer, Projection
 from bitsmoe_kernels.format.validate import check_values
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
 from bitsmoe_kernels.sharding import shard_layer
@@ -106,6 +106,19 @@ def test_dummy_tensors_are_valid(form: str) -> None:
     ids = torch.tensor([[0, 1], [2, 3], [3, 0]])
     y = moe_forward(LayerWeights(layer, G, tensors), x, torch.full((3, 2), 0.5), ids)
     assert y.isfinite().all()
+
+
+def test_dummy_widths_are_mixed() -> None:
+    E, C, F = 3, 20 * G, 40
+    projection = Projection(code_rows=E * 20 * 2 + 7)
+    layer = Layer(num_experts=E, hidden_size=C, intermediate_size=F // 2, projections={
+        "gate_up": projection, "down": Projection(code_rows=0)
+    })  # fmt: skip
+    tensors = dummy_tensors(layer, G)
+    assert check_values(PREFIX, layer, G, tensors) == []
+    assert set(range(5)) <= set(tensors["gate_up_bits"].flatten().tolist())
+    assert int(tensors["gate_up_bits"].sum()) == projection.code_rows
+    assert not tensors["down_bits"].any()
 
 
 def test_parameters_outlive_the_file(tmp_path: Path) -> None:
