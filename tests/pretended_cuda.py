@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +32,7 @@ aten = torch.ops.aten
 _COPIES = (aten.copy_.default, aten._to_copy.default)
 _INDICES = {aten.index.Tensor: 1, aten.index_put_.default: 1, aten.index_put.default: 1}
 """Arguments that may be tensors of the CPU."""
+_launched = [0]
 _GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>);
@@ -114,6 +115,7 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return mine[id(x)]
         return PretendedTensor(x) if here else x
 
+    _launched[0] += not (function.is_view or "empty" in function.__name__)
     device = kwargs.get("device")
     held, options = [really(x) for x in args], {k: really(v) for k, v in kwargs.items()}
     here = bool(mine) if device is None else torch.device(device).type == HERE.type
@@ -169,12 +171,16 @@ def _lifted() -> Iterator[None]:
 
 
 @contextmanager
-def pretended_cuda(memory: int = 80_000_000_000) -> Iterator[None]:
+def pretended_cuda(memory: int = 80_000_000_000) -> Iterator[Callable[[], int]]:
     """One CUDA device, as far as torch operations go; attention by plain products, as a test can have it on a CPU.
 
     Args:
         memory: bytes it says it has.
+
+    Yields:
+        How many operations have computed something so far: about as many kernels a GPU would launch.
     """
+    _launched[0] = 0
     _register_guard()
     generator = torch.Generator
 
@@ -193,4 +199,4 @@ def pretended_cuda(memory: int = 80_000_000_000) -> Iterator[None]:
         _Operations(),
         _lifted(),
     ):
-        yield
+        yield lambda: _launched[0]

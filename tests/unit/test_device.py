@@ -13,6 +13,7 @@ from offline_quant.chunks import chunks_of
 from offline_quant.config import QuantizeConfig
 from offline_quant.evaluate import Reference, evaluate
 from offline_quant.pipeline import quantize_model
+from offline_quant.quantize import quantize
 from offline_quant.spool import Spool
 from pretended_cuda import pretended_cuda
 
@@ -96,6 +97,20 @@ def test_a_gpu_takes_many_experts_at_once() -> None:
         assert chunks("cuda") == [32] * 4
     with pretended_cuda(memory=1_000_000_000):
         assert chunks("cuda") == [1] * 128
+
+
+@pytest.mark.parametrize("experts", [16, 64])
+def test_launches_grow_with_rows_and_not_with_experts(experts: int) -> None:
+    """Rounding with feedback, two rounds of refinement; docs/gpu.md draws on it."""
+    K, N = 48, 24
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(experts, 4 * K, K, generator=gen)
+    width = torch.randint(0, 5, (experts, K), generator=gen, dtype=torch.uint8)
+    with pretended_cuda() as launches:
+        given = [t.to("cuda") for t in (torch.randn(experts, K, N, generator=gen), x.mT @ x, width)]
+        before = launches()
+        quantize(*given, "K")
+        assert 100 * K < launches() - before < 200 * K
 
 
 def test_what_is_kept_between_passes_stays_on_a_gpu_while_there_is_room(tmp_path: Path) -> None:
