@@ -20,13 +20,11 @@ $(STAMP): pyproject.toml tools/setup.sh tools/vllm-metadata/pyproject.toml
 demo: $(STAMP) ## quantize the demo model, serve it with vLLM, get a completion
 	@$(PY) examples/demo.py
 
-# Two halves side by side, one thread for each: two cores finish both in little more than the longer one. The quality
-# test needs no vLLM, and evens them out.
-QUALITY := tests/integration/test_quality.py
+# Two halves side by side, one thread for each: two cores finish both in little more than the longer one.
 test: lint ## lint and run every test that needs no GPU
 	@mkdir -p build; export OMP_NUM_THREADS=1; \
-	$(PY) -m pytest tests/unit $(QUALITY) > build/unit-tests.log 2>&1 & unit=$$!; \
-	$(PY) -m pytest tests/integration --ignore $(QUALITY); integration=$$?; \
+	$(PY) -m pytest tests/unit > build/unit-tests.log 2>&1 & unit=$$!; \
+	$(PY) -m pytest tests/integration; integration=$$?; \
 	wait $$unit; unit=$$?; cat build/unit-tests.log; exit $$((unit | integration))
 
 lint: $(STAMP) ## ruff and mypy

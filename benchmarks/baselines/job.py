@@ -110,7 +110,7 @@ def on_grid(weight: Tensor, scale: Tensor, zero: Tensor, codes: range) -> Tensor
     Raises:
         ValueError: the weights are not on the grid: they were not quantized, or not with this scale.
     """
-    w, s, z = (x.float() for x in (weight, scale, zero))
+    w, s, z = (x.float().cpu() for x in (weight, scale, zero))  # a library may leave them on a GPU, or some
     w = w.reshape(*s.shape, -1)
     exact = w / s[..., None] + z[..., None]
     found = exact.round()

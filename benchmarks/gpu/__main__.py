@@ -61,7 +61,9 @@ def _run(args: argparse.Namespace) -> bool:
     if args.commit:
         os.environ[COMMIT_VARIABLE] = args.commit
     out, scratch = args.out.resolve(), args.scratch.resolve()
-    setting = steps.Setting(out, scratch, scratch / "site", args.corpus and args.corpus.resolve(), args.rehearse)
+    setting = steps.Setting(
+        out, scratch, scratch / "site", args.corpus and args.corpus.resolve(), args.rehearse, deadline
+    )
     given = args.parts or (None if args.rehearse else PARTS)
     there = parts.install(given, setting.site) if given else []
     found = steps.faults(args.steps, there, setting)
@@ -72,7 +74,7 @@ def _run(args: argparse.Namespace) -> bool:
             found.append(f"torch {torch.__version__} sees no CUDA device; --rehearse runs every step on a CPU")
     if found:
         raise BitsmoeError("\n".join(found))
-    return steps.run(args.steps, setting, deadline)
+    return steps.run(args.steps, setting)
 
 
 def main() -> None:

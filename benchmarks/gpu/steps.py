@@ -19,7 +19,9 @@ from benchmarks.record import ROOT, child_environment, write_json
 EXAMPLES = ROOT / "examples"
 PIECE_BYTES = 15_000_000
 """Larger files are handed over in pieces of this size."""
+CUDA_TOOLS = "/usr/local/cuda/bin"
 PROCESSES = 8
+ENDING_SECONDS = 60
 LEAST_SECONDS = 20
 """A command is not begun with less time than this."""
 TRAINED: dict[str, list[str]] = {
@@ -40,6 +42,7 @@ class Setting:
         site: folder with an installed folder of each part.
         corpus: folder with train.txt or train.txt.xz, valid.txt and calib.txt; None: none is there.
         rehearsal: tiny and on a CPU.
+        deadline: `time.time()` at which everything ends; None: never.
     """
 
     out: Path
@@ -47,6 +50,12 @@ class Setting:
     site: Path
     corpus: Path | None
     rehearsal: bool
+    deadline: float | None = None
+
+    @property
+    def left(self) -> float | None:
+        """Seconds."""
+        return None if self.deadline is None else self.deadline - time.time()
 
     @property
     def device(self) -> str:
@@ -85,14 +94,11 @@ def _tests(s: Setting) -> list[Command]:
 
 def _kernels(s: Setting) -> list[Command]:
     command = _python("-m", "benchmarks.kernels", "--out", s.out)
-    extension = s.site / "kernels" / MARLIN
-    return [
-        [
-            *command,
-            *(["--rehearse"] if s.rehearsal else []),
-            *(["--marlin", str(extension)] if extension.exists() else []),
-        ]
-    ]
+    if s.rehearsal:
+        return [[*command, "--rehearse"]]
+    if s.left is not None:  # time for the rows that have begun, the table and the picture
+        command += ["--seconds", str(round(max(1.0, s.left - ENDING_SECONDS)))]
+    return [[*command, "--marlin", str(s.site / "kernels" / MARLIN)]]
 
 
 def _tune(s: Setting) -> list[Command]:
@@ -185,16 +191,16 @@ def environment(s: Setting, step: Step) -> dict[str, str]:
         parts = [str(s.site / folder) for folder in folders if not environments.requirements_file(folder).exists()]
         found["PYTHONPATH"] = os.pathsep.join([found["PYTHONPATH"], *parts])
         found[environments.ROOT_VARIABLE] = str(s.site)
-    return found | {"PYTHONUNBUFFERED": "1"}
+    tools = os.pathsep.join([found.get("PATH", ""), CUDA_TOOLS])  # the memory checker is there, if nowhere else
+    return found | {"PYTHONUNBUFFERED": "1", "PATH": tools}
 
 
-def run(names: Sequence[str], s: Setting, deadline: float | None) -> bool:
+def run(names: Sequence[str], s: Setting) -> bool:
     """Run steps, each command's output in OUT/STEP.log; OUT/steps.json says after each how it went.
 
     Args:
         names: of STEPS.
         s: setting.
-        deadline: `time.time()` at which everything ends; None: never.
 
     Returns:
         Whether all commands ended well.
@@ -212,7 +218,7 @@ def run(names: Sequence[str], s: Setting, deadline: float | None) -> bool:
                 log.write(f"$ {shown}\n")
                 log.flush()
                 began = time.time()
-                status = _command(command, environment(s, STEPS[name]), log, deadline)
+                status = _command(command, s, environment(s, STEPS[name]), log)
                 done[name].append({"command": shown, "seconds": round(time.time() - began, 1), "status": status})
                 write_json(report, done)
         last = (s.out / f"{name}.log").read_text(encoding="utf-8", errors="replace").splitlines()[-25:]
@@ -224,9 +230,9 @@ def _short(part: str) -> str:
     return "python" if part == sys.executable else part.removeprefix(f"{ROOT}/")
 
 
-def _command(command: Command, env: dict[str, str], log: Any, deadline: float | None) -> int | str:
+def _command(command: Command, s: Setting, env: dict[str, str], log: Any) -> int | str:
     """Exit status, or why there is none."""
-    left = None if deadline is None else deadline - time.time()
+    left = s.left
     if left is not None and left < LEAST_SECONDS:
         return "not begun: the time was up"
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)

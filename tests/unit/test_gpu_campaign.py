@@ -21,8 +21,10 @@ from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.schema import CheckpointConfig
 
 
-def setting(tmp_path: Path, corpus: Path | None = None, rehearsal: bool = True) -> Setting:
-    return Setting(tmp_path / "out", tmp_path / "scratch", tmp_path / "site", corpus, rehearsal)
+def setting(
+    tmp_path: Path, corpus: Path | None = None, rehearsal: bool = True, deadline: float | None = None
+) -> Setting:
+    return Setting(tmp_path / "out", tmp_path / "scratch", tmp_path / "site", corpus, rehearsal, deadline)
 
 
 def test_a_machine_gets_what_it_lacks(tmp_path: Path) -> None:
@@ -142,8 +144,8 @@ def test_every_command_runs_and_is_reported(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(steps.STEPS, "tests", Step("something", lambda s: said))
     monkeypatch.setitem(steps.STEPS, "tune", Step("something", lambda s: [script("print('later')")]))
     s = setting(tmp_path)
-    assert not steps.run(["tests"], s, None)
-    assert steps.run(["tune"], s, None)
+    assert not steps.run(["tests"], s)
+    assert steps.run(["tune"], s)
     report = json.loads((s.out / "steps.json").read_text())
     assert [c["status"] for c in report["tests"]] == [0, 3, 0]
     assert [c["status"] for c in report["tune"]] == [0]
@@ -155,8 +157,9 @@ def test_time_that_is_up_stops_what_runs_and_begins_nothing(tmp_path: Path, monk
     monkeypatch.setattr(steps, "LEAST_SECONDS", 0.5)
     commands = [script("print('begun', flush=True); import time; time.sleep(60)"), script("print('never')")]
     monkeypatch.setitem(steps.STEPS, "tests", Step("something", lambda s: commands))
-    s, began = setting(tmp_path), time.time()
-    assert not steps.run(["tests"], s, time.time() + 2)
+    began = time.time()
+    s = setting(tmp_path, deadline=began + 2)
+    assert not steps.run(["tests"], s)
     assert time.time() - began < 30
     report = json.loads((s.out / "steps.json").read_text())
     assert [c["status"] for c in report["tests"]] == ["stopped: the time was up", "not begun: the time was up"]
@@ -182,7 +185,7 @@ def test_a_trained_model_is_handed_over_in_pieces(tmp_path: Path, monkeypatch: p
 def test_tests_for_a_gpu_are_found(tmp_path: Path) -> None:
     """As the first step finds them, from sources that are not installed."""
     s = setting(tmp_path)
-    assert steps.run(["tests"], s, None), (s.out / "tests.log").read_text()
+    assert steps.run(["tests"], s), (s.out / "tests.log").read_text()
     assert "test_memory_checker" in (s.out / "tests.log").read_text()
 
 
