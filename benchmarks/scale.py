@@ -206,27 +206,29 @@ def measure(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]
             "calib_length": args.calib_length, "bits": args.bits,
         }  # fmt: skip
         run = _apart("--child", json.dumps([str(directory), folder, options]))
-        gptq = _gptq(directory, Path(folder), options) if args.gptq else None
-    shape = moe_shape(config, args.model)
-    layer_bytes = 2 * shape.num_weights // len(shape.layers)
-    per_layer = sum(run["stages"].get(stage, 0.0) for stage in STAGES) / args.layers
-    result = {
-        "model": args.model, "layers": args.layers, "experts": shape.num_experts,
-        "options": options | {"calib": "words of the README"},
-        "peak_rss": run["peak_rss"], "predicted_peak": run["predicted_peak"],
-        "peak_over_predicted": run["peak_rss"] / run["predicted_peak"],
-        "calibration_state": run["calibration_state"], "layer_bf16_bytes": layer_bytes,
-        "peak_over_layer": (run["peak_rss"] - run["calibration_state"]) / layer_bytes,
-        "seconds_per_layer": per_layer,
-        "projected_hours": None if args.experts else per_layer * MODELS[args.model].layers / 3600,
-        "run": run, "threads": torch.get_num_threads(), "cores": len(os.sched_getaffinity(0)),
-        "torch": torch.__version__, "commit": commit(),
-    }  # fmt: skip
-    if args.device == "cuda":
-        result["gpu"] = torch.cuda.get_device_name()
-    if gptq is not None:
-        result["gptq"] = gptq | {"seconds_per_layer": gptq["seconds"] / args.layers}
-        result["gptq_over_ours"] = result["gptq"]["seconds_per_layer"] / per_layer
+        shape = moe_shape(config, args.model)
+        layer_bytes = 2 * shape.num_weights // len(shape.layers)
+        per_layer = sum(run["stages"].get(stage, 0.0) for stage in STAGES) / args.layers
+        result = {
+            "model": args.model, "layers": args.layers, "experts": shape.num_experts,
+            "options": options | {"calib": "words of the README"},
+            "peak_rss": run["peak_rss"], "predicted_peak": run["predicted_peak"],
+            "peak_over_predicted": run["peak_rss"] / run["predicted_peak"],
+            "calibration_state": run["calibration_state"], "layer_bf16_bytes": layer_bytes,
+            "peak_over_layer": (run["peak_rss"] - run["calibration_state"]) / layer_bytes,
+            "seconds_per_layer": per_layer,
+            "projected_hours": None if args.experts else per_layer * MODELS[args.model].layers / 3600,
+            "run": run, "threads": torch.get_num_threads(), "cores": len(os.sched_getaffinity(0)),
+            "torch": torch.__version__, "commit": commit(),
+        }  # fmt: skip
+        if args.device == "cuda":
+            result["gpu"] = torch.cuda.get_device_name()
+        if args.gptq:
+            if args.out:
+                write_json(args.out, result)  # the library takes longer, and may fail
+            gptq = _gptq(directory, Path(folder), options)
+            result["gptq"] = gptq | {"seconds_per_layer": gptq["seconds"] / args.layers}
+            result["gptq_over_ours"] = result["gptq"]["seconds_per_layer"] / per_layer
     if args.allocation:
         result["allocation"] = _apart("--solve", json.dumps([args.model, args.bits]))
     return result

@@ -21,8 +21,8 @@ from offline_quant.distortion import Factor, factorize, gaussian_quantizer, on_d
 from offline_quant.symmetric import add_product, mirrored, output_energy
 
 COLUMN_BLOCK = 32
-ROUND_VALUES = 1 << 15
-"""Values that are rounded at once where no row waits for another."""
+ROUND_VALUES, GPU_ROUND_VALUES = 1 << 15, 1 << 24
+"""Values that are rounded at once where no row waits for another, by a processor and by a GPU."""
 _NO_FRACTION = 1.5 * 2**23
 """Float32 sums with it have no room for a fraction."""
 _SCALE_CANDIDATES = (0.7, 0.85, 1.0, 1.2)
@@ -225,7 +225,7 @@ def _round_all(F: Tensor, M: Tensor, ridge: Tensor, grid: _Grid, c: Tensor, roug
 
     flat, half, power, columns = (rows(x) for x in (F, grid.half, grid.power, c[:, None]))
     a, codes, d = flat.new_empty(n * K), torch.empty_like(flat, dtype=torch.uint8), torch.empty_like(flat)
-    step = max(1, ROUND_VALUES // N)
+    step = max(1, (GPU_ROUND_VALUES if F.is_cuda else ROUND_VALUES) // N)
     for at in range(0, n * K, step):
         part = slice(at, at + step)
         own = _Grid(half[part], power[part])

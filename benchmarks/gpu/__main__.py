@@ -35,8 +35,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--parts", type=Path, help=f"what `fetch` made (default: {PARTS.relative_to(ROOT)}; to rehearse: none)"
     )
-    run.add_argument("--out", type=Path, default=BUILD / "gpu-results")
-    run.add_argument("--scratch", type=Path, default=BUILD / "gpu-scratch", help="trained models, installed parts")
+    run.add_argument("--out", type=Path, help="results (default: build/gpu-results; to rehearse: gpu-rehearsal)")
+    run.add_argument("--scratch", type=Path, help="trained models, parts (default: build/gpu-scratch, likewise)")
     run.add_argument("--corpus", type=Path, help="folder with train.txt.xz, valid.txt and calib.txt")
     run.add_argument("--seconds", type=float, help="everything ends after so many")
     run.add_argument("--commit", help="of the sources, where they are a copy without history")
@@ -60,7 +60,11 @@ def _run(args: argparse.Namespace) -> bool:
     deadline = time.time() + args.seconds if args.seconds else None
     if args.commit:
         os.environ[COMMIT_VARIABLE] = args.commit
-    out, scratch = args.out.resolve(), args.scratch.resolve()
+    # What a rehearsal leaves must not be taken for results, nor its models for trained ones.
+    usual = (BUILD / "gpu-rehearsal",) * 2 if args.rehearse else (BUILD / "gpu-results", BUILD / "gpu-scratch")
+    out, scratch = (
+        (given or default).resolve() for given, default in zip((args.out, args.scratch), usual, strict=True)
+    )
     setting = steps.Setting(
         out, scratch, scratch / "site", args.corpus and args.corpus.resolve(), args.rehearse, deadline
     )

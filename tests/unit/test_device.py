@@ -113,6 +113,19 @@ def test_launches_grow_with_rows_and_not_with_experts(experts: int) -> None:
         assert 100 * K < launches() - before < 200 * K
 
 
+def test_without_feedback_all_rows_are_rounded_at_once() -> None:
+    gen = torch.Generator().manual_seed(0)
+    F, x = torch.randn(16, 256, 64, generator=gen), torch.randn(16, 512, 256, generator=gen)
+    width = torch.randint(0, 5, (16, 256), generator=gen, dtype=torch.uint8)
+    expected = quantize(F, x.mT @ x, width, "K", passes=0, feedback=False)
+    with pretended_cuda() as launches:
+        given = [t.to("cuda") for t in (F, x.mT @ x, width)]
+        before = launches()
+        found = quantize(*given, "K", passes=0, feedback=False)
+        assert launches() - before < 500
+        assert torch.equal(found.codes.cpu(), expected.codes)
+
+
 def test_what_is_kept_between_passes_stays_on_a_gpu_while_there_is_room(tmp_path: Path) -> None:
     with pretended_cuda():
         spool = Spool(tmp_path, memory_bytes=40, device_bytes=50)
