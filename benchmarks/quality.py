@@ -361,11 +361,12 @@ def _read(path: str) -> str:
 
 
 def _earlier_rows(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of an earlier run of the same model and texts."""
+    """Rows of an earlier run of the same model and texts on the same kind of device."""
     if not path.is_file():
         return []
     data = json.loads(path.read_text(encoding="utf-8"))
-    return data["rows"] if all(data[k] == header[k] for k in ("model", "calibration", "text")) else []
+    same = all(data[k] == header[k] for k in ("model", "calibration", "text"))
+    return data["rows"] if same and data["environment"].get("gpu") == header["environment"].get("gpu") else []
 
 
 def run(args: argparse.Namespace, scratch: Path) -> None:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu fetch                     with a network: what such a machine lacks, in parts
     python -m benchmarks.gpu run --steps tests kernels  on the GPU: one step after another, results after each
-    python -m benchmarks.gpu run --rehearse            every step, tiny, on a CPU
+    python -m benchmarks.gpu run --rehearse --corpus DIR   every step, tiny, on a CPU
 
 The machine is expected to have CUDA, its compute-sanitizer, and a Python with torch, Triton and transformers
 (`present.txt`). docs/gpu.md says which step answers which question.
