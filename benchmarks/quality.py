@@ -35,7 +35,7 @@ import torch
 
 from benchmarks.baselines.driver import run_baseline, write_windows
 from benchmarks.baselines.gguf import bits_of
-from benchmarks.record import ROOT, commit, gpu_peak, write_json
+from benchmarks.record import ROOT, commit, gpu_name, gpu_peak, write_json
 from bitsmoe_kernels.errors import BitsmoeError
 from offline_quant.calibration import load_tokenizer, window_length, write_sampled_text
 from offline_quant.config import QuantizeConfig
@@ -345,10 +345,9 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         (line.split(":")[1].strip() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")),
         platform.processor(),
     )
-    gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
     return {
         "cpu": model,
-        **gpu,
+        **gpu_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": version("transformers"),

@@ -32,6 +32,13 @@ def write_json(path: Path, data: Any) -> None:
     new.replace(path)
 
 
+def gpu_name(device: str) -> dict[str, str]:
+    """`gpu`: what computes where that is a GPU; nothing where it is not."""
+    import torch
+
+    return {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
+
+
 def gpu_peak() -> dict[str, int]:
     """`peak_device_bytes`: most memory that torch's tensors took on a GPU in this process; nothing without one."""
     import torch

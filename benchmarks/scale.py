@@ -24,7 +24,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.baselines.driver import run_baseline, write_windows
-from benchmarks.record import commit, gpu_peak, write_json
+from benchmarks.record import commit, gpu_name, gpu_peak, write_json
 from bitsmoe_kernels.format.families import kept_tensors, moe_shape
 from bitsmoe_kernels.format.schema import num_blocks
 from bitsmoe_kernels.format.shards import ShardWriter
@@ -193,6 +193,27 @@ def _gptq(directory: Path, scratch: Path, options: dict[str, Any]) -> dict[str, 
     return run_baseline("gptq", directory, windows, 2, scratch / "gptq", options["device"])
 
 
+def _figures(
+    args: argparse.Namespace, config: dict[str, Any], options: dict[str, Any], run: dict[str, Any]
+) -> dict[str, Any]:
+    """What a run took, beside what was predicted and the sizes of a layer."""
+    shape = moe_shape(config, args.model)
+    layer_bytes = 2 * shape.num_weights // len(shape.layers)
+    per_layer = sum(run["stages"].get(stage, 0.0) for stage in STAGES) / args.layers
+    return {
+        "model": args.model, "layers": args.layers, "experts": shape.num_experts,
+        "options": options | {"calib": "words of the README"},
+        "peak_rss": run["peak_rss"], "predicted_peak": run["predicted_peak"],
+        "peak_over_predicted": run["peak_rss"] / run["predicted_peak"],
+        "calibration_state": run["calibration_state"], "layer_bf16_bytes": layer_bytes,
+        "peak_over_layer": (run["peak_rss"] - run["calibration_state"]) / layer_bytes,
+        "seconds_per_layer": per_layer,
+        "projected_hours": None if args.experts else per_layer * MODELS[args.model].layers / 3600,
+        "run": run, "threads": torch.get_num_threads(), "cores": len(os.sched_getaffinity(0)),
+        "torch": torch.__version__, "commit": commit(), **gpu_name(args.device),
+    }  # fmt: skip
+
+
 def measure(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
     """Everything that was asked for."""
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
@@ -205,30 +226,13 @@ def measure(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]
             "device": args.device, **options, "calib": str(text), "calib_samples": args.calib_samples,
             "calib_length": args.calib_length, "bits": args.bits,
         }  # fmt: skip
-        run = _apart("--child", json.dumps([str(directory), folder, options]))
-        shape = moe_shape(config, args.model)
-        layer_bytes = 2 * shape.num_weights // len(shape.layers)
-        per_layer = sum(run["stages"].get(stage, 0.0) for stage in STAGES) / args.layers
-        result = {
-            "model": args.model, "layers": args.layers, "experts": shape.num_experts,
-            "options": options | {"calib": "words of the README"},
-            "peak_rss": run["peak_rss"], "predicted_peak": run["predicted_peak"],
-            "peak_over_predicted": run["peak_rss"] / run["predicted_peak"],
-            "calibration_state": run["calibration_state"], "layer_bf16_bytes": layer_bytes,
-            "peak_over_layer": (run["peak_rss"] - run["calibration_state"]) / layer_bytes,
-            "seconds_per_layer": per_layer,
-            "projected_hours": None if args.experts else per_layer * MODELS[args.model].layers / 3600,
-            "run": run, "threads": torch.get_num_threads(), "cores": len(os.sched_getaffinity(0)),
-            "torch": torch.__version__, "commit": commit(),
-        }  # fmt: skip
-        if args.device == "cuda":
-            result["gpu"] = torch.cuda.get_device_name()
+        result = _figures(args, config, options, _apart("--child", json.dumps([str(directory), folder, options])))
         if args.gptq:
             if args.out:
                 write_json(args.out, result)  # the library takes longer, and may fail
             gptq = _gptq(directory, Path(folder), options)
             result["gptq"] = gptq | {"seconds_per_layer": gptq["seconds"] / args.layers}
-            result["gptq_over_ours"] = result["gptq"]["seconds_per_layer"] / per_layer
+            result["gptq_over_ours"] = result["gptq"]["seconds_per_layer"] / result["seconds_per_layer"]
     if args.allocation:
         result["allocation"] = _apart("--solve", json.dumps([args.model, args.bits]))
     return result

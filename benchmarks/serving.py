@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import ROOT, child_environment, commit, write_json
+from benchmarks.scale import MODELS
 from bitsmoe_kernels.format.families import moe_shape
 from bitsmoe_kernels.format.schema import (
     FORMAT_VERSION,
@@ -118,8 +119,6 @@ def measure(args: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
     import torch
     import vllm
 
-    from benchmarks.scale import MODELS
-
     config = {**MODELS[args.model].config, "num_hidden_layers": args.layers or MODELS[args.model].layers}
     result: dict[str, Any] = {
         "model": args.model, "layers": config["num_hidden_layers"], "input": args.input, "output": args.output,
@@ -163,8 +162,6 @@ def as_text(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Command line."""
-    from benchmarks.scale import MODELS
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="qwen3-30b-a3b")
     parser.add_argument("--layers", type=int, help="fewer than the model has")

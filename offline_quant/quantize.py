@@ -146,7 +146,7 @@ class _Grid:
             level = self.nearest(v, start[:, None])
             return _half(_dot(product, level) / _dot(weight, level.square()).clamp(min=1e-30))
         # All candidates at once, for the same reason.
-        a = start * torch.tensor(_SCALE_CANDIDATES, device=w.device)[:, None]
+        a = start * _candidates(w.device)[:, None]
         for _ in range(_SCALE_STEPS):
             level = self.nearest(v, a[..., None])
             a = _dot(product, level) / _dot(weight, level.square()).clamp(min=1e-30)
@@ -168,6 +168,12 @@ def _centred(codes: Tensor, width: Tensor) -> Tensor:
 def _steps(device: torch.device) -> Tensor:
     """Best step of a unit Gaussian at each bit-width."""
     return torch.tensor([gaussian_quantizer(b)[0] for b in range(MAX_BITS + 1)], device=device)
+
+
+@lru_cache
+def _candidates(device: torch.device) -> Tensor:
+    """Factors of a first guess at a scale, made once: for every row anew a GPU would wait for them."""
+    return torch.tensor(_SCALE_CANDIDATES, device=device)
 
 
 def _round_(x: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.utils import NormalizedName, canonicalize_name
+
 from benchmarks.baselines.environments import pins, requirements_file
 from benchmarks.record import ROOT
 from bitsmoe_kernels.errors import BitsmoeError
@@ -73,20 +75,15 @@ PARTS = {
 """What this project needs; other methods for a layer; libraries of quality baselines; vLLM, too large for one piece."""
 
 
-def canonical(name: str) -> str:
-    """A distribution's name as indexes compare it."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def present(path: Path) -> set[str]:
+def present(path: Path) -> set[NormalizedName]:
     """Names of the packages in a list, one a line, with or without a version."""
     lines = (line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
-    return {canonical(re.split(r"[=<>@ \[]", line)[0]) for line in lines if line}
+    return {canonicalize_name(re.split(r"[=<>@ \[]", line)[0]) for line in lines if line}
 
 
-def wanted(part: Part, there: set[str]) -> list[str]:
+def wanted(part: Part, there: set[NormalizedName]) -> list[str]:
     """The packages of a part that a machine lacks."""
-    return [p for p in part.packages if canonical(p.partition("==")[0]) not in there]
+    return [p for p in part.packages if canonicalize_name(p.partition("==")[0]) not in there]
 
 
 def fetch(names: Sequence[str], out: Path, python: str, there: Path) -> dict[str, int]:

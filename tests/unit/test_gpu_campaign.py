@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name
 
 from benchmarks import serving
 from benchmarks.baselines import environments
@@ -38,7 +39,7 @@ def test_a_machine_gets_what_it_lacks(tmp_path: Path) -> None:
 def test_torch_and_triton_are_the_machine_s_own() -> None:
     there = parts.present(parts.PRESENT)
     for part in parts.PARTS.values():
-        lacking = {parts.canonical(p.partition("==")[0]) for p in parts.wanted(part, there)}
+        lacking = {canonicalize_name(p.partition("==")[0]) for p in parts.wanted(part, there)}
         assert lacking or part.wheel
         assert not lacking & {"torch", "triton", "numpy", "transformers"}
 
