@@ -55,7 +55,7 @@ def allocate(loss: Losses, cost: Costs, budget: int) -> Allocation:
         BitsmoeError: losses that are not numbers, a unit without a choice, or a budget below the cheapest choices.
     """
     if np.isnan(loss).any() or not np.isfinite(loss.min(1)).all():
-        raise BitsmoeError("allocation: losses are not finite; the calibration statistics are degenerate")
+        raise BitsmoeError("allocation: losses are not finite")
     cheapest = int(np.where(np.isfinite(loss), cost, np.iinfo(np.int64).max).min(1).sum())
     if cheapest > budget:
         raise BitsmoeError(f"allocation: budget {budget} is below the smallest possible cost {cheapest}")

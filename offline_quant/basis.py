@@ -79,7 +79,7 @@ def whitened(name: ProjectionName, gram: Tensor, C: Tensor, bits: int) -> Decomp
         bits: 8 or 16, of the stored basis.
     """
     C = C.to(torch.float64, copy=True)
-    C.diagonal().add_(DAMPING * C.diagonal().mean())
+    C.diagonal().add_(DAMPING * C.diagonal().mean() or 1.0)  # where nothing ever enters, any basis will do
     value, vector = torch.linalg.eigh(C)
     del C  # [H, H] in float64 weighs much in a large model, so each goes as soon as it can
     root = (vector * value.sqrt()) @ vector.T

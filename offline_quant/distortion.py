@@ -93,7 +93,7 @@ def factorize(moments: Tensor) -> Factor:
         BitsmoeError: moments that are not finite.
     """
     if not bool(moments.isfinite().all()):
-        raise BitsmoeError("second moments of the activations are not finite; a weight before them is far too large")
+        raise BitsmoeError("second moments of the activations are not finite; the layer's weights are too large")
     ridge = _least_ridge(moments)
     while True:
         # Upper triangular R with R R^T = M, so that U = R^-1.

@@ -48,6 +48,13 @@ SHARED_BASIS_HANDICAP = 1.09
 channels end better (docs/experiments.md). Tuning evens that out."""
 SHARED_BASIS_GAIN = 0.0012
 """And if that spares this much of the relative error, for every token served pays for the projection."""
+LEAST_ROOT = 1e-6
+"""Least root of an output's weight, relative to the layer's mean: scales of an expert that adds next to nothing must
+fit float16 too."""
+UNEVEN = 2.0**8
+"""Ratio of an expert's up to its down matrix from which the two are brought together, see `evened`."""
+SCALE_RANGE = 2.0**-10, 2.0**14
+"""Where the largest scales of an expert lie as a rule. Beyond it they are shared out anew between its two sides."""
 COMPENSATOR_ROUNDS = 2
 """How often codes and compensator are fitted to what the other leaves over."""
 
@@ -227,7 +234,8 @@ class LayerQuantizer:
         team: Team | None = None,
         tick: Callable[[int], None] = lambda experts: None,
     ):
-        self.experts, self.stats, self.shape, self.config, self.subject = experts, stats, shape, config, subject
+        self.stats, self.shape, self.config, self.subject = stats, shape, config, subject
+        self.experts: Experts = lambda chunk: evened(*experts(chunk))
         self.team, self.spool, self._tick = team or Team(), stats.spool, tick
         self.E, self.I, self.H = shape.num_experts, shape.intermediate_size, shape.hidden_size
         self.chunks = chunks_of(self.E, self.H, self.I, stats.inputs.x.device)
@@ -263,7 +271,7 @@ class LayerQuantizer:
         roots = torch.cat([p.roots for p in parts]).to(device)
         self.output_unit = float(roots.square().mean())
         """Mean weight of a gate or up output."""
-        self.roots = roots / self.output_unit**0.5
+        self.roots = (roots / self.output_unit**0.5).clamp(min=LEAST_ROOT)
         self.channel_order = torch.cat([p.order for p in parts]).to(device)
         self.channels = _concatenate([p.channels for p in parts], device)
         self.grams = {
@@ -281,6 +289,8 @@ class LayerQuantizer:
         forms = forms_of(config)
         for i, e in enumerate(chunk):
             M, outputs[i], moments = self._expert_moments(e, gate_up[i], down[i])
+            if not all(bool(t.isfinite().all()) for t in (M, outputs[i], moments)):
+                raise BitsmoeError(self._overflow(e, gate_up[i], down[i]))
             self.spool.put(f"inputs-{e}", M, if_room=True)
             D.append(moments)
             sampled.append(stats.sampled_outputs(e, down[i]))
@@ -300,6 +310,16 @@ class LayerQuantizer:
             roots.cpu(), found.order.cpu(), replace(found, order=order).cpu(), factor.ridge.cpu(),
             {n: g.cpu() for n, g in grams.items()}, [(place.cpu(), y.cpu()) for place, y in sampled],
         )  # fmt: skip
+
+    def _overflow(self, e: int, gate_up: Tensor, down: Tensor) -> str:
+        """What to say of an expert whose weights are finite, but not what they compute."""
+        gate, up = gate_up.chunk(2)
+        matrices = {"gate": gate, "up": up, "down": down}
+        sizes = ", ".join(f"{name} {float(w.abs().max()):.3g}" for name, w in matrices.items())
+        return (
+            f"{self.subject}: what expert {e} computes on the calibration text is beyond float32 (largest weights: "
+            f"{sizes}); no model is trained to such values: mend the expert's weights, or set them to zero"
+        )
 
     def _expert_moments(self, e: int, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `LayerStatistics.expert_moments`."""
@@ -534,6 +554,8 @@ class LayerQuantizer:
         return importance.masked_fill(used, torch.inf).argsort(stable=True)[:count].sort().values
 
     def _decide(self, choices: Table, budget: int) -> LayerPlan:
+        if not np.isfinite(choices.loss.min(1)).all():
+            raise BitsmoeError(f"{self.subject}: errors of its experts are beyond float32; their weights are too large")
         result = self.team.agreed(lambda: allocate(choices.loss, choices.cost, budget))
         width, rank = choices.width[result.choice], choices.rank[result.choice]
         bits: dict[ProjectionName, Tensor] = {}
@@ -794,6 +816,7 @@ class LayerQuantizer:
         codes = [pack_codes((q.codes[i] if on_input else q.codes[i].T).cpu(), bits[i], G) for i in range(len(chunk))]
         scales, features = (q.a, q.c) if on_input else (q.c, q.a)
         features = features if roots is None else features / roots
+        scales, features = self._representable(name, chunk, scales, features)
         width = width.flatten(1)
         rows, component = plan.stored_rows(name, width, order)
         width = width.gather(1, rows)
@@ -808,6 +831,29 @@ class LayerQuantizer:
         if plan.layer.projections[name].lowrank_total:
             parts |= lowrank
         return parts, (lost, total)
+
+    def _representable(
+        self, name: ProjectionName, chunk: range, scales: Tensor, features: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Scales of components [n, C] and features [n, F], shared out anew where one side leaves float16's range.
+
+        Raises:
+            BitsmoeError: names the experts whose weights are too large for any scales.
+        """
+        largest, widest = (x.abs().amax(-1, keepdim=True) for x in (scales, features))
+        low, high = SCALE_RANGE
+        apart = (torch.maximum(largest, widest) > high) | ((torch.minimum(largest, widest) < low) & (largest > 0))
+        ratio = widest.clamp(min=1e-30) / largest.clamp(min=1e-30)
+        shift = torch.exp2((0.5 * ratio.log2()).round().clamp(-24, 24)).where(apart, 1.0)
+        scales, features = scales * shift, features / shift
+        most = torch.finfo(torch.float16).max
+        if bool((bad := ~((scales.abs() <= most).all(-1) & (features.abs() <= most).all(-1))).any()):
+            experts = [e for e, fault in zip(chunk, bad.tolist(), strict=True) if fault]
+            raise BitsmoeError(
+                f"{self.subject}: {name} of expert(s) {experts} holds weights too large for the format's float16 "
+                "scales; no model is trained to such values: mend them, or set them to zero"
+            )
+        return scales, features
 
 
 class _Sample:
@@ -870,6 +916,26 @@ def _compensated(
     U = U if roots is None else U / roots[:, None]
     picked = [torch.cat([x[i, :rank] for i, rank in enumerate(ranks.tolist())]).half().cpu() for x in (V, U)]
     return q, residual, {"lowrank_rank": ranks.clone(), "lowrank_in": picked[0], "lowrank_out": picked[1]}
+
+
+def evened(gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Experts that compute the same, without up and down of very different sizes.
+
+    A power of two goes from one to the other. Errors of both are weighed together, and their scales are float16.
+    Ordinary experts stay as they are.
+
+    Args:
+        gate_up: [n, 2 I, H].
+        down: [n, H, I].
+    """
+    gate, up = gate_up.chunk(2, 1)
+    sizes = [torch.maximum(w.amax((1, 2)), -w.amin((1, 2))) for w in (up, down)]
+    ratio = torch.where((sizes[0] > 0) & (sizes[1] > 0), sizes[0] / sizes[1], 1.0)
+    uneven = (ratio > UNEVEN) | (ratio < 1 / UNEVEN)
+    if not bool(uneven.any()):
+        return gate_up, down
+    shift = torch.exp2((0.5 * ratio.log2()).round().clamp(-48, 48)).where(uneven, 1.0)[:, None, None]
+    return torch.cat([gate, up / shift], 1), down * shift
 
 
 def _trimmed_schema(schema: Layer, unused: Mapping[ProjectionName, Tensor]) -> Layer:

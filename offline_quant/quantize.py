@@ -23,6 +23,8 @@ from offline_quant.symmetric import add_product, mirrored, output_energy
 COLUMN_BLOCK = 32
 ROUND_VALUES, GPU_ROUND_VALUES = 1 << 15, 1 << 24
 """Values that are rounded at once where no row waits for another, by a processor and by a GPU."""
+MAX_COLUMN_SCALE = 2.0**15
+"""An outlier in one column must not take its scale out of float16; row scales take the rest."""
 _NO_FRACTION = 1.5 * 2**23
 """Float32 sums with it have no room for a fraction."""
 _SCALE_CANDIDATES = (0.7, 0.85, 1.0, 1.2)
@@ -199,7 +201,8 @@ def _column_scale(F: Tensor, variances: Tensor, width: Tensor) -> Tensor:
     c = c * F.square().mean((1, 2)).sqrt().sqrt().clamp(min=1e-6)[:, None]
     if width.shape[1] == 1:
         c = c * _steps(F.device)[width[:, 0].long()]
-    return _half(c)
+    excess = (c.amax(-1, keepdim=True) / MAX_COLUMN_SCALE).clamp(min=1)
+    return _half(c / torch.exp2(excess.log2().ceil()))
 
 
 def _feedback(F: Tensor, U: Tensor, grid: _Grid, c: Tensor, rough: bool = False) -> Quantized:

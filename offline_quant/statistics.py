@@ -188,7 +188,9 @@ class LayerStatistics:
         outputs *= norms.repeat(2)
         outputs = outputs.clamp(min=LEAST_OUTPUT * float(outputs.mean())).clamp(min=1e-30)
         token = token.clamp(max=HEAVIEST_TOKEN * float(token.mean()))
-        token /= token.sum().clamp(min=1e-30)
+        if not bool(token.any()):  # a dead expert: no error of it is felt, and its inputs count alike
+            token = mass.clone()
+        token /= token.sum().clamp(min=torch.finfo(token.dtype).tiny)
         M = down.new_zeros(H, H)
         for part in _blocks(len(tokens)):
             x = self.inputs.x.index_select(0, tokens[part])
