@@ -69,6 +69,10 @@ def quantize(
     model: Annotated[str, typer.Argument(help="Model directory, or a name on the Hugging Face Hub.")],
     bits: Annotated[float, typer.Option(help="All-in bits per weight of the routed experts.")],
     out: Annotated[Path, typer.Option(help="Directory to write; must not exist or be empty.")],
+    revision: Annotated[
+        str | None,
+        typer.Option(help="Branch, tag or commit of MODEL on the Hub. Default: its main branch.", show_default=False),
+    ] = None,
     calib: Annotated[
         str | None,
         typer.Option(
@@ -166,7 +170,7 @@ def quantize(
     with team_of(workers) as team:
         console.quiet = team.rank > 0
         try:
-            outcome = quantize_model(model, out, _config(options), plan, resume, team, limit)
+            outcome = quantize_model(model, out, _config(options), plan, resume, team, limit, revision)
         finally:
             console.quiet = False  # what was wrong is said by everybody
         if team.rank:

@@ -15,7 +15,7 @@ from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.format.shards import INDEX_FILE, file_fault
 from offline_quant.calibration import NETWORK_ERRORS
-from offline_quant.model_adapter import QuantizedModel, not_finite
+from offline_quant.model_adapter import QuantizedModel, value_faults
 from offline_quant.output import CARD_FILE, PAGE_FILE, REPORT_FILE, side_files
 from offline_quant.progress import track
 
@@ -23,6 +23,12 @@ LIBRARY, PIPELINE, TAGS = "vllm", "text-generation", ["bitsmoe", "mixture-of-exp
 """What the Hub's pages and searches go by."""
 _REPLACED = ["*.safetensors", INDEX_FILE]
 """Files of an earlier push that go where the new one has none of that name: an index left over would be believed."""
+
+
+def commit_of(directory: Path) -> str | None:
+    """The commit a directory is a snapshot of, where it lies in the Hub's cache."""
+    here = directory.resolve()
+    return here.name if here.parent.name == "snapshots" and here.parent.parent.name.startswith("models--") else None
 
 
 def base_model(model: str, directory: Path) -> tuple[str | None, str]:
@@ -86,7 +92,7 @@ def write_card(directory: Path, model: str, source: Path, report: dict[str, Any]
     total = sum(spec.nbytes for spec in checkpoint.tensors.specs.values())
     text = "\n".join(
         [
-            *_head(name, base, report, total),
+            *_head(name, base, commit_of(source), report, total),
             *_serving(checkpoint.config.tool_version),
             *_layers(report),
             *_making(name, report, checkpoint),
@@ -101,7 +107,7 @@ def _code(value: object) -> str:
     return f"`{shown.replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 
 
-def _head(name: str, base: str | None, report: dict[str, Any], total: int) -> list[str]:
+def _head(name: str, base: str | None, commit: str | None, report: dict[str, Any], total: int) -> list[str]:
     experts = report["expert_bytes"]
     original = f"[{base}](https://huggingface.co/{base})" if base else _code(name)
     others, dense_size = "nothing else is", []
@@ -118,6 +124,7 @@ def _head(name: str, base: str | None, report: dict[str, Any], total: int) -> li
         "| | |",
         "|---|---|",
         f"| original model | {original} |",
+        *([f"| its commit | {_code(commit)} |"] if commit else []),
         f"| bits per expert weight, scales, bases and metadata counted | {report['bpw']:.4f} |",
         f"| expert weights | {report['expert_weights']:,} |",
         f"| size of the experts | {experts / 1e6:,.2f} MB |",
@@ -190,7 +197,8 @@ def _making(name: str, report: dict[str, Any], checkpoint: Checkpoint) -> list[s
 def push_files(model: QuantizedModel) -> list[str]:
     """Names of a checkpoint's files that belong on the Hub; whatever else lies in the directory stays there."""
     own = ["config.json", INDEX_FILE, CARD_FILE, REPORT_FILE, PAGE_FILE]
-    names = {*own, *model.tensors.files, *(path.name for path in side_files(model.directory))}
+    beside = (path.relative_to(model.directory).as_posix() for path in side_files(model.directory))
+    names = {*own, *model.tensors.files, *beside}
     return sorted(n for n in names if (model.directory / n).is_file())
 
 
@@ -220,7 +228,7 @@ def push(directory: Path, repo_id: str, private: bool = False, revision: str | N
         model = QuantizedModel(directory)
         names = push_files(model)
         faults += [f for name in names if (f := file_fault(directory, name))]
-        faults += not_finite(model.tensors, track)
+        faults += value_faults(model.tensors, track)
         if CARD_FILE in names:
             ModelCard((directory / CARD_FILE).read_text(encoding="utf-8"))
     except BitsmoeError as e:

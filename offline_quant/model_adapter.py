@@ -1,5 +1,7 @@
 """A model's weights from its files, ordinary or quantized: routed experts as stacked matrices, the rest by name."""
 
+import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +20,9 @@ from offline_quant.output import check_side_files
 
 CHECKED_VALUES = 1 << 24
 """Of a tensor that are looked at together."""
+MAX_WEIGHT = 1e12
+"""Far beyond any trained weight, and about where squares of what such weights compute leave float32."""
+_EXPERT_NUMBER = re.compile(r"(.*?\.experts\.)(\d+)\.")
 MAX_FAULTS = 1_000
 """Faults after which no more are looked for."""
 
@@ -138,8 +143,9 @@ class SourceModel:
     def _check_experts(self) -> None:
         s = self.shape
         E, H, I = s.num_experts, s.hidden_size, s.intermediate_size  # noqa: E741
-        faults: list[str] = []
-        for layer in s.layers:
+        faults = self._naming_faults()
+        known: set[str] = set()
+        for layer in () if faults else s.layers:
             if len(faults) > MAX_FAULTS:
                 break  # config.json may claim any number of layers and experts
             expected: dict[str, tuple[int, ...]] = {}
@@ -150,6 +156,7 @@ class SourceModel:
                 for e in range(min(E, len(self.tensors.specs) + 1)):
                     gate, up, down = s.expert_names(layer, e)
                     expected |= {gate: (I, H), up: (I, H), down: (H, I)}
+            known |= expected.keys()
             for name, shape in expected.items():
                 spec = self.tensors.specs.get(name)
                 if spec is None:
@@ -158,8 +165,42 @@ class SourceModel:
                     faults.append(f"tensor {name} has shape {list(spec.shape)}, config.json says {list(shape)}")
                 elif spec.dtype not in (torch.bfloat16, torch.float16, torch.float32):
                     faults.append(f"tensor {name} is {spec.dtype}; bfloat16, float16 or float32 is needed")
+        if not faults:
+            left = sorted(name for name in self.tensors if s.is_expert_tensor(name) and name not in known)
+            faults = [f"tensor {name} belongs to experts, but is no gate, up or down matrix of theirs" for name in left]
         if faults:
             raise BitsmoeError(fault_list(f"{self.directory}: experts are not as config.json describes them", faults))
+
+    def _naming_faults(self) -> list[str]:
+        """Why many tensors of experts are not where they belong, in a sentence for each cause."""
+        if fault := self._prefix_fault():
+            return [fault]
+        s = self.shape
+        stored: dict[str, set[int]] = {f"{s.prefix(layer)}.": set() for layer in s.layers}
+        for name in self.tensors:
+            if (match := _EXPERT_NUMBER.match(name)) and match[1] in stored:
+                stored[match[1]].add(int(match[2]))
+        # Experts missing in the middle are missing tensors, and named so.
+        counts = {prefix: len(found) for prefix, found in stored.items() if found == set(range(len(found))) and found}
+        unequal = "; layers with unequal numbers of experts are not supported" if len(set(counts.values())) > 1 else ""
+        return [
+            f"{prefix[:-1]}: {count} experts are stored, config.json says {s.num_experts}{unequal}"
+            for prefix, count in counts.items()
+            if count != s.num_experts
+        ]
+
+    def _prefix_fault(self) -> str | None:
+        """Whether all names begin with something more, or with something less, than they should."""
+        layer = self.shape.layers[0]
+        wanted = (self.shape.expert_names(layer, 0)[0], self._fused_names(layer)[0])
+        if any(name in self.tensors for name in wanted):
+            return None
+        bare = [(name, name.removeprefix("model.")) for name in wanted]
+        for found in self.tensors:
+            for name, end in bare:
+                if found == end or found.endswith(f".{end}"):
+                    return f"tensor {found} should be called {name}: rename it, and all others likewise"
+        return None
 
     def experts(self, layer: int, chunk: range | None = None) -> tuple[Tensor, Tensor]:
         """Routed experts of a layer, see `WeightSource`."""
@@ -182,29 +223,48 @@ class SourceModel:
         return found
 
     def check_finite(self, progress: Callable[[Sequence[str], str], Iterable[str]]) -> None:
-        """Read every tensor once and look for NaN or infinity.
+        """Read every tensor once and look for values that nothing can be computed with, see `value_faults`.
 
         Raises:
             BitsmoeError: names every tensor that has some.
         """
-        if faults := not_finite(self.tensors, progress):
-            raise BitsmoeError(fault_list(f"{self.directory}: damaged weights; download the model again", faults))
+        if faults := value_faults(self.tensors, progress, self.shape.is_expert_tensor):
+            raise BitsmoeError(
+                fault_list(
+                    f"{self.directory}: weights that nothing can be computed with; if they are not meant to be so, "
+                    "download the model again",
+                    faults,
+                )
+            )
 
 
-def not_finite(tensors: Tensors, progress: Callable[[Sequence[str], str], Iterable[str]]) -> list[str]:
-    """Tensors that hold NaN or infinity, a fault each; reads all of them."""
+def value_faults(
+    tensors: Tensors,
+    progress: Callable[[Sequence[str], str], Iterable[str]],
+    quantized: Callable[[str], bool] = lambda name: False,
+) -> list[str]:
+    """Tensors that hold NaN or infinity, or are to be quantized and hold far too large values; reads all of them."""
     faults = []
     for name in progress(list(tensors), "Checking weights"):
         tensor = tensors.get(name)
-        if tensor.is_floating_point() and (bad := _not_finite(tensor)):
+        if not tensor.is_floating_point():
+            continue
+        largest, bad = _largest(tensor)
+        if bad:
             faults.append(f"tensor {name}: {bad} of {tensor.numel()} values are NaN or infinite")
+        elif largest > MAX_WEIGHT and quantized(name):
+            faults.append(f"tensor {name}: holds values up to {largest:.3g}; up to {MAX_WEIGHT:.0e} can be quantized")
     return faults
 
 
-def _not_finite(tensor: Tensor) -> int:
-    """How many values are NaN or infinite; a few at a time, since torch makes copies of all it looks at."""
-    bad = 0
+def _largest(tensor: Tensor) -> tuple[float, int]:
+    """The largest magnitude, and how many values are NaN or infinite; a few at a time, since torch makes copies."""
+    largest, bad = 0.0, 0
     for part in tensor.view(-1).split(CHECKED_VALUES):
-        known = part.float() if part.itemsize == 1 else part  # torch does not ask float8 whether it is finite
-        bad += len(part) - int(known.isfinite().count_nonzero())
-    return bad
+        known = part.float() if part.itemsize == 1 else part  # torch knows no extremes of float8
+        found = max((abs(float(v)) for v in known.aminmax()), default=0.0) if len(known) else 0.0
+        if math.isfinite(found):
+            largest = max(largest, found)
+        else:
+            bad += len(known) - int(known.isfinite().count_nonzero())
+    return largest, bad

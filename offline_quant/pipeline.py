@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.errors import BitsmoeError, Faults
 from bitsmoe_kernels.format.dense import DenseConfig
 from bitsmoe_kernels.format.schema import FORMAT_VERSION, QUANT_METHOD, CheckpointConfig, Layer
 from bitsmoe_kernels.format.shards import ShardWriter, read_json
@@ -35,12 +35,14 @@ from offline_quant.model_adapter import SourceModel
 from offline_quant.objectives import OBJECTIVES
 from offline_quant.output import (
     CARD_FILE,
+    CODE_FILES,
     PAGE_FILE,
     REPORT_FILE,
     SIDE_FILES,
     check_output,
     check_space,
     copy_side_files,
+    missing_code,
 )
 from offline_quant.progress import Bar, bar, console, track
 from offline_quant.report import LayerPicture, layer_picture, layer_report, model_report
@@ -88,14 +90,27 @@ class Outcome:
     needs: Needs | None = None
 
 
-def resolve_model(name: str) -> Path:
+def resolve_model(name: str, revision: str | None = None) -> Path:
     """A local directory, or a Hub name downloaded into the local cache.
+
+    Args:
+        name: either.
+        revision: branch, tag or commit of a Hub name; None: the main branch.
 
     Raises:
         BitsmoeError: neither.
     """
     path = Path(name)
     if path.is_dir():
+        if revision is not None:
+            raise BitsmoeError(f"--revision {revision}: {name} is a directory; only names on the Hub have revisions")
+        snapshots = path / "snapshots"
+        if snapshots.is_dir() and not (path / "config.json").exists():
+            found = ", ".join(sorted(p.name for p in snapshots.iterdir())) or "none"
+            raise BitsmoeError(
+                f"{name}: is a folder of the Hub's cache; give the model's name on the Hub, or one of the snapshots in "
+                f"{snapshots} ({found})"
+            )
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise BitsmoeError(f"{name}: is not a directory; give a model directory or a Hugging Face Hub name")
@@ -103,11 +118,13 @@ def resolve_model(name: str) -> Path:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     errors: tuple[type[Exception], ...] = (*NETWORK_ERRORS, HFValidationError, LocalEntryNotFoundError)
+    wanted = ["config.json", "*.safetensors*", CARD_FILE, *SIDE_FILES, CODE_FILES]
     try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors*", CARD_FILE, *SIDE_FILES]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except errors as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise BitsmoeError(f"{name}: no such directory, and the Hub does not give it ({reason})") from None
+        reason = " ".join(str(e).split())[:500] or type(e).__name__
+        shown = name if revision is None else f"{name} at --revision {revision}"
+        raise BitsmoeError(f"{shown}: no such directory, and the Hub does not give it ({reason})") from None
 
 
 def check_device(device: str) -> None:
@@ -150,6 +167,7 @@ def quantize_model(
     resume: bool = False,
     team: Team | None = None,
     max_memory: int | None = None,
+    revision: str | None = None,
 ) -> Outcome:
     """Quantize a model's routed experts.
 
@@ -161,6 +179,7 @@ def quantize_model(
         resume: go on after the last finished layer of an earlier run of the same options, if there was one.
         team: processes that share the work; all of them call this, and `out` is a place they all see.
         max_memory: most resident bytes of a process, as predicted; None: no limit.
+        revision: branch, tag or commit of a Hub name; None: the main branch.
 
     Returns:
         The report and the time of each stage.
@@ -169,42 +188,34 @@ def quantize_model(
         BitsmoeError: any fault of the input; nothing is left behind, or layers that `resume` goes on with.
     """
     team = team or Team()
-    if config.tune and team.size > 1:
-        raise BitsmoeError("--tune: experts are fitted one after another, in one process; use it without --workers")
     if config.device == "cuda" and team.size > 1:
         config = config.model_copy(update={"device": f"cuda:{team.local_rank}"})
     leaving = resume and is_complete(out)
-    if not leaving:
-        check_output(out, but=state_directory(out).name)
-    check_device(config.device)
-    check_text_source(config.calib)
-    source = SourceModel(resolve_model(model))
+    inputs = _checked(model, revision, out, config, team, leaving)
+    source, dense = inputs.source, inputs.dense
     matrix = matrix_bytes(source.shape.hidden_size, source.shape.intermediate_size)
-    keep_large_blocks_apart(matrix)
-    check_budget(source, config)
-    dense = dense_plan(source, config.dense_bits)
-    tokenizer = load_tokenizer(source.directory)
     clock = _Clock(matrix)
     length = window_length(source.config, config.calib_length)
     tokens = config.calib_samples * length
     batch_tokens = length * min(config.calib_samples, batch_windows(length, source.shape.hidden_size))
     scope = config.budget or OBJECTIVES[config.objective].scope
-    baseline = peak_bytes()
 
     def predicted(sampled: bool) -> Needs:
         return needs(
-            source.shape, source.tensors.specs, source.config, config.bits, tokens, batch_tokens, length, baseline,
-            config.tune, may_share_bases(source.shape, config),
+            source.shape, source.tensors.specs, source.config, config.bits, tokens, batch_tokens, length,
+            inputs.baseline, config.tune, may_share_bases(source.shape, config),
             scope == "model" and OBJECTIVES[config.objective].sensitive, sampled, torch.device(config.device),
         )  # fmt: skip
 
-    found = predicted(config.calib == "self")
+    memory = predicted(config.calib == "self")
     if team.rank == 0:
         console.print(
-            f"Memory: about {found.peak / 1e9:.1f} GB a process, {found.calibration_state / 1e9:.2f} GB of it for "
-            f"calibration text; disk: {found.disk / 1e9:.1f} GB or more while it runs"
+            f"Memory: about {memory.peak / 1e9:.1f} GB a process, {memory.calibration_state / 1e9:.2f} GB of it for "
+            f"calibration text; disk: {memory.disk / 1e9:.1f} GB or more while it runs"
         )
-    check_memory(found, max_memory)
+    faults = Faults()
+    with faults.gathered():
+        check_memory(memory, max_memory)
 
     def unforeseen() -> None:
         """The default dataset cannot be reached, and the model is to write text itself."""
@@ -213,7 +224,9 @@ def quantize_model(
         console.print(f"Memory: about {needed.peak / 1e9:.1f} GB, for the whole model writes it")
 
     if team.rank == 0 and not leaving:
-        check_space(out, found.result * (not plan_only) + found.disk - held_bytes(out))
+        with faults.gathered():
+            check_space(out, memory.result * (not plan_only) + memory.disk - held_bytes(out))
+    faults.raise_all()
     started = {
         **config.record(),
         "plan": plan_only,
@@ -223,12 +236,10 @@ def quantize_model(
     }
     with run_state(out, started, resume, team) as state:
         if state.concluded:
-            return Outcome({} if team.rank else read_json(out / REPORT_FILE), needs=found)
-        windows, used = team.agreed(lambda: _windows(source, tokenizer, config, length, state, clock, unforeseen))
+            return Outcome({} if team.rank else read_json(out / REPORT_FILE), needs=memory)
+        windows, used = team.agreed(lambda: _windows(inputs, config, length, state, clock, unforeseen))
         record = {**config.record(), "calib": used if used == "self" or used.startswith("hf:") else Path(used).name}
-        original = StreamedModel(source, config.device)
-        streamed = original if dense is None else StreamedModel(DenseModel(source, dense), config.device)
-        run = _Run(source, original, streamed, windows, config, state, team, clock, plan_only)
+        run = _Run(source, inputs.original, inputs.streamed, windows, config, state, team, clock, plan_only)
         if scope == "model":
             run.share_budget()
         layers = run.layers()
@@ -246,12 +257,77 @@ def quantize_model(
         write_page(result / PAGE_FILE, report, run.pictures, clock.laps, clock.peaks)
         clock.lap("report page")
         state.publish()
-    return Outcome(report, clock.laps, clock.cpu, clock.peaks, found)
+    return Outcome(report, clock.laps, clock.cpu, clock.peaks, memory)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run works on, once all that is cheap to check has been checked.
+
+    Attributes:
+        source: the model's files.
+        original: the model, run layer by layer.
+        streamed: the same with its linear layers quantized as in the result.
+        tokenizer: its tokenizer.
+        dense: how those are quantized; None: they are not.
+        baseline: resident bytes of the process before it works.
+    """
+
+    source: SourceModel
+    original: StreamedModel
+    streamed: StreamedModel
+    tokenizer: Any
+    dense: DenseConfig | None
+    baseline: int
+
+
+def _checked(model: str, revision: str | None, out: Path, config: QuantizeConfig, team: Team, leaving: bool) -> _Inputs:
+    """Everything that can be checked without reading the weights, all faults at once.
+
+    Raises:
+        BitsmoeError: lists them.
+    """
+    faults = Faults()
+    with faults.gathered():
+        if config.tune and team.size > 1:
+            raise BitsmoeError("--tune: experts are fitted one after another, in one process; use it without --workers")
+    with faults.gathered():
+        if not leaving:
+            check_output(out, but=state_directory(out).name)
+    device = "cpu"
+    with faults.gathered():
+        check_device(config.device)
+        device = config.device
+    with faults.gathered():
+        check_text_source(config.calib)
+    inputs: _Inputs | None = None
+    with faults.gathered():
+        directory, tokenizer = resolve_model(model, revision), None
+        with faults.gathered():
+            tokenizer = load_tokenizer(directory)
+        source = SourceModel(directory)
+        keep_large_blocks_apart(matrix_bytes(source.shape.hidden_size, source.shape.intermediate_size))
+        with faults.gathered():
+            check_budget(source, config)
+        dense = dense_plan(source, config.dense_bits)
+        original = StreamedModel(source, device)
+        streamed = original if dense is None else StreamedModel(DenseModel(source, dense), device)
+        baseline = peak_bytes()
+        original.try_out()
+        inputs = _Inputs(source, original, streamed, tokenizer, dense, baseline)
+    faults.raise_all()
+    assert inputs is not None
+    if team.rank == 0:
+        inputs.original.warn_of_ignored()
+        if lost := missing_code(directory):
+            console.print(
+                f"{directory}: config.json names {', '.join(lost)}, which are not there; the result names none"
+            )
+    return inputs
 
 
 def _windows(
-    source: SourceModel,
-    tokenizer: Any,
+    inputs: _Inputs,
     config: QuantizeConfig,
     length: int,
     state: RunState,
@@ -261,12 +337,12 @@ def _windows(
     """Calibration tokens and where they came from, once the weights are checked; those of an earlier run if it was."""
     if (windows := state.windows) is not None and (earlier := state.kept(CALIBRATION)) is not None:
         return windows, earlier["used"]
-    source.check_finite(track)
+    inputs.source.check_finite(track)
     clock.lap("check")
     torch.manual_seed(config.seed)
     windows, used = calibration_windows(
-        StreamedModel(source, config.device), tokenizer, config.calib, config.calib_samples, length, config.seed,
-        before_sampling,
+        StreamedModel(inputs.source, config.device), inputs.tokenizer, config.calib, config.calib_samples, length,
+        config.seed, before_sampling,
     )  # fmt: skip
     state.keep(CALIBRATION, {"used": used})
     state.keep_windows(windows)
@@ -592,7 +668,10 @@ class _Run:
             run=record,
         )
         final = draft.model_copy(update={"bpw": draft.all_in_bpw()})
-        config = {**self.source.config, "quantization_config": final.dump()}
+        kept = dict(self.source.config)
+        if missing_code(self.source.directory):
+            del kept["auto_map"]
+        config = {**kept, "quantization_config": final.dump()}
         (result / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         copy_side_files(self.source.directory, result)
 

@@ -201,7 +201,7 @@ class RunState:
 
     def layer_data(self, index: int) -> dict[str, Any]:
         """The data a finished layer was closed with."""
-        return read_json(self._layer(index) / _LAYER)
+        return _own(self._layer(index) / _LAYER)
 
     def layer_tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
         """The tensors a finished layer was closed with."""
@@ -231,7 +231,7 @@ class RunState:
 
     def kept(self, name: str) -> dict[str, Any] | None:
         """What `keep` kept."""
-        return read_json(self.directory / name) if (self.directory / name).exists() else None
+        return _own(self.directory / name) if (self.directory / name).exists() else None
 
     def publish(self) -> None:
         """Give the checkpoint in `result` its place and remove the state."""
@@ -297,6 +297,12 @@ def run_state(out: Path, started: dict[str, Any], resume: bool, team: Team) -> I
                     f"{kept} finished layer(s) are kept in {state.directory}: the same command with --resume goes on"
                 )
         raise problem from None
+
+
+def _own(path: Path) -> dict[str, Any]:
+    """JSON data this program wrote. A disk that fails is an OSError: no fault of the input, so finished layers stay."""
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return data
 
 
 def remove(path: Path) -> None:

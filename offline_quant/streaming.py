@@ -19,6 +19,7 @@ from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.families import MODULE_EXPERTS, kept_tensors
 from offline_quant.chunks import chunks_of, matrix_bytes
 from offline_quant.model_adapter import WeightSource
+from offline_quant.progress import console
 from offline_quant.resident import give_back
 from offline_quant.statistics import LayerInputs
 
@@ -26,6 +27,8 @@ Arguments = list[dict[str, Any]]
 """What each decoder layer takes besides hidden states; layers of one kind share tensors."""
 Batches = list[tuple[Tensor, Arguments]]
 """Hidden states [n, L, H] and the layers' arguments."""
+TRIED_TOKENS = 4
+"""Of `StreamedModel.try_out`."""
 TOGETHER = 8
 """Batches for which a layer's experts are read once."""
 
@@ -66,6 +69,39 @@ class StreamedModel:
         """All tensors outside the routed experts, against the modules they go to. Tied ones count once."""
         if faults := self.shape.other_faults(self.model, self.source.tensors.specs):
             raise BitsmoeError(fault_list(f"{self.source.directory}: tensors do not fit config.json", faults))
+
+    def warn_of_ignored(self) -> None:
+        """Say which stored tensors the model's own modules do not read."""
+        if names := self.shape.ignored(self.model, self.source.tensors.specs):
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            console.print(
+                f"{self.source.directory}: stored, but not part of the model that config.json describes: {shown}; "
+                "passed over, as transformers and vLLM do"
+            )
+
+    def try_out(self) -> None:
+        """Run a few tokens through one layer of each kind, without its experts: config.json may say what cannot be.
+
+        Raises:
+            BitsmoeError: says what went wrong.
+        """
+        kinds = getattr(self.model.config, "layer_types", None) or [""] * self.num_layers
+        firsts = {(index in self.shape.layers, kind): index for index, kind in reversed(list(enumerate(kinds)))}
+        try:
+            hidden, arguments = self.embed(torch.zeros(1, TRIED_TOKENS, dtype=torch.int64))
+            for (moe, _), index in firsts.items():
+                with self.layer(index) as module:
+                    if moe:
+                        self.expert_inputs(module, hidden, arguments)
+                    else:
+                        self.run(module, hidden, arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+            raise BitsmoeError(
+                f"{self.source.directory}: the model that config.json describes cannot be computed "
+                f"({type(e).__name__}: {' '.join(str(e).split())[:300]})"
+            ) from None
 
     def _embedding(self, ids: Tensor) -> Tensor:
         """Rows of the embedding, float32; the matrix itself stays in the checkpoint."""
@@ -223,8 +259,9 @@ class StreamedModel:
 
     @property
     def _stored_head(self) -> Tensor:
-        tied = self.source.config.get("tie_word_embeddings", False)
-        return self.source.tensors.get("model.embed_tokens.weight" if tied else "lm_head.weight")
+        # A head that is stored counts, whatever config.json says of tying: transformers and vLLM take it too.
+        own = "lm_head.weight"
+        return self.source.tensors.get(own if own in self.source.tensors else "model.embed_tokens.weight")
 
     @property
     def head(self) -> Tensor:

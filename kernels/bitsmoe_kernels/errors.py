@@ -1,6 +1,7 @@
 """The one error type for faults of a checkpoint or of a user's input."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 MAX_LINE = 600
 """Characters of one fault that are shown."""
@@ -33,6 +34,30 @@ class FormatError(BitsmoeError):
         if len(self.faults) > len(shown):
             lines.append(f"  ... and {len(self.faults) - len(shown)} more")
         super().__init__("\n".join(lines))
+
+
+class Faults:
+    """Gathers the faults of several checks, so that all are said at once."""
+
+    def __init__(self) -> None:
+        self._said: list[str] = []
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """A check: its BitsmoeError is kept, and what follows the block goes on."""
+        try:
+            yield
+        except BitsmoeError as e:
+            self._said.append(str(e))
+
+    def raise_all(self) -> None:
+        """End the checks.
+
+        Raises:
+            BitsmoeError: the messages of all that failed.
+        """
+        if self._said:
+            raise BitsmoeError("\n".join(dict.fromkeys(self._said)))
 
 
 def fault_list(title: str, faults: list[str], shown: int = 12) -> str:

@@ -5,15 +5,29 @@ Names are those of checkpoint files, which vLLM follows. transformers' modules d
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
+
+import torch
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.schema import TensorSpec
 
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""What a weight may be stored in."""
+_CODE_DTYPES = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
+_CODE_PARTS = (
+    "weight_scale", "weight_zero_point", "weight_packed", "weight_shape", "weight_global_scale", "weight_bitmask",
+    "qweight", "qzeros", "scales", "g_idx", "absmax", "quant_map", "quant_state", "SCB", "bitmask",
+)  # fmt: skip
+"""How tensors begin that lie beside codes, in the forms other quantizers write."""
+_CODES = "codes of some quantization, not weights; quantize the 16-bit model instead"
 MODULE_EXPERTS = "mlp.experts"
 """transformers' experts module within a decoder layer, in every family."""
 EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Names of the number of routed experts in config.json; a config without any is no MoE model."""
+TOP_K_KEY = "num_experts_per_tok"
+"""How many experts a token is routed to; transformers knows the family's own number where it is left out."""
 
 
 MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1
@@ -32,6 +46,9 @@ def _all_layers(config: dict[str, Any]) -> list[int]:
 
 def _after_the_first(config: dict[str, Any]) -> list[int]:
     return list(range(config.get("first_k_dense_replace") or 0, config["num_hidden_layers"]))
+
+
+_SIZES = ("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
 
 
 @dataclass(frozen=True)
@@ -61,7 +78,7 @@ class Family:
     experts: str = "mlp.experts"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     module_names: tuple[tuple[str, str], ...] = ()
-    optional_sizes: tuple[str, ...] = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    optional_sizes: tuple[str, ...] = _SIZES
     fixed: tuple[tuple[str, Any], ...] = ()
 
     def decoder(self, layer: int) -> str:
@@ -79,13 +96,13 @@ _QWEN: dict[str, Any] = {
     "num_experts_key": "num_experts",
     "intermediate_size_key": "moe_intermediate_size",
     "moe_layers": _qwen_layers,
-    "optional_sizes": ("decoder_sparse_step", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    "optional_sizes": (*_SIZES, "decoder_sparse_step"),
 }
 _DEEPSEEK: dict[str, Any] = {
     "num_experts_key": "n_routed_experts",
     "intermediate_size_key": "moe_intermediate_size",
     "moe_layers": _after_the_first,
-    "optional_sizes": ("num_attention_heads", "num_key_value_heads"),
+    "optional_sizes": (*(key for key in _SIZES if key != "head_dim"), "n_group", "topk_group"),
     "fixed": (("moe_layer_freq", 1),),
 }
 
@@ -147,7 +164,12 @@ class MoEShape:
 
     def is_expert_tensor(self, name: str) -> bool:
         """Whether a stored tensor belongs to routed experts."""
-        return any(name.startswith(f"{self.prefix(layer)}.") for layer in self.layers)
+        start = name.find(f".{self.family.experts}.")
+        return start >= 0 and name[: start + 1 + len(self.family.experts)] in self._prefixes
+
+    @cached_property
+    def _prefixes(self) -> frozenset[str]:
+        return frozenset(map(self.prefix, self.layers))
 
     @property
     def num_weights(self) -> int:
@@ -155,22 +177,46 @@ class MoEShape:
         return 3 * len(self.layers) * self.num_experts * self.hidden_size * self.intermediate_size
 
     def other_faults(self, model: Any, specs: Mapping[str, TensorSpec]) -> list[str]:
-        """Faults of the tensors outside the routed experts.
+        """Faults of the tensors outside the routed experts: missing, misshapen, or codes in the place of weights.
 
         Args:
             model: transformers' model; its tensors may be without memory.
             specs: the file's tensors.
         """
         faults = []
-        for name, tensor in kept_tensors(model):
-            name, shape = self.family.stored_name(name), tuple(tensor.shape)
+        kept = {self.family.stored_name(name): tensor for name, tensor in kept_tensors(model)}
+        known = {self.family.stored_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+        for name, tensor in known.items():
+            shape = tuple(tensor.shape)
             if self.is_expert_tensor(name):
                 continue
             if (found := specs.get(name)) is None:
-                faults.append(f"tensor {name} is missing (expected shape {list(shape)})")
+                if name in kept:  # a tied one need not be there, but counts if it is
+                    faults.append(f"tensor {name} is missing (expected shape {list(shape)})")
             elif found.shape != shape:
                 faults.append(f"tensor {name} is {found}, but the model needs shape {list(shape)}")
+            elif tensor.is_floating_point() and found.dtype not in WEIGHT_DTYPES:
+                faults.append(f"tensor {name} is {found}: {_CODES}")
+        modules = {name.rpartition(".")[0] for name in known}
+        for name in sorted(specs.keys() - known.keys()):
+            module, _, part = name.rpartition(".")
+            if self.is_expert_tensor(name):
+                continue
+            if module in modules and part.startswith(_CODE_PARTS):
+                faults.append(f"tensor {name} lies beside {module}: {_CODES}")
+            elif len(specs[name].shape) > 1 and specs[name].dtype in _CODE_DTYPES:  # of a part that is only copied, say
+                faults.append(f"tensor {name} is {specs[name]}: {_CODES}")
         return faults
+
+    def ignored(self, model: Any, specs: Mapping[str, TensorSpec]) -> list[str]:
+        """Tensors of the model's modules that it does not read, such as a bias that config.json rules out."""
+        known = {self.family.stored_name(name) for name in model.state_dict()}
+        modules = {name.rpartition(".")[0] for name in known}
+        return sorted(
+            name
+            for name in specs.keys() - known
+            if name.rpartition(".")[0] in modules and not self.is_expert_tensor(name)
+        )
 
 
 def kept_tensors(module: Any) -> list[tuple[str, Any]]:
@@ -214,22 +260,30 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
     first = config.get("first_k_dense_replace")
     if first is not None and (type(first) is not int or first < 0):
         faults.append(f"first_k_dense_replace is {first!r:.80}, but must be a whole number, 0 or more")
-    if config["model_type"] != family.model_type:
-        faults.append(f"model_type is {config['model_type']!r}, but {family.architecture} has {family.model_type!r}")
-    if config["hidden_act"] != "silu":
-        faults.append(f"hidden_act is {config['hidden_act']!r}, but only 'silu' experts are supported")
     faults += [
         f"{key} is {config[key]!r}, but {counts[0]} {config[counts[0]]!r}"
         for key in counts[1:]
         if config[key] != config[counts[0]]
     ]
-    faults += [
-        f"{key} is {config[key]!r}, but only {value!r} is supported"
-        for key, value in family.fixed
+    if TOP_K_KEY in config:
+        top_k, most_experts = config[TOP_K_KEY], config[counts[0]]
+        if type(top_k) is not int or top_k < 1 or (type(most_experts) is int and top_k > most_experts):
+            faults.append(
+                f"{TOP_K_KEY} is {top_k!r:.80}, but must be a whole number from 1 to {counts[0]}, "
+                f"which is {most_experts!r:.80}"
+            )
+    unsupported = [
+        f"{key} is {config[key]!r:.80}, but only {value!r} is supported"
+        for key, value in (("hidden_act", "silu"), *family.fixed)
         if config.get(key, value) != value
     ]
+    if config["model_type"] != family.model_type:
+        found, known = config["model_type"], family.model_type
+        unsupported.append(f"model_type is {found!r:.80}, but {family.architecture} is supported with {known!r}")
     if faults:
-        raise BitsmoeError(fault_list(f"{subject}: config.json cannot be right", faults))
+        raise BitsmoeError(fault_list(f"{subject}: config.json cannot be right", faults + unsupported))
+    if unsupported:
+        raise BitsmoeError(fault_list(f"{subject}: this model is not supported", unsupported))
     layers = tuple(family.moe_layers(config))
     if not layers:
         raise BitsmoeError(f"{subject}: the model has no Mixture-of-Experts layers (config.json)")
