@@ -143,9 +143,11 @@ class SourceModel:
     def _check_experts(self) -> None:
         s = self.shape
         E, H, I = s.num_experts, s.hidden_size, s.intermediate_size  # noqa: E741
-        faults = self._naming_faults()
+        if fault := self._prefix_fault():
+            raise BitsmoeError(f"{self.directory}: {fault}")
+        faults = self._count_faults()
         known: set[str] = set()
-        for layer in () if faults else s.layers:
+        for layer in s.layers:
             if len(faults) > MAX_FAULTS:
                 break  # config.json may claim any number of layers and experts
             expected: dict[str, tuple[int, ...]] = {}
@@ -171,10 +173,8 @@ class SourceModel:
         if faults:
             raise BitsmoeError(fault_list(f"{self.directory}: experts are not as config.json describes them", faults))
 
-    def _naming_faults(self) -> list[str]:
-        """Why many tensors of experts are not where they belong, in a sentence for each cause."""
-        if fault := self._prefix_fault():
-            return [fault]
+    def _count_faults(self) -> list[str]:
+        """Layers that hold another number of experts than config.json says."""
         s = self.shape
         stored: dict[str, set[int]] = {f"{s.prefix(layer)}.": set() for layer in s.layers}
         for name in self.tensors:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError, Faults
 from bitsmoe_kernels.format.dense import DenseConfig
+from bitsmoe_kernels.format.families import moe_shape
 from bitsmoe_kernels.format.schema import FORMAT_VERSION, QUANT_METHOD, CheckpointConfig, Layer
 from bitsmoe_kernels.format.shards import ShardWriter, read_json
 from offline_quant import VERSION, sanity
@@ -62,7 +63,7 @@ from offline_quant.state import (
     state_directory,
 )
 from offline_quant.statistics import LayerInputs, LayerStatistics
-from offline_quant.streaming import StreamedModel
+from offline_quant.streaming import StreamedModel, model_without_memory
 from offline_quant.team import Team
 from offline_quant.tune import tune
 
@@ -303,6 +304,9 @@ def _checked(model: str, revision: str | None, out: Path, config: QuantizeConfig
     inputs: _Inputs | None = None
     with faults.gathered():
         directory, tokenizer = resolve_model(model, revision), None
+        described = read_json(directory / "config.json")
+        moe_shape(described, str(directory))
+        model_without_memory(described, directory)
         with faults.gathered():
             tokenizer = load_tokenizer(directory)
         source = SourceModel(directory)
@@ -449,8 +453,9 @@ class _Run:
             for index in range(self.streamed.num_layers):
                 self.state.open_layer(index)
                 if index in shape.layers:
-                    quantizer = self._quantizer(index, progress)
-                    table = replace(quantizer.plan(trim=False).table, projections={})
+                    with _finite(shape.prefix(index)):
+                        quantizer = self._quantizer(index, progress)
+                        table = replace(quantizer.plan(trim=False).table, projections={})
                     losses.append(table.loss * weight.get(index, 1.0))
                     costs.append(table.cost)
                     tables.append((shape.prefix(index), table))
@@ -529,7 +534,8 @@ class _Run:
         tensors: dict[str, Tensor] = {}
         data: dict[str, Any] = {}
         if index in self.source.shape.layers:
-            tensors, data = self._moe_layer(index, progress)
+            with _finite(self.source.shape.prefix(index)):
+                tensors, data = self._moe_layer(index, progress)
         else:
             self._pass(index, "batch")
             self._pass(index, "original")
@@ -674,6 +680,17 @@ class _Run:
         config = {**kept, "quantization_config": final.dump()}
         (result / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         copy_side_files(self.source.directory, result)
+
+
+@contextmanager
+def _finite(prefix: str) -> Iterator[None]:
+    """Linear algebra fails where something is not finite, and weights are: they are too large for what is computed."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as e:
+        raise BitsmoeError(
+            f"{prefix}: its experts' weights are too large to be computed with in float32 ({e})"
+        ) from None
 
 
 class _LayerBar:

@@ -4,10 +4,11 @@ The modules are transformers' own, built without memory ("meta") and filled from
 float32. Calibration and evaluation both run on this, for ordinary and for quantized checkpoints.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,21 @@ TOGETHER = 8
 """Batches for which a layer's experts are read once."""
 
 
+def model_without_memory(config: Mapping[str, Any], directory: Path) -> tuple[Any, Any]:
+    """transformers' config and model of a config.json, in float32, its tensors without memory.
+
+    Raises:
+        BitsmoeError: transformers cannot build them.
+    """
+    plain = {k: v for k, v in config.items() if k not in ("quantization_config", "torch_dtype", "dtype")}
+    try:
+        built = AutoConfig.for_model(**plain)
+        with torch.device("meta"):
+            return built, AutoModelForCausalLM.from_config(built, dtype=torch.float32).eval()
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, StrictDataclassError) as e:
+        raise BitsmoeError(f"{directory}: transformers cannot build the model from config.json ({e})") from None
+
+
 class StreamedModel:
     """A model whose layers are filled on demand.
 
@@ -45,15 +61,7 @@ class StreamedModel:
         self.source = source
         self.shape = source.shape
         self.device = torch.device(device)
-        plain = {k: v for k, v in source.config.items() if k not in ("quantization_config", "torch_dtype", "dtype")}
-        try:
-            config = AutoConfig.for_model(**plain)
-            with torch.device("meta"):
-                self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, StrictDataclassError) as e:
-            raise BitsmoeError(
-                f"{source.directory}: transformers cannot build the model from config.json ({e})"
-            ) from None
+        config, self.model = model_without_memory(source.config, source.directory)
         self.decoder = self.model.get_decoder()
         self.num_layers = len(self.decoder.layers)
         self._place = {module: index for index, module in enumerate(self.decoder.layers)}

@@ -423,7 +423,7 @@ def truncate(model):
         (lambda m: edit_config(m, decoder_sparse_step=0), "decoder_sparse_step is 0"),
         (
             lambda m: edit_config(m, model_type="llama"),
-            "model_type is 'llama', but Qwen3MoeForCausalLM has",
+            "model_type is 'llama', but Qwen3MoeForCausalLM is supported with 'qwen3_moe'",
         ),
         (lambda m: edit_config(m, rope_theta="x"), "transformers cannot build the model"),
         (lambda m: edit_config(m, architectures=5), "architecture [] is not supported"),
@@ -433,7 +433,7 @@ def truncate(model):
         ),
         (lambda m: edit_config(m, tie_word_embeddings=False), "tensor lm_head.weight is missing"),
         (lambda m: edit_tensors(m, lambda t: t.pop("model.norm.weight")), "tensor model.norm.weight is missing"),
-        (lambda m: edit_tensors(m, lambda t: t[EXPERT][0].fill_(3e38)), "not finite"),
+        (lambda m: edit_tensors(m, lambda t: t[EXPERT][0].fill_(3e38)), "holds values up to 3e+38; up to 1e+12"),
         (lambda m: (m / "tokenizer_config.json").write_text("[]"), "no tokenizer can be loaded"),
         (dense, "not a Mixture-of-Experts model"),
         (

@@ -92,6 +92,24 @@ def test_a_run_that_dies_goes_on(source, whole, tmp_path, monkeypatch, layer, wh
     assert [p.name for p in tmp_path.iterdir()] == ["q"]
 
 
+def test_a_disk_that_fails_costs_no_finished_layer(source, whole, tmp_path, monkeypatch):
+    """It is no fault of the input, after which nothing would be worth keeping."""
+    out, usual = tmp_path / "q", Path.read_text
+
+    def fail(self, *args, **kwargs):
+        if self.name == "layer.json" and self.parent.name == "layer-00001":
+            raise OSError(5, "Input/output error", str(self))
+        return usual(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", fail)
+        with pytest.raises(BitsmoeError, match="Input/output error") as stopped:
+            quantize_model(str(source), out, options(source))
+    assert stopped.value.__notes__[0].startswith("2 finished layer(s) are kept")
+    quantize_model(str(source), out, options(source), resume=True)
+    assert contents(out) == contents(whole)
+
+
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("where", ["before it leaves", "half moved", "moved", "half removed", "all but removed"])
 def test_a_run_that_dies_while_it_leaves_is_concluded(source, whole, tmp_path, monkeypatch, where, inside):
