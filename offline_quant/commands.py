@@ -291,13 +291,18 @@ def evaluate(
         str | None, typer.Option(help="Model to compare with: adds KL divergence, top-1 agreement and excess.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a Hub name. Default: main.", show_default=False)
+    ] = None,
+    reference_revision: Annotated[str | None, typer.Option(help="The same of --reference.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Perplexity over non-overlapping windows of min(2048, the model's maximum) tokens."""
     if not text.is_file():
         raise BitsmoeError(f"--text {text}: no such file")
     check_device(device)
-    result = evaluate_model(resolve_model(directory), text, resolve_model(reference) if reference else None, device)
+    other = resolve_model(reference, reference_revision) if reference else None
+    result = evaluate_model(resolve_model(directory, revision), text, other, device)
     if as_json:
         print(json.dumps(result.as_dict()))
         return
