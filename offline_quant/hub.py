@@ -14,10 +14,10 @@ from huggingface_hub.utils import validate_repo_id
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.format.shards import INDEX_FILE, file_fault
-from offline_quant.calibration import NETWORK_ERRORS
 from offline_quant.model_adapter import QuantizedModel, not_finite
 from offline_quant.output import CARD_FILE, PAGE_FILE, REPORT_FILE, side_files
 from offline_quant.progress import track
+from offline_quant.text_source import NETWORK_ERRORS
 
 LIBRARY, PIPELINE, TAGS = "vllm", "text-generation", ["bitsmoe", "mixture-of-experts", "quantized"]
 """What the Hub's pages and searches go by."""

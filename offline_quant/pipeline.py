@@ -18,13 +18,7 @@ from bitsmoe_kernels.format.schema import FORMAT_VERSION, QUANT_METHOD, Checkpoi
 from bitsmoe_kernels.format.shards import ShardWriter, read_json
 from offline_quant import VERSION, sanity
 from offline_quant.allocation import allocate
-from offline_quant.calibration import (
-    NETWORK_ERRORS,
-    calibration_windows,
-    check_text_source,
-    load_tokenizer,
-    window_length,
-)
+from offline_quant.calibration import load_tokenizer, read_windows, reading_bytes, sample_windows, window_length
 from offline_quant.chunks import gpu_share, matrix_bytes
 from offline_quant.config import QuantizeConfig
 from offline_quant.dense import DenseModel, dense_plan, dense_report, write_other_tensors
@@ -62,6 +56,7 @@ from offline_quant.state import (
 from offline_quant.statistics import LayerInputs, LayerStatistics
 from offline_quant.streaming import StreamedModel
 from offline_quant.team import Team
+from offline_quant.text_source import NETWORK_ERRORS, SELF, TextSource, open_text, recorded_name
 from offline_quant.tune import tune
 
 BATCH_TOKENS, BATCH_VALUES = 16_384, 1 << 23
@@ -177,13 +172,17 @@ def quantize_model(
     if not leaving:
         check_output(out, but=state_directory(out).name)
     check_device(config.device)
-    check_text_source(config.calib)
+    text = None
+    if config.calib not in (None, SELF):
+        text = open_text(config.calib, "--calib", config.calib_config, config.calib_split, config.calib_column)
     source = SourceModel(resolve_model(model))
     matrix = matrix_bytes(source.shape.hidden_size, source.shape.intermediate_size)
     keep_large_blocks_apart(matrix)
     check_budget(source, config)
     dense = dense_plan(source, config.dense_bits)
     tokenizer = load_tokenizer(source.directory)
+    if text is not None:
+        text.check_tokenizer(tokenizer)
     clock = _Clock(matrix)
     length = window_length(source.config, config.calib_length)
     tokens = config.calib_samples * length
@@ -196,6 +195,7 @@ def quantize_model(
             source.shape, source.tensors.specs, source.config, config.bits, tokens, batch_tokens, length, baseline,
             config.tune, may_share_bases(source.shape, config),
             scope == "model" and OBJECTIVES[config.objective].sensitive, sampled, torch.device(config.device),
+            0 if config.calib == SELF else reading_bytes(text, tokens),
         )  # fmt: skip
 
     found = predicted(config.calib == "self")
@@ -224,8 +224,8 @@ def quantize_model(
     with run_state(out, started, resume, team) as state:
         if state.concluded:
             return Outcome({} if team.rank else read_json(out / REPORT_FILE), needs=found)
-        windows, used = team.agreed(lambda: _windows(source, tokenizer, config, length, state, clock, unforeseen))
-        record = {**config.record(), "calib": used if used == "self" or used.startswith("hf:") else Path(used).name}
+        windows, used = team.agreed(lambda: _windows(source, tokenizer, text, config, length, state, clock, unforeseen))
+        record = {**config.record(), "calib": recorded_name(used)}
         original = StreamedModel(source, config.device)
         streamed = original if dense is None else StreamedModel(DenseModel(source, dense), config.device)
         run = _Run(source, original, streamed, windows, config, state, team, clock, plan_only)
@@ -252,22 +252,30 @@ def quantize_model(
 def _windows(
     source: SourceModel,
     tokenizer: Any,
+    text: TextSource | None,
     config: QuantizeConfig,
     length: int,
     state: RunState,
     clock: "_Clock",
-    before_sampling: Callable[[], None],
+    unforeseen: Callable[[], None],
 ) -> tuple[Tensor, str]:
-    """Calibration tokens and where they came from, once the weights are checked; those of an earlier run if it was."""
+    """Calibration tokens and where they came from; those of an earlier run if it was. The weights are then checked.
+
+    Text is read first: its faults show sooner than those of the weights.
+    """
     if (windows := state.windows) is not None and (earlier := state.kept(CALIBRATION)) is not None:
         return windows, earlier["used"]
+    torch.manual_seed(config.seed)
+    found = read_windows(tokenizer, text, config.calib, config.calib_samples, length, config.seed)
+    clock.lap("calibration text")
+    if found is None and config.calib != SELF:
+        unforeseen()
     source.check_finite(track)
     clock.lap("check")
-    torch.manual_seed(config.seed)
-    windows, used = calibration_windows(
-        StreamedModel(source, config.device), tokenizer, config.calib, config.calib_samples, length, config.seed,
-        before_sampling,
-    )  # fmt: skip
+    if found is None:
+        model = StreamedModel(source, config.device)
+        found = sample_windows(model, tokenizer, config.calib_samples, length, config.seed), SELF
+    windows, used = found
     state.keep(CALIBRATION, {"used": used})
     state.keep_windows(windows)
     clock.lap("calibration text")
