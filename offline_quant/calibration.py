@@ -21,6 +21,8 @@ from offline_quant.tokens import SLICE, SLICE_BYTES, DocumentTokens
 DEFAULT_DATASET = "hf:allenai/c4"
 WHOLE_BYTES, SPREAD_BYTES = 4 << 20, 16
 """Bytes of a file, and for every token asked for, up to which all of the file is tokenized."""
+_LEAST_PIECE = 4096
+"""Bytes read at once at least: a line should begin in them."""
 _SLICE_CHARACTERS, _LEAST_SLICE = 6, 1024
 """Characters tokenized for every token that is still missing, and at least."""
 _GOLDEN = 0.6180339887498949
@@ -51,9 +53,9 @@ def text_windows(
 ) -> Tensor:
     """Non-overlapping windows of tokens, documents joined one after another.
 
-    All of a file is tokenized if it is small or most of it is asked for: up to WHOLE_BYTES, or SPREAD_BYTES for every
-    token asked for. Of a larger one windows begin at evenly spread places, each at the next beginning of a line or row,
-    and no more is tokenized than they take.
+    All of a file is tokenized if it is small, or if much of it is asked for: up to WHOLE_BYTES, or SPREAD_BYTES for
+    every token asked for. In a larger file windows begin at evenly spread places, each at the next beginning of a line
+    or row, and no more is tokenized than they take. Where that gives too few, the first ones are taken.
 
     Args:
         tokenizer: of the model.
@@ -78,9 +80,12 @@ def text_windows(
         windows = torch.from_numpy(ids[: len(ids) // length * length].astype(np.int64)).view(-1, length)
         found = len(ids)
     else:
-        total = reading.cursor.size
-        places = [0] * limit if size is None else [int((i + start) * total / limit) for i in range(limit)]
+        step = reading.cursor.size / (limit + 1)  # as much as from one place to the next is left behind the last
+        places = [int((i + start) * step) for i in range(limit)]
         rows, found = _windows_at(reading, tokens, length, places)
+        if len(rows) < limit and any(places):  # most of the text is before the last places
+            reading = source.read(tokenizer)
+            rows, found = _windows_at(reading, tokens, length, [0] * limit)
         windows = torch.tensor(rows, dtype=torch.int64).view(-1, length)
     reading.say_what_was_passed_over()
     count = len(windows)
@@ -115,7 +120,7 @@ def _windows_at(
     """
     cursor = reading.cursor
     if isinstance(cursor, PlainText):
-        cursor.piece_bytes = min(BLOCK_BYTES, SPREAD_BYTES // 2 * length)
+        cursor.piece_bytes = min(BLOCK_BYTES, max(_LEAST_PIECE, SPREAD_BYTES // 2 * length))
     windows: list[list[int]] = []
     left: list[int] = []
     documents = reading.documents()

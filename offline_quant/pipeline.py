@@ -39,7 +39,7 @@ from offline_quant.output import (
 from offline_quant.progress import Bar, bar, console, track
 from offline_quant.report import LayerPicture, layer_picture, layer_report, model_report
 from offline_quant.report_page import write_page
-from offline_quant.resident import give_back, keep_large_blocks_apart, peak_bytes
+from offline_quant.resident import give_back, keep_large_blocks_apart, peak_bytes, resident_bytes
 from offline_quant.sensitivity import layer_sensitivities
 from offline_quant.spectrum import tail_length
 from offline_quant.spool import Spool
@@ -48,6 +48,7 @@ from offline_quant.state import (
     RunState,
     file_hash,
     fingerprint,
+    has_windows,
     held_bytes,
     is_complete,
     run_state,
@@ -172,9 +173,7 @@ def quantize_model(
     if not leaving:
         check_output(out, but=state_directory(out).name)
     check_device(config.device)
-    text = None
-    if config.calib not in (None, SELF):
-        text = open_text(config.calib, "--calib", config.calib_config, config.calib_split, config.calib_column)
+    text = None if resume and has_windows(out) else _opened(config)
     source = SourceModel(resolve_model(model))
     matrix = matrix_bytes(source.shape.hidden_size, source.shape.intermediate_size)
     keep_large_blocks_apart(matrix)
@@ -188,7 +187,8 @@ def quantize_model(
     tokens = config.calib_samples * length
     batch_tokens = length * min(config.calib_samples, batch_windows(length, source.shape.hidden_size))
     scope = config.budget or OBJECTIVES[config.objective].scope
-    baseline = peak_bytes()
+    give_back()  # what looking at the text has freed
+    baseline = resident_bytes()
 
     def predicted(sampled: bool) -> Needs:
         return needs(
@@ -249,6 +249,13 @@ def quantize_model(
     return Outcome(report, clock.laps, clock.cpu, clock.peaks, found)
 
 
+def _opened(config: QuantizeConfig) -> TextSource | None:
+    """The calibration text that was chosen; None: none is to be read, or the default dataset."""
+    if config.calib is None or config.calib == SELF:
+        return None
+    return open_text(config.calib, "--calib", config.calib_config, config.calib_split, config.calib_column)
+
+
 def _windows(
     source: SourceModel,
     tokenizer: Any,
@@ -266,7 +273,7 @@ def _windows(
     if (windows := state.windows) is not None and (earlier := state.kept(CALIBRATION)) is not None:
         return windows, earlier["used"]
     torch.manual_seed(config.seed)
-    found = read_windows(tokenizer, text, config.calib, config.calib_samples, length, config.seed)
+    found = read_windows(tokenizer, text or _opened(config), config.calib, config.calib_samples, length, config.seed)
     clock.lap("calibration text")
     if found is None and config.calib != SELF:
         unforeseen()

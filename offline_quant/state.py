@@ -61,6 +61,11 @@ def is_complete(out: Path) -> bool:
     return "complete" in state and ((directory / RESULT).exists() or (out / REPORT_FILE).exists())
 
 
+def has_windows(out: Path) -> bool:
+    """Whether an earlier run that wrote `out` has left its calibration tokens."""
+    return (state_directory(out) / _WINDOWS).exists()
+
+
 def held_bytes(out: Path) -> int:
     """Bytes an earlier run that wrote `out` has left on the disk."""
     return sum(path.stat().st_size for path in state_directory(out).rglob("*") if path.is_file())

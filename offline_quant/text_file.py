@@ -23,6 +23,8 @@ BLOCK_BYTES = 1 << 18
 _HEAD_BYTES = 1 << 16
 _BATCH_BYTES, _BATCH_ROWS = 1 << 20, 1024
 _SPACE = " \t\r\n"
+_OBJECT = re.compile(r"""\s*\{\s*(["'])[^"'\r\n]+\1\s*:""")
+"""How an object begins, be it right JSON or not."""
 _BOM = codecs.BOM_UTF8
 _GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
 _OTHER_BOMS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
@@ -184,7 +186,7 @@ def _identify_text(path: Path, name: str, gzipped: bool, stream: BinaryIO) -> Te
             raise BitsmoeError(f"{name}: the gzip file is empty; give text")
         _refuse_others(head, inside, gzipped)
         begin = len(_BOM) if head.startswith(_BOM) else 0
-        text = _decoded(head, begin, complete, name)
+        text = _decoded(head[begin:], complete, "replace")
         kind = _kind(text, complete)
         if kind is not None:
             break
@@ -195,6 +197,10 @@ def _identify_text(path: Path, name: str, gzipped: bool, stream: BinaryIO) -> Te
     if not text.strip() and complete:
         raise BitsmoeError(f"{name}: holds nothing but white space; give text")
     if kind is Kind.TEXT:
+        try:
+            _decoded(head[begin:], complete, "strict")
+        except UnicodeDecodeError as e:
+            raise _not_utf8(name, begin + e.start, e) from None
         suffixes = [s.lower() for s in path.suffixes if not gzipped or s.lower() != ".gz"]
         if suffixes and suffixes[-1] in _JSON_NAMES:
             kind = Kind.LINES  # reading it names the line that is none
@@ -221,11 +227,8 @@ def _refuse_others(head: bytes, inside: str, gzipped: bool) -> None:
         raise BitsmoeError(f"{inside} no UTF-8 text: byte {at} is zero, as in a binary file or in UTF-16; give text")
 
 
-def _decoded(head: bytes, begin: int, complete: bool, name: str) -> str:
-    try:
-        return codecs.getincrementaldecoder("utf-8")().decode(head[begin:], final=complete)
-    except UnicodeDecodeError as e:
-        raise _not_utf8(name, begin + e.start, e) from None
+def _decoded(head: bytes, complete: bool, errors: str) -> str:
+    return codecs.getincrementaldecoder("utf-8")(errors).decode(head, final=complete)
 
 
 def _not_utf8(name: str, at: int, error: UnicodeDecodeError) -> BitsmoeError:
@@ -264,22 +267,25 @@ def _value(text: str) -> Any:
 
 def _kind(head: str, complete: bool) -> Kind | None:
     """What a file holds that begins with `head`, or is it; None: more of it must be known."""
-    lines = re.split(r"\r\n?|\n", head)[: None if complete else -1]
-    values = [_value(line) for line in lines if line.strip()]
-    if values and 2 * sum(isinstance(value, dict) for value in values) >= len(values):
-        return Kind.LINES
+    lines = [line for line in re.split(r"\r\n?|\n", head)[: None if complete else -1] if line.strip()]
+    values = [_value(line) for line in lines]
     if len(values) > 1 and any(all(isinstance(value, kind) for value in values) for kind in (str, list)):
         return Kind.LINES
     body = head.lstrip(_SPACE)
-    if body.startswith("["):
-        return _kind_of_array(body, complete)
+    if body.startswith("[") and (kind := _kind_of_array(body, complete)) is not Kind.TEXT:
+        return kind
+    objects = [isinstance(v, dict) or bool(_OBJECT.match(line)) for v, line in zip(values, lines, strict=True)]
+    if objects and 2 * sum(objects) + objects[0] > len(objects):
+        return Kind.LINES
     if not body.startswith("{"):
         return Kind.TEXT
     try:
         _, end = json.JSONDecoder().raw_decode(body)
     except (ValueError, RecursionError) as e:
-        return None if not complete and _cut_short(e, body) else Kind.TEXT
-    rest = body[end:].lstrip(_SPACE)
+        if not complete:
+            return None if _cut_short(e, body) else Kind.TEXT
+        return Kind.JSON if _OBJECT.match(body) and _cut_short(e, body.rstrip(_SPACE), margin=0) else Kind.TEXT
+    rest = body[end:].lstrip(_SPACE).removeprefix(",").lstrip(_SPACE)
     return Kind.JSON if not rest or rest.startswith("{") else Kind.TEXT
 
 
@@ -295,7 +301,8 @@ def _kind_of_array(body: str, complete: bool) -> Kind | None:
         except (ValueError, RecursionError) as e:
             if not complete and _cut_short(e, body):
                 return Kind.JSON if count > 1 else None
-            return Kind.JSON if count > 1 and at >= len(body) else Kind.TEXT
+            cut = _OBJECT.match(body, at) and _cut_short(e, body.rstrip(_SPACE), margin=0)
+            return Kind.JSON if cut or (count > 1 and at >= len(body)) else Kind.TEXT
         count += 1
         if isinstance(value, dict):
             return Kind.JSON
@@ -314,11 +321,11 @@ def _past_space(text: str, at: int) -> int:
     return at
 
 
-def _cut_short(error: Exception, text: str) -> bool:
-    """Whether what is wrong with JSON may be that its end is missing."""
+def _cut_short(error: Exception, text: str, margin: int = 8) -> bool:
+    """Whether what is wrong with JSON may be that its end is missing; `margin` characters may be a cut word of it."""
     if not isinstance(error, json.JSONDecodeError):
         return False
-    return error.msg.startswith("Unterminated string") or error.pos >= len(text) - 8
+    return error.msg.startswith("Unterminated string") or error.pos >= len(text) - margin
 
 
 def _begins_table(text: str) -> bool:
@@ -567,12 +574,12 @@ class _Json(Cursor):
                 value, end = json.JSONDecoder().raw_decode(self._text, self._at)
             except (ValueError, RecursionError) as e:
                 if self._ended or not _cut_short(e, self._text):
-                    cut = self._ended and _cut_short(e, self._text)
+                    cut = self._ended and _cut_short(e, self._text.rstrip(_SPACE), margin=0)
                     return None, "the file ends within it: it is cut short" if cut else _not_json(e)
             else:
                 if end < len(self._text) or self._ended:  # a number may go on
-                    self._at = end
-                    return value, None
+                    begin, self._at = self._at, end
+                    return (None, _too_long()) if end - begin > ROW_BYTES else (value, None)
             if len(self._text) - self._at > ROW_BYTES:
                 return None, _too_long()
             self._fill(wanted)

@@ -17,7 +17,7 @@ NETWORK_ERRORS = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
 """What the Hub's client raises where it cannot be reached: the base error of its HTTP library, and OSError."""
 SELF, HUB = "self", "hf:"
 """Source that is the model itself, and what begins the name of a dataset."""
-HUB_BYTES = 256 << 20
+HUB_BYTES = 192 << 20
 """What a dataset's own readers take."""
 COLUMNS = ("text", "content", "messages", "conversations", "prompt")
 """Where text is looked for in a row that is an object, in this order."""
@@ -115,7 +115,7 @@ class Reading:
         try:
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False))
         except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as e:
-            raise _UnusableError(f"the tokenizer's chat template refuses it ({one_line(e)})") from None
+            raise _UnusableError(f"the tokenizer's chat template refuses it ({one_line(e)[:300]})") from None
 
     def _refusal(self, row: Row, reason: str, more: Iterator[Row]) -> BitsmoeError:
         faults = [f"{row.where()}: {reason}"]
@@ -263,7 +263,9 @@ def _messages(value: list[dict[str, Any]]) -> list[dict[str, Any]]:
         elif "from" in turn and "value" in turn:
             role, content = _ROLES.get(str(turn["from"])), turn["value"]
             if role is None:
-                raise _UnusableError(f"its turn {number} is from {turn['from']!r}; known are {sorted(_ROLES)}")
+                raise _UnusableError(
+                    f"its turn {number} is from {str(turn['from'])[:40]!r}; known are {sorted(_ROLES)}"
+                )
         else:
             raise _UnusableError(
                 f"its turn {number} has neither role and content nor from and value; found {_shown(turn)}"
@@ -443,6 +445,8 @@ def open_text(
     Raises:
         BitsmoeError: names the fault and the remedy.
     """
+    if spec == HUB:
+        raise BitsmoeError(f"{option} {spec}: names no dataset; give hf:DATASET")
     if spec.startswith(HUB):
         return _HubText(spec, option, config, split, column)
     others = "; use `self`, a file of text, or hf:DATASET" if option == "--calib" else ""
