@@ -57,7 +57,7 @@ from offline_quant.state import (
 from offline_quant.statistics import LayerInputs, LayerStatistics
 from offline_quant.streaming import StreamedModel
 from offline_quant.team import Team
-from offline_quant.text_source import NETWORK_ERRORS, SELF, TextSource, open_text, recorded_name
+from offline_quant.text_source import HUB, NETWORK_ERRORS, SELF, TextSource, open_text, recorded_name
 from offline_quant.tune import tune
 
 BATCH_TOKENS, BATCH_VALUES = 16_384, 1 << 23
@@ -173,7 +173,9 @@ def quantize_model(
     if not leaving:
         check_output(out, but=state_directory(out).name)
     check_device(config.device)
-    text = None if resume and has_windows(out) else _opened(config)
+    # A run that has its tokens already goes on without the network.
+    known = str(config.calib).startswith(HUB) and (leaving or (resume and has_windows(out)))
+    text = None if known else _opened(config)
     source = SourceModel(resolve_model(model))
     matrix = matrix_bytes(source.shape.hidden_size, source.shape.intermediate_size)
     keep_large_blocks_apart(matrix)

@@ -92,6 +92,29 @@ def test_a_run_that_dies_goes_on(source, whole, tmp_path, monkeypatch, layer, wh
     assert [p.name for p in tmp_path.iterdir()] == ["q"]
 
 
+def test_a_run_goes_on_without_the_dataset_it_has_read(source, tmp_path, monkeypatch):
+    dataset, usual = tmp_path / "set", RunState.close_layer
+    dataset.mkdir()
+    (dataset / "validation.jsonl").write_text(json.dumps({"text": TEXT}))
+    wanted = options(source, calib=f"hf:{dataset}", calib_split="validation")
+    quantize_model(str(source), tmp_path / "whole", wanted)
+
+    def die(self, index, *args):
+        usual(self, index, *args)
+        raise Died
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "close_layer", die)
+        with pytest.raises(Died):
+            quantize_model(str(source), tmp_path / "q", wanted)
+    shutil.rmtree(dataset)
+    quantize_model(str(source), tmp_path / "q", wanted, resume=True)
+    assert contents(tmp_path / "q") == contents(tmp_path / "whole")
+    record = json.loads((tmp_path / "q/config.json").read_text())["quantization_config"]["run"]
+    assert (record["calib"], record["calib_split"]) == ("hf:set", "validation")
+    assert str(tmp_path) not in "".join(p.read_text(errors="replace") for p in (tmp_path / "q").glob("*[nd]"))
+
+
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("where", ["before it leaves", "half moved", "moved", "half removed", "all but removed"])
 def test_a_run_that_dies_while_it_leaves_is_concluded(source, whole, tmp_path, monkeypatch, where, inside):
