@@ -7,7 +7,7 @@ from typing import Any
 from offline_quant.text_source import Document
 
 SLICE = 1 << 17
-"""Most characters tokenized at once: more takes more memory, 70 bytes each, and no less time."""
+"""Most characters tokenized at once: more takes more memory and no less time."""
 SLICE_BYTES = 48 << 20
 """That tokenizing a slice takes."""
 _LOOK_BACK = 4096
