@@ -1,12 +1,13 @@
-"""Calibration tokens: from text files, from a Hub dataset, or sampled from the model itself."""
+"""Calibration tokens: windows of text, or sampled from the model itself."""
 
-import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import StrictDataclassError
+from numpy.typing import NDArray
 from rich.text import Text
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -14,14 +15,33 @@ from transformers import AutoTokenizer
 from bitsmoe_kernels.errors import BitsmoeError
 from offline_quant.progress import bar, console
 from offline_quant.streaming import StreamedModel
+from offline_quant.text_file import BLOCK_BYTES, PlainText
+from offline_quant.text_source import HUB_BYTES, SELF, Reading, TextSource, open_text
+from offline_quant.tokens import SLICE, SLICE_BYTES, DocumentTokens
 
 DEFAULT_DATASET = "hf:allenai/c4"
-NETWORK_ERRORS = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
-"""What the Hub's client raises where it cannot be reached: the base error of its HTTP library, and OSError."""
-_DATASET_ERRORS: tuple[type[Exception], ...] = (*NETWORK_ERRORS, ValueError, RuntimeError)
+WHOLE_BYTES, SPREAD_BYTES = 4 << 20, 16
+"""Bytes of a file, and for every token asked for, up to which all of the file is tokenized."""
+_LEAST_PIECE = 4096
+"""Bytes read at once at least: a line should begin in them."""
+_SLICE_CHARACTERS, _LEAST_SLICE = 6, 1024
+"""Characters tokenized for every token that is still missing, and at least."""
 _GOLDEN = 0.6180339887498949
-_TEXT_KEYS = ("text", "content", "prompt")
-_DATASET_CONFIGS = {"allenai/c4": "en"}
+
+
+class CalibrationText(NamedTuple):
+    """Where calibration tokens came from: what a checkpoint's config.json records, and a line for people."""
+
+    recorded: str
+    description: str
+
+    @classmethod
+    def of(cls, source: TextSource) -> "CalibrationText":
+        """What a source says of itself."""
+        return cls(source.recorded, source.description)
+
+
+WRITTEN_BY_MODEL = CalibrationText(SELF, "written by the model itself")
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -32,7 +52,7 @@ def load_tokenizer(directory: Path) -> Any:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as e:
         raise BitsmoeError(f"{directory}: no tokenizer can be loaded ({e})") from None
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of no file at all
         raise BitsmoeError(f"{directory}: no tokenizer can be loaded (its files are missing)")
@@ -44,112 +64,103 @@ def window_length(config: dict[str, Any], wanted: int) -> int:
     return min(wanted, int(config.get("max_position_embeddings") or wanted))
 
 
-def check_text_source(calib: str | None) -> None:
-    """Refuse a calibration source that cannot be read, before any work.
-
-    Raises:
-        BitsmoeError: names the file or the form expected.
-    """
-    if calib is None or calib == "self" or calib.startswith("hf:"):
-        return
-    path = Path(calib)
-    if not path.is_file():
-        raise BitsmoeError(f"--calib {calib}: no such file; use `self`, a .txt or .jsonl file, or hf:DATASET")
-    if path.stat().st_size == 0:
-        raise BitsmoeError(f"--calib {calib}: the file is empty; give text, or use `--calib self`")
-
-
-def documents(source: str) -> Iterator[str]:
-    """Texts of a source: a text file as one, a file of JSON lines or a dataset as many.
-
-    Raises:
-        BitsmoeError: unreadable, or without text.
-    """
-    if source.startswith("hf:"):
-        yield from _dataset_texts(source.removeprefix("hf:"))
-        return
-    path = Path(source)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise BitsmoeError(f"{path}: cannot be read as UTF-8 text ({e})") from None
-    if path.suffix != ".jsonl" and not _begins_with_row(text):
-        yield text
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        # Not splitlines, which also splits at characters that JSON strings may hold.
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as e:
-            raise BitsmoeError(f"{path}, line {number}: not JSON ({e})") from None
-        yield _row_text(row, f"{path}, line {number}")
-
-
-def _begins_with_row(text: str) -> bool:
-    """Whether the first line is a JSON object that holds text: a file of such lines is no text, whatever its name."""
-    try:
-        row = json.loads(text.lstrip().partition("\n")[0])
-    except ValueError:
-        return False
-    return isinstance(row, dict) and any(isinstance(row.get(key), str) for key in _TEXT_KEYS)
-
-
-def _row_text(row: Any, where: str) -> str:
-    if isinstance(row, str):
-        return row
-    for key in _TEXT_KEYS:
-        if isinstance(row, dict) and isinstance(row.get(key), str):
-            return row[key]
-    found = sorted(row) if isinstance(row, dict) else type(row).__name__
-    raise BitsmoeError(f"{where}: has no text; expected one of the keys {list(_TEXT_KEYS)}, found {found}")
-
-
-def _dataset_texts(name: str) -> Iterator[str]:
-    import datasets  # heavy, and needed for this source only
-
-    try:
-        rows: Iterable[Any] = datasets.load_dataset(name, _DATASET_CONFIGS.get(name), split="train", streaming=True)
-        for number, row in enumerate(rows):
-            yield _row_text(row, f"hf:{name}, row {number}")
-    except _DATASET_ERRORS as e:
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise BitsmoeError(f"--calib hf:{name}: the dataset cannot be reached or read ({reason})") from None
-
-
-def text_windows(tokenizer: Any, source: str, length: int, limit: int | None = None, seed: int = 0) -> Tensor:
+def text_windows(
+    tokenizer: Any, source: TextSource | str, length: int, limit: int | None = None, seed: int = 0
+) -> Tensor:
     """Non-overlapping windows of tokens, documents joined one after another.
+
+    All of a file is tokenized if it is small, or if much of it is asked for: up to WHOLE_BYTES, or SPREAD_BYTES for
+    every token asked for. In a larger file windows begin at evenly spread places, each at the next beginning of a line
+    or row, and no more is tokenized than they take. Where that gives too few, the first ones are taken.
 
     Args:
         tokenizer: of the model.
-        source: see `documents`.
+        source: of the text; a name is opened.
         length: tokens in a window.
-        limit: at most this many windows; None: all. Spread evenly over a text file, the first ones of a dataset.
+        limit: at most this many windows; None: all. Spread evenly over a file, the first ones of a dataset.
         seed: which of the evenly spread sets.
 
     Returns:
         int64 [windows, length].
 
     Raises:
-        BitsmoeError: too little text for one window.
+        BitsmoeError: rows that cannot be used, or too little text for one window.
     """
-    stream = source.startswith("hf:")
-    ids: list[int] = []
-    for text in documents(source):
-        ids += tokenizer(text, verbose=False)["input_ids"]
-        if stream and limit is not None and len(ids) >= limit * length:
-            break
-    count = len(ids) // length
+    if isinstance(source, str):
+        source = open_text(source)
+    source.check_tokenizer(tokenizer)
+    reading, tokens = source.read(tokenizer), DocumentTokens(tokenizer)
+    size, start = source.size, seed * _GOLDEN % 1  # fractional parts of multiples lie far apart
+    if limit is None or (size is not None and size <= max(WHOLE_BYTES, SPREAD_BYTES * limit * length)):
+        ids = np.concatenate([np.empty(0, np.int32), *_all_tokens(reading, tokens)])
+        windows = torch.from_numpy(ids[: len(ids) // length * length].astype(np.int64)).view(-1, length)
+        found = len(ids)
+    else:
+        step = reading.cursor.size / (limit + 1)  # as much as from one place to the next is left behind the last
+        places = [int((i + start) * step) for i in range(limit)]
+        rows, found = _windows_at(reading, tokens, length, places)
+        if len(rows) < limit and any(places):  # most of the text is before the last places
+            reading = source.read(tokenizer)
+            rows, found = _windows_at(reading, tokens, length, [0] * limit)
+        windows = torch.tensor(rows, dtype=torch.int64).view(-1, length)
+    reading.say_what_was_passed_over()
+    count = len(windows)
     if count == 0:
-        raise BitsmoeError(f"{source}: holds {len(ids)} tokens, but one window takes {length}; give more text")
-    windows = torch.tensor(ids[: count * length]).view(count, length)
+        raise BitsmoeError(f"{source.name}: holds {found} tokens, but one window takes {length}; give more text")
     if limit is not None and count < limit:
-        console.print(f"{source}: holds {count} windows of {length} tokens, fewer than the {limit} asked for")
+        console.print(f"{source.name}: holds {count} windows of {length} tokens, fewer than the {limit} asked for")
     if limit is not None and count > limit:
-        start = seed * _GOLDEN % 1  # fractional parts of multiples lie far apart
         windows = windows[((torch.arange(limit, dtype=torch.float64) + start) * count / limit).long()]
     return windows
+
+
+def _all_tokens(reading: Reading, tokens: DocumentTokens) -> Iterator[NDArray[np.int32]]:
+    """Of all documents, slice by slice."""
+    cursor = reading.cursor
+    with bar("Tokenizing", cursor.size) as tick:
+        done = 0
+        for document in reading.documents():
+            for ids in tokens.slices(document, lambda: SLICE):
+                yield np.array(ids, np.int32)
+                tick(cursor.position - done)
+                done = cursor.position
+        tick(cursor.size - done)
+
+
+def _windows_at(
+    reading: Reading, tokens: DocumentTokens, length: int, places: list[int]
+) -> tuple[list[list[int]], int]:
+    """A window from each place of a cursor on, as far as there is text, and the number of tokens found.
+
+    Where one window has gone beyond the next place, the next window goes on there.
+    """
+    cursor = reading.cursor
+    if isinstance(cursor, PlainText):
+        cursor.piece_bytes = min(BLOCK_BYTES, max(_LEAST_PIECE, SPREAD_BYTES // 2 * length))
+    windows: list[list[int]] = []
+    left: list[int] = []
+    documents = reading.documents()
+    slices: Iterator[list[int]] = iter(())
+
+    def size() -> int:
+        return max(_LEAST_SLICE, _SLICE_CHARACTERS * (length - len(left)))
+
+    with bar("Tokenizing", len(places)) as tick:
+        for place in places:
+            if place > cursor.position:
+                cursor.start_at, slices = place, iter(())
+                left.clear()
+            while len(left) < length:
+                if (ids := next(slices, None)) is not None:
+                    left += ids
+                elif (document := next(documents, None)) is not None:
+                    slices = tokens.slices(document, size)
+                else:
+                    return windows, length * len(windows) + len(left)
+            windows.append(left[:length])
+            del left[:length]
+            tick()
+    return windows, length * len(windows) + len(left)
 
 
 @torch.no_grad()
@@ -189,30 +200,40 @@ def write_sampled_text(model: StreamedModel, tokenizer: Any, path: Path, count: 
     path.write_text("".join(tokenizer.batch_decode(windows, skip_special_tokens=True)), encoding="utf-8")
 
 
-def calibration_windows(
-    model: StreamedModel,
-    tokenizer: Any,
-    calib: str | None,
-    count: int,
-    length: int,
-    seed: int,
-    before_sampling: Callable[[], None] = lambda: None,
-) -> tuple[Tensor, str]:
-    """Windows from the chosen source, and the name of the source used.
+def reading_bytes(source: TextSource | None, tokens: int) -> int:
+    """Bytes that reading a source and tokenizing it take, for so many tokens; None: the default dataset."""
+    kept = SPREAD_BYTES * tokens  # 4 bytes for each token of a file that is read as a whole, and the windows
+    return (HUB_BYTES if source is None else source.memory) + SLICE_BYTES + kept
 
-    With no source chosen, the default dataset is tried; where it cannot be reached, the model's own text is used and a
-    warning says so; `before_sampling` is called then.
+
+def read_windows(
+    tokenizer: Any, source: TextSource | None, calib: str | None, count: int, length: int, seed: int
+) -> tuple[Tensor, CalibrationText] | None:
+    """Windows of calibration text, and where they came from; None: the model is to write them.
+
+    With no source chosen, the default dataset is tried; where it cannot be reached, a warning says so.
+
+    Args:
+        tokenizer: of the model.
+        source: what was chosen, opened; None: nothing to read was.
+        calib: the same, as it was chosen.
+        count, length, seed: see `text_windows`.
     """
-    if calib is None:
-        console.print(f"Reading calibration text from {DEFAULT_DATASET} (choose with --calib)")
-        try:
-            return text_windows(tokenizer, DEFAULT_DATASET, length, count, seed), DEFAULT_DATASET
-        except BitsmoeError as e:
-            console.print(
-                Text("Warning:", "bold yellow"), f"{e}\nCalibrating on text sampled from the model itself instead."
-            )
-            before_sampling()
-            calib = "self"
-    if calib == "self":
-        return sample_windows(model, tokenizer, count, length, seed), "self"
-    return text_windows(tokenizer, calib, length, count, seed), calib
+    if source is not None:
+        console.print(f"Calibration text: {source.description}")
+        return text_windows(tokenizer, source, length, count, seed), CalibrationText(
+            source.recorded, source.description
+        )
+    if calib == SELF:
+        return None
+    console.print(f"Reading calibration text from {DEFAULT_DATASET} (choose with --calib)")
+    try:
+        source = open_text(DEFAULT_DATASET)
+        return text_windows(tokenizer, source, length, count, seed), CalibrationText(
+            source.recorded, source.description
+        )
+    except BitsmoeError as e:
+        console.print(
+            Text("Warning:", "bold yellow"), f"{e}\nCalibrating on text sampled from the model itself instead."
+        )
+        return None

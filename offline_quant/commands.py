@@ -27,6 +27,7 @@ from offline_quant.output import PAGE_FILE
 from offline_quant.pipeline import check_device, quantize_model, resolve_model
 from offline_quant.progress import console
 from offline_quant.report import basis_ranks, inspect_checkpoint, parallel_sizes_of
+from offline_quant.text_source import HUB, open_text
 from offline_quant.workers import team_of
 
 app = typer.Typer(
@@ -76,8 +77,22 @@ def quantize(
     calib: Annotated[
         str | None,
         typer.Option(
-            help="Calibration text: self (sampled from the model), FILE.txt, FILE.jsonl or hf:DATASET. "
-            "Default: hf:allenai/c4, or self where it cannot be reached.",
+            help="Calibration text: self (sampled from the model), FILE (text, JSON lines or array, parquet, also in "
+            "gzip) or hf:DATASET. Default: hf:allenai/c4, or self where it cannot be reached.",
+            show_default=False,
+        ),
+    ] = None,
+    calib_config: Annotated[
+        str | None, typer.Option(help="Configuration of the dataset, where it has several.", show_default=False)
+    ] = None,
+    calib_split: Annotated[
+        str | None, typer.Option(help="Split of the dataset. Default: train, or the only one.", show_default=False)
+    ] = None,
+    calib_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column, or key of JSON rows, that holds the text, or messages for the model's chat template. "
+            "Default: the first of text, content, messages, conversations, prompt.",
             show_default=False,
         ),
     ] = None,
@@ -160,7 +175,8 @@ def quantize(
 ) -> None:
     """Quantize the routed experts of a MoE model."""
     options: dict[str, Any] = {
-        "bits": bits, "calib": calib, "objective": objective, "budget": budget, "gamma": gamma,
+        "bits": bits, "calib": calib, "calib_config": calib_config, "calib_split": calib_split,
+        "calib_column": calib_column, "objective": objective, "budget": budget, "gamma": gamma,
         "ranks": tuple(r.strip() for r in ranks.split(",")), "feedback": feedback, "basis": basis,
         "basis_bits": basis_bits, "block_size": block_size, "dense_bits": dense_bits, "refine": refine, "tune": tune,
         "calib_samples": calib_samples, "calib_length": calib_length, "device": device, "seed": seed,
@@ -286,9 +302,13 @@ def push(
 @app.command("eval")
 def evaluate(
     directory: Annotated[str, typer.Argument(help="A checkpoint directory, quantized or ordinary, or a Hub name.")],
-    text: Annotated[Path, typer.Option(help="UTF-8 text, or JSON lines with a `text` key.")],
+    text: Annotated[Path, typer.Option(help="File of text, JSON lines or array, parquet, also in gzip.")],
     reference: Annotated[
         str | None, typer.Option(help="Model to compare with: adds KL divergence, top-1 agreement and excess.")
+    ] = None,
+    text_column: Annotated[
+        str | None,
+        typer.Option(help="Column or key that holds the text. Default: as `quantize` chooses it.", show_default=False),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     revision: Annotated[
@@ -298,11 +318,12 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Perplexity over non-overlapping windows of min(2048, the model's maximum) tokens."""
-    if not text.is_file():
-        raise BitsmoeError(f"--text {text}: no such file")
+    if str(text).startswith(HUB):
+        raise BitsmoeError(f"--text {text}: must be a file; write the dataset's text into one")
+    source = open_text(str(text), "--text", column=text_column)
     check_device(device)
     other = resolve_model(reference, reference_revision) if reference else None
-    result = evaluate_model(resolve_model(directory, revision), text, other, device)
+    result = evaluate_model(resolve_model(directory, revision), source, other, device)
     if as_json:
         print(json.dumps(result.as_dict()))
         return

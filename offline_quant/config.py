@@ -1,13 +1,15 @@
 """Options of `bitsmoe quantize`, checked together before any work."""
 
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from offline_quant.text_source import HUB, SELF, recorded_name
+
 BasisForm = Literal["auto", "natural", "whitened", "paper"]
 ObjectiveName = Literal["bitsmoe", "alphaq", "bt-moe", "frequency", "uniform"]
 Scope = Literal["layer", "model"]
+_PARTS = ("calib_config", "calib_split", "calib_column")
 
 
 class QuantizeConfig(BaseModel):
@@ -43,7 +45,13 @@ class QuantizeConfig(BaseModel):
     """Parts left out, to measure what they bring: weights of gate and up outputs and of tokens; the correction of
     down; the first pass that measures row norms and chooses the form; leaving out basis rows no expert uses."""
     calib: str | None = None
-    """`self`, a text file, a JSON-lines file, or `hf:DATASET`; None: the default dataset, else `self`."""
+    """`self`, a file of text or of rows, or `hf:DATASET`; None: the default dataset, else `self`."""
+    calib_config: str | None = None
+    """Configuration of the dataset."""
+    calib_split: str | None = None
+    """Split of the dataset; None: `train`, or the only one."""
+    calib_column: str | None = None
+    """Column or key of a row's text, or of its messages; None: the first usual one."""
     calib_samples: int = Field(default=128, ge=1)
     calib_length: int = Field(default=2048, ge=8)
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -59,11 +67,22 @@ class QuantizeConfig(BaseModel):
             )
         if 0 not in self.ranks or list(self.ranks) != sorted(set(self.ranks)):
             raise ValueError(f"--ranks {','.join(map(str, self.ranks))}: must begin with 0 and ascend")
+        named = [f"--{name.replace('_', '-')}" for name in self._given_parts()]
+        if named and self.calib in (None, SELF):
+            raise ValueError(f"{', '.join(named)}: for --calib FILE or hf:DATASET only")
+        if (self.calib_config or self.calib_split) and not str(self.calib).startswith(HUB):
+            raise ValueError(
+                f"--calib {self.calib}: only hf:DATASET has configurations and splits; leave out --calib-config and "
+                "--calib-split"
+            )
         return self
+
+    def _given_parts(self) -> list[str]:
+        return [name for name in _PARTS if getattr(self, name) is not None]
 
     def record(self) -> dict[str, object]:
         """What the checkpoint's config.json keeps: no paths, so that equal inputs give equal bytes anywhere."""
-        data = self.model_dump(mode="json", exclude={"device"})
-        if self.calib and not self.calib.startswith("hf:") and self.calib != "self":
-            data["calib"] = Path(self.calib).name
+        data = self.model_dump(mode="json", exclude={"device", *_PARTS} - {*self._given_parts()})
+        if self.calib:
+            data["calib"] = recorded_name(self.calib)
         return data

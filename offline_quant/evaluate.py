@@ -13,6 +13,7 @@ from offline_quant.calibration import load_tokenizer, text_windows, window_lengt
 from offline_quant.model_adapter import QuantizedModel, WeightSource, open_model
 from offline_quant.progress import bar
 from offline_quant.streaming import StreamedModel
+from offline_quant.text_source import TextSource, open_text
 
 MAX_WINDOW = 2048
 BATCH_TOKENS = 8192
@@ -57,24 +58,25 @@ class Evaluation:
         return {k: v for k, v in asdict(self).items() if v is not None}
 
 
-def evaluate(model: Path, text: Path, reference: Path | None = None, device: str = "cpu") -> Evaluation:
+def evaluate(model: Path, text: Path | TextSource, reference: Path | None = None, device: str = "cpu") -> Evaluation:
     """Evaluate a quantized or ordinary checkpoint in float32, one decoder layer in memory at a time.
 
     Args:
         model: checkpoint directory.
-        text: UTF-8 text or JSON-lines file.
+        text: see `text_source.open_text`.
         reference: checkpoint to compare with, usually the unquantized one.
         device: where layers run.
 
     Raises:
         BitsmoeError: damaged checkpoint, unreadable text, or two models that cannot be compared.
     """
+    text = text if isinstance(text, TextSource) else open_text(str(text))
     source = open_model(model)
     other = open_model(reference) if reference else None
     if other:
         _check_comparable(source, other)
     length = window_length(source.config, MAX_WINDOW)
-    windows = text_windows(load_tokenizer(model), str(text), length)
+    windows = text_windows(load_tokenizer(model), text, length)
     mine = final_states(source, windows, device)
     return _compare(mine, final_states(other, windows, device) if other else None, windows, bits_per_weight(source))
 
@@ -84,7 +86,7 @@ class Reference:
 
     Args:
         model: checkpoint directory.
-        text: UTF-8 text or JSON-lines file.
+        text: file of text.
     """
 
     def __init__(self, model: Path, text: Path, device: str = "cpu"):

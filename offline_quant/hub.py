@@ -14,10 +14,11 @@ from huggingface_hub.utils import validate_repo_id
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.format.shards import INDEX_FILE, file_fault
-from offline_quant.calibration import NETWORK_ERRORS
+from offline_quant.calibration import CalibrationText
 from offline_quant.model_adapter import QuantizedModel, value_faults
 from offline_quant.output import CARD_FILE, PAGE_FILE, REPORT_FILE, side_files
 from offline_quant.progress import track
+from offline_quant.text_source import HUB, NETWORK_ERRORS
 
 LIBRARY, PIPELINE, TAGS = "vllm", "text-generation", ["bitsmoe", "mixture-of-experts", "quantized"]
 """What the Hub's pages and searches go by."""
@@ -47,6 +48,12 @@ def base_model(model: str, directory: Path) -> tuple[str | None, str]:
     return None, here.name
 
 
+def hub_dataset(recorded: str) -> str | None:
+    """A dataset's name on the Hub, OWNER/NAME, from what a checkpoint records of its calibration text."""
+    name = recorded.removeprefix(HUB)
+    return name if recorded.startswith(HUB) and "/" in name else None
+
+
 def source_license(source: Path, base: str | None) -> dict[str, Any]:
     """`license`, `license_name` and `license_link` of a model's own card; empty without one that can be read.
 
@@ -70,7 +77,7 @@ def source_license(source: Path, base: str | None) -> dict[str, Any]:
     return found
 
 
-def write_card(directory: Path, model: str, source: Path, report: dict[str, Any]) -> None:
+def write_card(directory: Path, model: str, source: Path, report: dict[str, Any], text: CalibrationText) -> None:
     """Write the model card of a finished checkpoint. Equal inputs give equal bytes: no dates, hosts or paths.
 
     Args:
@@ -78,6 +85,7 @@ def write_card(directory: Path, model: str, source: Path, report: dict[str, Any]
         model: the original, as the user named it.
         source: its directory.
         report: see `report.model_report`.
+        text: what it was calibrated on.
     """
     base, name = base_model(model, source)
     checkpoint = Checkpoint(directory)
@@ -87,18 +95,19 @@ def write_card(directory: Path, model: str, source: Path, report: dict[str, Any]
         library_name=LIBRARY,
         pipeline_tag=PIPELINE,
         tags=TAGS,
+        datasets=[dataset] if (dataset := hub_dataset(text.recorded)) else None,
         **source_license(source, base),
     )
     total = sum(spec.nbytes for spec in checkpoint.tensors.specs.values())
-    text = "\n".join(
+    body = "\n".join(
         [
             *_head(name, base, commit_of(source), report, total),
             *_serving(checkpoint.config.tool_version),
             *_layers(report),
-            *_making(name, report, checkpoint),
+            *_making(name, report, text, checkpoint),
         ]
     )
-    (directory / CARD_FILE).write_text(f"---\n{data.to_yaml()}\n---\n\n{text}\n", encoding="utf-8")
+    (directory / CARD_FILE).write_text(f"---\n{data.to_yaml()}\n---\n\n{body}\n", encoding="utf-8")
 
 
 def _code(value: object) -> str:
@@ -176,13 +185,14 @@ def _layers(report: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def _making(name: str, report: dict[str, Any], checkpoint: Checkpoint) -> list[str]:
+def _making(name: str, report: dict[str, Any], text: CalibrationText, checkpoint: Checkpoint) -> list[str]:
     lines = [
         "## How it was made",
         "",
-        f"`bitsmoe quantize` on {_code(name)}, {report['calibration_tokens']:,} tokens of calibration text; bits for "
-        "each block of components by an integer program under one budget, rounding with error feedback. Options as "
-        f"recorded in `config.json`, more figures in `{REPORT_FILE}` and `{PAGE_FILE}`:",
+        f"`bitsmoe quantize` on {_code(name)}, {report['calibration_tokens']:,} tokens of calibration text "
+        f"({_code(text.description)}); bits for each block of components by an integer program under one budget, "
+        "rounding with error feedback. Options as recorded in `config.json`, more figures in "
+        f"`{REPORT_FILE}` and `{PAGE_FILE}`:",
         "",
         "| option | value |",
         "|---|---|",

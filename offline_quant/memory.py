@@ -62,6 +62,7 @@ def needs(
     sensitive: bool = False,
     sampled: bool = False,
     device: torch.device = _CPU,
+    reading: int = 0,
 ) -> Needs:
     """What a run takes.
 
@@ -80,6 +81,7 @@ def needs(
         sampled: whether the model writes its calibration text itself, for which it is whole in memory.
         device: where layers are worked on. Of a GPU's chunks only the source weights pass through memory; the rest is
             counted as without one, which is too much.
+        reading: what it takes to read and tokenize calibration text.
     """
     E, H, I = shape.num_experts, shape.hidden_size, shape.intermediate_size  # noqa: E741
     top_k = int(model_config.get("num_experts_per_tok", 1))
@@ -138,7 +140,9 @@ def needs(
     shard = largest_shard([*[2 * coded // 3, coded // 3] * len(shape.layers), *others], SHARD_BYTES)
     writing = shard + max(coded, whole_tensor)  # and what its tensors are copied from
     return Needs(
-        peak=baseline + LATER + max(whole_tensor, forward, running, judging, writing, differentiated, sampling),
+        peak=baseline
+        + LATER
+        + max(whole_tensor, forward, running, judging, writing, differentiated, sampling, reading),
         calibration_state=state,
         disk=hidden + max(0, _FLOAT * (tokens * top_k * I + E * H * I) - MEMORY_BYTES),
         result=sum(others) + coded * len(shape.layers),

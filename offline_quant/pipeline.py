@@ -20,10 +20,12 @@ from bitsmoe_kernels.format.shards import ShardWriter, read_json
 from offline_quant import VERSION, sanity
 from offline_quant.allocation import allocate
 from offline_quant.calibration import (
-    NETWORK_ERRORS,
-    calibration_windows,
-    check_text_source,
+    WRITTEN_BY_MODEL,
+    CalibrationText,
     load_tokenizer,
+    read_windows,
+    reading_bytes,
+    sample_windows,
     window_length,
 )
 from offline_quant.chunks import gpu_share, matrix_bytes
@@ -48,7 +50,7 @@ from offline_quant.output import (
 from offline_quant.progress import Bar, bar, console, track
 from offline_quant.report import LayerPicture, layer_picture, layer_report, model_report
 from offline_quant.report_page import write_page
-from offline_quant.resident import give_back, keep_large_blocks_apart, peak_bytes
+from offline_quant.resident import give_back, keep_large_blocks_apart, peak_bytes, resident_bytes
 from offline_quant.sensitivity import layer_sensitivities
 from offline_quant.spectrum import tail_length
 from offline_quant.spool import Spool
@@ -57,6 +59,7 @@ from offline_quant.state import (
     RunState,
     file_hash,
     fingerprint,
+    has_windows,
     held_bytes,
     is_complete,
     run_state,
@@ -65,6 +68,7 @@ from offline_quant.state import (
 from offline_quant.statistics import LayerInputs, LayerStatistics
 from offline_quant.streaming import StreamedModel, model_without_memory
 from offline_quant.team import Team
+from offline_quant.text_source import HUB, NETWORK_ERRORS, SELF, TextSource, open_text
 from offline_quant.tune import tune
 
 BATCH_TOKENS, BATCH_VALUES = 16_384, 1 << 23
@@ -192,7 +196,9 @@ def quantize_model(
     if config.device == "cuda" and team.size > 1:
         config = config.model_copy(update={"device": f"cuda:{team.local_rank}"})
     leaving = resume and is_complete(out)
-    inputs = _checked(model, revision, out, config, team, leaving)
+    # A run that has its tokens already goes on without the network.
+    known = str(config.calib).startswith(HUB) and (leaving or (resume and has_windows(out)))
+    inputs = _checked(model, revision, out, config, team, leaving, known)
     source, dense = inputs.source, inputs.dense
     matrix = matrix_bytes(source.shape.hidden_size, source.shape.intermediate_size)
     clock = _Clock(matrix)
@@ -206,6 +212,7 @@ def quantize_model(
             source.shape, source.tensors.specs, source.config, config.bits, tokens, batch_tokens, length,
             inputs.baseline, config.tune, may_share_bases(source.shape, config),
             scope == "model" and OBJECTIVES[config.objective].sensitive, sampled, torch.device(config.device),
+            0 if config.calib == SELF else reading_bytes(inputs.text, tokens),
         )  # fmt: skip
 
     memory = predicted(config.calib == "self")
@@ -239,7 +246,7 @@ def quantize_model(
         if state.concluded:
             return Outcome({} if team.rank else read_json(out / REPORT_FILE), needs=memory)
         windows, used = team.agreed(lambda: _windows(inputs, config, length, state, clock, unforeseen))
-        record = {**config.record(), "calib": used if used == "self" or used.startswith("hf:") else Path(used).name}
+        record = {**config.record(), "calib": used.recorded}
         run = _Run(source, inputs.original, inputs.streamed, windows, config, state, team, clock, plan_only)
         if scope == "model":
             run.share_budget()
@@ -252,7 +259,7 @@ def quantize_model(
         result.mkdir()
         if not plan_only:
             run.finish(result, layers, record, dense)
-            write_card(result, model, source.directory, report)
+            write_card(result, model, source.directory, report, used)
         (result / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         clock.lap("write")
         write_page(result / PAGE_FILE, report, run.pictures, clock.laps, clock.peaks)
@@ -270,6 +277,7 @@ class _Inputs:
         original: the model, run layer by layer.
         streamed: the same with its linear layers quantized as in the result.
         tokenizer: its tokenizer.
+        text: to calibrate on; None: the default dataset, none, or a dataset whose tokens an earlier run has read.
         dense: how those are quantized; None: they are not.
         baseline: resident bytes of the process before it works.
     """
@@ -278,12 +286,20 @@ class _Inputs:
     original: StreamedModel
     streamed: StreamedModel
     tokenizer: Any
+    text: TextSource | None
     dense: DenseConfig | None
     baseline: int
 
 
-def _checked(model: str, revision: str | None, out: Path, config: QuantizeConfig, team: Team, leaving: bool) -> _Inputs:
+def _checked(
+    model: str, revision: str | None, out: Path, config: QuantizeConfig, team: Team, leaving: bool, known: bool
+) -> _Inputs:
     """Everything that can be checked without reading the weights, all faults at once.
+
+    Args:
+        model, revision, out, config, team: see `quantize_model`.
+        leaving: an earlier run had made everything, and what is there is its result.
+        known: an earlier run has the calibration tokens.
 
     Raises:
         BitsmoeError: lists them.
@@ -299,8 +315,9 @@ def _checked(model: str, revision: str | None, out: Path, config: QuantizeConfig
     with faults.gathered():
         check_device(config.device)
         device = config.device
+    text: TextSource | None = None
     with faults.gathered():
-        check_text_source(config.calib)
+        text = None if known else _opened(config)
     inputs: _Inputs | None = None
     with faults.gathered():
         directory, tokenizer = resolve_model(model, revision), None
@@ -309,6 +326,8 @@ def _checked(model: str, revision: str | None, out: Path, config: QuantizeConfig
         model_without_memory(described, directory)
         with faults.gathered():
             tokenizer = load_tokenizer(directory)
+            if text is not None:
+                text.check_tokenizer(tokenizer)
         source = SourceModel(directory)
         keep_large_blocks_apart(matrix_bytes(source.shape.hidden_size, source.shape.intermediate_size))
         with faults.gathered():
@@ -316,9 +335,9 @@ def _checked(model: str, revision: str | None, out: Path, config: QuantizeConfig
         dense = dense_plan(source, config.dense_bits)
         original = StreamedModel(source, device)
         streamed = original if dense is None else StreamedModel(DenseModel(source, dense), device)
-        baseline = peak_bytes()
         original.try_out()
-        inputs = _Inputs(source, original, streamed, tokenizer, dense, baseline)
+        give_back()  # what looking at all this has freed
+        inputs = _Inputs(source, original, streamed, tokenizer, text, dense, resident_bytes())
     faults.raise_all()
     assert inputs is not None
     if team.rank == 0:
@@ -330,25 +349,40 @@ def _checked(model: str, revision: str | None, out: Path, config: QuantizeConfig
     return inputs
 
 
+def _opened(config: QuantizeConfig) -> TextSource | None:
+    """The calibration text that was chosen; None: none is to be read, or the default dataset."""
+    if config.calib is None or config.calib == SELF:
+        return None
+    return open_text(config.calib, "--calib", config.calib_config, config.calib_split, config.calib_column)
+
+
 def _windows(
     inputs: _Inputs,
     config: QuantizeConfig,
     length: int,
     state: RunState,
     clock: "_Clock",
-    before_sampling: Callable[[], None],
-) -> tuple[Tensor, str]:
-    """Calibration tokens and where they came from, once the weights are checked; those of an earlier run if it was."""
+    unforeseen: Callable[[], None],
+) -> tuple[Tensor, CalibrationText]:
+    """Calibration tokens and where they came from; those of an earlier run if it was. The weights are then checked.
+
+    Text is read first: its faults show sooner than those of the weights.
+    """
     if (windows := state.windows) is not None and (earlier := state.kept(CALIBRATION)) is not None:
-        return windows, earlier["used"]
+        return windows, CalibrationText(**earlier)
+    torch.manual_seed(config.seed)
+    text = inputs.text or _opened(config)
+    found = read_windows(inputs.tokenizer, text, config.calib, config.calib_samples, length, config.seed)
+    clock.lap("calibration text")
+    if found is None and config.calib != SELF:
+        unforeseen()
     inputs.source.check_finite(track)
     clock.lap("check")
-    torch.manual_seed(config.seed)
-    windows, used = calibration_windows(
-        StreamedModel(inputs.source, config.device), inputs.tokenizer, config.calib, config.calib_samples, length,
-        config.seed, before_sampling,
-    )  # fmt: skip
-    state.keep(CALIBRATION, {"used": used})
+    if found is None:
+        model = StreamedModel(inputs.source, config.device)
+        found = sample_windows(model, inputs.tokenizer, config.calib_samples, length, config.seed), WRITTEN_BY_MODEL
+    windows, used = found
+    state.keep(CALIBRATION, used._asdict())
     state.keep_windows(windows)
     clock.lap("calibration text")
     return windows, used
@@ -593,8 +627,8 @@ class _Run:
             )
         if not bool(inputs.x.isfinite().all()):
             raise BitsmoeError(
-                f"{prefix}: activations on the calibration text are not finite; a weight of an earlier layer is far "
-                "too large, so download the model again"
+                f"{prefix}: activations on the calibration text are beyond float32; weights of an earlier layer are far "
+                "too large, so look at them, or download the model again"
             )
         self.clock.lap("calibration")
         stats = LayerStatistics(

@@ -16,12 +16,21 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 def peak_bytes() -> int:
     """Largest resident memory of this process so far."""
+    return _of_status("VmHWM") or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now; where the system does not say, the largest so far."""
+    return _of_status("VmRSS") or peak_bytes()
+
+
+def _of_status(name: str) -> int | None:
     status = Path("/proc/self/status")
-    if status.exists():  # the other figure begins with what the parent process had
-        found = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
+    if status.exists():  # the figures of `resource` begin with what the parent process had
+        found = next((line for line in status.read_text().splitlines() if line.startswith(f"{name}:")), None)
         if found:
             return 1024 * int(found.split()[1])
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return None
 
 
 def keep_large_blocks_apart(matrix_bytes: int) -> None:

@@ -40,7 +40,7 @@ from offline_quant.output import (
 )
 from offline_quant.team import Team
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 RESULT = "result"
 _STATE, _LOCK, _WINDOWS = "state.json", "lock", "windows.safetensors"
 _TENSORS, _LAYER = "tensors.safetensors", "layer.json"
@@ -59,6 +59,11 @@ def is_complete(out: Path) -> bool:
     directory = state_directory(out)
     state = read_json(directory / _STATE) if (directory / _STATE).exists() else {}
     return "complete" in state and ((directory / RESULT).exists() or (out / REPORT_FILE).exists())
+
+
+def has_windows(out: Path) -> bool:
+    """Whether an earlier run that wrote `out` has left its calibration tokens."""
+    return (state_directory(out) / _WINDOWS).exists()
 
 
 def held_bytes(out: Path) -> int:

@@ -26,6 +26,7 @@ from bitsmoe_kernels.reference import LayerWeights
 from builders import REPO, write_first_layers
 from offline_quant.calibration import load_tokenizer
 from offline_quant.cli import main
+from offline_quant.model_adapter import SourceModel
 
 FAST = ("--calib-samples", "6", "--calib-length", "64")
 TEXT = "She opened the door, and there stood her brother with the lamp in his hand. " * 60
@@ -283,6 +284,49 @@ def test_self_calibration_and_jsonl(tmp_path, source):
     assert json.loads((tmp_path / "s" / "config.json").read_text())["quantization_config"]["run"]["calib"] == "self"
 
 
+def test_rows_are_checked_before_the_weights_are_read(tmp_path, source, monkeypatch):
+    def read(*_):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(SourceModel, "check_finite", read)
+    rows = [{"text": TEXT}] * 40
+    message = [{"role": "user", "content": "a"}]
+    for name, data, said in (
+        ("late.json", [*rows, {"text": 3}], "row 41: its 'text' is a number, not text"),
+        ("keys.json", [{"body": TEXT}], "found ['body']; name the right one with --calib-column"),
+        ("chat.json", [{"messages": message}], "the model's tokenizer has no chat template; name a column"),
+        ("short.json", [{"text": "a"}], "one window takes 64; give more text"),
+    ):
+        path = tmp_path / name
+        path.write_text(json.dumps(data))
+        flat = refused(
+            "quantize", source, "--bits", "2", "--out", tmp_path / "new/q", "--calib", path, *FAST, message=said
+        )
+        assert f"--calib {path}" in flat
+        path.unlink()
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_column_is_recorded_and_gives_the_bytes_of_its_text(tmp_path, source, text, quantized):
+    rows, out = tmp_path / "rows", tmp_path / "q"
+    rows.write_text(json.dumps([{"title": "x", "body": text.read_text()}]))
+    options = ("--calib", rows, "--calib-column", "body")
+    done = succeed("quantize", source, "--bits", "2.25", "--out", out, *options, *FAST)
+    assert "Calibration text: rows (JSON, `body` of its rows)" in done.stderr
+    assert (out / "model.safetensors").read_bytes() == (quantized / "model.safetensors").read_bytes()
+    record, plain = (
+        json.loads((d / "config.json").read_text())["quantization_config"]["run"] for d in (out, quantized)
+    )
+    assert record == plain | {"calib": "rows", "calib_column": "body"}
+    assert "| calib_column | `body` |" in (out / "README.md").read_text()
+    figures = [
+        succeed("eval", out, "--json", "--text", *more).stdout for more in ((text,), (rows, "--text-column", "body"))
+    ]
+    assert figures[0] == figures[1]
+    refused("eval", out, "--text", rows, message="found ['body', 'title']; name the right one with --text-column")
+    refused("eval", out, "--text", "hf:a/b", message="--text hf:a/b: must be a file")
+
+
 def test_without_a_dataset_the_fall_back_is_loud(tmp_path, source):
     done = succeed("quantize", source, "--bits", "2", "--out", tmp_path / "q", "--refine", "0", *FAST)
     assert "Warning:" in done.stderr
@@ -493,7 +537,24 @@ def test_all_damaged_tensors_are_named_at_once(tmp_path, model, text):
         (("--bits", "2", "--seed", str(2**70)), "--seed 1180591620717411303424: Input should be less than"),
         (("--bits", "2", "--device", "cpu:x"), "--device cpu:x: must be cpu, cuda or cuda:N"),
         (("--bits", "2", "--device", "cuda:99"), "--device cuda:99: torch"),
-        (("--bits", "2", "--calib", "tests"), "--calib tests: no such file"),
+        (("--bits", "2", "--calib", "tests"), "--calib tests: is a directory; give a file"),
+        (("--bits", "2", "--calib", "/dev/null"), "--calib /dev/null: is a pipe or a device"),
+        (
+            ("--bits", "2", "--calib", "self", "--calib-column", "a"),
+            "--calib-column: for --calib FILE or hf:DATASET only",
+        ),
+        (
+            ("--bits", "2", "--calib-split", "a", "--calib-config", "b"),
+            "--calib-config, --calib-split: for --calib FILE",
+        ),
+        (
+            ("--bits", "2", "--calib", "README.md", "--calib-split", "a"),
+            "only hf:DATASET has configurations and splits",
+        ),
+        (
+            ("--bits", "2", "--calib", "README.md", "--calib-column", "a"),
+            "plain text without columns; leave out --calib-c",
+        ),
         (("--bits", "2", "--calib", "nowhere.txt"), "--calib nowhere.txt: no such file"),
         (("--bits", "2", "--calib", "EMPTY"), "the file is empty"),
         (("--bits", "2", "--device", "tpu"), "--device tpu: must be cpu, cuda or cuda:N"),

@@ -40,7 +40,7 @@ from bitsmoe_vllm.config import BitsmoeConfig
 from builders import store_dense, write_tiny_qwen3_moe
 from families import make_model, streamed_logits, whole_logits
 from offline_quant import sanity
-from offline_quant.calibration import calibration_windows, load_tokenizer
+from offline_quant.calibration import load_tokenizer, text_windows
 from offline_quant.commands import app
 from offline_quant.config import QuantizeConfig
 from offline_quant.dense import dense_plan, quantize_matrix
@@ -294,7 +294,7 @@ def test_inspect_and_report_count_the_bytes_of_the_files(quantized: Path) -> Non
 def calibration_perplexity(directory: Path, calib: Path) -> float:
     """On the windows the fixture calibrates on."""
     streamed = StreamedModel(open_model(directory))
-    windows, _ = calibration_windows(streamed, load_tokenizer(directory), str(calib), 4, 64, 0)
+    windows = text_windows(load_tokenizer(directory), str(calib), 64, 4)
     batches = streamed.embed_windows(windows, 256)
     for index in range(streamed.num_layers):
         with streamed.layer(index) as module:

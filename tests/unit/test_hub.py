@@ -17,6 +17,7 @@ from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from builders import TINY_MOE, write_tiny_qwen3_moe
 from fake_hub import TOKEN, FakeHub, fake_hub
+from offline_quant.calibration import CalibrationText
 from offline_quant.dequantize import dequantize_checkpoint
 from offline_quant.hub import base_model, push, source_license, write_card
 
@@ -61,8 +62,11 @@ def source(tmp_path: Path) -> Path:
     return directory
 
 
-def card_of(checkpoint: Path, model: str, source: Path, **changes: Any) -> ModelCard:
-    write_card(checkpoint, model, source, report(**changes))
+TEXT = CalibrationText("calib.txt", "calib.txt (text)")
+
+
+def card_of(checkpoint: Path, model: str, source: Path, text: CalibrationText = TEXT, **changes: Any) -> ModelCard:
+    write_card(checkpoint, model, source, report(**changes), text)
     return ModelCard((checkpoint / "README.md").read_text())
 
 
@@ -78,6 +82,16 @@ def test_a_card_says_what_the_hub_wants_to_know(checkpoint: Path, source: Path) 
         "tags": ["bitsmoe", "mixture-of-experts", "quantized"],
     }  # fmt: skip
     assert "The original" not in card.text
+    assert "(`calib.txt (text)`)" in card.text
+
+
+def test_a_card_names_the_dataset_of_the_hub(checkpoint: Path, source: Path) -> None:
+    text = CalibrationText("hf:allenai/c4", "hf:allenai/c4 (configuration en, split train, `text` of its rows)")
+    card = card_of(checkpoint, "Qwen/Qwen3-30B-A3B", source, text)
+    assert card.data.datasets == ["allenai/c4"]
+    assert "hf:allenai/c4 (configuration en, split train, 'text' of its rows)" in card.text
+    local = card_of(checkpoint, "Qwen/Qwen3-30B-A3B", source, CalibrationText("hf:mine", "hf:mine (split train)"))
+    assert local.data.datasets is None
 
 
 def test_a_card_has_the_reports_figures(checkpoint: Path, source: Path) -> None:

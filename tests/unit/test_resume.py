@@ -110,6 +110,29 @@ def test_a_disk_that_fails_costs_no_finished_layer(source, whole, tmp_path, monk
     assert contents(out) == contents(whole)
 
 
+def test_a_run_goes_on_without_the_dataset_it_has_read(source, tmp_path, monkeypatch):
+    dataset, usual = tmp_path / "set", RunState.close_layer
+    dataset.mkdir()
+    (dataset / "validation.jsonl").write_text(json.dumps({"text": TEXT}))
+    wanted = options(source, calib=f"hf:{dataset}", calib_split="validation")
+    quantize_model(str(source), tmp_path / "whole", wanted)
+
+    def die(self, index, *args):
+        usual(self, index, *args)
+        raise Died
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "close_layer", die)
+        with pytest.raises(Died):
+            quantize_model(str(source), tmp_path / "q", wanted)
+    shutil.rmtree(dataset)
+    quantize_model(str(source), tmp_path / "q", wanted, resume=True)
+    assert contents(tmp_path / "q") == contents(tmp_path / "whole")
+    record = json.loads((tmp_path / "q/config.json").read_text())["quantization_config"]["run"]
+    assert (record["calib"], record["calib_split"]) == ("hf:set", "validation")
+    assert str(tmp_path) not in "".join(p.read_text(errors="replace") for p in (tmp_path / "q").glob("*[nd]"))
+
+
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("where", ["before it leaves", "half moved", "moved", "half removed", "all but removed"])
 def test_a_run_that_dies_while_it_leaves_is_concluded(source, whole, tmp_path, monkeypatch, where, inside):
@@ -422,7 +445,7 @@ def test_a_model_that_must_write_its_own_text_is_held_to_the_limit_of_memory(sou
 
     def needs(*args):
         found = usual(*args)
-        return replace(found, peak=2 * 10**12) if args[-1] else found
+        return replace(found, peak=2 * 10**12) if args[11] else found  # sampled
 
     monkeypatch.setattr(calibration, "text_windows", unreachable)
     monkeypatch.setattr(pipeline, "needs", needs)

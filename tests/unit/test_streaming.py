@@ -1,7 +1,6 @@
 """Layer-by-layer execution and evaluation against transformers' own model, loaded whole."""
 
 import inspect
-import itertools
 import math
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.families import moe_shape
 from bitsmoe_kernels.format.schema import TensorSpec
 from builders import TINY_MOE
-from offline_quant.calibration import documents, load_tokenizer, sample_windows, text_windows
+from offline_quant.calibration import load_tokenizer, sample_windows
 from offline_quant.config import QuantizeConfig
 from offline_quant.evaluate import evaluate
 from offline_quant.layer import LayerQuantizer, may_share_bases
@@ -165,65 +164,6 @@ def test_one_window_has_no_standard_error(tmp_path):
     figures = evaluate(TINY_MOE, text, TINY_MOE).as_dict()
     assert figures["tokens"] == 511
     assert not [name for name in figures if name.endswith("_stderr")]
-
-
-def test_windows_do_not_overlap_and_the_tail_is_left(tmp_path):
-    tokenizer = load_tokenizer(TINY_MOE)
-    path = tmp_path / "t.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    ids = tokenizer(TEXT)["input_ids"]
-    windows = text_windows(tokenizer, str(path), 100)
-    assert windows.flatten().tolist() == ids[: len(ids) // 100 * 100]
-    few = text_windows(tokenizer, str(path), 100, limit=3)
-    assert few.shape == (3, 100)
-    assert few[0].tolist() == windows[0].tolist()
-
-
-def test_a_seed_picks_one_of_several_evenly_spread_sets_of_windows(tmp_path):
-    tokenizer, path = load_tokenizer(TINY_MOE), tmp_path / "numbers.txt"
-    path.write_text(" ".join(map(str, range(2000))), encoding="utf-8")
-    windows = text_windows(tokenizer, str(path), 50)
-    place = {tuple(w): i for i, w in enumerate(windows.tolist())}
-    assert len(place) == len(windows) > 20
-    seen = set()
-    for seed in range(5):
-        places = [place[tuple(w)] for w in text_windows(tokenizer, str(path), 50, 4, seed).tolist()]
-        assert places == sorted(set(places))
-        assert all(b - a >= len(windows) // 4 for a, b in itertools.pairwise(places))
-        seen.add(tuple(places))
-    assert len(seen) == 5
-
-
-@pytest.mark.parametrize("name", ["t.jsonl", "t.json", "t"])
-def test_json_lines_are_joined(tmp_path, name):
-    tokenizer = load_tokenizer(TINY_MOE)
-    path = tmp_path / name
-    path.write_text('{"text": "One\u2028two three."}\n\n"four five"\n', encoding="utf-8")
-    ids = tokenizer("One\u2028two three.")["input_ids"] + tokenizer("four five")["input_ids"]
-    assert text_windows(tokenizer, str(path), len(ids))[0].tolist() == ids
-
-
-@pytest.mark.parametrize("content", ['{"body": "a"}\n', '"four five"\n', "{\n", "4\n\n"])
-def test_text_that_only_looks_like_json_lines_is_text(tmp_path, content):
-    path = tmp_path / "t.txt"
-    path.write_text(content)
-    assert list(documents(str(path))) == [content]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("t.jsonl", '{"text": "a"}\nnot json\n', "line 2: not JSON"),
-        ("t.jsonl", '{"body": "a"}\n', r"line 1: has no text; .* found \['body'\]"),
-        ("t.txt", "short", "holds .* tokens, but one window takes 64"),
-        ("t.txt", b"\xff\xfe\x00bad", "cannot be read as UTF-8"),
-    ],
-)
-def test_bad_text_is_refused(tmp_path, name, content, message):
-    path = tmp_path / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(BitsmoeError, match=message):
-        text_windows(load_tokenizer(TINY_MOE), str(path), 64)
 
 
 def test_sampled_text_is_the_models_own_and_repeats_with_its_seed(whole):
