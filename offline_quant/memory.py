@@ -117,7 +117,9 @@ def needs(
         "output": coded + 3 * _FLOAT * min(SLOT_VALUES, tokens * top_k * H),
     }
     running = kept + mapped + max(codes.values())
-    judging = _FLOAT * (3 * judged * H + sanity.VOCABULARY_ROWS * (H + 3 * judged)) + whole_tensor
+    # Logits of some rows of the head, and of the rows before or what their sum of exponentials takes.
+    rows = min(sanity.VOCABULARY_ROWS, int(model_config["vocab_size"]))
+    judging = _FLOAT * (3 * judged * H + rows * (H + 2 * judged)) + whole_tensor
     hidden = 3 * _FLOAT * tokens * H
     layers = int(model_config["num_hidden_layers"])
     differentiated = 0
