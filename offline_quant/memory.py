@@ -110,11 +110,13 @@ def needs(
     attention = batch_tokens * (6 * H + 4 * width) + scores
     experts = read if device.type == "cuda" else 2 * read  # as much again for what is computed with them
     forward = kept + mapped + dense + _FLOAT * (together + max(attention, experts))
+    slots = min(SLOT_VALUES, tokens * top_k * H)
     codes = {
         "chunk": coded + _FLOAT * worked,
         "bases": 8 * _DOUBLE * H * H if bases else 0,
         "tuning": 2 * coded + _FLOAT * (5 * weights + 3 * tokens * H) if tune else 0,
-        "output": coded + 3 * _FLOAT * min(SLOT_VALUES, tokens * top_k * H),
+        # Slots of some tokens; an expert's share of them, their sums, and what is put together of these.
+        "output": coded + _FLOAT * (slots + 3 * slots // top_k),
     }
     running = kept + mapped + max(codes.values())
     # Logits of some rows of the head, and of the rows before or what their sum of exponentials takes.
