@@ -65,6 +65,12 @@ class PretendedTensor(torch.Tensor):
         """torch does it for no subclass."""
         return self.held.tolist()
 
+    def _set_data(self, other: torch.Tensor) -> None:
+        torch.Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
+        self.held = other.held  # type: ignore[attr-defined]
+
+    data = property(torch.Tensor.data.__get__, _set_data)  # type: ignore[assignment, attr-defined]
+
     def backward(self, *_: Any, **__: Any) -> None:
         """Ones for every leaf."""
         for leaf in _leaves(self):
