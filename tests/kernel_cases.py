@@ -33,6 +33,9 @@ DTYPES = (torch.float16, torch.bfloat16)
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 """u, half a unit in the last place: what one rounding costs at most, relative to the number rounded."""
 
+WARMED_UP = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
+"""Numbers of tokens that compile all a layer ever needs: of the sizes vLLM captures, and the longest step there is."""
+
 Plans = Mapping[ProjectionName, Plan]
 Ids = Sequence[Sequence[int]]
 Rank = tuple[int, int, tuple[int, ...] | None]

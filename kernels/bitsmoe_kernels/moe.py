@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_kernels._triton import gemm, prepare
-from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.fields import TILE
 from bitsmoe_kernels.layout import KernelLayer, Matrices
 from bitsmoe_kernels.reference import expert_of_slots
@@ -93,27 +93,24 @@ def moe_forward(
     with torch.cuda.device_of(x):
         if T <= TOKENS_AT_ONCE:
             return _forward(layer, x, topk_weights, topk_ids, expert_map, device, tile)
-        parts = zip(*(v.split(TOKENS_AT_ONCE) for v in (x, topk_weights, topk_ids)), strict=True)
-        return torch.cat([_forward(layer, *part, expert_map, device, tile) for part in parts])
+        parts = [
+            _forward(layer, xs, weights, ids, expert_map, device, tile)
+            for xs, weights, ids in zip(*(v.split(TOKENS_AT_ONCE) for v in (x, topk_weights, topk_ids)), strict=True)
+        ]
+        return torch.cat(parts)
 
 
 def _check_one_device(
     layer: KernelLayer, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None
 ) -> None:
-    given = {"x": x, "topk_weights": topk_weights, "topk_ids": topk_ids, "expert_map": expert_map}
-    weights = (*vars(layer.inputs).values(), *vars(layer.down).values(), layer.basis, layer.basis_scale)
     here = x.device
-    if all(t is None or t.device == here for t in (*given.values(), *weights)):
+    weights = (*vars(layer.inputs).values(), *vars(layer.down).values(), layer.basis, layer.basis_scale)
+    # Names of all of them take longer to make than a small kernel to run.
+    if all(t is None or t.device == here for t in (topk_weights, topk_ids, expert_map, *weights)):
         return
-    places: dict[str, list[str]] = {}
-    for name, t in (given | layer.tensors()).items():
-        if t is not None:
-            places.setdefault(str(t.device), []).append(name)
-    raise BitsmoeError(
-        "the experts' tensors lie on more than one device: "
-        + "; ".join(f"{', '.join(names)} on {place}" for place, names in places.items())
-        + f". Move all of them to that of the activations x, {here}"
-    )
+    given = {"topk_weights": topk_weights, "topk_ids": topk_ids, "expert_map": expert_map, **layer.tensors()}
+    faults = [f"{name} is on {t.device}" for name, t in given.items() if t is not None and t.device != here]
+    raise BitsmoeError(fault_list(f"activations are on {here}, but not all tensors: move these there", faults))
 
 
 def _forward(
