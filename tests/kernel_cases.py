@@ -446,11 +446,12 @@ class guarded_memory(TorchFunctionMode):  # noqa: N801
         super().__exit__(*error)
         for memory, inner in self._made if error[0] is None else ():
             size = -(-inner.nbytes // 4) * 4
-            outside = [memory[:MARGIN].view(torch.int32), memory[MARGIN + size :].view(torch.int32)]
-            written = [i - side for side, part in enumerate(outside) for i in (part != 1).nonzero().flatten().tolist()]
-            assert not written, (
-                f"written outside of {list(inner.shape)} {inner.dtype}: words {written[:8]} of its margins"
-            )
+            before, behind = memory[:MARGIN].view(torch.int32), memory[MARGIN + size :].view(torch.int32)
+            for words, where in ((before, "before"), (behind, "behind")):
+                written = (words != 1).nonzero().flatten().tolist()
+                assert not written, (
+                    f"written {where} {list(inner.shape)} {inner.dtype}: words {written[:8]} of a margin"
+                )
 
 
 @contextmanager

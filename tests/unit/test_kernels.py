@@ -88,6 +88,13 @@ def test_a_poisoned_token_spoils_itself_only(name: str, poison: float, monkeypat
     assert torch.equal(got[others], clean[others])
 
 
+@pytest.mark.parametrize(("at", "where"), [(-1, "before"), (3, "behind")])
+def test_a_step_beyond_a_tensor_is_seen(at: int, where: str) -> None:
+    with pytest.raises(AssertionError, match=f"written {where}"), guarded_memory():
+        tensor = torch.empty(3)
+        tensor.as_strided((1,), (1,), tensor.storage_offset() + at).zero_()
+
+
 def with_fault(source: ModuleType, right: str, wrong: str, folder: Path) -> Any:
     """A kernels' module with one piece of its text replaced."""
     text = inspect.getsource(source)
