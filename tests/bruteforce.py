@@ -104,15 +104,15 @@ def moe(
     topk_ids: Tensor,
     expert_map: Tensor | None = None,
 ) -> Array:
-    """Routed experts of a layer, one token and one of its experts at a time: [T, H]."""
+    """Routed experts of a layer, one token and one of its experts at a time: [T, H]. Ids of no expert add nothing."""
     out = np.zeros(tuple(x.shape))
     gate, up, down = experts
+    local = list(range(len(gate))) if expert_map is None else expert_map.tolist()
     with np.errstate(all="ignore"):  # poisoned tokens
         for token, ids in enumerate(topk_ids.tolist()):
             for slot, expert in enumerate(ids):
-                if expert >= 0 and expert_map is not None:
-                    expert = int(expert_map[expert])
-                if expert < 0:
+                expert = local[expert] if 0 <= expert < len(local) else -1
+                if not 0 <= expert < len(gate):
                     continue
                 v = array(x[token])
                 g, u = gate[expert] @ v, up[expert] @ v

@@ -4,15 +4,19 @@ The same cases run under Triton's interpreter (tests/unit) and on a GPU (tests/g
 it knows the file's format and nothing of the kernels' layout, scales or roundings.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+import itertools
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from bitsmoe_kernels import moe
 from bitsmoe_kernels.format.packing import pack_codes
@@ -28,6 +32,9 @@ from builders import MadeLayer, Plan, build_layer
 DTYPES = (torch.float16, torch.bfloat16)
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 """u, half a unit in the last place: what one rounding costs at most, relative to the number rounded."""
+
+WARMED_UP = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
+"""Numbers of tokens that compile all a layer ever needs: of the sizes vLLM captures, and the longest step there is."""
 
 Plans = Mapping[ProjectionName, Plan]
 Ids = Sequence[Sequence[int]]
@@ -266,6 +273,23 @@ def _cases() -> dict[str, Case]:
             "skipped slots, and a token that nobody computes",
             ids=((-1, 2), (-1, -1), (0, -5), (1, -1), (-2, 0)), ids_dtype=torch.int64,
         ),
+        "ids of no expert": Case(
+            "at and beyond the number of experts, which is no power of two",
+            ids=((0, 3), (3, 4), (2**31 - 1, 1), (2, -1)),
+        ),
+        "ids of no expert, experts a power of two": Case(
+            "int64 ids whose lower half is an expert's, and a token of nothing else", experts=4,
+            ids=((0, 4), (5, 2**31 - 1), (2**31, 1), (2**32 + 1, 2), (2**62, 2**32), (3, -(2**63))),
+            ids_dtype=torch.int64,
+        ),
+        "ids of no expert among many": Case(
+            "blocks of many experts, ids of none in every other token", widths(2), experts=60, hidden=40,
+            intermediate=24, ids=[[t * 7 % 60, 60 + t] if t % 2 else [t, t * 11 % 60] for t in range(12)], kwidth=4,
+        ),
+        "ids of no expert routed by torch": Case(
+            "the same without the routing kernel", widths(2), ids_dtype=torch.int64, limits={"ROUTED_SLOTS": 0},
+            ids=((0, 3), (4, 2**31 - 1), (2**31, 1), (2**32 + 1, 2), (2**62, 2**32), (2, -1)),
+        ),
         "nobody is routed": Case("no block at all: zeros", ids=((-1, -1),) * 2),
         "no tokens": Case("an empty batch", ids=()),
         "small sizes": Case("fewer outputs and components than any tile or group", hidden=5, intermediate=3),
@@ -297,6 +321,14 @@ def _cases() -> dict[str, Case]:
         ),
         "two ranks of experts routed by torch": Case(
             "the map of experts without the routing kernel", experts=4, ids=((0, 1), (2, 3), (3, 0), (-1, 2)),
+            ranks=((0, 1, (3, 1)), (0, 1, (0, 2))), limits={"ROUTED_SLOTS": 0}, ids_dtype=torch.int64,
+        ),
+        "ids of no expert in a map": Case(
+            "beyond the map's end, where more memory lies", experts=4, ids=((0, 4), (2, 2**31 - 1), (5, 6), (-1, 3)),
+            ranks=((0, 1, (3, 1)), (0, 1, (0, 2))),
+        ),
+        "ids of no expert in a map, routed by torch": Case(
+            "the same without the routing kernel", experts=4, ids=((0, 4), (2, 2**31 - 1), (2**32 + 1, 2**62), (-1, 3)),
             ranks=((0, 1, (3, 1)), (0, 1, (0, 2))), limits={"ROUTED_SLOTS": 0}, ids_dtype=torch.int64,
         ),
         "three ranks of channels": Case(
@@ -383,16 +415,102 @@ def parts(name: str, dtype: torch.dtype, device: str = "cpu") -> list[tuple[Kern
     return out
 
 
+MARGIN = 4096
+"""Bytes on either side of a tensor in `guarded_memory`."""
+
+
+class guarded_memory(TorchFunctionMode):  # noqa: N801
+    """What torch.empty and its kin return lies between margins; leaving fails if one was written to.
+
+    A margin is full of the int32 number 1: whoever reads an expert there takes it for one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        return self.put(made) if func.__name__ in ("empty", "empty_like", "new_empty") and made.numel() else made
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """A contiguous copy between margins."""
+        size = MARGIN + tensor.nbytes + -tensor.nbytes % 4 + MARGIN
+        memory = torch.ones(size // 4, dtype=torch.int32).view(torch.uint8)
+        inner = memory[MARGIN : MARGIN + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        inner.copy_(tensor)
+        self._made.append((memory, inner))
+        return inner
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for memory, inner in self._made if error[0] is None else ():
+            size = -(-inner.nbytes // 4) * 4
+            before, behind = memory[:MARGIN].view(torch.int32), memory[MARGIN + size :].view(torch.int32)
+            for words, where in ((before, "before"), (behind, "behind")):
+                written = (words != 1).nonzero().flatten().tolist()
+                assert not written, (
+                    f"written {where} {list(inner.shape)} {inner.dtype}: words {written[:8]} of a margin"
+                )
+
+
+@contextmanager
+def shuffled_grid(seed: int) -> Iterator[list[list[tuple[int, ...]]]]:
+    """Triton's interpreter runs programs in a random order, no longer one axis after another.
+
+    Yields:
+        The programs of every launch as they ran.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    rng = random.Random(seed)
+    seen: list[list[tuple[int, ...]]] = []
+    left: list[tuple[int, ...]] = []
+    begin, go_to = InterpreterBuilder.set_grid_dim, InterpreterBuilder.set_grid_idx
+
+    def set_grid_dim(self: Any, *sizes: int) -> None:
+        assert not left, "programs of the last launch did not run"
+        begin(self, *sizes)
+        left.extend(itertools.product(*map(range, sizes)))
+        rng.shuffle(left)
+        seen.append([])
+
+    def set_grid_idx(self: Any, *_: int) -> None:
+        seen[-1].append(left.pop())
+        go_to(self, *seen[-1][-1])
+
+    with (
+        patch.object(InterpreterBuilder, "set_grid_dim", set_grid_dim),
+        patch.object(InterpreterBuilder, "set_grid_idx", set_grid_idx),
+    ):
+        yield seen
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """Its bytes in order: NaN equals itself there."""
+    return tensor.contiguous().view(torch.uint8)
+
+
 def run_case(name: str, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
-    """What each rank's kernels say."""
+    """What each rank's kernels say. What no expert is to see is NaN: weights of its slots, inputs of such tokens."""
     case = CASES[name]
     x, weights, ids = (v.to(device) for v in call_of(name, dtype))
-    given = [v.clone() for v in (x, weights, ids)]
+    skipped = (ids < 0) | (ids >= case.experts)
+    weights[skipped] = float("nan")
+    x[skipped.all(1)] = float("nan")
     with ExitStack() as patches:
         for limit, value in case.limits.items():
             patches.enter_context(patch.object(moe, limit, value))
-        ys = [moe.moe_forward(layer, x, weights, ids, m, tile=case.tile) for layer, m in parts(name, dtype, device)]
-    assert all(torch.equal(a, b) for a, b in zip(given, (x, weights, ids), strict=True)), "an input was written to"
+        ranks = parts(name, dtype, device)
+        if device == "cpu":  # on a GPU margins would hide an access from its memory checker
+            memory = patches.enter_context(guarded_memory())
+            ranks = [(layer, m if m is None else memory.put(m)) for layer, m in ranks]
+            if not case.strided:
+                x, weights, ids = (memory.put(v) for v in (x, weights, ids))
+        given = [bytes_of(v).clone() for v in (x, weights, ids)]
+        ys = [moe.moe_forward(layer, x, weights, ids, m, tile=case.tile) for layer, m in ranks]
+        same = [torch.equal(a, bytes_of(b)) for a, b in zip(given, (x, weights, ids), strict=True)]
+    assert all(same), "an input was written to"
     for y in ys:
         assert y.dtype == dtype
         assert y.shape == x.shape
@@ -465,13 +583,13 @@ def bounds(name: str, dtype: torch.dtype) -> tuple[float, float]:
         gate, up = np.split(np.concatenate(out, 1), 2, 1)
         return gate / (1 + np.exp(-gate)) * up
 
-    used = sorted({e for row in ids.tolist() for e in row if e >= 0})
+    used = sorted({e for row in ids.tolist() for e in row if 0 <= e < case.experts})
     parts_of = {(p, e): contractions(made, p, e, dtype) for p in made.layer.projections for e in used}
     want, got = np.zeros((T, case.hidden)), np.zeros((DRAWS, T, case.hidden))
     for t in range(T):
         per_rank = np.zeros((len(case.ranks), DRAWS, case.hidden))
         for slot, e in enumerate(ids[t].tolist()):
-            if e < 0:
+            if e not in used:
                 continue
             M, S, stored_M, _ = parts_of["down", e]
             w = float(weights[t, slot])

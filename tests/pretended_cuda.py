@@ -65,6 +65,12 @@ class PretendedTensor(torch.Tensor):
         """torch does it for no subclass."""
         return self.held.tolist()
 
+    def _set_data(self, other: torch.Tensor) -> None:
+        torch.Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
+        self.held = other.held  # type: ignore[attr-defined]
+
+    data = property(torch.Tensor.data.__get__, _set_data)  # type: ignore[assignment, attr-defined]
+
     def backward(self, *_: Any, **__: Any) -> None:
         """Ones for every leaf."""
         for leaf in _leaves(self):
@@ -174,6 +180,8 @@ def _lifted() -> Iterator[None]:
 def pretended_cuda(memory: int = 80_000_000_000) -> Iterator[Callable[[], int]]:
     """One CUDA device, as far as torch operations go; attention by plain products, as a test can have it on a CPU.
 
+    Others may be made the current one, but hold no tensors.
+
     Args:
         memory: bytes it says it has.
 
@@ -184,6 +192,14 @@ def pretended_cuda(memory: int = 80_000_000_000) -> Iterator[Callable[[], int]]:
     _register_guard()
     generator = torch.Generator
 
+    current = [HERE.index]
+
+    def exchange(device: int) -> int:
+        before = current[0]
+        if device >= 0:
+            current[0] = device
+        return before
+
     class Generator(generator):  # type: ignore[misc, valid-type]
         def __new__(cls, device: Any = "cpu") -> torch.Generator:
             return generator("cpu")
@@ -191,6 +207,9 @@ def pretended_cuda(memory: int = 80_000_000_000) -> Iterator[Callable[[], int]]:
     with (
         mock.patch.object(torch.cuda, "device_count", return_value=1),
         mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch.object(torch.cuda, "current_device", side_effect=lambda: current[0]),
+        mock.patch.object(torch.cuda, "_exchange_device", exchange),
+        mock.patch.object(torch.cuda, "_maybe_exchange_device", exchange),
         mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
         mock.patch.object(torch.cuda, "get_device_properties", return_value=SimpleNamespace(total_memory=memory)),
         mock.patch.object(torch, "Generator", Generator),

@@ -86,7 +86,9 @@ def compiled(kernel: Any, capability: int, constants: dict[str, Any], types: dic
     names = kernel.arg_names
     constexprs = {(names.index(k),): v for k, v in constants.items()}
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    aligned = [n for n in names if signature[n].startswith("*") or n in ("KMAX", "NMAX", "KDOWN", "OUT_STRIDE", "H")]
+    unknown = {p.name for p in kernel.params if p.do_not_specialize_on_alignment}
+    sizes = ("KMAX", "NMAX", "KDOWN", "OUT_STRIDE", "H")
+    aligned = [n for n in names if (signature[n].startswith("*") and n not in unknown) or n in sizes]
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(kernel, signature, constexprs, attrs)
     options = {"num_warps": warps}
@@ -122,7 +124,7 @@ def other_kernels(capability: int, fp16: bool) -> Iterator[tuple[str, Any]]:
         yield f"scale{', compensators' * low}", compiled(prepare.scale_kernel, capability, constants, types, 4)
     types = {"ids": "*i32", "local": "*i32", "block_expert": "*i32", "block_slot": "*i32", "num_blocks": "*i32",
              "arrived": "*i32", "expert_map": "*i32"}  # fmt: skip
-    constants = {"E": 128, "E_POW2": 128, "BT": 16, "CHUNK": 64, "EXPERT_MAP": True}
+    constants = {"E": 128, "E_POW2": 128, "BT": 16, "CHUNK": 64, "EXPERTS": 128, "EXPERT_MAP": True}
     yield "route", compiled(prepare.route_kernel, capability, constants, types, 4)
 
 

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from bitsmoe_kernels._triton import gemm, prepare
+from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.fields import TILE
 from bitsmoe_kernels.layout import KernelLayer, Matrices
+from bitsmoe_kernels.reference import expert_of_slots
 from bitsmoe_kernels.tiles import Tile, pick_tile
 
 SCALE_CHUNK = 512
@@ -24,6 +26,8 @@ ROUTED_SLOTS = 2_048
 """Up to so many slots are routed by one program; more by torch."""
 TOKENS_AT_ONCE = 2_048
 """Longer inputs are cut, which bounds the buffers."""
+ALIGNED = 4
+"""int32 in the 16 bytes whose multiples Triton's variants of a kernel tell apart."""
 
 Launch = Callable[..., Any]
 
@@ -69,28 +73,61 @@ def moe_forward(
         layer: E local experts.
         x: [T, H], float16 or bfloat16 as the layer was made for.
         topk_weights: [T, top_k].
-        topk_ids: [T, top_k], global ids where `expert_map` is given; negative ones are skipped.
+        topk_ids: [T, top_k], global ids where `expert_map` is given; ids of no expert are skipped.
         expert_map: int32 [global experts] -> local index or -1.
         device: what runs them; None: where x lies.
         tile: configuration; None: by the table.
 
     Returns:
         [T, H] in x's dtype.
+
+    Raises:
+        BitsmoeError: the tensors lie on more than one device.
     """
+    _check_one_device(layer, x, topk_weights, topk_ids, expert_map)
     device = device or Device.of(x)
     T = len(x)
     if T == 0:
         return torch.empty_like(x)
-    if T > TOKENS_AT_ONCE:
+    # Kernels go to the current device, wherever their arguments lie.
+    with torch.cuda.device_of(x):
+        if T <= TOKENS_AT_ONCE:
+            return _forward(layer, x, topk_weights, topk_ids, expert_map, device, tile)
         parts = [
-            moe_forward(layer, xs, weights, ids, expert_map, device, tile)
+            _forward(layer, xs, weights, ids, expert_map, device, tile)
             for xs, weights, ids in zip(*(v.split(TOKENS_AT_ONCE) for v in (x, topk_weights, topk_ids)), strict=True)
         ]
         return torch.cat(parts)
+
+
+def _check_one_device(
+    layer: KernelLayer, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None
+) -> None:
+    here = x.device
+    weights = (*vars(layer.inputs).values(), *vars(layer.down).values(), layer.basis, layer.basis_scale)
+    # Names of all of them take longer to make than a small kernel to run.
+    if all(t is None or t.device == here for t in (topk_weights, topk_ids, expert_map, *weights)):
+        return
+    given = {"topk_weights": topk_weights, "topk_ids": topk_ids, "expert_map": expert_map, **layer.tensors()}
+    faults = [f"{name} is on {t.device}" for name, t in given.items() if t is not None and t.device != here]
+    raise BitsmoeError(fault_list(f"activations are on {here}, but not all tensors: move these there", faults))
+
+
+def _forward(
+    layer: KernelLayer,
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    device: Device,
+    tile: Tile | None,
+) -> Tensor:
+    """`moe_forward` of at most TOKENS_AT_ONCE tokens, on the current device."""
     x = x.contiguous()
-    H, top_k = x.shape[1], topk_ids.shape[1]
+    T, H = x.shape
+    top_k = topk_ids.shape[1]
     S, E = T * top_k, len(layer.down.columns)
-    tile = tile or pick_tile(device.capability, S, E)
+    tile = tile or pick_tile(device.capability, S, E if expert_map is None else len(expert_map))
     fp16 = x.dtype == torch.float16
     common = {
         "KWIDTH": layer.kwidth, "FP16": fp16, "ASM": device.asm, "UNROLL": tile.unroll, "STAGES": tile.stages,
@@ -157,19 +194,18 @@ def _route(topk_ids: Tensor, expert_map: Tensor | None, E: int, tokens: int, dow
     ids = topk_ids.contiguous().flatten()
     S = len(ids)
     most = min(S, S // tokens + E)
-    empty = torch.empty(S + 1 + most + most * tokens + len(topk_ids) * down_tiles, dtype=torch.int32, device=ids.device)
-    local, num_blocks, block_expert, block_slot, arrived = empty.split(
-        [S, 1, most, most * tokens, len(topk_ids) * down_tiles]
-    )
+    # Each begins at a multiple of ALIGNED: Triton compiles a kernel once more for pointers that do not.
+    sizes = [v for n in (S, 1, most, most * tokens, len(topk_ids) * down_tiles) for v in (n, -n % ALIGNED)]
+    empty = torch.empty(sum(sizes), dtype=torch.int32, device=ids.device)
+    local, num_blocks, block_expert, block_slot, arrived = empty.split(sizes)[::2]
     if S <= ROUTED_SLOTS:
         _launch("route", prepare.route_kernel, (1,), ids, local, block_expert, block_slot, num_blocks, arrived, S,
                 len(arrived), E=E, E_POW2=_pow2(E), BT=tokens, CHUNK=ROUTE_CHUNK,
-                EXPERT_MAP=expert_map is not None, expert_map=ids if expert_map is None else expert_map,
+                EXPERTS=E if expert_map is None else len(expert_map), EXPERT_MAP=expert_map is not None,
+                expert_map=ids if expert_map is None else expert_map,
                 num_warps=4)  # fmt: skip
         return _Route(local, block_expert, block_slot, num_blocks, arrived, most)
-    expert = ids.long()
-    if expert_map is not None:
-        expert = torch.where(expert >= 0, expert_map.long()[expert.clamp(min=0)], -1)
+    expert = expert_of_slots(ids, E, expert_map)
     local.copy_(expert)
     expert = torch.where(expert >= 0, expert, E)
     counts = torch.zeros(E + 1, dtype=torch.int64, device=ids.device)

@@ -170,6 +170,25 @@ class LayerWeights:
         return torch.stack([torch.cat([g, u]) for g, u, _ in experts]), torch.stack([d for _, _, d in experts])
 
 
+def expert_of_slots(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None) -> Tensor:
+    """The expert each slot goes to, int64 in the shape of `topk_ids`; -1: none of those held here.
+
+    An id that names no expert is skipped, for routers leave such ids in slots that they pad or never write.
+
+    Args:
+        topk_ids: integers, of any value.
+        num_experts: E, held here.
+        expert_map: [global experts] -> local index, anything outside 0 to E - 1 for experts elsewhere; None: ids are
+            local.
+    """
+    expert = topk_ids.long()
+    here = (expert >= 0) & (expert < (num_experts if expert_map is None else len(expert_map)))
+    if expert_map is not None:
+        expert = expert_map.long()[torch.where(here, expert, 0)]
+        here &= (expert >= 0) & (expert < num_experts)
+    return torch.where(here, expert, -1)
+
+
 def moe_forward(
     weights: LayerWeights,
     x: Tensor,
@@ -185,16 +204,15 @@ def moe_forward(
         weights: E local experts.
         x: [T, H], any float dtype.
         topk_weights: [T, top_k] routing weights.
-        topk_ids: [T, top_k] expert ids; global ids where `expert_map` is given. Negative ids are skipped.
+        topk_ids: [T, top_k] expert ids; global ids where `expert_map` is given. Ids of no expert, negative ones or
+            those beyond the last, are skipped, whatever their weight.
         expert_map: [global experts] -> local index or -1 for experts held elsewhere (expert parallelism).
 
     Returns:
         [T, H] in x's dtype.
     """
     T, H = x.shape
-    ids = topk_ids.long()
-    if expert_map is not None:
-        ids = torch.where(ids >= 0, expert_map.long()[ids.clamp(min=0)], -1)
+    ids = expert_of_slots(topk_ids, weights.layer.num_experts, expert_map)
     xf = x.float()
     out = xf.new_zeros(T, H)
     p = weights.projections

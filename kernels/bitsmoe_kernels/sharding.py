@@ -219,4 +219,4 @@ def _shard_projection(
 def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
     """Indices of all ranges [start, start + length), one after another."""
     shift = (starts - (lengths.cumsum(0) - lengths)).repeat_interleave(lengths)
-    return torch.arange(int(lengths.sum())) + shift
+    return torch.arange(len(shift), device=shift.device) + shift

@@ -77,7 +77,7 @@ def pick_tile(capability: int, slots: int, experts: int) -> Tile:
     Args:
         capability: such as 90.
         slots: tokens times top_k.
-        experts: held here.
+        experts: over which the slots are spread, those of other ranks among them.
     """
     table = table_of(capability)
     mean = slots / max(1, experts)

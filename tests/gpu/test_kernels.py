@@ -1,4 +1,7 @@
-"""The kernels on a GPU: the cases of the unit tests unchanged, CUDA graphs, determinism, a memory checker."""
+"""The kernels on a GPU: the cases of the unit tests unchanged, CUDA graphs, determinism, a memory checker.
+
+The cases hold ids of no expert too, as do the routings of graphs.
+"""
 
 import os
 import shutil
@@ -11,8 +14,12 @@ import torch
 from torch import Tensor
 
 from bitsmoe_kernels import moe
+from bitsmoe_kernels._triton import gemm, prepare
+from bitsmoe_kernels.layout import KernelLayer, to_kernel_layout
+from bitsmoe_kernels.reference import LayerWeights, moe_forward
+from bitsmoe_kernels.sharding import shard_layer
 from builders import REPO
-from kernel_cases import CASES, DTYPES, call_of, check, parts, run_case
+from kernel_cases import CASES, DTYPES, WARMED_UP, bytes_of, call_of, check, made_layer, parts, run_case
 
 pytestmark = pytest.mark.gpu
 
@@ -28,7 +35,7 @@ both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.view(torch.int16), b.view(torch.int16))
+    return torch.equal(bytes_of(a), bytes_of(b))
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -39,10 +46,11 @@ def test_case(name: str, dtype: torch.dtype) -> None:
 
 
 def routings(ids: Tensor, experts: int) -> list[Tensor]:
-    """Other routings of the same shape: shifted, all to one expert, every other token to nobody, the first again."""
-    shifted, one, none = (ids + 1) % experts, torch.full_like(ids, experts - 1), ids.clone()
+    """Others of the same shape: shifted, all to one expert, every other token to nobody, beyond the last, the first."""
+    shifted, one, none, beyond = (ids + 1) % experts, torch.full_like(ids, experts - 1), ids.clone(), ids.clone()
     none[::2] = -1
-    return [shifted, one, none, ids]
+    beyond[::2, 0], beyond[1::2] = experts, 2**31 - 1
+    return [shifted, one, none, beyond, ids]
 
 
 @both_dtypes
@@ -94,6 +102,73 @@ def test_many_tokens_are_deterministic() -> None:
     assert all(same_bits(first, moe.moe_forward(layer, x, weights, ids)) for _ in range(20))
 
 
+def compiled() -> int:
+    """Variants of the kernels that Triton holds."""
+    kernels = (prepare.route_kernel, prepare.basis_kernel, prepare.scale_kernel, gemm.gate_up_kernel, gemm.down_kernel)
+    return sum(len(cache) for kernel in kernels for cache, *_ in kernel.device_caches.values())
+
+
+@both_dtypes
+@pytest.mark.parametrize("name", ["8-bit basis", "compensators and kept experts"])
+def test_numbers_of_tokens(name: str, dtype: torch.dtype) -> None:
+    """Of every remainder, with inputs that begin anywhere: near the reference, and no kernel is compiled anew."""
+    case, made = CASES[name], made_layer(name)
+    ((layer, _),) = parts(name, dtype, "cuda")
+    gen = torch.Generator().manual_seed(0)
+
+    def call(T: int, skipped: int = 0) -> tuple[list[Tensor], Tensor]:
+        x = torch.randn(T, case.hidden, generator=gen).to(dtype)
+        ids = torch.randint(-1, case.experts + 1, (T * 3 + skipped,), generator=gen, dtype=torch.int32)
+        weights = torch.rand(T * 3 + skipped, generator=gen) + 0.5
+        ids, weights = (v.cuda()[skipped:].view(T, 3) for v in (ids, weights))
+        return [x, weights.cpu(), ids.cpu()], moe.moe_forward(layer, x.cuda(), weights, ids)
+
+    for T in WARMED_UP:
+        call(T)
+    before = compiled()
+    for T in (1, 3, 5, 6, 7, 65, 66, 67, 511, 513, 524, 525, 682, 683, 2047, 2049):
+        given, got = call(T, skipped=T % 4)
+        want = moe_forward(LayerWeights(made.layer, made.block_size, made.tensors), given[0].float(), *given[1:])
+        error = (got.cpu().float() - want).square().mean().sqrt()
+        assert error <= (2e-3 if dtype == torch.float16 else 8e-3) * want.square().mean().sqrt(), T
+    assert compiled() == before
+
+
+@both_dtypes
+@pytest.mark.parametrize("part", [(0, 1, None), (1, 2, (2, 0))])
+@pytest.mark.parametrize("name", FORMS)
+def test_a_layer_is_split_and_packed_on_the_device(
+    name: str, part: tuple[int, int, tuple[int, ...] | None], dtype: torch.dtype
+) -> None:
+    """As on a CPU: codes and places to the bit, scales but for what the device's exp2 and log2 round."""
+    case, made = CASES[name], made_layer(name)
+    packed = []
+    for device in ("cpu", "cuda"):
+        there = {k: v.to(device) for k, v in made.tensors.items()}
+        layer, tensors = shard_layer(made.layer, there, made.block_size, *part)
+        packed.append(to_kernel_layout(LayerWeights(layer, made.block_size, tensors), dtype, case.kwidth))
+    expected, got = (p.tensors() for p in packed)
+    assert packed[0].static() == packed[1].static()
+    assert got.keys() == expected.keys()
+    for k, v in expected.items():
+        assert got[k].is_cuda
+        torch.testing.assert_close(got[k].cpu(), v, rtol=1e-6 if v.dtype == torch.float32 else 0, atol=0)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernels_run_on_the_device_of_their_arguments() -> None:
+    """Whichever is the current one."""
+    name = "compensators and kept experts"
+    (expected,) = run_case(name, torch.bfloat16, "cuda:0")
+    ((layer, _),) = parts(name, torch.bfloat16)
+    there = KernelLayer.of({k: v.to("cuda:1") for k, v in layer.tensors().items()}, layer.static())
+    with torch.cuda.device(0):
+        y = moe.moe_forward(there, *(v.to("cuda:1") for v in call_of(name, torch.bfloat16)))
+        assert torch.cuda.current_device() == 0
+    assert y.device == torch.device("cuda:1")
+    assert same_bits(y.cpu(), expected.cpu())
+
+
 def test_a_call_never_waits_for_the_device() -> None:
     for name in FORMS:
         ((layer, _),) = parts(name, torch.bfloat16, "cuda")
@@ -106,7 +181,7 @@ def test_a_call_never_waits_for_the_device() -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("name", ["negative ids", "sizes of no round number"])
+@pytest.mark.parametrize("name", ["negative ids", "ids of no expert in a map", "sizes of no round number"])
 def test_memory_checker(name: str) -> None:
     """NVIDIA's compute-sanitizer (part of the CUDA toolkit) finds no access beyond what was allocated.
 

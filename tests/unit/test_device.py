@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bitsmoe_kernels.sharding import shard_layer
+from bitsmoe_vllm.weight_loading import LayerLoader
+from builders import FORMS, build_form
 from families import make_model
 from offline_quant import tune
 from offline_quant.chunks import chunks_of
@@ -80,6 +83,26 @@ def test_evaluation(folder: Path, tmp_path: Path) -> None:
     with pretended_cuda():
         assert evaluate(tmp_path / "q", text, source, "cuda") == expected
         assert Reference(source, text, "cuda").evaluate(tmp_path / "q") == expected
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("part", [{}, {"tp_rank": 1, "tp_size": 2}, {"experts": (3, 0)}])
+def test_a_rank_is_loaded_from_tensors_of_the_device(form: str, part: dict[str, Any]) -> None:
+    """Some of vLLM's load formats bring them there by themselves."""
+    made = build_form(form)
+    layer, expected = shard_layer(made.layer, made.tensors, made.block_size, **part)
+    with pretended_cuda():
+        loader, module = LayerLoader("experts", made.layer, made.block_size, **part), torch.nn.Module()
+        with torch.device("cuda"):
+            loader.register(module)
+        for name, tensor in made.tensors.items():
+            loader.receive(name, tensor.cuda())
+        assert loader.shard == layer
+        got = dict(module.named_parameters())
+        assert got.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert got[name].is_cuda
+            assert torch.equal(got[name].cpu(), tensor)
 
 
 def chunks(device: str, experts: int = 128, hidden: int = 2048, intermediate: int = 768) -> list[int]:

@@ -24,6 +24,7 @@ from bitsmoe_kernels.layout import (
 )
 from bitsmoe_kernels.reference import LayerWeights
 from builders import MadeLayer, Plan, build_form, build_layer
+from pretended_cuda import pretended_cuda
 
 KWIDTHS = (2, 4)
 DTYPES = (torch.float16, torch.bfloat16)
@@ -369,6 +370,25 @@ def test_a_layer_is_its_tensors_and_its_constants(form: str) -> None:
     assert again.static() == layer.static()
     assert again.tensors().keys() == layer.tensors().keys()
     assert all(again.tensors()[k] is v for k, v in layer.tensors().items())
+
+
+@both_dtypes
+@both_kwidths
+@pytest.mark.parametrize("name", PLANS)
+def test_a_layer_on_a_gpu_is_packed_there(name: str, kwidth: int, dtype: torch.dtype) -> None:
+    made = build_layer(PLANS[name], num_experts=3, hidden_size=72, intermediate_size=40)
+    expected = to_kernel_layout(wrap(made), dtype, kwidth)
+    with pretended_cuda():
+        there = {part: t.cuda() for part, t in made.tensors.items()}
+        layer = to_kernel_layout(LayerWeights(made.layer, made.block_size, there), dtype, kwidth)
+        again = KernelLayer.of(layer.tensors(), layer.static())
+        assert again.static() == expected.static()
+        got = again.tensors()
+        assert got.keys() == expected.tensors().keys()
+        assert all(t.is_cuda for t in got.values())
+        for part, t in expected.tensors().items():
+            assert got[part].dtype == t.dtype
+            assert torch.equal(got[part].cpu(), t), part
 
 
 def test_the_file_is_left_alone() -> None:

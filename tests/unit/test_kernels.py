@@ -1,7 +1,13 @@
 """The kernels on a CPU, by Triton's interpreter: the shared cases, what is launched, and the choice of tiles."""
 
+import importlib.util
+import inspect
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,11 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernel_cases
 from bitsmoe_kernels import moe
+from bitsmoe_kernels._triton import gemm, prepare
+from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.layout import KernelLayer, to_kernel_layout
 from bitsmoe_kernels.reference import LayerWeights
 from bitsmoe_kernels.tiles import DECODE, PREFILL, TILES, kwidth_of, pick_tile, table_of
 from builders import MadeLayer, Plan, build_form, build_layer, form_plans
-from kernel_cases import CASES, DTYPES, check, run_case
+from kernel_cases import CASES, DTYPES, WARMED_UP, bytes_of, check, guarded_memory, run_case, shuffled_grid
+from pretended_cuda import pretended_cuda
 
 pytestmark = [
     pytest.mark.usefixtures("interpreter"),
@@ -42,7 +51,8 @@ def call(T: int, H: int, ids: list[list[int]] | Tensor, dtype: torch.dtype = tor
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("name", CASES)
 def test_case(name: str, dtype: torch.dtype) -> None:
-    check(name, dtype)
+    with shuffled_grid(list(CASES).index(name)):
+        check(name, dtype)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -78,11 +88,53 @@ def test_a_poisoned_token_spoils_itself_only(name: str, poison: float, monkeypat
     assert torch.equal(got[others], clean[others])
 
 
+@pytest.mark.parametrize(("at", "where"), [(-1, "before"), (3, "behind")])
+def test_a_step_beyond_a_tensor_is_seen(at: int, where: str) -> None:
+    with pytest.raises(AssertionError, match=f"written {where}"), guarded_memory():
+        tensor = torch.empty(3)
+        tensor.as_strided((1,), (1,), tensor.storage_offset() + at).zero_()
+
+
+def with_fault(source: ModuleType, right: str, wrong: str, folder: Path) -> Any:
+    """A kernels' module with one piece of its text replaced."""
+    text = inspect.getsource(source)
+    assert text.count(right) == 1
+    path = folder / "faulty.py"
+    path.write_text(text.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location("faulty", path)
+    assert spec is not None
+    assert spec.loader is not None
+    faulty = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(faulty)
+    return faulty
+
+
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("name", ["an expert twice for a token", "compensators of down", "routed by torch"])
-def test_two_calls_give_the_same_bits(name: str) -> None:
-    for first, second in zip(run_case(name, torch.float16), run_case(name, torch.float16), strict=True):
-        assert torch.equal(first.view(torch.int16), second.view(torch.int16))
+def test_bits_do_not_depend_on_the_order_of_programs(name: str) -> None:
+    first = run_case(name, torch.float16)
+    for seed in range(2):
+        with shuffled_grid(seed) as seen:
+            second = run_case(name, torch.float16)
+        assert all(torch.equal(bytes_of(a), bytes_of(b)) for a, b in zip(first, second, strict=True))
+        assert any(order != sorted(order) for order in seen)
+        for order in seen:
+            sizes = [1 + max(at) for at in zip(*order, strict=True)]
+            assert sorted(order) == [*product(*map(range, sizes))]
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_a_kernel_that_trusts_in_an_order_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Down summed up by the token's block that comes last in the grid, whether or not the others have arrived."""
+    right = "last = valid & (before + 1 == expected)"
+    wrong = """final = expert
+    for j in tl.range(TOP_K, num_stages=1, loop_unroll_factor=1):
+        final = tl.maximum(final, tl.load(local + token * TOP_K + j))
+    last = valid & (final == expert)"""
+    monkeypatch.setattr(gemm, "down_kernel", with_fault(gemm, right, wrong, tmp_path).down_kernel)
+    check("ragged tails", torch.float16)  # in the interpreter's own order nothing is wrong
+    with shuffled_grid(0), pytest.raises(AssertionError):
+        check("ragged tails", torch.float16)
 
 
 @pytest.fixture
@@ -212,7 +264,9 @@ def test_routing_by_torch_never_waits_for_the_device(monkeypatch: pytest.MonkeyP
 
 def route(ids: Tensor, expert_map: Tensor | None, E: int, tokens: int) -> tuple[list[int], dict[int, list[list[int]]]]:
     """Experts of the slots, and of each expert the slots of its blocks."""
-    r = moe._route(ids, expert_map, E, tokens, 3)
+    with guarded_memory() as memory:
+        ids, expert_map = memory.put(ids), None if expert_map is None else memory.put(expert_map)
+        r = moe._route(ids, expert_map, E, tokens, 3)
     n = int(r.num_blocks)
     assert n <= r.max_blocks
     assert not r.arrived.any()
@@ -223,16 +277,44 @@ def route(ids: Tensor, expert_map: Tensor | None, E: int, tokens: int) -> tuple[
     return r.local.tolist(), blocks
 
 
+def check_route(ids: Tensor, expert_map: Tensor | None, E: int, tokens: int) -> None:
+    """Against a loop: blocks by expert, slots in ascending order, -1 behind the last one."""
+    places = list(range(E)) if expert_map is None else expert_map.tolist()
+    local = [places[e] if 0 <= e < len(places) else -1 for e in ids.flatten().tolist()]
+    local = [e if 0 <= e < E else -1 for e in local]
+    want: dict[int, list[list[int]]] = {}
+    for e in sorted({e for e in local if e >= 0}):
+        slots = [s for s, mine in enumerate(local) if mine == e]
+        slots += [-1] * (-len(slots) % tokens)
+        want[e] = [slots[i : i + tokens] for i in range(0, len(slots), tokens)]
+    got_local, got = route(ids, expert_map, E, tokens)
+    assert got_local == local
+    assert got == want
+
+
+def junk_ids(shape: tuple[int, int], experts: int, dtype: torch.dtype) -> Tensor:
+    """Ids of which three quarters name an expert; all others do not, by little or by much."""
+    gen = torch.Generator().manual_seed(0)
+    beyond = [-1, -(2**31), experts, experts + 1, 2 * experts, 2**31 - 1]
+    if dtype == torch.int64:
+        beyond += [2**31, 2**32 + 1, 2**62, 2**62 + 1, -(2**63)]
+    ids = torch.randint(experts, shape, generator=gen).to(dtype)
+    junk = torch.tensor(beyond, dtype=dtype)[torch.randint(len(beyond), shape, generator=gen)]
+    return torch.where(torch.rand(shape, generator=gen) < 0.25, junk, ids)
+
+
+routed_by_both = pytest.mark.parametrize("routed_slots", [0, moe.ROUTED_SLOTS])
+both_ids = pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=dtype_name)
+
+
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("routed_slots", [0, moe.ROUTED_SLOTS])
-@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+@routed_by_both
+@both_ids
 @pytest.mark.parametrize("mapped", [False, True])
 def test_every_slot_is_in_one_block_of_its_expert(
     routed_slots: int, ids_dtype: torch.dtype, mapped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against a loop: blocks by expert, slots in ascending order, -1 behind the last one."""
     monkeypatch.setattr(moe, "ROUTED_SLOTS", routed_slots)
-    tokens, E = 16, 5
     gen = torch.Generator().manual_seed(0)
     expert_map = torch.tensor([4, -1, 0, 2, -1, 1, 3], dtype=torch.int32) if mapped else None
     for ids in (
@@ -241,15 +323,176 @@ def test_every_slot_is_in_one_block_of_its_expert(
         torch.full((3, 4), -1),
         torch.full((16, 1), 3),
     ):
-        local = [int(expert_map[e]) if mapped and e >= 0 else e for e in ids.flatten().tolist()]  # type: ignore[index]
-        want: dict[int, list[list[int]]] = {}
-        for e in sorted({e for e in local if e >= 0}):
-            slots = [s for s, mine in enumerate(local) if mine == e]
-            slots += [-1] * (-len(slots) % tokens)
-            want[e] = [slots[i : i + tokens] for i in range(0, len(slots), tokens)]
-        got_local, got = route(ids.to(ids_dtype), expert_map, E, tokens)
-        assert got_local == local
-        assert got == want
+        check_route(ids.to(ids_dtype), expert_map, 5, 16)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@routed_by_both
+@both_ids
+@pytest.mark.parametrize("experts", [1, 3, 4, 60])
+def test_slots_of_no_expert_are_in_no_block(
+    routed_slots: int, ids_dtype: torch.dtype, experts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is written outside of the buffers, nothing read outside of the ids and the map."""
+    monkeypatch.setattr(moe, "ROUTED_SLOTS", routed_slots)
+    # Of a map's experts half are here; some of its entries are of no expert themselves.
+    places = [e // 2 if e % 2 else [-1, -5, experts, experts + 1, 2**31 - 1][e % 5] for e in range(2 * experts)]
+    expert_map = torch.tensor(places, dtype=torch.int32)
+    for shape in ((40, 2), (1, 1), (7, 3)):
+        check_route(junk_ids(shape, experts, ids_dtype), None, experts, 16)
+        for mapped in (expert_map, expert_map.long()):
+            check_route(junk_ids(shape, 2 * experts, ids_dtype), mapped, experts, 16)
+    for beyond in (experts, 2**31 - 1):
+        check_route(torch.full((9, 2), beyond, dtype=ids_dtype), None, experts, 16)
+        check_route(torch.full((9, 2), beyond + experts, dtype=torch.int64), expert_map, experts, 16)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(
+    ("right", "wrong", "mapped"),
+    [
+        ("(expert >= 0) & (expert < EXPERTS)", "expert >= 0", False),
+        ("(expert >= 0) & (expert < EXPERTS)", "expert >= 0", True),
+        ("(mapped >= 0) & (mapped < E)", "mapped >= 0", True),
+        ("tl.load(ids + s, mask=s < S, other=-1)", "tl.load(ids + s, mask=s < S, other=-1).to(tl.int32)", False),
+    ],
+)
+def test_a_routing_kernel_without_bounds_is_found(
+    right: str, wrong: str, mapped: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(prepare, "route_kernel", with_fault(prepare, right, wrong, tmp_path).route_kernel)
+    expert_map = torch.tensor([0, 9, 1, 2, 3], dtype=torch.int32) if mapped else None
+    check_route(torch.tensor([[0, 2], [3, 0]]), expert_map, 4, 16)
+    with pytest.raises(AssertionError):
+        check_route(torch.tensor([[0, 2], [5 if mapped else 4, 1], [2**32 + 1, 3]]), expert_map, 4, 16)
+
+
+MOST_VARIANTS = {"route": 3, "basis": 2, "scale": 2, "gate_up": 3, "down": 3}
+"""One for each tile, which `route` is made for too; two sizes of the basis' own; gate and up's and down's scaling."""
+
+
+@pytest.fixture
+def variants(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
+    """Names of kernels launched and the keys under which Triton caches what it compiles for them. Nothing is run."""
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
+
+    backend = CUDABackend(GPUTarget("cuda", 90, 32))
+    binders: dict[str, Callable[..., Any]] = {}
+    seen: set[tuple[str, str]] = set()
+
+    def record(name: str, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        if name not in binders:
+            compiled = JITFunction(kernel.fn, **kernel.kwargs)
+            binders[name] = create_function_from_signature(compiled.signature, compiled.params, backend)
+        _, specialization, options = binders[name](*args, **options)
+        seen.add((name, compute_cache_key({}, specialization, options)))
+
+    monkeypatch.setattr(moe, "_launch", record)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize(
+    ("form", "experts", "top_k", "mapped"),
+    [("natural", 64, 6, False), ("shared_basis", 8, 2, True), ("shared_basis", 16, 5, False), ("extras", 4, 1, True)],
+)
+def test_no_number_of_tokens_makes_triton_compile_anew(
+    form: str, experts: int, top_k: int, mapped: bool, dtype: torch.dtype, variants: set[tuple[str, str]]
+) -> None:
+    """Beyond what the sizes that vLLM captures and profiles have compiled."""
+    layer = kernel_layer(build_form(form, num_experts=experts, hidden_size=64, intermediate_size=32), dtype)
+    expert_map = torch.arange(experts, dtype=torch.int32) if mapped else None
+
+    def call_with(T: int, skipped: int = 0) -> None:
+        weights, ids = torch.ones(T * top_k + skipped), torch.zeros(T * top_k + skipped, dtype=torch.int32)
+        routing = [v[skipped:].view(T, top_k) for v in (weights, ids)]
+        moe.moe_forward(layer, torch.empty(T, 64, dtype=dtype), *routing, expert_map)
+
+    for T in WARMED_UP:
+        call_with(T)
+    warmed_up = set(variants)
+    counts = Counter(name for name, _ in warmed_up)
+    assert all(n <= MOST_VARIANTS[name] for name, n in counts.items()), counts
+    for T in (*range(1, 2049), 2049, 5000):
+        call_with(T, skipped=T % 4)  # a view that begins anywhere
+    assert variants == warmed_up
+
+
+@pytest.mark.parametrize("capability", TILES)
+def test_powers_of_two_meet_every_tile_that_any_number_of_tokens_does(capability: int) -> None:
+    for experts, top_k in ((8, 2), (64, 6), (60, 4), (128, 8), (160, 8), (256, 8), (512, 10)):
+        every = {pick_tile(capability, T * top_k, experts) for T in range(1, 2049)}
+        assert every == {pick_tile(capability, T * top_k, experts) for T in WARMED_UP}
+
+
+def test_a_rank_of_experts_takes_the_tile_of_them_all(launches: list[Any]) -> None:
+    """Slots are spread over all experts: a rank with 2 of 16 gets an eighth of them. Its blocks would hold all."""
+    layer = kernel_layer(build_form("natural", num_experts=2, hidden_size=200, intermediate_size=136))
+    expert_map = torch.full((16,), -1, dtype=torch.int32)
+    expert_map[[3, 9]] = torch.arange(2, dtype=torch.int32)
+    moe.moe_forward(layer, *call(100, 200, [[0, 3]] * 100), expert_map)
+    (tile,) = TILES[90][DECODE]
+    (down,) = [(grid, known) for name, grid, known in launches if name == "down"]
+    assert down[0] == (-(-200 // tile.outputs), 200 // tile.tokens + 2)
+    assert ("BT", tile.tokens) in down[1]
+    launches.clear()
+    moe.moe_forward(layer, *call(100, 200, [[0, 1]] * 100))
+    (known,) = [known for name, _, known in launches if name == "down"]
+    assert ("BT", pick_tile(90, 200, 2).tokens) in known
+    assert pick_tile(90, 200, 2).tokens > tile.tokens
+
+
+@pytest.mark.parametrize("routed_slots", [0, moe.ROUTED_SLOTS])
+def test_kernels_are_launched_on_the_device_of_their_arguments(
+    routed_slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever is the current one; it is the same one afterwards."""
+    monkeypatch.setattr(moe, "ROUTED_SLOTS", routed_slots)
+    monkeypatch.setattr(moe, "TOKENS_AT_ONCE", 4)
+    layer = kernel_layer(build_form("extras", **SIZES))
+    seen: list[tuple[int, str]] = []
+
+    def record(name: str, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        assert all(v.is_cuda for v in args if isinstance(v, Tensor))
+        seen.append((torch.cuda.current_device(), name))
+        if fails:
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(moe, "_launch", record)
+    expert_map = torch.arange(8, dtype=torch.int32)
+    with pretended_cuda():
+        there = KernelLayer.of({k: v.cuda() for k, v in layer.tensors().items()}, layer.static())
+        arguments = [v.cuda() for v in (*call(5, 200, [[3, 5]] * 5), expert_map)]
+        with torch.cuda.device(1):
+            fails = False
+            y = moe.moe_forward(there, *arguments)
+            assert torch.cuda.current_device() == 1
+            fails = True
+            with pytest.raises(ZeroDivisionError):
+                moe.moe_forward(there, *arguments)
+            assert torch.cuda.current_device() == 1
+        assert y.is_cuda
+        assert y.shape == (5, 200)
+    assert {device for device, _ in seen} == {0}
+    assert {"scale", "gate_up", "down"} <= {name for _, name in seen}
+
+
+@pytest.mark.usefixtures("launches")
+@pytest.mark.parametrize("elsewhere", ["topk_weights", "topk_ids", "expert_map", "basis", "down_scale"])
+def test_tensors_of_two_devices_are_refused(elsewhere: str) -> None:
+    layer = kernel_layer(build_form("shared_basis", **SIZES))
+    x, topk_weights, topk_ids = call(2, 200, [[3, 5]] * 2)
+    given = {"topk_weights": topk_weights, "topk_ids": topk_ids, "expert_map": torch.arange(8, dtype=torch.int32)}
+    with pretended_cuda():
+        tensors = {k: v if k == elsewhere else v.cuda() for k, v in layer.tensors().items()}
+        given = {k: v if k == elsewhere else v.cuda() for k, v in given.items()}
+        with pytest.raises(BitsmoeError) as raised:
+            moe.moe_forward(KernelLayer.of(tensors, layer.static()), x.cuda(), **given)
+    title, *faults = str(raised.value).splitlines()
+    assert title == "activations are on cuda:0, but not all tensors: move these there:"
+    assert faults == [f"  - {elsewhere} is on cpu"]
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 120, 121])

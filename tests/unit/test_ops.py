@@ -40,6 +40,21 @@ def test_with_an_expert_map() -> None:
     assert torch.equal(got, direct(made, x, topk_weights, topk_ids, local))
 
 
+def test_ids_of_no_expert_are_skipped() -> None:
+    made = build_form("natural")
+    x, topk_weights, topk_ids, _, tensors, key = arguments(made)
+    topk_ids[1], topk_ids[3, 0] = 2**31 - 1, 4
+    topk_weights[1] = float("nan")
+    got = moe_forward_op(x, topk_weights, topk_ids, None, tensors, key)
+    assert torch.equal(got, direct(made, x, topk_weights, topk_ids.clamp(max=4), None))
+    assert got.isfinite().all()
+    assert got.any(1).tolist() == [True, False, True, True, True]
+    # Beyond the map's end too.
+    local = torch.tensor([2, -1], dtype=torch.int32)
+    got = moe_forward_op(x, topk_weights, torch.where(topk_ids < 2, topk_ids, -1), local, tensors, key)
+    assert torch.equal(moe_forward_op(x, topk_weights, topk_ids, local, tensors, key), got)
+
+
 def test_layers_are_told_apart_by_their_layout() -> None:
     forms = [build_form(form, block_size=g) for form in FORMS for g in (16, 32)]
     keys = [layout_key(made.layer, made.block_size) for made in forms]

@@ -11,6 +11,7 @@ from bitsmoe_kernels.format.schema import ProjectionName
 from bitsmoe_kernels.reference import LayerWeights, ProjectionWeights, moe_forward
 from bruteforce import array, assert_close, expert_weights, matrices, moe, weights
 from builders import FORMS, MadeLayer, Plan, build_form, build_layer, layers
+from pretended_cuda import pretended_cuda
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -36,6 +37,7 @@ ROUTINGS: dict[str, tuple[list[list[int]], int]] = {
     "most experts empty": ([[1, 1], [1, 1]], 4),
     "the same expert twice for a token": ([[2, 2, 0], [0, 0, 0]], 4),
     "negative ids": ([[-1, 2], [-1, -1], [0, -5]], 4),
+    "ids of no expert": ([[0, 4], [5, 3], [2**31 - 1, 1], [4, -1]], 4),
     "nobody is routed": ([[-1, -1]] * 2, 4),
     "only the last expert": ([[3, -1]] * 5, 4),
     "a single expert": ([[0]] * 3, 1),
@@ -118,7 +120,7 @@ def test_moe_forward(form: str, routing: str) -> None:
 @given(made=layers(max_experts=3, max_side=40))
 def test_moe_forward_of_any_layer(made: MadeLayer) -> None:
     E = made.layer.num_experts
-    topk_ids = (torch.arange(10) % (E + 1)).reshape(5, 2) - 1
+    topk_ids = (torch.arange(10) % (E + 2)).reshape(5, 2) - 1
     topk_weights = torch.rand(5, 2, generator=torch.Generator().manual_seed(0))
     x = tokens(5, made.layer.hidden_size)
     # Small layers of few bits and random bases can cancel: the bound is on the size of what is summed up.
@@ -158,12 +160,14 @@ def test_columns_of_a_wider_tensor_as_input() -> None:
     assert_close(moe_forward(wrap(made), x, topk_weights, topk_ids), moe(brute(made), x, topk_weights, topk_ids))
 
 
-@pytest.mark.parametrize("expert_map", [[0, 1, 2, 3], [-1, 0, -1, 1], [3, 2, 1, 0], [-1, -1, -1, -1]])
+@pytest.mark.parametrize(
+    "expert_map", [[0, 1, 2, 3], [-1, 0, -1, 1], [3, 2, 1, 0], [-1, -1, -1, -1], [4, 0, 2**31 - 1, 1], [0, 1]]
+)
 @pytest.mark.parametrize("form", ["natural", "paper", "extras"])
 def test_expert_map(form: str, expert_map: list[int]) -> None:
     made = build_form(form)
     local = torch.tensor(expert_map, dtype=torch.int32)
-    for routing in ("each its own", "negative ids", "the same expert twice for a token"):
+    for routing in ("each its own", "negative ids", "ids of no expert", "the same expert twice for a token"):
         topk_weights, topk_ids, _ = route(routing)
         x = tokens(len(topk_ids), 40)
         got = moe_forward(wrap(made), x, topk_weights, topk_ids, local)
@@ -188,11 +192,46 @@ def test_a_poisoned_token_spoils_itself_only(form: str, poison: float) -> None:
 
 def test_a_poisoned_routing_weight_without_an_expert_has_no_effect() -> None:
     made = build_form("natural")
-    topk_ids = torch.tensor([[0, -1], [-1, 2]])
-    topk_weights = torch.tensor([[0.5, float("nan")], [float("inf"), 0.25]])
-    got = moe_forward(wrap(made), tokens(2, 40), topk_weights, topk_ids)
+    topk_ids = torch.tensor([[0, -1], [-1, 2], [4, 1], [3, 2**32 + 1], [2**62, 2**31], [2**63 - 1, -(2**63)]])
+    nan, inf = float("nan"), float("inf")
+    topk_weights = torch.tensor([[0.5, nan], [inf, 0.25], [nan, 1], [1, inf], [inf, nan], [nan, inf]])
+    x = tokens(6, 40)
+    x[4:] = nan
+    got = moe_forward(wrap(made), x, topk_weights, topk_ids)
     clean = torch.nan_to_num(topk_weights, 0, 0)
-    assert torch.equal(got, moe_forward(wrap(made), tokens(2, 40), clean, topk_ids))
+    assert torch.equal(got, moe_forward(wrap(made), x, clean, topk_ids.clamp(-1, 4)))
+    assert got[:4].isfinite().all()
+    assert not got[4:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_the_expert_of_any_id(dtype: torch.dtype, mapped: bool) -> None:
+    """Of 3 experts here and 5 in all, against a table."""
+    end = torch.iinfo(dtype)
+    places = [2, -1, 0, 3, 1] if mapped else [0, 1, 2]
+    ids = [0, 1, 2, 3, 4, 5, 6, -1, -2, 255, 256, 2**31 - 1, -(2**31), end.min, end.max, end.max // 2]
+    want = [places[i] if 0 <= i < len(places) and 0 <= places[i] < 3 else -1 for i in ids]
+    expert_map = torch.tensor(places, dtype=dtype) if mapped else None
+    got = reference.expert_of_slots(torch.tensor([ids, ids[::-1]], dtype=dtype), 3, expert_map)
+    assert got.dtype == torch.int64
+    assert got.tolist() == [want, want[::-1]]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_layer_on_a_gpu_is_computed_there(form: str) -> None:
+    made = build_form(form)
+    topk_weights, topk_ids, _ = route("ids of no expert")
+    given = [tokens(len(topk_ids), 40), topk_weights, topk_ids, torch.tensor([2, -1, 0, 1], dtype=torch.int32)]
+    expected, expected_weights = moe_forward(wrap(made), *given), wrap(made).expert_weights(1)
+    with pretended_cuda():
+        there = LayerWeights(made.layer, made.block_size, {name: t.cuda() for name, t in made.tensors.items()})
+        got, got_weights = moe_forward(there, *(v.cuda() for v in given)), there.expert_weights(1)
+        assert got.is_cuda
+        assert torch.equal(got.cpu(), expected)
+        for w, want in zip(got_weights, expected_weights, strict=True):
+            assert w.is_cuda
+            assert torch.equal(w.cpu(), want)
 
 
 @pytest.mark.parametrize("form", FORMS)

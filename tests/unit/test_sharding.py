@@ -15,6 +15,7 @@ from bitsmoe_kernels.reference import LayerWeights, moe_forward
 from bitsmoe_kernels.sharding import ParallelSizes, check_tensor_parallel, parallel_sizes, shard_channels, shard_layer
 from bruteforce import Array, assert_close, expert_weights, moe
 from builders import FORMS, REPO, MadeLayer, Plan, build_form, build_layer, layers
+from pretended_cuda import pretended_cuda
 from tools.parallel_sizes import published_table
 
 SIZES = [(16, 56), (16, 80), (16, 7), (32, 56), (32, 96)]
@@ -142,6 +143,21 @@ def test_a_rank_holds_slices_of_the_weights(form: str, tp_size: int) -> None:
             ):
                 # Not torch.equal: with a basis the sums may run in another order.
                 torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("part", [(0, 1, None), (1, 2, None), (0, 1, (3, 0)), (1, 3, (2, 1))])
+def test_a_layer_on_a_gpu_is_split_there(form: str, part: tuple[int, int, Sequence[int] | None]) -> None:
+    """Loaders may hand over tensors of the device."""
+    made = build_form(form)
+    layer, tensors = shard(made, *part)
+    with pretended_cuda():
+        there = {name: t.cuda() for name, t in made.tensors.items()}
+        got_layer, got = shard_layer(made.layer, there, made.block_size, *part)
+        assert got_layer == layer
+        assert all(t.is_cuda for t in got.values())
+        assert got.keys() == tensors.keys()
+        assert all(torch.equal(got[name].cpu(), t) for name, t in tensors.items())
 
 
 @pytest.mark.parametrize(("block_size", "intermediate_size"), SIZES)

@@ -177,7 +177,7 @@ def gate_up_kernel(act, corr, codes32, codes16, dense, start, tiles, columns, sc
         tl.store(pout, h, mask=valid[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["weight"])
 def down_kernel(act, corr, codes32, codes16, dense, start, tiles, columns, scale,
                 block_expert, block_slot, num_blocks,
                 weight, local, partial, arrived, out,

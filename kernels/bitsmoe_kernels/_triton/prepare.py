@@ -10,21 +10,34 @@ from bitsmoe_kernels._triton.codes import product, rounded
 
 
 @triton.jit
+def _expert_of(ids, s, S, E: tl.constexpr, EXPERTS: tl.constexpr, EXPERT_MAP: tl.constexpr, expert_map):
+    """`reference.expert_of_slots` of slots s, int32."""
+    expert = tl.load(ids + s, mask=s < S, other=-1)
+    # Bounded before the cast: 2^32 + 1 must not become expert 1.
+    here = (expert >= 0) & (expert < EXPERTS)
+    expert = tl.where(here, expert, 0).to(tl.int32)
+    if EXPERT_MAP:
+        mapped = tl.load(expert_map + expert, mask=here, other=-1)
+        here = (mapped >= 0) & (mapped < E)
+        expert = mapped.to(tl.int32)
+    return tl.where(here, expert, -1)
+
+
+# What changes with the number of tokens, or is the caller's, makes no variants: nothing is compiled while serving.
+@triton.jit(do_not_specialize=["S", "NT"], do_not_specialize_on_alignment=["ids", "expert_map"])
 def route_kernel(ids, local, block_expert, block_slot, num_blocks, arrived, S, NT,
                  E: tl.constexpr, E_POW2: tl.constexpr, BT: tl.constexpr, CHUNK: tl.constexpr,
-                 EXPERT_MAP: tl.constexpr, expert_map):  # fmt: skip
+                 EXPERTS: tl.constexpr, EXPERT_MAP: tl.constexpr, expert_map):  # fmt: skip
     """Slots in blocks of one expert each, in the order of experts and of slots within one: one program does it all.
 
-    ids: int32 or int64 [S], global experts, negative ones skipped. local: int32 [S], written: expert here or -1.
-    expert_map: int32 [global experts], local index or -1. arrived: int32 [T * NT], cleared here.
+    ids: int32 or int64 [S], of EXPERTS global experts; all others are skipped. local: int32 [S], written: expert here
+    or -1. expert_map: int32 [EXPERTS], local index or -1. arrived: int32 [T * NT], cleared here.
     """
     e = tl.arange(0, E_POW2)
     counts = tl.zeros((E_POW2,), tl.int32)
     for first in range(0, S, CHUNK):
         s = first + tl.arange(0, CHUNK)
-        expert = tl.load(ids + s, mask=s < S, other=-1).to(tl.int32)
-        if EXPERT_MAP:
-            expert = tl.where(expert >= 0, tl.load(expert_map + tl.maximum(expert, 0)).to(tl.int32), -1)
+        expert = _expert_of(ids, s, S, E, EXPERTS, EXPERT_MAP, expert_map)
         tl.store(local + s, expert, mask=s < S)
         counts += tl.sum((expert[:, None] == e[None, :]).to(tl.int32), 0)
     blocks = (counts + BT - 1) // BT
@@ -44,9 +57,7 @@ def route_kernel(ids, local, block_expert, block_slot, num_blocks, arrived, S, N
     tl.debug_barrier()
     for first in range(0, S, CHUNK):
         s = first + tl.arange(0, CHUNK)
-        expert = tl.load(ids + s, mask=s < S, other=-1).to(tl.int32)
-        if EXPERT_MAP:
-            expert = tl.where(expert >= 0, tl.load(expert_map + tl.maximum(expert, 0)).to(tl.int32), -1)
+        expert = _expert_of(ids, s, S, E, EXPERTS, EXPERT_MAP, expert_map)
         hit = (expert[:, None] == e[None, :]).to(tl.int32)
         before = tl.cumsum(hit, 0) - hit
         place = tl.sum(hit * (begin[None, :] + before), 1)
@@ -54,7 +65,7 @@ def route_kernel(ids, local, block_expert, block_slot, num_blocks, arrived, S, N
         begin += tl.sum(hit, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def basis_kernel(x, basis, basis_scale, z, T, H, R,
                  BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
                  ASM: tl.constexpr):  # fmt: skip
