@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.format.checkpoint import with_schema
 from bitsmoe_kernels.format.dense import DenseConfig
 from bitsmoe_kernels.format.schema import FORMAT_VERSION, QUANT_METHOD, CheckpointConfig, Layer
 from bitsmoe_kernels.format.shards import ShardWriter, read_json
@@ -592,7 +593,7 @@ class _Run:
             run=record,
         )
         final = draft.model_copy(update={"bpw": draft.all_in_bpw()})
-        config = {**self.source.config, "quantization_config": final.dump()}
+        config = with_schema(self.source.config, final.dump())
         (result / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         copy_side_files(self.source.directory, result)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
+from bitsmoe_kernels.format.checkpoint import plain_config
 from bitsmoe_kernels.format.families import MODULE_EXPERTS, kept_tensors
 from offline_quant.chunks import chunks_of, matrix_bytes
 from offline_quant.model_adapter import WeightSource
@@ -42,9 +43,8 @@ class StreamedModel:
         self.source = source
         self.shape = source.shape
         self.device = torch.device(device)
-        plain = {k: v for k, v in source.config.items() if k not in ("quantization_config", "torch_dtype", "dtype")}
         try:
-            config = AutoConfig.for_model(**plain)
+            config = AutoConfig.for_model(**plain_config(source.config))
             with torch.device("meta"):
                 self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, StrictDataclassError) as e:

@@ -1,0 +1,16 @@
+"""bitsmoe for Python programs. After `import bitsmoe`, transformers loads bitsmoe checkpoints.
+
+    import bitsmoe
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained("qwen3-bitsmoe-2bit")
+
+Importing this package loads neither torch nor transformers; their order does not matter.
+"""
+
+from bitsmoe.registration import register_with_transformers
+from offline_quant import VERSION as __version__
+
+__all__ = ["__version__"]
+
+register_with_transformers()
