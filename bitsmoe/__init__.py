@@ -9,8 +9,9 @@ Importing this package loads neither torch nor transformers; their order does no
 """
 
 from bitsmoe.registration import register_with_transformers
-from offline_quant import VERSION as __version__
+from offline_quant import VERSION
 
 __all__ = ["__version__"]
+__version__ = VERSION
 
 register_with_transformers()

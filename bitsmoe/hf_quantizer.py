@@ -1,4 +1,4 @@
-"""How transformers loads a bitsmoe checkpoint: its own loader reads the tensors as they are stored, into modules of ours.
+"""How transformers loads a bitsmoe checkpoint: its loader reads the tensors as they are stored, into modules of ours.
 
 The routed experts stay as they are stored and are computed by the reference. Linear layers outside them that are stored
 at 8 or 4 bits become ordinary ones.
@@ -100,6 +100,10 @@ class _Stored(nn.Module):
 
         return super()._apply(moved, recurse)
 
+    def ordinary_weights(self) -> dict[str, Tensor]:
+        """Parameters of the ordinary module by name, float32."""
+        raise NotImplementedError
+
     def to_plain(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The ordinary module with the weights that are stored.
 
@@ -107,13 +111,17 @@ class _Stored(nn.Module):
             dtype: of the weights; None: the model's.
 
         Raises:
-            BitsmoeError: tensors that were moved to a disk, or out of the GPU's memory.
+            BitsmoeError: accelerate has moved the tensors to a disk or to the CPU.
         """
-        raise NotImplementedError
-
-    def _fill(self, name: str, weight: Tensor, dtype: torch.dtype | None) -> None:
-        made = weight.to(dtype or self._plain[0].get_parameter(name).dtype)
-        setattr(self._plain[0], name, nn.Parameter(made))
+        if any(tensor.is_meta for tensor in self.tensors.values()):
+            raise BitsmoeError(
+                "weights that device_map keeps on the CPU or a disk cannot be dequantized by transformers: give the "
+                "model more memory (max_memory), or make an ordinary checkpoint with `bitsmoe dequantize`"
+            )
+        (plain,) = self._plain
+        for name, weight in self.ordinary_weights().items():
+            setattr(plain, name, nn.Parameter(weight.to(dtype or plain.get_parameter(name).dtype)))
+        return plain
 
 
 class BitsmoeExperts(_Stored):
@@ -139,14 +147,13 @@ class BitsmoeExperts(_Stored):
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         return moe_forward(self.weights, flat, top_k_weights, top_k_index).view_as(hidden_states)
 
-    def to_plain(self, dtype: torch.dtype | None = None) -> nn.Module:
+    def ordinary_weights(self) -> dict[str, Tensor]:
         """See `_Stored`."""
         gate_up, down = self.weights.experts(range(self.layer.num_experts))
-        self._fill("gate_up_proj", gate_up, dtype)
-        self._fill("down_proj", down, dtype)
-        return self._plain[0]
+        return {"gate_up_proj": gate_up, "down_proj": down}
 
     def extra_repr(self) -> str:
+        """What `repr` shows."""
         E, H, I = self.layer.num_experts, self.layer.hidden_size, self.layer.intermediate_size  # noqa: E741
         return f"num_experts={E}, hidden_size={H}, intermediate_size={I}, projections={list(self.layer.projections)}"
 
@@ -159,12 +166,11 @@ class _StoredLinear(_Stored):
         self.form = form
         self.bias = plain.bias
 
-    def to_plain(self, dtype: torch.dtype | None = None) -> nn.Module:
+    def ordinary_weights(self) -> dict[str, Tensor]:
         """See `_Stored`."""
-        self._fill("weight", dequantize(self.weight_packed, self.weight_scale, self.form), dtype)
-        if self.bias is not None:
-            self._plain[0].bias = self.bias
-        return self._plain[0]
+        words, scale = self.tensors["weight_packed"], self.tensors["weight_scale"]
+        bias = {} if self.bias is None else {"bias": self.bias}
+        return {"weight": dequantize(words, scale, self.form), **bias}
 
 
 class BitsmoeQuantizer(HfQuantizer):
@@ -174,10 +180,9 @@ class BitsmoeQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: BitsmoeConfig, **kwargs: Any):
         if not kwargs.get("pre_quantized", True):
-            raise BitsmoeError("from_pretrained cannot quantize with bitsmoe: make a checkpoint with `bitsmoe quantize`")
+            raise BitsmoeError("from_pretrained cannot quantize to bitsmoe: make a checkpoint with `bitsmoe quantize`")
         super().__init__(quantization_config, **kwargs)
         self._source: QuantizedModel | None = None
-        self._base = ""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Called first.
@@ -208,7 +213,8 @@ class BitsmoeQuantizer(HfQuantizer):
         _refuse_parallel(model)
         if not checkpoint_files:
             raise BitsmoeError("a bitsmoe checkpoint is loaded from its directory or Hub name, not from a state_dict")
-        source = self._source = QuantizedModel(Path(checkpoint_files[0]).parent)
+        with torch.device("cpu"):  # transformers makes new tensors on "meta" here
+            source = self._source = QuantizedModel(Path(checkpoint_files[0]).parent)
         faults = _missing_tensors(model, source)
         for stored, path in _places(model, source).items():
             try:
@@ -219,6 +225,8 @@ class BitsmoeQuantizer(HfQuantizer):
             model.set_submodule(path, _stored_module(source, stored, plain))
         if faults:
             raise BitsmoeError(fault_list(f"{source.directory}: does not fit transformers' model", faults))
+        # While it loads: otherwise tensors whose names it changes would keep the file's dtype, and not get the model's.
+        self.pre_quantized = False
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         """Make sure that transformers loaded what is stored, and make stored linear layers ordinary ones.
@@ -227,6 +235,7 @@ class BitsmoeQuantizer(HfQuantizer):
             BitsmoeError: lists tensors that are not as the file has them.
         """
         _refuse_parallel(model)
+        self.pre_quantized = True
         source, self._source = self._source, None
         assert source is not None
         places = _places(model, source)
@@ -245,6 +254,8 @@ class BitsmoeQuantizer(HfQuantizer):
         for path, module in list(model.named_modules()):
             if isinstance(module, BitsmoeExperts):
                 model.set_submodule(path, module.to_plain(dtype))
+        # By these save_pretrained would give tensors the names they had in the file; without, those of any such model.
+        vars(model).pop("_weight_conversions", None)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -292,21 +303,22 @@ def _missing_tensors(model: Any, source: QuantizedModel) -> list[str]:
     """Faults of the tensors that transformers would otherwise make up at random."""
     with torch.device("meta"):
         whole = transformers.AutoModelForCausalLM.from_config(model.config)
+    for tied, kept in whole.all_tied_weights_keys.items():  # transformers ties them when all is loaded
+        path, _, name = tied.rpartition(".")
+        setattr(whole.get_submodule(path), name, whole.get_parameter(kept))
     return source.shape.other_faults(whole, source.tensors.specs)
 
 
 def _faults(source: QuantizedModel, stored: str, module: _Stored) -> list[str]:
-    """What of a module's tensors is not in memory as the file has it; those moved away by accelerate are left out."""
+    """What of a module's tensors is not in memory as the file has it; those that accelerate moved away are left out."""
     faults = []
-    for name, tensor in module.tensors.items():
+    for name, got in module.tensors.items():
+        if got.is_meta:
+            continue
         want = source.checkpoint.tensors.get(f"{stored}.{name}")
-        if tensor.is_meta:
-            if isinstance(module, _StoredLinear):
-                faults.append(f"{stored}: layers stored at 8 or 4 bits cannot be offloaded; use `bitsmoe dequantize`")
-                break
-        elif (tensor.dtype, tensor.shape) != (want.dtype, want.shape):
-            faults.append(f"tensor {stored}.{name} is {tensor.dtype} {list(tensor.shape)}, the file has "
-                          f"{want.dtype} {list(want.shape)}")
-        elif not torch.equal(*(t.flatten()[:COMPARED_VALUES].cpu() for t in (tensor, want))):
-            faults.append(f"tensor {stored}.{name} has other values than the file")
+        is_, in_file = TensorSpec(got.dtype, tuple(got.shape)), TensorSpec(want.dtype, tuple(want.shape))
+        if is_ != in_file:
+            faults.append(f"tensor {stored}.{name} is {is_}, but {in_file} in the file")
+        elif not torch.equal(*(t.flatten()[:COMPARED_VALUES].cpu() for t in (got, want))):
+            faults.append(f"tensor {stored}.{name} has other values than in the file")
     return faults

@@ -69,7 +69,7 @@ def make_model(architecture: str, directory: Path, dtype: torch.dtype = torch.bf
 
 def make_quantized(architecture: str, directory: Path, form: str = "natural", max_shard_bytes: int = 10**9) -> Path:
     """Write a bitsmoe checkpoint of a random model with random experts of a form (`form_plans`); no quantizer runs."""
-    make_model(architecture, directory, torch.float32)
+    make_model(architecture, directory)
     config, tensors = json.loads((directory / "config.json").read_text()), load_file(directory / "model.safetensors")
     shape = moe_shape(config, architecture)
     others = {name: tensor for name, tensor in tensors.items() if not shape.is_expert_tensor(name)}
@@ -84,9 +84,7 @@ def make_quantized(architecture: str, directory: Path, form: str = "natural", ma
         for i in shape.layers
     }
     (directory / "model.safetensors").unlink()
-    write_checkpoint(
-        directory, experts, other_tensors=others, model_config=config, max_shard_bytes=max_shard_bytes
-    )
+    write_checkpoint(directory, experts, other_tensors=others, model_config=config, max_shard_bytes=max_shard_bytes)
     return directory
 
 
