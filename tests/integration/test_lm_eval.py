@@ -1,4 +1,6 @@
-"""lm-eval through vLLM reports for a quantized checkpoint what plain transformers finds for its dequantized weights.
+"""lm-eval reports for a quantized checkpoint what plain transformers finds for its dequantized weights.
+
+Its backends are `vllm`, and `hf`, which is transformers with `import bitsmoe`.
 
 The three tasks have the three forms of the standard ones. Their data is written here, by the demo model.
 """
@@ -89,15 +91,34 @@ def write_items(file: Path, items: Iterable[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
 
 
-def lm_eval(model: Path, directory: Path, vllm_cache: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+BACKENDS = {
+    "vllm": (
+        [str(Path(sys.executable).with_name("lm_eval")), "run", "--model", "vllm", "--batch_size", "auto"],
+        "quantization=bitsmoe,enforce_eager=True,max_model_len=256",
+    ),
+    # As docs/evaluation.md has it.
+    "hf": (
+        [
+            *(sys.executable, "-c", "import bitsmoe; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"),
+            *("run", "--model", "hf", "--batch_size", "8", "--device", "cpu"),
+            # The demo model's generation_config.json has a max_new_tokens, which would come before the task's length.
+            *("--gen_kwargs", f"max_new_tokens={GENERATED_TOKENS}"),
+        ],
+        "max_length=256",
+    ),
+}
+"""Command, and arguments of the model."""
+
+
+def lm_eval(
+    backend: str, model: Path, directory: Path, vllm_cache: Path
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """Results by task, and what was recorded of each item, in order."""
     names = ",".join(f"bitsmoe_{task.stem}" for task in sorted(TASKS.glob("*.yaml")))
+    program, arguments = BACKENDS[backend]
     command = [
-        *(str(Path(sys.executable).with_name("lm_eval")), "run", "--model", "vllm", "--batch_size", "auto"),
-        *(
-            "--model_args",
-            f"pretrained={model},quantization=bitsmoe,dtype=float32,enforce_eager=True,max_model_len=256",
-        ),
+        *program,
+        *("--model_args", f"pretrained={model},dtype=float32,{arguments}"),
         *("--include_path", str(TASKS), "--tasks", names, "--output_path", "out", "--log_samples"),
     ]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -134,10 +155,15 @@ def assert_share(reported: float, leads: list[float]) -> None:
     assert sure <= round(reported * len(leads), 6) <= possible
 
 
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return sampled_texts()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_results_are_those_of_the_dequantized_checkpoint(
-    quantized: Path, dequantized: Path, tmp_path: Path, vllm_cache: Path
+    backend: str, texts: list[str], quantized: Path, dequantized: Path, tmp_path: Path, vllm_cache: Path
 ) -> None:
-    texts = sampled_texts()
     items = continuation_items(texts)
     reference = Reference(dequantized)
     greedy = {item["context"]: reference.greedy(item["context"]) for item in items[:NUM_GENERATIONS]}
@@ -145,7 +171,7 @@ def test_the_results_are_those_of_the_dequantized_checkpoint(
     write_items(tmp_path / "text.jsonl", ({"text": text} for text in texts))
     write_items(tmp_path / "generation.jsonl", ({"context": c, "target": t} for c, (t, _) in greedy.items()))
 
-    results, samples = lm_eval(quantized, tmp_path, vllm_cache)
+    results, samples = lm_eval(backend, quantized, tmp_path, vllm_cache)
 
     choices = results["bitsmoe_continuation"]
     leads, leads_per_character = [], []
