@@ -121,7 +121,7 @@ class _Stored(nn.Module):
         (plain,) = self._plain
         for name, weight in self.ordinary_weights().items():
             setattr(plain, name, nn.Parameter(weight.to(dtype or plain.get_parameter(name).dtype)))
-        return plain
+        return plain.train(self.training)
 
 
 class BitsmoeExperts(_Stored):
@@ -199,7 +199,7 @@ class BitsmoeQuantizer(HfQuantizer):
             delattr(config, WEIGHTS_KEY)
         return config
 
-    # The methods that see the config before files are looked for: up to transformers 5.23, and since.
+    # The methods that see the config before files are looked for: up to transformers 5.20, and from 5.18 on.
     update_tp_plan = update_attn_implementation = _without_note
 
     def _process_model_before_weight_loading(

@@ -33,7 +33,8 @@ class _Watch(importlib.abc.MetaPathFinder):
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
-                _register()
+                if module.__name__ == METHODS:  # a zip file has one loader for all its modules
+                    _register()
 
             loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
