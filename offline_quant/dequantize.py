@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from bitsmoe_kernels.format.checkpoint import plain_config
 from bitsmoe_kernels.format.shards import ShardWriter
 from offline_quant.model_adapter import QuantizedModel
 from offline_quant.output import check_output, check_space, copy_side_files, new_directory
@@ -47,7 +48,7 @@ def dequantize_checkpoint(source: Path, out: Path, dtype: torch.dtype) -> None:
                 for name, weight in zip(model.shape.expert_names(layer, e), (gate, up, down[e]), strict=True):
                     writer.add(name, weight.to(dtype))
         writer.finish()
-        config = {k: v for k, v in model.config.items() if k not in ("quantization_config", "dtype", "torch_dtype")}
+        config = plain_config(model.config)
         config["dtype" if "dtype" in model.config else "torch_dtype"] = str(dtype).removeprefix("torch.")
         (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         copy_side_files(source, scratch)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError, Faults
+from bitsmoe_kernels.format.checkpoint import with_schema
 from bitsmoe_kernels.format.dense import DenseConfig
 from bitsmoe_kernels.format.families import moe_shape
 from bitsmoe_kernels.format.schema import FORMAT_VERSION, QUANT_METHOD, CheckpointConfig, Layer
@@ -711,7 +712,7 @@ class _Run:
         kept = dict(self.source.config)
         if missing_code(self.source.directory):
             del kept["auto_map"]
-        config = {**kept, "quantization_config": final.dump()}
+        config = with_schema(kept, final.dump())
         (result / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         copy_side_files(self.source.directory, result)
 

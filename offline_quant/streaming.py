@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
+from bitsmoe_kernels.format.checkpoint import plain_config
 from bitsmoe_kernels.format.families import MODULE_EXPERTS, kept_tensors
 from offline_quant.chunks import chunks_of, matrix_bytes
 from offline_quant.model_adapter import WeightSource
@@ -40,9 +41,8 @@ def model_without_memory(config: Mapping[str, Any], directory: Path) -> tuple[An
     Raises:
         BitsmoeError: transformers cannot build them.
     """
-    plain = {k: v for k, v in config.items() if k not in ("quantization_config", "torch_dtype", "dtype")}
     try:
-        built = AutoConfig.for_model(**plain)
+        built = AutoConfig.for_model(**plain_config(config))
         with torch.device("meta"):
             return built, AutoModelForCausalLM.from_config(built, dtype=torch.float32).eval()
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, StrictDataclassError) as e:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bitsmoe_kernels.format.checkpoint import with_schema
 from bitsmoe_kernels.format.dense import DenseBits, DenseConfig, DenseGroup, DenseWeights, dense_linears, pack
 from bitsmoe_kernels.format.packing import pack_codes
 from bitsmoe_kernels.format.schema import (
@@ -297,7 +298,7 @@ def write_checkpoint(
 
 def write_config(directory: Path, model_config: Mapping[str, Any], quantization_config: Mapping[str, Any]) -> None:
     """Write config.json; call it again to plant a fault in it."""
-    data = {**model_config, "quantization_config": quantization_config}
+    data = with_schema(model_config, quantization_config)
     (directory / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bitsmoe_kernels.format.families import FAMILIES
-from builders import TINY_MOE
+from bitsmoe_kernels.format.families import FAMILIES, moe_shape
+from builders import TINY_MOE, build_form, write_checkpoint
 from offline_quant.model_adapter import WeightSource
 from offline_quant.streaming import StreamedModel
 
@@ -64,6 +64,27 @@ def make_model(architecture: str, directory: Path, dtype: torch.dtype = torch.bf
     model.to(dtype).save_pretrained(directory)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copyfile(TINY_MOE / name, directory / name)
+    return directory
+
+
+def make_quantized(architecture: str, directory: Path, form: str = "natural", max_shard_bytes: int = 10**9) -> Path:
+    """Write a bitsmoe checkpoint of a random model with random experts of a form (`form_plans`); no quantizer runs."""
+    make_model(architecture, directory)
+    config, tensors = json.loads((directory / "config.json").read_text()), load_file(directory / "model.safetensors")
+    shape = moe_shape(config, architecture)
+    others = {name: tensor for name, tensor in tensors.items() if not shape.is_expert_tensor(name)}
+    experts = {
+        shape.prefix(i): build_form(
+            form,
+            num_experts=shape.num_experts,
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.intermediate_size,
+            seed=i,
+        )
+        for i in shape.layers
+    }
+    (directory / "model.safetensors").unlink()
+    write_checkpoint(directory, experts, other_tensors=others, model_config=config, max_shard_bytes=max_shard_bytes)
     return directory
 
 

@@ -1,10 +1,13 @@
-"""lm-eval through vLLM reports for a quantized checkpoint what plain transformers finds for its dequantized weights.
+"""lm-eval reports for a quantized checkpoint what plain transformers finds for its dequantized weights.
+
+Its backends are `vllm`, and `hf`, which is transformers with `import bitsmoe`.
 
 The three tasks have the three forms of the standard ones. Their data is written here, by the demo model.
 """
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -89,15 +92,32 @@ def write_items(file: Path, items: Iterable[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
 
 
-def lm_eval(model: Path, directory: Path, vllm_cache: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+BACKENDS = {
+    "vllm": (
+        [str(Path(sys.executable).with_name("lm_eval")), "run", "--model", "vllm", "--batch_size", "auto"],
+        "quantization=bitsmoe,enforce_eager=True,max_model_len=256",
+    ),
+    # As docs/evaluation.md has it.
+    "hf": (
+        [
+            *(sys.executable, "-c", "import bitsmoe; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"),
+            *("run", "--model", "hf", "--batch_size", "8", "--device", "cpu"),
+        ],
+        "max_length=256",
+    ),
+}
+"""Command, and arguments of the model."""
+
+
+def lm_eval(
+    backend: str, model: Path, directory: Path, vllm_cache: Path
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """Results by task, and what was recorded of each item, in order."""
     names = ",".join(f"bitsmoe_{task.stem}" for task in sorted(TASKS.glob("*.yaml")))
+    program, arguments = BACKENDS[backend]
     command = [
-        *(str(Path(sys.executable).with_name("lm_eval")), "run", "--model", "vllm", "--batch_size", "auto"),
-        *(
-            "--model_args",
-            f"pretrained={model},quantization=bitsmoe,dtype=float32,enforce_eager=True,max_model_len=256",
-        ),
+        *program,
+        *("--model_args", f"pretrained={model},dtype=float32,{arguments}"),
         *("--include_path", str(TASKS), "--tasks", names, "--output_path", "out", "--log_samples"),
     ]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -134,10 +154,24 @@ def assert_share(reported: float, leads: list[float]) -> None:
     assert sure <= round(reported * len(leads), 6) <= possible
 
 
+def without_a_length_of_its_own(model: Path, copy: Path) -> Path:
+    """A copy whose generation_config.json leaves the length of a text to the task: transformers goes by the model's."""
+    shutil.copytree(model, copy)
+    settings = json.loads((copy / "generation_config.json").read_text())
+    del settings["max_new_tokens"]
+    (copy / "generation_config.json").write_text(json.dumps(settings))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return sampled_texts()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_results_are_those_of_the_dequantized_checkpoint(
-    quantized: Path, dequantized: Path, tmp_path: Path, vllm_cache: Path
+    backend: str, texts: list[str], quantized: Path, dequantized: Path, tmp_path: Path, vllm_cache: Path
 ) -> None:
-    texts = sampled_texts()
     items = continuation_items(texts)
     reference = Reference(dequantized)
     greedy = {item["context"]: reference.greedy(item["context"]) for item in items[:NUM_GENERATIONS]}
@@ -145,7 +179,8 @@ def test_the_results_are_those_of_the_dequantized_checkpoint(
     write_items(tmp_path / "text.jsonl", ({"text": text} for text in texts))
     write_items(tmp_path / "generation.jsonl", ({"context": c, "target": t} for c, (t, _) in greedy.items()))
 
-    results, samples = lm_eval(quantized, tmp_path, vllm_cache)
+    model = without_a_length_of_its_own(quantized, tmp_path / "model") if backend == "hf" else quantized
+    results, samples = lm_eval(backend, model, tmp_path, vllm_cache)
 
     choices = results["bitsmoe_continuation"]
     leads, leads_per_character = [], []

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from bitsmoe_kernels.format.checkpoint import Checkpoint
+from bitsmoe_kernels.format.checkpoint import WEIGHTS_KEY, WEIGHTS_NOTE, Checkpoint
 from bitsmoe_kernels.reference import LayerWeights
 from builders import REPO, write_first_layers
 from offline_quant.calibration import load_tokenizer
@@ -224,7 +224,8 @@ def test_every_form_dequantizes_to_what_the_reference_says(tmp_path, text, basis
     tensors = load_file(plain / "model.safetensors")
     assert sorted(tensors) == sorted(load_file(source / "model.safetensors"))
     checkpoint = Checkpoint(out)
-    assert "quantization_config" not in json.loads((plain / "config.json").read_text())
+    assert checkpoint.model_config[WEIGHTS_KEY] == WEIGHTS_NOTE
+    assert not {WEIGHTS_KEY, "quantization_config"} & json.loads((plain / "config.json").read_text()).keys()
     for prefix, layer in checkpoint.config.layers.items():
         weights = LayerWeights(layer, block_size, checkpoint.layer_tensors(prefix))
         for e in (0, 15):

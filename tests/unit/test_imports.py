@@ -1,4 +1,4 @@
-"""The import direction: offline_quant -> bitsmoe_kernels <- bitsmoe_vllm, read from the source, nothing is run."""
+"""The import directions: bitsmoe -> offline_quant -> bitsmoe_kernels <- bitsmoe_vllm, read from the source."""
 
 import ast
 from collections.abc import Iterator
@@ -10,12 +10,20 @@ from builders import REPO
 
 # Package -> its folder and the top-level modules it must never import, not even inside a function.
 RULES = {
-    "bitsmoe_kernels": ("kernels/bitsmoe_kernels", {"offline_quant", "bitsmoe_vllm", "vllm", "transformers"}),
-    "offline_quant": ("offline_quant", {"bitsmoe_vllm", "vllm", "triton"}),
-    "bitsmoe_vllm": ("bitsmoe_vllm", {"offline_quant"}),
+    "bitsmoe_kernels": (
+        "kernels/bitsmoe_kernels",
+        {"bitsmoe", "offline_quant", "bitsmoe_vllm", "vllm", "transformers"},
+    ),
+    "offline_quant": ("offline_quant", {"bitsmoe", "bitsmoe_vllm", "vllm", "triton"}),
+    "bitsmoe_vllm": ("bitsmoe_vllm", {"bitsmoe", "offline_quant"}),
+    "bitsmoe": ("bitsmoe", {"bitsmoe_vllm", "vllm", "triton"}),
 }
-# What each of the two outer packages is there to join.
-NEEDS = {"offline_quant": {"bitsmoe_kernels"}, "bitsmoe_vllm": {"bitsmoe_kernels", "vllm"}}
+# What each of the outer packages is there to join.
+NEEDS = {
+    "offline_quant": {"bitsmoe_kernels"},
+    "bitsmoe_vllm": {"bitsmoe_kernels", "vllm"},
+    "bitsmoe": {"bitsmoe_kernels", "offline_quant", "transformers"},
+}
 
 
 def imports(source: str) -> Iterator[tuple[int, str]]:

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from safetensors.torch import save_file
 
 from bitsmoe_kernels import format as format_package
+from bitsmoe_kernels.format.checkpoint import WEIGHTS_KEY, WEIGHTS_NOTE
 from bitsmoe_kernels.format.packing import pack_codes, unpack_codes
 from bitsmoe_kernels.format.schema import (
     FORMAT_VERSION,
@@ -135,6 +136,11 @@ def test_tensor_table() -> None:
 
 def test_version() -> None:
     assert f"# The bitsmoe checkpoint format, version {FORMAT_VERSION}\n" in SPEC
+
+
+def test_the_note_for_transformers() -> None:
+    assert block("transformers-weights") == f"{WEIGHTS_NOTE}\n"
+    assert f"`{WEIGHTS_KEY}`" in SPEC
 
 
 def test_no_tensor_name_is_reserved() -> None:

@@ -1,5 +1,6 @@
 """Open a bitsmoe checkpoint directory: config.json, schema, tensors, all checks."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,14 @@ from bitsmoe_kernels.format.dense import DenseConfig, DenseReader
 from bitsmoe_kernels.format.schema import QUANT_METHOD, CheckpointConfig
 from bitsmoe_kernels.format.shards import ShardReader, read_json
 from bitsmoe_kernels.format.validate import check_bits, check_headers, check_values
+
+WEIGHTS_KEY = "transformers_weights"
+"""Key of config.json under which transformers looks for the name of the file that holds a model's weights."""
+WEIGHTS_NOTE = (
+    "this is a bitsmoe checkpoint, which transformers cannot load alone: install bitsmoe-vllm and `import bitsmoe` "
+    "before from_pretrained, or make an ordinary checkpoint with `bitsmoe dequantize`"
+)
+"""Its value: transformers shows it as a file name it must refuse. As short as a file name, and no path."""
 
 
 class Checkpoint:
@@ -90,3 +99,19 @@ def is_bitsmoe(model_config: dict[str, Any]) -> bool:
     """Whether a config.json belongs to a bitsmoe checkpoint."""
     data = model_config.get("quantization_config")
     return isinstance(data, dict) and data.get("quant_method") == QUANT_METHOD
+
+
+def with_schema(model_config: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a bitsmoe checkpoint.
+
+    Args:
+        model_config: config.json of the original model.
+        schema: `quantization_config`, as `CheckpointConfig.dump` makes it.
+    """
+    return {**model_config, "quantization_config": dict(schema), WEIGHTS_KEY: WEIGHTS_NOTE}
+
+
+def plain_config(model_config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of an ordinary checkpoint of the same model, from that of either kind; without its dtype."""
+    own = ("quantization_config", WEIGHTS_KEY, "dtype", "torch_dtype")
+    return {k: v for k, v in model_config.items() if k not in own}
