@@ -23,7 +23,7 @@ from bitsmoe_kernels.layout import KernelLayer, to_kernel_layout
 from bitsmoe_kernels.reference import LayerWeights
 from bitsmoe_kernels.tiles import DECODE, PREFILL, TILES, kwidth_of, pick_tile, table_of
 from builders import MadeLayer, Plan, build_form, build_layer, form_plans
-from kernel_cases import CASES, DTYPES, WARMED_UP, bytes_of, check, guarded_memory, run_case, shuffled_grid
+from kernel_cases import CASES, DTYPES, MARGIN, WARMED_UP, bytes_of, check, guarded_memory, run_case, shuffled_grid
 from pretended_cuda import pretended_cuda
 
 pytestmark = [
@@ -90,9 +90,10 @@ def test_a_poisoned_token_spoils_itself_only(name: str, poison: float, monkeypat
 
 @pytest.mark.parametrize(("at", "where"), [(-1, "before"), (3, "behind")])
 def test_a_step_beyond_a_tensor_is_seen(at: int, where: str) -> None:
-    with pytest.raises(AssertionError, match=f"written {where}"), guarded_memory():
-        tensor = torch.empty(3)
-        tensor.as_strided((1,), (1,), tensor.storage_offset() + at).zero_()
+    with guarded_memory():
+        tensor = torch.empty(3).zero_()
+    with pytest.raises(AssertionError, match=f"written {where}"), guarded_memory() as memory:
+        memory.put(tensor).as_strided((1,), (1,), MARGIN // 4 + at).zero_()
 
 
 def with_fault(source: ModuleType, right: str, wrong: str, folder: Path) -> Any:
