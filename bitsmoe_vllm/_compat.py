@@ -177,7 +177,7 @@ def _override_faults() -> Iterator[str]:
 def _attributes(owner: Any) -> set[str]:
     """Names that can be read of an object, or of instances of a class: fields, methods and what these assign."""
     names = set(dir(owner)) | set(getattr(owner, "__dataclass_fields__", ()))
-    for cls in owner.__mro__ if inspect.isclass(owner) and not dataclasses.is_dataclass(owner) else ():
+    for cls in owner.__mro__ if inspect.isclass(owner) else ():
         if cls.__module__.partition(".")[0] == "vllm":
             tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
             names |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}

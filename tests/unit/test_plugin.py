@@ -147,10 +147,10 @@ def lose_a_name(patch: pytest.MonkeyPatch) -> None:
 
 
 def lose_a_field(patch: pytest.MonkeyPatch) -> None:
-    from vllm.config import ParallelConfig
+    from vllm.config import LoadConfig
 
-    patch.delattr(ParallelConfig, "all2all_backend", raising=False)
-    patch.delitem(ParallelConfig.__dataclass_fields__, "all2all_backend")
+    patch.delattr(LoadConfig, "safetensors_load_strategy", raising=False)
+    patch.delitem(LoadConfig.__dataclass_fields__, "safetensors_load_strategy")
 
 
 def lose_what_a_constructor_assigns(patch: pytest.MonkeyPatch) -> None:
@@ -189,7 +189,7 @@ def lose_a_hook(patch: pytest.MonkeyPatch) -> None:
     [
         (lose_a_module, "vllm.scalar_type cannot be imported"),
         (lose_a_name, "vllm.model_executor.layers.linear has no UnquantizedLinearMethod"),
-        (lose_a_field, "vllm.config.ParallelConfig has no all2all_backend"),
+        (lose_a_field, "vllm.config.LoadConfig has no safetensors_load_strategy"),
         (lose_what_a_constructor_assigns, "FusedMoEMethodBase has no moe, moe_kernel"),
         (want_another_method, "FusedMoEMethodBase.get_shards is abstract, and BitsmoeMoEMethod does not have it"),
         (pass_another_argument, "FusedMoEMethodBase.apply is called with scratch, which BitsmoeMoEMethod has not"),

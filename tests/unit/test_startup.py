@@ -205,7 +205,7 @@ def test_a_moe_backend_is_said_to_be_unused(checkpoint: CheckpointConfig, monkey
 
 def test_batch_invariance_is_not_promised(checkpoint: CheckpointConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    with pytest.raises(BitsmoeError, match="VLLM_BATCH_INVARIANT: .* unset it"):
+    with pytest.raises(BitsmoeError, match=r"VLLM_BATCH_INVARIANT: .* unset it"):
         startup.check_options(checkpoint, TEXT, options())
 
 
