@@ -74,7 +74,7 @@ _USED: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "ParallelConfig": (
             "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "enable_expert_parallel",
-            "enable_eplb", "enable_elastic_ep", "all2all_backend",
+            "enable_eplb", "enable_elastic_ep", "all2all_backend", "distributed_executor_backend",
         ),
         "LoadConfig": ("load_format", "safetensors_load_strategy"),
         "LoRAConfig": ("target_modules",),
@@ -205,7 +205,7 @@ def watch_configs(architectures: Iterable[str]) -> None:
 
 
 def _showing(known: Any) -> Any:
-    class Showing(known):  # type: ignore[misc]
+    class Showing(known):
         shown_to_bitsmoe = True
 
         @staticmethod
@@ -244,6 +244,7 @@ def kept_on_reload(loader: Callable[..., None]) -> Callable[..., None]:
 def cpu_parallel_fault(parallel: Any, enforce_eager: bool) -> str | None:
     """What of a parallel configuration vLLM cannot do on a CPU, though it would start; None if nothing.
 
+    - Ray deals out devices that it knows, of which CPUs are none.
     - Pipeline stages receive into buffers that a profiling run makes; a CPU worker leaves it out unless it compiles.
     - Data-parallel ranks of a MoE model exchange tokens by an operation that CPU communicators may lack.
 
@@ -256,6 +257,11 @@ def cpu_parallel_fault(parallel: Any, enforce_eager: bool) -> str | None:
 
     if not current_platform.is_cpu():
         return None
+    if parallel.distributed_executor_backend == "ray":
+        return (
+            "--distributed-executor-backend ray: vLLM gives Ray's workers GPUs and cannot run them on CPUs; drop the "
+            "option, or use mp"
+        )
     if parallel.pipeline_parallel_size > 1 and (enforce_eager or envs.VLLM_CPU_CI_ENV):
         without = "VLLM_CPU_CI_ENV" if envs.VLLM_CPU_CI_ENV else "--enforce-eager"
         return (

@@ -107,6 +107,11 @@ def test_graphs_need_layers_that_the_kernels_can_compute(
         ({}, {"all2all_backend": "deepep_low_latency"}, "--all2all-backend deepep_.* use allgather_reducescatter, the"),
         ({}, {"tensor_parallel_size": 3, "enable_expert_parallel": True}, "sizes that work: 1, 2, 4, 8$"),
         ({}, {"pipeline_parallel_size": 4}, "--pipeline-parallel-size 4: .* 3 layers.* use at most 3"),
+        (
+            {},
+            {"distributed_executor_backend": "ray"},
+            "-executor-backend ray: .* on CPUs; drop the option",
+        ),
         ({}, {"pipeline_parallel_size": 2, "enforce_eager": True}, "on a CPU .* drop --enforce-eager"),
         ({}, {"data_parallel_size": 2, "enable_expert_parallel": True}, "--data-parallel-size 2: .* on a CPU; use"),
         ({"hidden_act": "gelu"}, {}, "hidden_act .* 'gelu'"),
