@@ -41,7 +41,6 @@ def check_vllm_version() -> None:
         BitsmoeError: names the version found, those tried, and every interface that does not match.
     """
     import vllm
-    from vllm.logger import init_logger
 
     oldest, newest = (".".join(map(str, v)) for v in (OLDEST_VLLM, NEWEST_VLLM))
     installed = f"vLLM {vllm.__version__} is installed, and this bitsmoe-vllm was tried with {oldest} to {newest}"
@@ -56,11 +55,18 @@ def check_vllm_version() -> None:
         return
     if faults := interface_faults():
         raise BitsmoeError(fault_list(f"{installed}. It does not fit; {remedy}", faults))
-    init_logger(f"vllm.{__name__}").warning_once(
+    warn_once(
         "bitsmoe: %s. All interfaces that it uses match, so it starts, UNTRIED. If anything goes wrong: %s",
         installed,
         remedy,
     )
+
+
+def warn_once(message: str, *args: object) -> None:
+    """Log a warning where vLLM logs, the same one once in a process."""
+    from vllm.logger import init_logger
+
+    init_logger(f"vllm.{__name__}").warning_once(message, *args)
 
 
 _USED: dict[str, dict[str, tuple[str, ...]]] = {
@@ -179,9 +185,14 @@ def _attributes(owner: Any) -> set[str]:
     names = set(dir(owner)) | set(getattr(owner, "__dataclass_fields__", ()))
     for cls in owner.__mro__ if inspect.isclass(owner) else ():
         if cls.__module__.partition(".")[0] == "vllm":
-            tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-            names |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+            names |= _assigned(cls)
     return names
+
+
+@functools.cache
+def _assigned(cls: type) -> set[str]:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    return {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
 
 
 _TRANSFORMERS_BACKEND = ("TransformersMoEForCausalLM", "TransformersMultiModalMoEForCausalLM")

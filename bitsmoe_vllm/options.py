@@ -4,6 +4,8 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
+from bitsmoe_vllm import _compat
+
 LORA_TARGETS = "q_proj k_proj v_proj o_proj"
 """The attention of most families."""
 
@@ -89,7 +91,6 @@ def _offload_faults(offload: Any) -> Iterator[str]:
 
 def _backend_faults(vllm_config: Any) -> Iterator[str]:
     from vllm import envs
-    from vllm.logger import init_logger
 
     if envs.VLLM_BATCH_INVARIANT:
         yield (
@@ -100,7 +101,7 @@ def _backend_faults(vllm_config: Any) -> Iterator[str]:
     if "mega" in backend or "moe_ep" in backend:
         yield f"--moe-backend {backend}: it exchanges tokens for kernels of its own only; drop the option"
     elif backend != "auto":
-        init_logger(f"vllm.{__name__}").warning_once(
+        _compat.warn_once(
             "--moe-backend %s: the quantized experts have kernels of their own and do not use it", backend
         )
 

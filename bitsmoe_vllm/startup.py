@@ -258,12 +258,10 @@ def check_options(checkpoint: CheckpointConfig, text_config: Any, vllm_config: A
     Raises:
         BitsmoeError: names option, value and remedy; all at once.
     """
-    from vllm.logger import init_logger
     from vllm.platforms import current_platform
 
-    logger = init_logger(f"vllm.{__name__}")
     if current_platform.is_cpu() and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        logger.warning_once(
+        _compat.warn_once(
             "VLLM_CPU_KVCACHE_SPACE is not set: vLLM will take most of this machine's memory for its KV cache. "
             "Set it to a number of GiB, for example VLLM_CPU_KVCACHE_SPACE=4"
         )

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.format.shards import ShardReader, read_json
+from bitsmoe_vllm.options import LORA_TARGETS
 from builders import TINY_MOE, build_form, write_checkpoint, write_first_layers
 from offline_quant.config import QuantizeConfig
 from offline_quant.dequantize import dequantize_checkpoint
@@ -120,6 +121,12 @@ def test_sibling_methods_are_served(objective: str, bits: float, tmp_path: Path,
     dequantize_checkpoint(directory, dequantized, torch.float32)
     got, want = (generate(model, PROMPTS, MAX_TOKENS) for model in (directory, dequantized))
     assert_same_tokens(got, want)
+
+
+def test_lora_adapters_of_attention_can_be_served(quantized: Path, reference: Completions, generate: Generator) -> None:
+    """The way that the refusal of `--enable-lora` names: it starts, and without an adapter nothing changes."""
+    targets = {"enable_lora": True, "lora_target_modules": LORA_TARGETS.split()}
+    assert_same_tokens(generate(quantized, PROMPTS, MAX_TOKENS, **targets), reference)
 
 
 def test_reloaded_weights_are_those_of_the_other_model(quantized: Path, tmp_path: Path, generate: Generator) -> None:

@@ -1,11 +1,9 @@
 """Registration with vLLM, in fresh interpreters; and the parts of the plugin that need no engine."""
 
 import importlib.metadata
-import inspect
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,11 +87,8 @@ BitsmoeConfig.from_config({})
 @pytest.fixture
 def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the plugin warns of, formatted."""
-    import vllm.logger
-
     said: list[str] = []
-    logger = SimpleNamespace(warning_once=lambda message, *args: said.append(message % args))
-    monkeypatch.setattr(vllm.logger, "init_logger", lambda name: logger)
+    monkeypatch.setattr(_compat, "warn_once", lambda message, *args: said.append(message % args))
     return said
 
 
@@ -154,7 +149,7 @@ def lose_a_field(patch: pytest.MonkeyPatch) -> None:
 
 
 def lose_what_a_constructor_assigns(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(inspect, "getsource", lambda cls: "class Changed: pass")
+    patch.setattr(_compat, "_assigned", lambda cls: set())
 
 
 def want_another_method(patch: pytest.MonkeyPatch) -> None:

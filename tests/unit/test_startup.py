@@ -11,8 +11,8 @@ from transformers import PreTrainedConfig
 
 from bitsmoe_kernels.errors import BitsmoeError, FormatError
 from bitsmoe_kernels.format.schema import CheckpointConfig
+from bitsmoe_vllm import _compat, startup
 from bitsmoe_vllm import options as options_module
-from bitsmoe_vllm import startup
 from builders import build_form, make_config, vllm_config, write_tiny_qwen3_moe
 
 PREFIX = "model.layers.0.mlp.experts"
@@ -194,11 +194,8 @@ def test_fast_load_formats_work_on_a_gpu_with_their_package(
 
 
 def test_a_moe_backend_is_said_to_be_unused(checkpoint: CheckpointConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    import vllm.logger
-
     said: list[str] = []
-    logger = SimpleNamespace(warning_once=lambda message, *args: said.append(message % args))
-    monkeypatch.setattr(vllm.logger, "init_logger", lambda name: logger)
+    monkeypatch.setattr(_compat, "warn_once", lambda message, *args: said.append(message % args))
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     asked = options()
     startup.check_options(checkpoint, TEXT, asked)
@@ -373,8 +370,6 @@ def test_workers_refuse_options_that_the_main_process_was_not_shown(
 
 def test_vllm_shows_its_configuration_and_calls_what_was_there_before(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.model_executor.models import config as models
-
-    from bitsmoe_vllm import _compat
 
     called = []
 
