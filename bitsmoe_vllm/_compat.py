@@ -76,7 +76,7 @@ _USED: dict[str, dict[str, tuple[str, ...]]] = {
             "kernel_config",
         ),
         "ModelConfig": (
-            "model", "model_weights", "hf_config", "dtype", "enforce_eager", "quantization", "runner_type",
+            "model", "model_weights", "hf_config", "dtype", "enforce_eager", "quantization_config", "runner_type",
         ),
         "ParallelConfig": (
             "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "enable_expert_parallel",

@@ -97,6 +97,10 @@ def _backend_faults(vllm_config: Any) -> Iterator[str]:
             "VLLM_BATCH_INVARIANT: the quantized experts are summed in an order that depends on how many tokens are "
             "computed together; unset it"
         )
+    # What vLLM quantizes while it loads: by kinds of layers, or by names of layers in versions that have `targets`.
+    online = vllm_config.model_config.quantization_config
+    if getattr(online, "moe", None) or getattr(online, "targets", None):
+        yield "--quantization-config: the experts are quantized already; name nothing but `linear` in it, or drop it"
     backend = vllm_config.kernel_config.moe_backend
     if "mega" in backend or "moe_ep" in backend:
         yield f"--moe-backend {backend}: it exchanges tokens for kernels of its own only; drop the option"

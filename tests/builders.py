@@ -435,7 +435,12 @@ def vllm_config(dtype: torch.dtype = torch.bfloat16, **parallel: Any) -> SimpleN
     backends = {"all2all_backend": "allgather_reducescatter", "distributed_executor_backend": "mp"}
     return SimpleNamespace(
         model_config=SimpleNamespace(
-            model="model", model_weights="", enforce_eager=True, dtype=dtype, runner_type="generate"
+            model="model",
+            model_weights="",
+            quantization_config=None,
+            enforce_eager=True,
+            dtype=dtype,
+            runner_type="generate",
         ),
         parallel_config=SimpleNamespace(**sizes | switches | backends | parallel),
         load_config=SimpleNamespace(load_format="auto", safetensors_load_strategy=None),

@@ -211,6 +211,18 @@ def test_batch_invariance_is_not_promised(checkpoint: CheckpointConfig, monkeypa
         startup.check_options(checkpoint, TEXT, options())
 
 
+def test_experts_are_not_quantized_anew(checkpoint: CheckpointConfig) -> None:
+    from vllm.config.quantization import QuantizationConfigArgs
+
+    asked = options()
+    asked.model_config.quantization_config = QuantizationConfigArgs(linear="fp8_per_tensor")
+    startup.check_options(checkpoint, TEXT, asked)
+    for more in ({"moe": "fp8_per_tensor"}, {"targets": {"re:.*experts": "fp8_per_tensor"}}):
+        asked.model_config.quantization_config = QuantizationConfigArgs(**more)
+        with pytest.raises(BitsmoeError, match="--quantization-config: the experts are quantized already"):
+            startup.check_options(checkpoint, TEXT, asked)
+
+
 def test_all_option_faults_come_at_once(checkpoint: CheckpointConfig) -> None:
     with pytest.raises(BitsmoeError) as caught:
         startup.check_options(checkpoint, TEXT, options(enable_eplb=True, tensor_parallel_size=4))
