@@ -1,6 +1,6 @@
 """Everything that differs between vLLM versions. No other file branches on the version.
 
-Supported: 0.26.0 <= vLLM < 0.33. What was seen to differ within that range:
+Tried: 0.26 <= vLLM <= 0.33 (0.33 by its interfaces alone: no build of it runs on a CPU yet). What was seen to differ:
 
 - Routing on a CPU. Newer versions have `CPURouter`, plain torch, and pass its result to `apply`. Older ones
   (0.26) route with an operator that CPU builds lack; there the method declares itself monolithic, receives the
@@ -11,63 +11,251 @@ Seen in 0.32.0, with any model: on a CPU some kinds of parallelism start up and 
 `cpu_parallel_fault`).
 """
 
+import ast
 import copy
 import dataclasses
+import functools
+import importlib
 import importlib.util
 import inspect
+import textwrap
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.dense import DenseConfig, DenseWeights
+from bitsmoe_kernels.format.families import FAMILIES
 
-MIN_VLLM = (0, 26)
-BELOW_VLLM = (0, 33)
+OLDEST_VLLM = (0, 26)
+NEWEST_VLLM = (0, 33)
 
 
 def check_vllm_version() -> None:
-    """Refuse a vLLM this plugin was not written for.
+    """Refuse a vLLM that this plugin does not fit. One newer than those tried has to have the same interfaces.
 
     Raises:
-        BitsmoeError: names the version found and the range.
+        BitsmoeError: names the version found, those tried, and every interface that does not match.
     """
     import vllm
 
-    low, high = (".".join(map(str, v)) for v in (MIN_VLLM, BELOW_VLLM))
+    oldest, newest = (".".join(map(str, v)) for v in (OLDEST_VLLM, NEWEST_VLLM))
+    installed = f"vLLM {vllm.__version__} is installed, and this bitsmoe-vllm was tried with {oldest} to {newest}"
+    remedy = f"pip install 'vllm>={oldest},<{NEWEST_VLLM[0]}.{NEWEST_VLLM[1] + 1}', or a newer bitsmoe-vllm"
     try:
         found = tuple(int(part) for part in vllm.__version__.split(".")[:2])
-    except ValueError:
-        found = ()
-    if not MIN_VLLM <= found < BELOW_VLLM:
-        raise BitsmoeError(
-            f"vLLM {vllm.__version__} is installed, but this version of bitsmoe-vllm supports vLLM >= {low}, < {high}: "
-            f"pip install 'vllm>={low},<{high}', or a bitsmoe-vllm made for your vLLM"
-        )
+    except ValueError:  # built from a source tree without a version
+        found = None
+    if found is not None and found <= NEWEST_VLLM:
+        if found < OLDEST_VLLM:
+            raise BitsmoeError(f"{installed}: {remedy}")
+        return
+    if faults := interface_faults():
+        raise BitsmoeError(fault_list(f"{installed}. It does not fit; {remedy}", faults))
+    warn_once(
+        "bitsmoe: %s. All interfaces that it uses match, so it starts, UNTRIED. If anything goes wrong: %s",
+        installed,
+        remedy,
+    )
 
 
-def config_under_construction() -> Any | None:
-    """The `VllmConfig` whose constructor is running, or None.
+def warn_once(message: str, *args: object) -> None:
+    """Log a warning where vLLM logs, the same one once in a process."""
+    from vllm.logger import init_logger
 
-    The main process builds our quantization config while it builds the `VllmConfig`, and hands it neither parallel
-    sizes nor load format. Looking up the call stack is the one way to refuse an impossible setting before any worker
-    starts, as one clear error; where nothing is found the workers refuse it.
+    init_logger(f"vllm.{__name__}").warning_once(message, *args)
+
+
+_USED: dict[str, dict[str, tuple[str, ...]]] = {
+    "vllm.config": {
+        "VllmConfig": (
+            "model_config", "parallel_config", "load_config", "lora_config", "speculative_config", "offload_config",
+            "kernel_config",
+        ),
+        "ModelConfig": (
+            "model", "model_weights", "hf_config", "dtype", "enforce_eager", "quantization_config", "runner_type",
+        ),
+        "ParallelConfig": (
+            "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "enable_expert_parallel",
+            "enable_eplb", "enable_elastic_ep", "all2all_backend", "distributed_executor_backend",
+        ),
+        "LoadConfig": ("load_format", "safetensors_load_strategy"),
+        "LoRAConfig": ("target_modules",),
+        "SpeculativeConfig": ("method", "draft_model_config"),
+        "OffloadConfig": ("uva", "prefetch"),
+        "KernelConfig": ("moe_backend",),
+        "get_current_vllm_config": (),
+    },
+    "vllm.config.offload": {
+        "UVAOffloadConfig": ("cpu_offload_gb",), "PrefetchOffloadConfig": ("offload_group_size",),
+    },
+    "vllm.logger": {"init_logger": ()},
+    "vllm.model_executor.layers.fused_moe": {
+        "RoutedExperts": (
+            "moe_config", "expert_map", "activation", "apply_router_weight_on_input", "swiglu_limit", "load_weights",
+        ),
+        "FusedMoEMethodBase": ("moe", "moe_kernel"),
+    },
+    "vllm.model_executor.layers.fused_moe.activation": {"MoEActivation": ("SILU",)},
+    "vllm.model_executor.layers.fused_moe.config": {
+        "FusedMoEConfig": ("num_experts", "intermediate_size", "has_bias", "moe_parallel_config"),
+        "FusedMoEParallelConfig": ("tp_rank", "tp_size", "enable_eplb"),
+    },
+    "vllm.model_executor.layers.linear": {"LinearBase": (), "UnquantizedLinearMethod": ()},
+    "vllm.model_executor.layers.quantization": {
+        "QUANTIZATION_METHODS": (), "get_quantization_config": (), "register_quantization_config": (),
+    },
+    "vllm.model_executor.layers.quantization.base_config": {
+        "QuantizationConfig": ("packed_modules_mapping",), "QuantizeMethodBase": (),
+    },
+    "vllm.model_executor.layers.vocab_parallel_embedding": {"ParallelLMHead": ()},
+    "vllm.model_executor.kernels.linear": {
+        "MPLinearLayerConfig": (
+            "full_weight_shape", "partition_weight_shape", "weight_type", "act_type", "group_size", "zero_points",
+        ),
+        "choose_mp_linear_kernel": (),
+    },
+    "vllm.model_executor.model_loader.reload.layerwise": {"make_online_process_loader": ()},
+    "vllm.model_executor.models.config": {
+        "MODELS_CONFIG_MAP": (),
+        "VerifyAndUpdateConfig": ("verify_and_update_config", "verify_and_update_model_config"),
+    },
+    "vllm.model_executor.models.utils": {"WeightsMapper": ("orig_to_new_regex", "apply_dict", "apply_list", "__or__")},
+    "vllm.platforms": {"current_platform": ("is_cpu", "is_cuda", "get_device_capability")},
+    "vllm.scalar_type": {"scalar_types": ("uint4b8", "uint8b128")},
+}  # fmt: skip
+"""What the plugin takes from vLLM: module, name in it, and the names of that which are read."""
+
+
+def interface_faults() -> list[str]:
+    """Where the installed vLLM does not have what this plugin takes from it, or calls it otherwise; empty if nowhere.
+
+    Names, fields and signatures are looked at; what they do is not.
     """
-    from vllm.config import VllmConfig
+    faults = []
+    for module, names in _USED.items():
+        try:
+            there = importlib.import_module(module)
+        except ImportError as e:
+            faults.append(f"{module} cannot be imported ({e})")
+            continue
+        for name, read in names.items():
+            if (owner := getattr(there, name, None)) is None:
+                faults.append(f"{module} has no {name}")
+            elif missing := sorted(set(read) - _attributes(owner)):
+                faults.append(f"{module}.{name} has no {', '.join(missing)}")
+    # The plugin's own classes need the above to be imported at all.
+    return faults or list(_override_faults())
 
-    frame = inspect.currentframe()
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, VllmConfig):
-            return owner
-        frame = frame.f_back
-    return None
+
+def _override_faults() -> Iterator[str]:
+    """Where the plugin's classes do not fill the place of the vLLM classes that they derive from."""
+    from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+    from bitsmoe_vllm.config import BitsmoeConfig
+    from bitsmoe_vllm.moe_method import BitsmoeMoEMethod
+
+    for ours, theirs in ((BitsmoeConfig, QuantizationConfig), (BitsmoeMoEMethod, FusedMoEMethodBase)):
+        for name in sorted(theirs.__abstractmethods__ - vars(ours).keys()):
+            yield f"{theirs.__name__}.{name} is abstract, and {ours.__name__} does not have it"
+        for name in vars(ours):
+            if name.startswith("_"):
+                continue
+            if (called := getattr(theirs, name, None)) is None:
+                yield f"{theirs.__name__} has no {name}"
+            elif callable(called):
+                given, taken = (inspect.signature(f).parameters for f in (called, getattr(ours, name)))
+                named = {n for n, p in given.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)} - {"self"}
+                needed = {n for n, p in taken.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD} - {
+                    "self"
+                }
+                open_ended = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+                if more := sorted(named - taken.keys()) if not open_ended else []:
+                    yield f"{theirs.__name__}.{name} is called with {', '.join(more)}, which {ours.__name__} has not"
+                if fewer := sorted(needed - given.keys()):
+                    yield f"{theirs.__name__}.{name} is not called with {', '.join(fewer)}, which {ours.__name__} needs"
+
+
+def _attributes(owner: Any) -> set[str]:
+    """Names that can be read of an object, or of instances of a class: fields, methods and what these assign."""
+    names = set(dir(owner)) | set(getattr(owner, "__dataclass_fields__", ()))
+    for cls in owner.__mro__ if inspect.isclass(owner) else ():
+        if cls.__module__.partition(".")[0] == "vllm":
+            names |= _assigned(cls)
+    return names
+
+
+@functools.cache
+def _assigned(cls: type) -> set[str]:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    return {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+
+
+_TRANSFORMERS_BACKEND = ("TransformersMoEForCausalLM", "TransformersMultiModalMoEForCausalLM")
+"""What vLLM calls any architecture with `--model-impl transformers`."""
+
+_constructed: Callable[[], Any] = lambda: None  # noqa: E731
+
+
+def watch_configs(architectures: Iterable[str]) -> None:
+    """Have vLLM show us every `VllmConfig` of these architectures while it constructs it.
+
+    vLLM looks up the architecture in MODELS_CONFIG_MAP and calls what it finds there; what is there already is called
+    as before. May be called any number of times.
+    """
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+
+    for architecture in (*architectures, *FAMILIES, *_TRANSFORMERS_BACKEND):
+        known = MODELS_CONFIG_MAP.get(architecture, VerifyAndUpdateConfig)
+        if not hasattr(known, "shown_to_bitsmoe"):
+            MODELS_CONFIG_MAP[architecture] = _showing(known)
+
+
+def _showing(known: Any) -> Any:
+    class Showing(known):
+        shown_to_bitsmoe = True
+
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            global _constructed
+            known.verify_and_update_config(vllm_config)
+            _constructed = weakref.ref(vllm_config)
+
+    return Showing
+
+
+def config_under_construction(hf_config: Any) -> Any | None:
+    """The `VllmConfig` that vLLM is constructing around a model's transformers config; None where it was not shown.
+
+    vLLM hands our quantization config neither parallel sizes nor load format. This is how the main process can refuse
+    an impossible option before any worker starts. Where nothing is found the workers refuse it.
+    """
+    vllm_config = _constructed()
+    return vllm_config if vllm_config is not None and vllm_config.model_config.hf_config is hf_config else None
+
+
+def kept_on_reload(loader: Callable[..., None]) -> Callable[..., None]:
+    """A parameter's `weight_loader` that vLLM's reload calls directly, and not through a wrapper of its own.
+
+    Its wrapper counts elements copied into the parameter, to know when a layer is complete. Ours has none then: its
+    size is known once all tensors are there. vLLM takes loaders of this name for wrapped already.
+    """
+
+    @functools.wraps(loader, assigned=())
+    def online_process_loader(param: Tensor, loaded_weight: Tensor) -> None:
+        loader(param, loaded_weight)
+
+    return online_process_loader
 
 
 def cpu_parallel_fault(parallel: Any, enforce_eager: bool) -> str | None:
     """What of a parallel configuration vLLM cannot do on a CPU, though it would start; None if nothing.
 
+    - Ray deals out devices that it knows, of which CPUs are none.
     - Pipeline stages receive into buffers that a profiling run makes; a CPU worker leaves it out unless it compiles.
     - Data-parallel ranks of a MoE model exchange tokens by an operation that CPU communicators may lack.
 
@@ -80,6 +268,11 @@ def cpu_parallel_fault(parallel: Any, enforce_eager: bool) -> str | None:
 
     if not current_platform.is_cpu():
         return None
+    if parallel.distributed_executor_backend == "ray":
+        return (
+            "--distributed-executor-backend ray: vLLM gives Ray's workers GPUs and cannot run them on CPUs; drop the "
+            "option, or use mp"
+        )
     if parallel.pipeline_parallel_size > 1 and (enforce_eager or envs.VLLM_CPU_CI_ENV):
         without = "VLLM_CPU_CI_ENV" if envs.VLLM_CPU_CI_ENV else "--enforce-eager"
         return (

@@ -12,6 +12,9 @@ from bitsmoe_kernels.format.schema import PARTS, PROJECTION_NAMES, QUANT_METHOD,
 from bitsmoe_vllm import _compat, startup
 from bitsmoe_vllm.weight_loading import LayerLoader
 
+_DRAFT_PREFIX = "draft_model."
+"""What vLLM puts before the names of a draft model with a checkpoint of its own."""
+
 
 class BitsmoeConfig(QuantizationConfig):
     """Built by vLLM from `quantization_config` of config.json; makes the method of every layer.
@@ -38,6 +41,10 @@ class BitsmoeConfig(QuantizationConfig):
             self.dense = _compat.linear_quantization(DenseConfig.parse(linear, subject))
         self.layers: dict[str, Layer] = dict(self.checkpoint.layers)
         self.loaders: list[LayerLoader] = []
+        self.plain_experts: frozenset[str] | None = None
+        """Experts that the checkpoint holds at 16 bits; None: not known, as it is not on this machine yet."""
+        self._num_layers = 0
+        self._options_checked = False
 
     @classmethod
     def get_name(cls) -> str:
@@ -64,26 +71,40 @@ class BitsmoeConfig(QuantizationConfig):
         """Build from `quantization_config`."""
         return cls(config)
 
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> None:
+        """Called by vLLM for any quantized model, before it constructs its configuration: none is overridden."""
+        if hf_quant_cfg.get("quant_method") == QUANT_METHOD:
+            _compat.watch_configs(getattr(hf_config, "architectures", None) or ())
+
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Called by vLLM once the model is known, before any worker starts: check all that can be checked by now.
 
         Raises:
             BitsmoeError: lists every fault of the checkpoint, or names the option that cannot work and the remedy.
         """
-        pending = _compat.config_under_construction()
+        pending = _compat.config_under_construction(hf_config)
         text_config = None if hf_config is None else hf_config.get_text_config()
         if text_config is not None:
+            self._num_layers = getattr(text_config, "num_hidden_layers", 0)
             startup.check_model(self.checkpoint, text_config)
+        weights = ""
         if pending is not None:
             startup.check_options(self.checkpoint, text_config, pending)
-        if pending is not None and pending.load_config.load_format == "dummy":
-            return
-        if directory := startup.local_directory(model_name, revision):
-            startup.check_checkpoint(directory, hf_config, pending)
+            self._options_checked = True
+            if pending.load_config.load_format == "dummy":
+                return
+            weights = pending.model_config.model_weights
+        if directory := startup.local_directory(model_name, revision, weights):
+            self.plain_experts = startup.plain_experts(startup.check_checkpoint(directory, hf_config, pending))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Called by vLLM with the renaming from checkpoint to vLLM names."""
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
+        if self.plain_experts is not None:
+            self.plain_experts = frozenset(hf_to_vllm_mapper.apply_list(sorted(self.plain_experts)))
         if self.dense is not None:
             self.dense.apply_vllm_mapper(hf_to_vllm_mapper)
 
@@ -91,21 +112,14 @@ class BitsmoeConfig(QuantizationConfig):
         """Ours for routed experts; for linear layers what `linear_quantization` says; none (vLLM's default) for others.
 
         Raises:
-            BitsmoeError: the checkpoint does not describe these experts.
+            BitsmoeError: the checkpoint does not describe these experts, or an option cannot work with it.
         """
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-        from bitsmoe_vllm.moe_method import BitsmoeMoEMethod
-
         if isinstance(layer, RoutedExperts):
-            if prefix not in self.layers:
-                raise BitsmoeError(
-                    f"the model has routed experts at {prefix}, but quantization_config of config.json describes only "
-                    f"{', '.join(self.layers)}: quantize the whole model"
-                )
-            return BitsmoeMoEMethod(layer, prefix, self.layers[prefix], self.checkpoint.block_size, self.loaders)
+            return self._experts_method(layer, prefix)
         if self.dense is not None and isinstance(layer, LinearBase | ParallelLMHead):
             # vLLM hands us the model's fused layers and what they are made of; its own method needs them as well.
             self.dense.packed_modules_mapping = self.packed_modules_mapping
@@ -113,6 +127,29 @@ class BitsmoeConfig(QuantizationConfig):
         if isinstance(layer, LinearBase):
             return UnquantizedLinearMethod()
         return None
+
+    def _experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
+        from vllm.config import get_current_vllm_config
+
+        from bitsmoe_vllm.moe_method import BitsmoeMoEMethod
+
+        if not self._options_checked:  # the main process was not shown vLLM's configuration
+            startup.check_options(self.checkpoint, None, get_current_vllm_config())
+            self._options_checked = True
+        name = prefix.removeprefix(_DRAFT_PREFIX)
+        if name in self.layers:
+            return BitsmoeMoEMethod(layer, prefix, self.layers[name], self.checkpoint.block_size, self.loaders)
+        if self.plain_experts is None:
+            plain = startup.is_draft_layer(name, self._num_layers)
+        else:
+            plain = name in self.plain_experts
+        if plain:
+            return None
+        raise BitsmoeError(
+            f"the model has routed experts at {prefix}, but quantization_config of config.json describes only "
+            f"{', '.join(self.layers)}, and the checkpoint does not hold them at 16 bits either: "
+            "quantize the whole model"
+        )
 
     @staticmethod
     def get_cache_scale_mapper() -> Any:

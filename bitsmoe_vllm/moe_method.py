@@ -1,5 +1,6 @@
 """How vLLM computes the routed experts of a bitsmoe checkpoint."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ class BitsmoeMoEMethod(FusedMoEMethodBase):
         super().__init__(layer.moe_config)
         self.prefix, self.schema, self.block_size, self._loaders = prefix, schema, block_size, loaders
         self._own_routing = _compat.needs_own_routing()
+        self._names: list[str] = []
+        """The layer's parameters in the order in which the op takes them; none before loading."""
 
     @property
     def is_monolithic(self) -> bool:
@@ -111,10 +114,12 @@ class BitsmoeMoEMethod(FusedMoEMethodBase):
         Raises:
             FormatError: lists every tensor, of any layer, that never arrived.
         """
-        if self._dummy:
+        if self._dummy and self.loader.shard is None:
             self.loader.fill_dummy()
         elif faults := [fault for loader in self._loaders for fault in loader.missing()]:
             raise FormatError("the loaded weights", faults)
+        if self._names:  # after a reload, which has put the weights in place
+            return
         shard = self.loader.shard
         assert shard is not None
         names = list(shard.tensor_specs(self.block_size))
@@ -130,6 +135,7 @@ class BitsmoeMoEMethod(FusedMoEMethodBase):
             )
             return
         self._op, self._names, self._key = moe_forward_op, names, layout_key(shard, self.block_size)
+        self._reload_into(layer, lambda part, tensors: (layout_key(part, self.block_size), tensors))
         if current_platform.is_cpu():
             logger.info_once("bitsmoe: routed experts are computed by the torch reference path, on the CPU")
         else:
@@ -141,14 +147,44 @@ class BitsmoeMoEMethod(FusedMoEMethodBase):
 
     def _use_kernels(self, layer: Any, shard: Layer, names: list[str], kwidth: int) -> None:
         """Trade the parameters of the file's layout for those of the kernels'."""
-        weights = LayerWeights(shard, self.block_size, {name: getattr(layer, name).data for name in names})
-        packed = to_kernel_layout(weights, self._dtype, kwidth)
+
+        def pack(part: Layer, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+            packed = to_kernel_layout(LayerWeights(part, self.block_size, tensors), self._dtype, kwidth)
+            return kernel_key(packed), {f"kernel_{name}": tensor for name, tensor in packed.tensors().items()}
+
+        self._key, packed = pack(shard, {name: getattr(layer, name).data for name in names})
         for name in names:
             delattr(layer, name)
-        self._op, self._key = moe_kernels_op, kernel_key(packed)
-        self._names = [f"kernel_{name}" for name in packed.tensors()]
-        for name, tensor in packed.tensors().items():
-            layer.register_parameter(f"kernel_{name}", torch.nn.Parameter(tensor, requires_grad=False))
+        self._op, self._names = moe_kernels_op, list(packed)
+        for name, tensor in packed.items():
+            layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+        self._reload_into(layer, pack)
+
+    def _reload_into(
+        self, layer: Any, pack: Callable[[Layer, dict[str, Tensor]], tuple[str, dict[str, Tensor]]]
+    ) -> None:
+        """Have the loader write what arrives from now on into the layer's parameters.
+
+        In place: CUDA graphs hold their addresses.
+
+        Args:
+            layer: vLLM's RoutedExperts.
+            pack: from a shard's schema and tensors to the key of their layout and the parameters' values.
+        """
+        kept = {name: getattr(layer, name) for name in self._names}
+
+        def replace(part: Layer, tensors: dict[str, Tensor]) -> None:
+            device = next(iter(kept.values())).device
+            key, values = pack(part, {name: tensor.to(device) for name, tensor in tensors.items()})
+            if key != self._key or any(values[name].shape != kept[name].shape for name in kept):
+                raise BitsmoeError(
+                    f"{self.prefix}: the weights to be loaded have other bit-widths than those they replace, which "
+                    "takes other memory: start the server anew with them"
+                )
+            for name, parameter in kept.items():
+                parameter.data.copy_(values[name])
+
+        self.loader.reload_into(replace)
 
     def apply(
         self,

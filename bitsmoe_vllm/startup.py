@@ -1,6 +1,7 @@
 """Checks in vLLM's main process, before a worker starts: the checkpoint, and options that cannot work with it."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,19 @@ from bitsmoe_kernels.format.shards import SINGLE_FILE, read_index
 from bitsmoe_kernels.select import why_not_kernels
 from bitsmoe_kernels.sharding import parallel_sizes
 from bitsmoe_vllm import _compat
+from bitsmoe_vllm.options import option_faults
 
 
-def local_directory(model: str, revision: str | None) -> Path | None:
-    """Where a model's files are on this machine: a directory, or a hub name already in the cache; None if nowhere."""
+def local_directory(model: str, revision: str | None, weights: str = "") -> Path | None:
+    """Where a checkpoint is on this machine: a directory, or a hub name already in the cache; None if nowhere.
+
+    Args:
+        model: a directory or a hub name.
+        revision: of the hub name.
+        weights: where the weights are, if not there: vLLM copies only the small files of a model in object storage.
+    """
+    if weights:
+        return Path(weights) if os.path.isfile(os.path.join(weights, "config.json")) else None
     if os.path.isdir(model):
         return Path(model)
     from huggingface_hub import snapshot_download
@@ -35,13 +45,17 @@ def local_directory(model: str, revision: str | None) -> Path | None:
     return directory if all((directory / file).exists() for file in files) else None
 
 
-def check_checkpoint(directory: Path, hf_config: Any = None, vllm_config: Any = None) -> None:
+def check_checkpoint(directory: Path, hf_config: Any = None, vllm_config: Any = None) -> Checkpoint:
     """Check files, headers of all tensors, and the block bits.
 
     Args:
         directory: the checkpoint.
         hf_config: its transformers config; given, tensors outside the experts are checked as well.
-        vllm_config: vLLM's VllmConfig; given, quantized ones among those are checked against the kernels it has.
+        vllm_config: vLLM's VllmConfig; given, quantized ones among those are checked against the kernels it has, and
+            a draft model that is to come from the same checkpoint is looked for.
+
+    Returns:
+        The checkpoint.
 
     Raises:
         BitsmoeError: lists every fault.
@@ -56,8 +70,41 @@ def check_checkpoint(directory: Path, hf_config: Any = None, vllm_config: Any = 
         faults += _other_faults(checkpoint, specs, hf_config)
     if faults:
         raise FormatError(str(directory), faults)
-    if dense is not None and vllm_config is not None:
-        check_linear_kernels(dense, checkpoint.model_config, specs, vllm_config)
+    if vllm_config is not None:
+        _check_draft(checkpoint, vllm_config)
+        if dense is not None:
+            check_linear_kernels(dense, checkpoint.model_config, specs, vllm_config)
+    return checkpoint
+
+
+def _check_draft(checkpoint: Checkpoint, vllm_config: Any) -> None:
+    """Refuse to draft with a layer that is not there: vLLM would draft with uninitialized memory."""
+    speculative, model = vllm_config.speculative_config, vllm_config.model_config
+    if speculative is None or speculative.method != "mtp" or speculative.draft_model_config.model != model.model:
+        return
+    layers = checkpoint.model_config.get("num_hidden_layers", 0)
+    if not any(is_draft_layer(name, layers) for name in checkpoint.tensors.specs):
+        raise BitsmoeError(
+            f"--speculative-config with method mtp: {checkpoint.directory} holds no layer for multi-token prediction "
+            f"(no tensor mtp.* or model.layers.{layers}.*); drop the option, or quantize a model that has one"
+        )
+
+
+def is_draft_layer(name: str, num_layers: int) -> bool:
+    """Whether a tensor or module belongs to a layer for multi-token prediction, which quantizing leaves as it is.
+
+    Args:
+        name: of the tensor or module.
+        num_layers: the model's num_hidden_layers.
+    """
+    index = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    return name.startswith("mtp.") or (index is not None and int(index[1]) >= num_layers)
+
+
+def plain_experts(checkpoint: Checkpoint) -> frozenset[str]:
+    """Prefixes of the routed experts that a checkpoint holds, but not quantized: `model.layers.61.mlp.experts`."""
+    found = (name.partition(".experts.") for name in checkpoint.tensors.specs)
+    return frozenset(f"{start}.experts" for start, inside, _ in found if inside) - checkpoint.config.layers.keys()
 
 
 def _other_faults(checkpoint: Checkpoint, specs: Mapping[str, TensorSpec], hf_config: Any) -> list[str]:
@@ -66,8 +113,12 @@ def _other_faults(checkpoint: Checkpoint, specs: Mapping[str, TensorSpec], hf_co
     vLLM does not notice when one is missing from a quantized checkpoint, and would serve uninitialized memory.
     """
     shape = moe_shape(checkpoint.model_config, str(checkpoint.directory))
-    from transformers import AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+    # --trust-remote-code and --hf-overrides change how vLLM reads the file, not what is in it.
+    own = CONFIG_MAPPING[shape.family.model_type]
+    if type(hf_config) is not own or hf_config.architectures != checkpoint.model_config["architectures"]:
+        hf_config = own.from_dict(checkpoint.model_config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)
     return shape.other_faults(model, specs)
@@ -207,19 +258,15 @@ def check_options(checkpoint: CheckpointConfig, text_config: Any, vllm_config: A
     Raises:
         BitsmoeError: names option, value and remedy; all at once.
     """
-    from vllm.logger import init_logger
     from vllm.platforms import current_platform
 
-    logger = init_logger(f"vllm.{__name__}")
     if current_platform.is_cpu() and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        logger.warning_once(
+        _compat.warn_once(
             "VLLM_CPU_KVCACHE_SPACE is not set: vLLM will take most of this machine's memory for its KV cache. "
             "Set it to a number of GiB, for example VLLM_CPU_KVCACHE_SPACE=4"
         )
     parallel = vllm_config.parallel_config
-    faults = []
-    if parallel.enable_eplb:
-        faults.append("--enable-eplb: expert-parallel load balancing is not supported; drop the option")
+    faults = list(option_faults(vllm_config))
     if (linear := checkpoint.linear_quantization) is not None:
         faults += _dense_option_faults(DenseConfig.parse(linear, "config.json"), vllm_config.model_config.dtype)
     faults += _parallel_faults(checkpoint, {} if text_config is None else text_config.to_dict(), parallel)

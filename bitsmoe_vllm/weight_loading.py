@@ -1,6 +1,7 @@
 """From a checkpoint's tensors, as vLLM hands them over one by one, to the parameters of one rank's shard."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from bitsmoe_kernels.errors import BitsmoeError, FormatError
 from bitsmoe_kernels.format.schema import MAX_BITS, Layer, TensorSpec, num_blocks
 from bitsmoe_kernels.format.validate import check_values
 from bitsmoe_kernels.sharding import shard_layer
+from bitsmoe_vllm import _compat
 
 _RUNNER_PREFIX = "routed_experts."
 
@@ -17,7 +19,8 @@ class LayerLoader:
     """Collects the tensors of one layer; once all are there, checks them and keeps this rank's part.
 
     vLLM gives every rank the full tensors. They stay on the CPU, as views of the mapped file, until the layer is
-    complete, so at most one layer is held in full.
+    complete, so at most one layer is held in full. Once `reload_into` was called, every further complete set of
+    tensors replaces the layer's weights.
 
     Args:
         prefix: the layer's name, for messages.
@@ -46,17 +49,19 @@ class LayerLoader:
         self.specs = layer.tensor_specs(block_size)
         self.shard: Layer | None = None
         self._arrived: dict[str, Tensor] = {}
+        self._replace: Callable[[Layer, dict[str, Tensor]], None] | None = None
 
     def register(self, module: torch.nn.Module) -> None:
         """Give `module` an empty parameter for each tensor, with the `weight_loader` that vLLM's models call."""
-        self._module = module
+        # vLLM keeps the parameters' loaders beyond the model's life, which must not lengthen it.
+        self._module = weakref.ref(module)
         for name, spec in self.specs.items():
             parameter = torch.nn.Parameter(torch.empty(0, dtype=spec.dtype), requires_grad=False)
 
             def receive(_: Tensor, tensor: Tensor, name: str = name) -> None:
                 self.receive(name, tensor)
 
-            parameter.weight_loader = receive  # type: ignore[attr-defined]
+            parameter.weight_loader = _compat.kept_on_reload(receive)  # type: ignore[attr-defined]
             module.register_parameter(name, parameter)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
@@ -87,13 +92,22 @@ class LayerLoader:
         Raises:
             FormatError: the layer is complete, and its tensors do not fit the schema or each other.
         """
-        self._arrived[name] = tensor
+        # Some of vLLM's load formats hand over tensors on the GPU, in memory that they use again.
+        self._arrived[name] = tensor.cpu()
         if len(self._arrived) == len(self.specs):
             self._complete(self._arrived)
 
+    def reload_into(self, replace: Callable[[Layer, dict[str, Tensor]], None]) -> None:
+        """Hand weights that arrive from now on to `replace`, each time that all of a layer are there.
+
+        Args:
+            replace: takes the schema and the CPU tensors of this rank's part.
+        """
+        self._replace = replace
+
     def missing(self) -> list[str]:
-        """Tensors that have not arrived, as sentences."""
-        if self.shard is not None:
+        """Tensors that have not arrived, as sentences; none once the layer is complete, until a reload begins."""
+        if self.shard is not None and not self._arrived:
             return []
         names = self.specs.keys() - self._arrived.keys()
         return [f"tensor {self.prefix}.{n} is missing (expected {self.specs[n]})" for n in self.specs if n in names]
@@ -111,15 +125,21 @@ class LayerLoader:
         faults = faults or check_values(self.prefix, self.layer, self.block_size, tensors)
         if faults:
             raise FormatError(self.prefix, faults)
-        self.shard, shard = shard_layer(self.layer, tensors, self.block_size, self.tp_rank, self.tp_size, self.experts)
+        schema, shard = shard_layer(self.layer, tensors, self.block_size, self.tp_rank, self.tp_size, self.experts)
         self._arrived = {}
+        if self._replace is not None:
+            self._replace(schema, shard)
+            return
+        self.shard = schema
+        module = self._module()
+        assert module is not None
         for name in self.specs:
             if name in shard:
-                parameter = self._module.get_parameter(name)
+                parameter = module.get_parameter(name)
                 # A shard of one rank is the tensor itself: a copy, for the file's mapping must not outlive loading.
                 parameter.data = shard[name].to(parameter.device, copy=True)
             else:  # an optional part none of this rank's experts has
-                delattr(self._module, name)
+                delattr(module, name)
 
 
 DUMMY_SPREAD = (0, 0, 0, 0, 1, -1, 1, -1, 2, -2)

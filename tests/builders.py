@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -426,3 +427,28 @@ def write_first_layers(directory: Path, count: int) -> Path:
     }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
+
+
+def vllm_config(dtype: torch.dtype = torch.bfloat16, **parallel: Any) -> SimpleNamespace:
+    """As much of a VllmConfig as the plugin reads, for one eager rank and no further option."""
+    sizes = {f"{kind}_parallel_size": 1 for kind in ("tensor", "data", "pipeline")}
+    switches = dict.fromkeys(("enable_eplb", "enable_elastic_ep", "enable_expert_parallel"), False)
+    backends = {"all2all_backend": "allgather_reducescatter", "distributed_executor_backend": "mp"}
+    return SimpleNamespace(
+        model_config=SimpleNamespace(
+            model="model",
+            model_weights="",
+            quantization_config=None,
+            enforce_eager=True,
+            dtype=dtype,
+            runner_type="generate",
+        ),
+        parallel_config=SimpleNamespace(**sizes | switches | backends | parallel),
+        load_config=SimpleNamespace(load_format="auto", safetensors_load_strategy=None),
+        offload_config=SimpleNamespace(
+            uva=SimpleNamespace(cpu_offload_gb=0), prefetch=SimpleNamespace(offload_group_size=0)
+        ),
+        kernel_config=SimpleNamespace(moe_backend="auto"),
+        lora_config=None,
+        speculative_config=None,
+    )

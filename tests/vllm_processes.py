@@ -17,11 +17,14 @@ answers = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)  # vLLM writes to standard output
 from vllm import LLM, ModelRegistry, SamplingParams
 
-def generate(model, dtype, prompts, tokens):
+def generate(model, dtype, prompts, tokens, architectures, reload, options):
     # As it is, vLLM looks at a model's class in one more process, which imports everything again.
-    for name in json.load(open(model + "/config.json"))["architectures"]:
+    for name in [*json.load(open(model + "/config.json"))["architectures"], *architectures]:
         ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
-    llm = LLM(model, dtype=dtype, enforce_eager=True, max_model_len=256, max_num_seqs=1, enable_prefix_caching=False)
+    llm = LLM(model, dtype=dtype, enforce_eager=True, max_model_len=256, max_num_seqs=1, enable_prefix_caching=False,
+              disable_log_stats=False, **options)
+    if reload:
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": reload})
     params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, logprobs=2, detokenize=False)
     steps = []
     for prompt in prompts:  # one after another: batched together they are summed in another order
@@ -29,12 +32,14 @@ def generate(model, dtype, prompts, tokens):
         found = llm.generate([prompt], params, use_tqdm=False)[0].outputs[0]
         steps.append([[token, top[token].logprob, *sorted((v.logprob for v in top.values()), reverse=True)[:2]]
                       for token, top in zip(found.token_ids, found.logprobs)])
-    return steps
+    counts = {metric.name: metric.value for metric in llm.get_metrics() if "spec_decode" in metric.name
+              and hasattr(metric, "value")}
+    return {"steps": steps, "counts": counts}
 
 for line in sys.stdin:
     signal.alarm(600)
     try:
-        answer = {"steps": generate(**json.loads(line))}
+        answer = generate(**json.loads(line))
     except Exception:
         answer = {"error": traceback.format_exc()}
     print(json.dumps(answer), file=answers)
@@ -67,13 +72,33 @@ class Generator:
             "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
         }  # fmt: skip
         self.log = log
+        self.counts: dict[str, float] = {}
+        """vLLM's counts about drafted tokens, of the last call."""
         self._start = [sys.executable, "-c", _GENERATE], os.environ | environment
         self._process: subprocess.Popen[str] | None = None
 
     def __call__(
-        self, model: Path, prompts: Sequence[str | list[int]], tokens: int, dtype: str = "float32"
+        self,
+        model: Path,
+        prompts: Sequence[str | list[int]],
+        tokens: int,
+        dtype: str = "float32",
+        *,
+        architectures: Sequence[str] = (),
+        reload: Path | None = None,
+        **options: Any,
     ) -> Completions:
-        """Completions of all prompts, `tokens` long; RuntimeError if vLLM fails."""
+        """Completions of all prompts, `tokens` long; RuntimeError if vLLM fails.
+
+        Args:
+            model: a checkpoint.
+            prompts: texts, or token ids.
+            tokens: to generate for each.
+            dtype: of the computation.
+            architectures: that vLLM needs beside those of config.json.
+            reload: checkpoint from which the loaded model takes new weights first.
+            options: of the LLM class.
+        """
         if self._process is None or self._process.poll() is not None:
             command, environment = self._start
             with self.log.open("ab") as output:
@@ -82,13 +107,17 @@ class Generator:
                 )
         assert self._process.stdin
         assert self._process.stdout
-        job = {"model": str(model), "dtype": dtype, "prompts": list(prompts), "tokens": tokens}
+        job = {
+            "model": str(model), "dtype": dtype, "prompts": list(prompts), "tokens": tokens, "options": options,
+            "architectures": list(architectures), "reload": str(reload) if reload else None,
+        }  # fmt: skip
         print(json.dumps(job), file=self._process.stdin, flush=True)
         if not (line := self._process.stdout.readline()):
             raise RuntimeError(f"vLLM died over {model}:\n{self.log.read_text(errors='replace')[-4000:]}")
         answer = json.loads(line)
         if "error" in answer:
             raise RuntimeError(f"vLLM failed on {model}:\n{answer['error']}")
+        self.counts = answer["counts"]
         completions = [[Step(t, own, best - second) for t, own, best, second in made] for made in answer["steps"]]
         assert [len(made) for made in completions] == [tokens] * len(prompts)
         return completions

@@ -102,6 +102,36 @@ def test_a_tensor_parallel_size_that_cannot_work(tmp_path: Path, vllm: Forks) ->
     assert_refused(vllm, directory, ["--tensor-parallel-size", "2"], ["--tensor-parallel-size 2", "sizes that work: 1"])
 
 
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that could be served."""
+    directory = tmp_path_factory.mktemp("sound") / "checkpoint"
+    write_tiny_qwen3_moe(directory)
+    return directory
+
+
+LORA = ["--enable-lora: ", "--lora-target-modules q_proj k_proj v_proj o_proj"]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--enable-lora"], LORA),
+        # vLLM's Transformers backend is another architecture, by name.
+        (["--enable-lora", "--model-impl", "transformers"], LORA),
+        (
+            ["--load-format", "tensorizer", "--all2all-backend", "deepep_low_latency", "--enable-expert-parallel",
+             "--cpu-offload-gb", "1", "--offload-group-size", "2"],
+            ["--load-format tensorizer: ", "--all2all-backend deepep_low_latency: ", "--cpu-offload-gb 1: ",
+             "--offload-group-size 2: "],
+        ),
+    ],
+    ids=["lora", "transformers", "many"],
+)  # fmt: skip
+def test_an_option_that_cannot_work(options: list[str], named: list[str], sound: Path, vllm: Forks) -> None:
+    assert_refused(vllm, sound, options, named)
+
+
 def assert_refused(vllm: Forks, directory: Path, options: list[str], named: list[str]) -> None:
     argv = command(directory, "--quantization", "bitsmoe", "--max-model-len", "128", *options)
     ended = vllm.run(MAIN, argv, environment())

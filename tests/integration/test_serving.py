@@ -1,5 +1,6 @@
 """Real servers: a quantized checkpoint generates the tokens that its dequantized weights generate."""
 
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -7,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.format.shards import ShardReader, read_json
+from bitsmoe_vllm.options import LORA_TARGETS
 from builders import TINY_MOE, build_form, write_checkpoint, write_first_layers
 from offline_quant.config import QuantizeConfig
 from offline_quant.dequantize import dequantize_checkpoint
@@ -117,6 +120,29 @@ def test_sibling_methods_are_served(objective: str, bits: float, tmp_path: Path,
     assert any(p.lowrank_total for p in projections) == (objective == "bt-moe")
     dequantize_checkpoint(directory, dequantized, torch.float32)
     got, want = (generate(model, PROMPTS, MAX_TOKENS) for model in (directory, dequantized))
+    assert_same_tokens(got, want)
+
+
+def test_lora_adapters_of_attention_can_be_served(quantized: Path, reference: Completions, generate: Generator) -> None:
+    """The way that the refusal of `--enable-lora` names: it starts, and without an adapter nothing changes."""
+    targets = {"enable_lora": True, "lora_target_modules": LORA_TARGETS.split()}
+    assert_same_tokens(generate(quantized, PROMPTS, MAX_TOKENS, **targets), reference)
+
+
+def test_reloaded_weights_are_those_of_the_other_model(quantized: Path, tmp_path: Path, generate: Generator) -> None:
+    """With the same bit-widths, as after training goes on: every expert twice as large, and attention changed too."""
+    other, dequantized = tmp_path / "other", tmp_path / "dequantized"
+    shutil.copytree(quantized, other)
+    for file in other.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name, tensor in tensors.items():
+            if name.endswith("down_feature_scale"):
+                tensors[name] = tensor * 2
+            elif name.endswith("o_proj.weight"):
+                tensors[name] = -tensor
+        save_file(tensors, file, metadata={"format": "pt"})
+    dequantize_checkpoint(other, dequantized, torch.float32)
+    got, want = generate(quantized, PROMPTS, MAX_TOKENS, reload=other), generate(dequantized, PROMPTS, MAX_TOKENS)
     assert_same_tokens(got, want)
 
 

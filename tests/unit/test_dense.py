@@ -37,7 +37,7 @@ from bitsmoe_kernels.format.families import FAMILIES
 from bitsmoe_kernels.format.schema import TensorSpec
 from bitsmoe_vllm import startup
 from bitsmoe_vllm.config import BitsmoeConfig
-from builders import store_dense, write_tiny_qwen3_moe
+from builders import store_dense, vllm_config, write_tiny_qwen3_moe
 from families import make_model, streamed_logits, whole_logits
 from offline_quant import sanity
 from offline_quant.calibration import load_tokenizer, text_windows
@@ -537,17 +537,6 @@ FORMS_CHANNEL = DenseWeights(num_bits=8, strategy="channel")
 
 
 # ---- the server, before it starts a worker ----
-
-
-def vllm_config(dtype: torch.dtype = torch.bfloat16, **parallel: Any) -> SimpleNamespace:
-    defaults = {
-        "enable_eplb": False, "enable_expert_parallel": False, "data_parallel_size": 1, "tensor_parallel_size": 1,
-        "pipeline_parallel_size": 1,
-    }  # fmt: skip
-    return SimpleNamespace(
-        parallel_config=SimpleNamespace(**defaults | parallel),
-        model_config=SimpleNamespace(enforce_eager=True, dtype=dtype),
-    )
 
 
 TEXT_CONFIG = PretrainedConfig(hidden_act="silu", num_attention_heads=2, num_hidden_layers=2)

@@ -1,5 +1,6 @@
 """Which path the plugin takes for a layer, and what it hands to it: the CUDA path's Python, on a CPU."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from bitsmoe_kernels import ops
+from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.layout import KernelLayer, to_kernel_layout
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
 from bitsmoe_vllm import moe_method
@@ -27,9 +29,15 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return said
 
 
-def loaded(made: MadeLayer, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+def loaded(
+    made: MadeLayer,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+    before_loading: Callable[[torch.nn.Module], None] = lambda module: None,
+    tp_size: int = 1,
+) -> tuple[Any, Any]:
     """The method and module of a layer, all tensors loaded, as vLLM makes them."""
-    parallel = SimpleNamespace(tp_rank=0, tp_size=1, enable_eplb=False)
+    parallel = SimpleNamespace(tp_rank=0, tp_size=tp_size, enable_eplb=False)
     moe = SimpleNamespace(
         moe_parallel_config=parallel,
         num_experts=SIZES["num_experts"],
@@ -43,6 +51,7 @@ def loaded(made: MadeLayer, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(moe_method, "get_current_vllm_config", lambda: config)
     method = moe_method.BitsmoeMoEMethod(module, "experts", made.layer, made.block_size, [])
     method.create_weights(module, SIZES["num_experts"], SIZES["hidden_size"], SIZES["intermediate_size"], dtype)
+    before_loading(module)
     assert set(method.loader.load_weights(made.tensors.items())) == set(made.tensors)
     method.process_weights_after_loading(module)
     return method, module
@@ -116,6 +125,52 @@ def test_on_a_cpu_the_reference_runs_and_is_reported(logged: list[str], monkeypa
     method, module = loaded(build_form("natural", **SIZES), torch.float32, monkeypatch)
     call(method, module, torch.float32)
     assert logged == ["bitsmoe: routed experts are computed by the torch reference path, on the CPU"]
+
+
+@pytest.mark.parametrize("way", ["parameters", "module"])
+@pytest.mark.parametrize("capability", [None, 90])
+def test_vllms_reload_writes_new_weights_into_the_same_memory(
+    way: str, capability: int | None, logged: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `reload_weights` does it, and a server that wakes from sleep of level 2. CUDA graphs hold addresses."""
+    from vllm.model_executor.model_loader import reload
+
+    monkeypatch.setattr(moe_method, "cuda_capability", lambda: capability)
+    made, dtype = build_form("extras", **SIZES), torch.bfloat16
+    other = {n: t * 2 if n.endswith("feature_scale") else t for n, t in made.tensors.items()}
+    method, module = loaded(made, dtype, monkeypatch, before_loading=reload.record_metadata_for_reloading)
+    _, want = loaded(MadeLayer(made.layer, made.block_size, other, {}), dtype, monkeypatch)
+    addresses = {name: p.data_ptr() for name, p in module.named_parameters()}
+    assert any(not torch.equal(p, want.get_parameter(n)) for n, p in module.named_parameters())
+
+    module.quant_method = method
+    reload.initialize_layerwise_reload(module)
+    if way == "module":
+        list(module.load_weights(other.items()))
+    else:
+        parameters = dict(module.named_parameters())
+        for name, tensor in other.items():
+            parameters[name].weight_loader(parameters[name], tensor)
+    reload.finalize_layerwise_reload(module, None)
+
+    assert {name: p.data_ptr() for name, p in module.named_parameters()} == addresses
+    assert all(torch.equal(p, want.get_parameter(n)) for n, p in module.named_parameters())
+    method.process_weights_after_loading(module)  # some callers do it themselves: nothing is left to do
+
+
+def test_a_reload_of_other_bit_widths_is_refused(logged: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many bits in the whole layer, but not in the first rank's part of it."""
+    made = build_form("natural", **SIZES)
+    method, module = loaded(made, torch.float32, monkeypatch, tp_size=2)
+    tensors = dict(made.tensors)
+    bits = tensors["down_bits"] = tensors["down_bits"].clone()
+    expert = int(((bits[:, 0] > 0) & (bits[:, 1] < 8)).nonzero()[0])
+    bits[expert, 0] -= 1
+    bits[expert, 1] += 1
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    with pytest.raises(BitsmoeError, match=r"experts: the weights to be loaded have other bit-widths .* server anew"):
+        list(method.loader.load_weights(tensors.items()))
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
 
 
 def test_the_fake_of_the_kernel_op_has_the_real_ones_shape() -> None:

@@ -1,10 +1,10 @@
 """Registration with vLLM, in fresh interpreters; and the parts of the plugin that need no engine."""
 
 import importlib.metadata
-import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -69,7 +69,7 @@ def test_an_unsupported_vllm_is_refused_when_bitsmoe_is_used(vllm: Forks) -> Non
     ended = vllm.run(
         """
 import vllm
-vllm.__version__ = "0.33.0"
+vllm.__version__ = "0.25.1"
 import bitsmoe_vllm
 bitsmoe_vllm.register()
 print("registered")
@@ -79,32 +79,125 @@ BitsmoeConfig.from_config({})
     )
     assert ended.stdout.splitlines()[-1] == "registered"
     assert ended.returncode == 2
-    assert "bitsmoe: error: vLLM 0.33.0 is installed" in ended.stderr
-    assert "vLLM >= 0.26, < 0.33: pip install" in ended.stderr
+    assert "bitsmoe: error: vLLM 0.25.1 is installed" in ended.stderr
+    assert "tried with 0.26 to 0.33: pip install 'vllm>=0.26,<0.34'" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
-@pytest.mark.parametrize(
-    ("version", "supported"),
-    [
-        ("0.25.1", False),
-        ("0.26.0", True),
-        ("0.29.0+cu129", True),
-        ("0.32.1.dev3+gabc", True),
-        ("0.33.0rc1", False),
-        ("1.0", False),
-        ("dev", False),
-    ],
-)
-def test_supported_versions(version: str, supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the plugin warns of, formatted."""
+    said: list[str] = []
+    monkeypatch.setattr(_compat, "warn_once", lambda message, *args: said.append(message % args))
+    return said
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.29.0+cu129", "0.32.1.dev3+gabc", "0.33.0", "0.33.1", "0.33.0rc1"])
+def test_tried_versions_start_silently(version: str, warned: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm
 
     monkeypatch.setattr(vllm, "__version__", version)
-    if supported:
+    monkeypatch.setattr(_compat, "interface_faults", lambda: ["looked at"])
+    _compat.check_vllm_version()
+    assert warned == []
+
+
+@pytest.mark.parametrize("version", ["0.34.0", "0.40.1", "1.0", "dev"])
+def test_newer_versions_start_with_a_warning_or_not_at_all(
+    version: str, warned: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import vllm
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+    monkeypatch.setattr(vllm, "__version__", version)
+    _compat.check_vllm_version()
+    (said,) = warned
+    assert f"vLLM {version} is installed, and this bitsmoe-vllm was tried with 0.26 to 0.33." in said
+    monkeypatch.delattr(RoutedExperts, "expert_map")
+    with pytest.raises(BitsmoeError, match=rf"vLLM {version} is installed.*\n  - .*RoutedExperts has no expert_map$"):
         _compat.check_vllm_version()
-    else:
-        with pytest.raises(BitsmoeError, match=rf"vLLM {re.escape(version)} is installed"):
-            _compat.check_vllm_version()
+    assert len(warned) == 1
+
+
+def test_versions_below_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.25.1")
+    with pytest.raises(BitsmoeError, match=r"vLLM 0\.25\.1 is installed"):
+        _compat.check_vllm_version()
+
+
+def test_the_installed_vllm_has_the_interfaces() -> None:
+    assert _compat.interface_faults() == []
+
+
+def lose_a_module(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(sys.modules, "vllm.scalar_type", None)
+
+
+def lose_a_name(patch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers import linear
+
+    patch.delattr(linear, "UnquantizedLinearMethod")
+
+
+def lose_a_field(patch: pytest.MonkeyPatch) -> None:
+    from vllm.config import LoadConfig
+
+    patch.delattr(LoadConfig, "safetensors_load_strategy", raising=False)
+    patch.delitem(LoadConfig.__dataclass_fields__, "safetensors_load_strategy")
+
+
+def lose_what_a_constructor_assigns(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(_compat, "_assigned", lambda cls: set())
+
+
+def want_another_method(patch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
+
+    patch.setattr(FusedMoEMethodBase, "__abstractmethods__", frozenset({"apply", "get_shards"}))
+
+
+def pass_another_argument(patch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
+
+    def apply(self: Any, layer: Any, x: Any, topk_weights: Any, topk_ids: Any, scratch: Any) -> None:
+        pass
+
+    patch.setattr(FusedMoEMethodBase, "apply", apply)
+
+
+def pass_an_argument_less(patch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+    patch.setattr(QuantizationConfig, "get_quant_method", lambda self, layer: None)
+
+
+def lose_a_hook(patch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+    patch.delattr(QuantizationConfig, "get_cache_scale_mapper")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lose_a_module, "vllm.scalar_type cannot be imported"),
+        (lose_a_name, "vllm.model_executor.layers.linear has no UnquantizedLinearMethod"),
+        (lose_a_field, "vllm.config.LoadConfig has no safetensors_load_strategy"),
+        (lose_what_a_constructor_assigns, "FusedMoEMethodBase has no moe, moe_kernel"),
+        (want_another_method, "FusedMoEMethodBase.get_shards is abstract, and BitsmoeMoEMethod does not have it"),
+        (pass_another_argument, "FusedMoEMethodBase.apply is called with scratch, which BitsmoeMoEMethod has not"),
+        (pass_an_argument_less, "QuantizationConfig.get_quant_method is not called with prefix, which BitsmoeConfig"),
+        (lose_a_hook, "QuantizationConfig has no get_cache_scale_mapper"),
+    ],
+)
+def test_a_changed_interface_is_named(
+    change: Callable[[pytest.MonkeyPatch], None], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(monkeypatch)
+    faults = _compat.interface_faults()
+    assert any(said in fault for fault in faults), faults
 
 
 def test_other_errors_keep_their_traceback(vllm: Forks) -> None:

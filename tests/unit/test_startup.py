@@ -11,8 +11,9 @@ from transformers import PreTrainedConfig
 
 from bitsmoe_kernels.errors import BitsmoeError, FormatError
 from bitsmoe_kernels.format.schema import CheckpointConfig
-from bitsmoe_vllm import startup
-from builders import build_form, make_config, write_tiny_qwen3_moe
+from bitsmoe_vllm import _compat, startup
+from bitsmoe_vllm import options as options_module
+from builders import build_form, make_config, vllm_config, write_tiny_qwen3_moe
 
 PREFIX = "model.layers.0.mlp.experts"
 SIZES = {
@@ -29,14 +30,10 @@ def checkpoint() -> CheckpointConfig:
     return make_config({PREFIX: made})
 
 
-def options(**parallel: Any) -> SimpleNamespace:
-    sizes = {f"{kind}_parallel_size": 1 for kind in ("tensor", "data", "pipeline")}
-    defaults = {"enable_eplb": False, "enable_expert_parallel": False, "enforce_eager": False} | sizes
-    parallel = defaults | parallel
-    return SimpleNamespace(
-        model_config=SimpleNamespace(enforce_eager=parallel.pop("enforce_eager")),
-        parallel_config=SimpleNamespace(**parallel),
-    )
+def options(enforce_eager: bool = False, **parallel: Any) -> SimpleNamespace:
+    asked = vllm_config(**parallel)
+    asked.model_config.enforce_eager = enforce_eager
+    return asked
 
 
 @pytest.mark.parametrize(
@@ -89,7 +86,7 @@ def test_graphs_need_layers_that_the_kernels_can_compute(
     on_gpu(monkeypatch, capability)
     made = make_config({PREFIX: build_form(form, num_experts=8, hidden_size=64, intermediate_size=96)})
     asked = options()
-    asked.model_config = SimpleNamespace(enforce_eager=eager, dtype=dtype)
+    asked.model_config.enforce_eager, asked.model_config.dtype = eager, dtype
     if said is None or eager:
         startup.check_options(made, TEXT, asked)
     else:
@@ -105,9 +102,16 @@ def test_graphs_need_layers_that_the_kernels_can_compute(
         ({"num_attention_heads": 5}, {"tensor_parallel_size": 2}, "sizes that work: 1$"),
         ({"moe_intermediate_size": 96}, {"tensor_parallel_size": 8}, r"sizes that work: 1, 2 \(or add --enable-expert"),
         ({}, {"tensor_parallel_size": 16, "enable_expert_parallel": True}, "16 ranks .* 8 experts"),
-        ({}, {"enable_eplb": True}, "drop the option"),
+        ({}, {"enable_eplb": True}, "--enable-eplb: .* drop the option"),
+        ({}, {"enable_elastic_ep": True}, "--enable-elastic-ep: .* drop the option"),
+        ({}, {"all2all_backend": "deepep_low_latency"}, "--all2all-backend deepep_.* use allgather_reducescatter, the"),
         ({}, {"tensor_parallel_size": 3, "enable_expert_parallel": True}, "sizes that work: 1, 2, 4, 8$"),
         ({}, {"pipeline_parallel_size": 4}, "--pipeline-parallel-size 4: .* 3 layers.* use at most 3"),
+        (
+            {},
+            {"distributed_executor_backend": "ray"},
+            "-executor-backend ray: .* on CPUs; drop the option",
+        ),
         ({}, {"pipeline_parallel_size": 2, "enforce_eager": True}, "on a CPU .* drop --enforce-eager"),
         ({}, {"data_parallel_size": 2, "enable_expert_parallel": True}, "--data-parallel-size 2: .* on a CPU; use"),
         ({"hidden_act": "gelu"}, {}, "hidden_act .* 'gelu'"),
@@ -118,6 +122,105 @@ def test_options_that_cannot_work(
 ) -> None:
     with pytest.raises(BitsmoeError, match=said):
         startup.check_options(checkpoint, PreTrainedConfig(**SIZES | text), options(**parallel))
+
+
+def load_format(name: str) -> dict[str, Any]:
+    return {"load_config": SimpleNamespace(load_format=name, safetensors_load_strategy=None)}
+
+
+def offload(gigabytes: float = 0, group: int = 0) -> dict[str, Any]:
+    uva, prefetch = SimpleNamespace(cpu_offload_gb=gigabytes), SimpleNamespace(offload_group_size=group)
+    return {"offload_config": SimpleNamespace(uva=uva, prefetch=prefetch)}
+
+
+def lora(*targets: str) -> dict[str, Any]:
+    return {"lora_config": SimpleNamespace(target_modules=list(targets) or None)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (lora(), "^--enable-lora: .*--lora-target-modules q_proj k_proj v_proj o_proj$"),
+        (lora("q_proj", "experts"), "^--enable-lora --lora-target-modules experts: .* without experts"),
+        (lora("experts.0.gate_proj"), "--lora-target-modules experts.0.gate_proj: "),
+        (lora("q_proj", "shared_experts.down_proj", "down_proj"), None),
+        (load_format("hf"), None),
+        (load_format("safetensors"), None),
+        (load_format("sharded_state"), "--load-format sharded_state: .* drop the option"),
+        (load_format("tensorizer"), "--load-format tensorizer: .* drop the option"),
+        (load_format("runai_streamer_sharded"), "--load-format runai_streamer_sharded: .* drop the option"),
+        (load_format("pt"), "--load-format pt: it does not read the checkpoint's safetensors; drop"),
+        (load_format("fastsafetensors"), "--load-format fastsafetensors: .* CUDA devices only"),
+        (load_format("instanttensor"), "--load-format instanttensor: .* CUDA devices only"),
+        (load_format("runai_streamer"), "--load-format runai_streamer: .* pip install runai-model-streamer$"),
+        (load_format("a_plugin_of_somebody_else"), None),
+        (
+            {"load_config": SimpleNamespace(load_format="auto", safetensors_load_strategy="torchao")},
+            "--safetensors-load-strategy torchao: .* use lazy, eager or prefetch",
+        ),
+        (offload(gigabytes=1.5), "--cpu-offload-gb 1.5: .* drop the option"),
+        (offload(group=4), "--offload-group-size 4: .* drop the option"),
+        (
+            {"kernel_config": SimpleNamespace(moe_backend="flashinfer_moe_ep_cutedsl")},
+            "--moe-backend flashinfer_moe_ep",
+        ),
+        ({"kernel_config": SimpleNamespace(moe_backend="deep_gemm_mega_moe")}, "--moe-backend deep_gemm_mega_moe: "),
+    ],
+)
+def test_other_options(checkpoint: CheckpointConfig, changed: dict[str, Any], said: str | None) -> None:
+    asked = options()
+    vars(asked).update(changed)
+    if said is None:
+        startup.check_options(checkpoint, TEXT, asked)
+    else:
+        with pytest.raises(BitsmoeError, match=said) as caught:
+            startup.check_options(checkpoint, TEXT, asked)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_fast_load_formats_work_on_a_gpu_with_their_package(
+    checkpoint: CheckpointConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu(monkeypatch, 90)
+    asked = options()
+    for name, package in options_module.PACKAGES.items():
+        vars(asked).update(load_format(name))
+        monkeypatch.setitem(options_module.PACKAGES, name, "a_package_that_is_not_there")
+        with pytest.raises(BitsmoeError, match=f"--load-format {name}: .* pip install a-package-that-is-not-there"):
+            startup.check_options(checkpoint, TEXT, asked)
+        monkeypatch.setitem(options_module.PACKAGES, name, "torch")
+        startup.check_options(checkpoint, TEXT, asked)
+        assert package
+
+
+def test_a_moe_backend_is_said_to_be_unused(checkpoint: CheckpointConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(_compat, "warn_once", lambda message, *args: said.append(message % args))
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    asked = options()
+    startup.check_options(checkpoint, TEXT, asked)
+    assert said == []
+    asked.kernel_config.moe_backend = "marlin"
+    startup.check_options(checkpoint, TEXT, asked)
+    assert said == ["--moe-backend marlin: the quantized experts have kernels of their own and do not use it"]
+
+
+def test_batch_invariance_is_not_promised(checkpoint: CheckpointConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(BitsmoeError, match=r"VLLM_BATCH_INVARIANT: .* unset it"):
+        startup.check_options(checkpoint, TEXT, options())
+
+
+def test_experts_are_not_quantized_anew(checkpoint: CheckpointConfig) -> None:
+    from vllm.config.quantization import QuantizationConfigArgs
+
+    asked = options()
+    asked.model_config.quantization_config = QuantizationConfigArgs(linear="fp8_per_tensor")
+    startup.check_options(checkpoint, TEXT, asked)
+    for more in ({"moe": "fp8_per_tensor"}, {"targets": {"re:.*experts": "fp8_per_tensor"}}):
+        asked.model_config.quantization_config = QuantizationConfigArgs(**more)
+        with pytest.raises(BitsmoeError, match="--quantization-config: the experts are quantized already"):
+            startup.check_options(checkpoint, TEXT, asked)
 
 
 def test_all_option_faults_come_at_once(checkpoint: CheckpointConfig) -> None:
@@ -159,6 +262,160 @@ def test_a_model_in_the_hub_cache_counts_once_it_is_complete(tmp_path: Path, mon
     next(tmp_path.glob("*.index.json")).unlink()
     assert startup.local_directory("owner/name", "main") is None
     assert startup.local_directory(str(tmp_path), None) == tmp_path
+
+
+def test_weights_in_object_storage_are_not_looked_for_beside_the_small_files(tmp_path: Path) -> None:
+    """vLLM copies the JSON files of s3://bucket/model into a directory, and goes on with that as the model."""
+    write_tiny_qwen3_moe(tmp_path / "whole")
+    small = tmp_path / "small"
+    small.mkdir()
+    (small / "config.json").write_bytes((tmp_path / "whole" / "config.json").read_bytes())
+    assert startup.local_directory(str(small), None, "s3://bucket/model") is None
+    assert startup.local_directory(str(small), None, str(tmp_path / "whole")) == tmp_path / "whole"
+
+
+def test_a_config_of_foreign_code_does_not_change_what_the_file_must_hold(tmp_path: Path) -> None:
+    """With --trust-remote-code vLLM reads config.json by a class that transformers' own models do not know."""
+    from safetensors.torch import load_file, save_file
+
+    write_tiny_qwen3_moe(tmp_path)
+
+    class RemoteConfig(PreTrainedConfig):
+        model_type = "qwen3_moe"
+
+    config = RemoteConfig(
+        **json.loads((tmp_path / "config.json").read_text()), auto_map={"AutoConfig": "x.RemoteConfig"}
+    )
+    startup.check_checkpoint(tmp_path, config)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.self_attn.q_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FormatError, match=r"model\.layers\.1\.self_attn\.q_proj\.weight is missing"):
+        startup.check_checkpoint(tmp_path, config)
+
+
+def with_draft(directory: Path, *names: str) -> Any:
+    """A checkpoint with further tensors, and options that draft with it."""
+    from safetensors.torch import load_file, save_file
+
+    write_tiny_qwen3_moe(directory)
+    tensors = load_file(directory / "model.safetensors") | {name: torch.zeros(2, 2) for name in names}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    asked = options()
+    asked.model_config.model = str(directory)
+    asked.speculative_config = SimpleNamespace(method="mtp", draft_model_config=asked.model_config)
+    return asked
+
+
+def test_drafting_needs_a_layer_for_it(tmp_path: Path) -> None:
+    asked = with_draft(tmp_path)
+    with pytest.raises(BitsmoeError, match=r"method mtp: .* \(no tensor mtp\.\* or model\.layers\.2\.\*\); drop"):
+        startup.check_checkpoint(tmp_path, None, asked)
+    asked.speculative_config.draft_model_config = SimpleNamespace(model="another")
+    startup.check_checkpoint(tmp_path, None, asked)
+
+
+DRAFTS = ("model.layers.2.mlp.experts", "mtp.layers.0.mlp.experts")
+
+
+def routed_experts(prefix: str, config: Any) -> Any:
+    """The method for a layer of that name, without the layer."""
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+    layer = RoutedExperts.__new__(RoutedExperts)
+    torch.nn.Module.__init__(layer)
+    layer.moe_config = SimpleNamespace()
+    return config.get_quant_method(layer, prefix)
+
+
+@pytest.mark.parametrize("stored", ["0.gate_proj.weight", "gate_up_proj"])
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_experts_stored_plainly_are_vllms_own(draft: str, stored: str, tmp_path: Path) -> None:
+    from bitsmoe_vllm.config import BitsmoeConfig
+
+    asked = with_draft(tmp_path, f"{draft}.{stored}", f"{draft.removesuffix('experts')}shared_experts.up_proj.weight")
+    checkpoint = startup.check_checkpoint(tmp_path, None, asked)
+    config = BitsmoeConfig(checkpoint.config.dump())
+    config._options_checked = True
+    config.plain_experts = startup.plain_experts(checkpoint)
+    assert config.plain_experts == {draft}
+    assert routed_experts(draft, config) is None
+    for described in ("model.layers.1.mlp.experts", "draft_model.model.layers.1.mlp.experts"):
+        assert routed_experts(described, config).schema == checkpoint.config.layers["model.layers.1.mlp.experts"]
+    (other,) = set(DRAFTS) - {draft}
+    with pytest.raises(BitsmoeError, match=f"routed experts at {other}, .* does not hold them at 16 bits either"):
+        routed_experts(other, config)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "plain"),
+    [*((draft, True) for draft in DRAFTS), ("model.layers.1.mlp.experts", False), ("vision.experts", False)],
+)
+def test_before_the_checkpoint_is_here_only_draft_layers_are_taken_for_plain(
+    prefix: str, plain: bool, checkpoint: CheckpointConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bitsmoe_vllm.config import BitsmoeConfig
+
+    config = BitsmoeConfig(checkpoint.dump())
+    config.maybe_update_config("owner/not-on-this-machine", PreTrainedConfig(**SIZES | {"num_hidden_layers": 2}))
+    import vllm.config
+
+    monkeypatch.setattr(vllm.config, "get_current_vllm_config", options)
+    if plain:
+        assert routed_experts(prefix, config) is None
+    else:
+        with pytest.raises(BitsmoeError, match="quantize the whole model"):
+            routed_experts(prefix, config)
+
+
+def test_workers_refuse_options_that_the_main_process_was_not_shown(
+    checkpoint: CheckpointConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import vllm.config
+
+    from bitsmoe_vllm.config import BitsmoeConfig
+
+    monkeypatch.setattr(vllm.config, "get_current_vllm_config", lambda: options(enable_eplb=True))
+    with pytest.raises(BitsmoeError, match="--enable-eplb"):
+        routed_experts(PREFIX, BitsmoeConfig(checkpoint.dump()))
+
+
+def test_vllm_shows_its_configuration_and_calls_what_was_there_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.models import config as models
+
+    called = []
+
+    class Known(models.VerifyAndUpdateConfig):
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            called.append(vllm_config)
+
+        @staticmethod
+        def verify_and_update_model_config(model_config: Any) -> None:
+            called.append(model_config)
+
+    entries: dict[str, Any] = {"KnownForCausalLM": Known}
+    monkeypatch.setattr(models, "MODELS_CONFIG_MAP", entries)
+    for _ in range(2):
+        _compat.watch_configs(["KnownForCausalLM", "OtherForCausalLM"])
+    assert {"OtherForCausalLM", "Qwen3MoeForCausalLM", "TransformersMoEForCausalLM"} < entries.keys()
+
+    class Shown:
+        def __init__(self) -> None:
+            self.model_config = SimpleNamespace(hf_config=PreTrainedConfig())
+
+    for architecture in ("KnownForCausalLM", "OtherForCausalLM"):
+        shown = Shown()
+        entries[architecture].verify_and_update_model_config(shown.model_config)
+        entries[architecture].verify_and_update_config(shown)
+        assert _compat.config_under_construction(shown.model_config.hf_config) is shown
+        # Equal, but of another model: a draft's, for example.
+        assert _compat.config_under_construction(PreTrainedConfig()) is None
+        assert called == ([shown.model_config, shown] if architecture == "KnownForCausalLM" else [])
+        called.clear()
+    hf_config = shown.model_config.hf_config
+    del shown
+    assert _compat.config_under_construction(hf_config) is None
 
 
 @pytest.mark.parametrize(

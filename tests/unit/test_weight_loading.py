@@ -1,5 +1,6 @@
 """Loading a rank's shard, as vLLM's loaders drive it: any order, full tensors, names in either of two spellings."""
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from bitsmoe_kernels.reference import LayerWeights, moe_forward
 from bitsmoe_kernels.sharding import shard_layer
 from bitsmoe_vllm.weight_loading import LayerLoader, dummy_tensors
 from builders import FORMS, build_form
+from pretended_cuda import pretended_cuda
 
 G = 16
 PREFIX = "model.layers.0.mlp.experts"
@@ -133,3 +135,43 @@ def test_parameters_outlive_the_file(tmp_path: Path) -> None:
     _, module = loaded(made.layer, mapped)
     places = {t.data_ptr() for t in mapped.values()}
     assert all(p.numel() and p.data_ptr() not in places for p in module.parameters())
+
+
+def test_tensors_may_arrive_on_the_gpu() -> None:
+    """As fastsafetensors and instanttensor hand them over."""
+    made = build_form("extras", block_size=G)
+    _, want = loaded(made.layer, made.tensors, tp_rank=1, tp_size=2)
+    with pretended_cuda():
+        there = {name: tensor.to("cuda") for name, tensor in made.tensors.items()}
+        assert {t.device.type for t in there.values()} == {"cuda"}
+        _, got = loaded(made.layer, there, tp_rank=1, tp_size=2)
+    for name, parameter in want.named_parameters():
+        assert torch.equal(got.get_parameter(name), parameter)
+
+
+def test_a_model_is_not_kept_alive_by_the_loaders_that_vllm_keeps() -> None:
+    made = build_form("natural", block_size=G)
+    _, module = loaded(made.layer, made.tensors)
+    loaders = [p.weight_loader for p in module.parameters()]  # type: ignore[attr-defined]
+    alive = weakref.ref(module)
+    del module
+    assert alive() is None
+    assert loaders
+
+
+def test_a_second_set_of_tensors_goes_where_it_is_told() -> None:
+    made = build_form("natural", block_size=G)
+    loader, module = loaded(made.layer, made.tensors)
+    replaced: list[tuple[Layer, dict[str, Tensor]]] = []
+    loader.reload_into(lambda layer, tensors: replaced.append((layer, tensors)))
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    other = {n: t * 2 if n.endswith("feature_scale") else t for n, t in made.tensors.items()}
+    *most, last = other
+    list(loader.load_weights((n, other[n]) for n in most))
+    assert loader.missing() == [f"tensor {PREFIX}.{last} is missing (expected {loader.specs[last]})"]
+    list(loader.load_weights([(last, other[last])]))
+    assert loader.missing() == []
+    ((layer, tensors),) = replaced
+    assert layer == made.layer
+    assert all(torch.equal(tensors[n], other[n]) for n in other)
+    assert all(torch.equal(module.get_parameter(n), before[n]) for n in before)
