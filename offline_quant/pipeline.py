@@ -375,7 +375,9 @@ def _windows(
     text = inputs.text or _opened(config)
     found = read_windows(inputs.tokenizer, text, config.calib, config.calib_samples, length, config.seed)
     clock.lap("calibration text")
-    if found is None and config.calib != SELF:
+    if found is not None:
+        inputs.original.check_ids(found[0])
+    elif config.calib != SELF:
         unforeseen()
     inputs.source.check_finite(track)
     clock.lap("check")

@@ -121,6 +121,18 @@ def test_all_faults_are_said_at_once(model: Callable[..., Path], monkeypatch: py
         assert words in said, said
 
 
+def test_a_tokenizer_of_another_model(model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ids go beyond the vocabulary: the text shows it, before the weights are read."""
+    directory = model(vocab_size=64)
+
+    def cut(tensors: dict[str, Tensor]) -> None:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = tensors[name][:64]
+
+    edit_tensors(directory, cut)
+    assert "but the model's vocab_size is 64" in refusal(directory, monkeypatch)
+
+
 def test_experts_of_unequal_number(model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     directory = model()
     gone = [f"model.layers.1.mlp.experts.{e}." for e in (6, 7)]
