@@ -31,6 +31,7 @@ def model(tmp_path):
     directory.mkdir()
     config = json.loads((TINY_MOE / "config.json").read_text())
     config |= {"hidden_size": H, "moe_intermediate_size": I, "num_experts": E, "num_hidden_layers": 2}
+    config["num_experts_per_tok"] = 2
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "tokenizer.json").write_text("{}")
     gen = torch.Generator().manual_seed(0)
