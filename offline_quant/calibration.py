@@ -52,6 +52,7 @@ def load_tokenizer(directory: Path) -> Any:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory))
+        tokenizer("a", verbose=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as e:
         raise BitsmoeError(f"{directory}: no tokenizer can be loaded ({e})") from None
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of no file at all

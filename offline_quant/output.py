@@ -127,8 +127,8 @@ def new_directory(out: Path) -> Iterator[Path]:
 
 def side_files(source: Path) -> list[Path]:
     """Tokenizer, chat templates, license and code of a model, in order of names."""
-    found = {p for pattern in SIDE_FILES for p in source.glob(pattern) if p.is_file()}
-    return sorted(found | {p for p in _code_files(source) if p.is_file()})
+    found = {p for pattern in SIDE_FILES for p in source.glob(pattern)} | _code_files(source)
+    return sorted(p for p in found if p.is_file() or p.is_symlink())  # one that leads nowhere is refused
 
 
 def missing_code(source: Path) -> list[str]:

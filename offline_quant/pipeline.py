@@ -630,8 +630,8 @@ class _Run:
             )
         if not bool(inputs.x.isfinite().all()):
             raise BitsmoeError(
-                f"{prefix}: activations on the calibration text are beyond float32; an earlier layer has far too "
-                "large weights, so look at them, or download the model again"
+                f"{prefix}: activations on the calibration text are beyond float32; weights before them are far too "
+                "large, or config.json is wrong, so look at both, or download the model again"
             )
         self.clock.lap("calibration")
         stats = LayerStatistics(

@@ -330,7 +330,7 @@ def fingerprint(directory: Path) -> str:
     """A hash of a model: its JSON files whole; of every weight file its size, header and evenly spread samples."""
     digest = hashlib.sha256()
     for path in sorted(directory.iterdir()):
-        if path.suffix == ".json":
+        if path.suffix == ".json" and path.is_file():
             digest.update(f"{path.name}\0".encode() + path.read_bytes())
         elif path.suffix == ".safetensors":
             size = path.stat().st_size

@@ -29,6 +29,8 @@ Arguments = list[dict[str, Any]]
 """What each decoder layer takes besides hidden states; layers of one kind share tensors."""
 Batches = list[tuple[Tensor, Arguments]]
 """Hidden states [n, L, H] and the layers' arguments."""
+COMPUTING_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What comes out of a model whose config.json cannot be."""
 TRIED_TOKENS = 4
 """Of `StreamedModel.try_out`."""
 TOGETHER = 8
@@ -45,7 +47,7 @@ def model_without_memory(config: Mapping[str, Any], directory: Path) -> tuple[An
         built = AutoConfig.for_model(**plain_config(config))
         with torch.device("meta"):
             return built, AutoModelForCausalLM.from_config(built, dtype=torch.float32).eval()
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, StrictDataclassError) as e:
+    except (*COMPUTING_ERRORS, ImportError, StrictDataclassError) as e:
         raise BitsmoeError(f"{directory}: transformers cannot build the model from config.json ({e})") from None
 
 
@@ -105,7 +107,7 @@ class StreamedModel:
                         self.run(module, hidden, arguments)
         except torch.OutOfMemoryError:
             raise
-        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        except COMPUTING_ERRORS as e:
             raise BitsmoeError(
                 f"{self.source.directory}: the model that config.json describes cannot be computed "
                 f"({type(e).__name__}: {' '.join(str(e).split())[:300]})"

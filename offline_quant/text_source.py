@@ -24,6 +24,8 @@ COLUMNS = ("text", "content", "messages", "conversations", "prompt")
 _ANSWERS = ("completion", "response", "chosen", "rejected")
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _CHECKED_ROWS, _MORE_ROWS, _SHOWN_FAULTS, _SHOWN_KEYS = 16, 2000, 12, 20
+_TEMPLATE_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+"""What a chat template, which is a program, may end with. RecursionError is a RuntimeError."""
 _HALF_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -114,7 +116,7 @@ class Reading:
         self._source.check_tokenizer(self._tokenizer, chat=True)
         try:
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False))
-        except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as e:
+        except (*_TEMPLATE_ERRORS, TemplateError) as e:
             raise _UnusableError(f"the tokenizer's chat template refuses it ({one_line(e)[:300]})") from None
 
     def _refusal(self, row: Row, reason: str, more: Iterator[Row]) -> BitsmoeError:
@@ -414,8 +416,12 @@ class _HubText(TextSource):
 
 def _dataset_errors() -> tuple[type[Exception], ...]:
     from datasets.exceptions import DatasetsError
+    from yaml import YAMLError
 
-    return (*NETWORK_ERRORS, DatasetsError, ValueError, RuntimeError, TypeError, KeyError, ImportError)
+    return (
+        *NETWORK_ERRORS, DatasetsError, YAMLError, StopIteration, ValueError, RuntimeError, TypeError, KeyError,
+        ImportError,
+    )  # fmt: skip
 
 
 def recorded_name(spec: str) -> str:

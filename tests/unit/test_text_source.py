@@ -4,6 +4,7 @@ The reference is the rule of small texts, said plainly: tokenize every document 
 """
 
 import bisect
+import copy
 import gzip
 import itertools
 import json
@@ -408,6 +409,35 @@ def test_chats_that_cannot_be_used_are_named(tmp_path, chatty, turns, message):
     path.write_text((json.dumps({"messages": CHAT}) + "\n") * 2 + json.dumps({"messages": turns}) + "\n")
     with pytest.raises(BitsmoeError, match=f"line 3: .*{message}"):
         text_windows(chatty, str(path), 8)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 1 // 0 }}",
+        "{{ messages[7].content }}",
+        "{% for i in range(1000000) %}x{% endfor %}",
+        "{% macro again(n) %}{{ again(n + 1) }}{% endmacro %}{{ again(0) }}",
+    ],
+)
+def test_a_chat_template_may_end_with_anything(tmp_path, chatty, template):
+    odd = copy.deepcopy(chatty)
+    odd.chat_template = template
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "x"}]}))
+    with pytest.raises(BitsmoeError, match="line 1: the tokenizer's chat template refuses it"):
+        text_windows(odd, open_text(str(path), "--calib"), 8)
+
+
+BAD_CARD = {"README.md": "---\nconfigs: [\n---\n", "train.jsonl": '{"text": "x"}'}
+
+
+@pytest.mark.parametrize("files", [{"train.jsonl": ""}, BAD_CARD], ids=["empty", "yaml"])
+def test_a_local_dataset_that_is_damaged(tmp_path, files):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(BitsmoeError, match=re.escape(f"hf:{tmp_path}")):
+        open_text(f"hf:{tmp_path}", "--calib")
 
 
 def test_chats_need_a_chat_template(tmp_path, tokenizer, chatty):
