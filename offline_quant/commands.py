@@ -322,7 +322,9 @@ def evaluate(
         raise BitsmoeError(f"--text {text}: must be a file; write the dataset's text into one")
     source = open_text(str(text), "--text", column=text_column)
     check_device(device)
-    other = resolve_model(reference, reference_revision) if reference else None
+    if reference_revision and not reference:
+        raise BitsmoeError(f"--reference-revision {reference_revision}: there is no --reference; leave it out")
+    other = resolve_model(reference, reference_revision, "--reference-revision") if reference else None
     result = evaluate_model(resolve_model(directory, revision), source, other, device)
     if as_json:
         print(json.dumps(result.as_dict()))

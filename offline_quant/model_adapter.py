@@ -22,6 +22,8 @@ CHECKED_VALUES = 1 << 24
 """Of a tensor that are looked at together."""
 MAX_WEIGHT = 1e12
 """Far beyond any trained weight, and about where squares of what such weights compute leave float32."""
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
+"""Parts of names that modules around modules leave behind."""
 _EXPERT_NUMBER = re.compile(r"(.*?\.experts\.)(\d+)\.")
 MAX_FAULTS = 1_000
 """Faults after which no more are looked for."""
@@ -197,6 +199,9 @@ class SourceModel:
             return None
         bare = [(name, name.removeprefix("model.")) for name in wanted]
         for found in self.tensors:
+            inner = ".".join(part for part in found.split(".") if part not in _WRAPPERS)
+            if inner != found and inner in wanted:
+                return f"tensor {found} should be called {inner}: rename it, and all others likewise"
             for name, end in bare:
                 if found == end or found.endswith(f".{end}"):
                     return f"tensor {found} should be called {name}: rename it, and all others likewise"

@@ -30,6 +30,8 @@ _NAMING_CODE = (
     "preprocessor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 """Files whose `auto_map` names classes of the model's own code, as `module.Class`."""
+MAX_NAME = 230
+"""Bytes of a directory's name: file systems take 255, and scratch directories have longer names than the result."""
 CARD_FILE = "README.md"
 """The Hub's model card: every checkpoint has its own, so none is carried over."""
 
@@ -44,6 +46,8 @@ def check_output(out: Path, but: str = "") -> None:
     Raises:
         BitsmoeError: names it.
     """
+    if (size := len(os.fsencode(out.name))) > MAX_NAME:
+        raise BitsmoeError(f"--out {out}: its last part has {size} bytes; use at most {MAX_NAME}")
     if out.is_symlink() and not out.exists():
         raise BitsmoeError(f"--out {out}: is a dangling symbolic link; remove it or choose another name")
     if out.exists() and (not out.is_dir() or any(p.name not in (REPORT_FILE, PAGE_FILE, but) for p in out.iterdir())):

@@ -96,12 +96,13 @@ class Outcome:
     needs: Needs | None = None
 
 
-def resolve_model(name: str, revision: str | None = None) -> Path:
+def resolve_model(name: str, revision: str | None = None, option: str = "--revision") -> Path:
     """A local directory, or a Hub name downloaded into the local cache.
 
     Args:
         name: either.
         revision: branch, tag or commit of a Hub name; None: the main branch.
+        option: that gave it, for messages.
 
     Raises:
         BitsmoeError: neither.
@@ -109,7 +110,7 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
     path = Path(name)
     if path.is_dir():
         if revision is not None:
-            raise BitsmoeError(f"--revision {revision}: {name} is a directory; only names on the Hub have revisions")
+            raise BitsmoeError(f"{option} {revision}: {name} is a directory; only names on the Hub have revisions")
         snapshots = path / "snapshots"
         if snapshots.is_dir() and not (path / "config.json").exists():
             found = ", ".join(sorted(p.name for p in snapshots.iterdir())) or "none"
@@ -129,7 +130,7 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except errors as e:
         reason = " ".join(str(e).split())[:500] or type(e).__name__
-        shown = name if revision is None else f"{name} at --revision {revision}"
+        shown = name if revision is None else f"{name} at {option} {revision}"
         raise BitsmoeError(f"{shown}: no such directory, and the Hub does not give it ({reason})") from None
 
 

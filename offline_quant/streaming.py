@@ -29,7 +29,9 @@ Arguments = list[dict[str, Any]]
 """What each decoder layer takes besides hidden states; layers of one kind share tensors."""
 Batches = list[tuple[Tensor, Arguments]]
 """Hidden states [n, L, H] and the layers' arguments."""
-COMPUTING_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+COMPUTING_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 """What comes out of a model whose config.json cannot be."""
 TRIED_TOKENS = 4
 """Of `StreamedModel.try_out`."""
@@ -101,10 +103,15 @@ class StreamedModel:
             hidden, arguments = self.embed(torch.zeros(1, TRIED_TOKENS, dtype=torch.int64))
             for (moe, _), index in firsts.items():
                 with self.layer(index) as module:
-                    if moe:
-                        self.expert_inputs(module, hidden, arguments)
-                    else:
-                        self.run(module, hidden, arguments)
+                    out = (
+                        self.expert_inputs(module, hidden, arguments)[1] if moe else self.run(module, hidden, arguments)
+                    )
+                    whole = all(bool(t.isfinite().all()) for _, t in kept_tensors(module) if not t.is_meta)
+                    if whole and not bool(out.isfinite().all()):  # weights that are not finite are named later
+                        raise ArithmeticError(
+                            f"decoder layer {index} computes NaN or infinity from finite weights; look at its rope and "
+                            "scaling options"
+                        )
         except torch.OutOfMemoryError:
             raise
         except COMPUTING_ERRORS as e:

@@ -1,6 +1,7 @@
 """Rows and text of a file; its content, not its name, says what it holds. All is read forwards and in pieces."""
 
 import codecs
+import csv
 import gzip
 import io
 import json
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -45,7 +47,11 @@ _CLAIMS = {
     ".gz": "gzip, but its content is not; download or make it again",
 }
 """Names of which the content must not be taken for plain text."""
-_TABLE_COLUMNS = {"text", "content", "prompt", "messages", "instruction", "question", "sentence"}
+_TABLE_COLUMNS = {
+    "text", "content", "prompt", "messages", "instruction", "question", "sentence", "body", "document", "passage",
+    "review", "comment", "article", "abstract",
+}  # fmt: skip
+_TABLE_ROWS, _EQUAL_ROWS, _NAME_WORDS = 50, 5, 4
 
 
 class Kind(StrEnum):
@@ -206,7 +212,7 @@ def _identify_text(path: Path, name: str, gzipped: bool, stream: BinaryIO) -> Te
             kind = Kind.LINES  # reading it names the line that is none
         elif suffixes and (claim := _CLAIMS.get(suffixes[-1])):
             raise BitsmoeError(f"{name}: its name says {claim}")
-        elif _begins_table(text):
+        elif _begins_table(text, complete):
             raise BitsmoeError(f"{name}: begins like a table (CSV), which is not read; write it as JSON lines")
     return TextFile(path, name, kind, gzipped, begin)
 
@@ -328,14 +334,28 @@ def _cut_short(error: Exception, text: str, margin: int = 8) -> bool:
     return error.msg.startswith("Unterminated string") or error.pos >= len(text) - margin
 
 
-def _begins_table(text: str) -> bool:
-    """Whether the first line names columns, with one among them that holds text as a rule."""
-    header = text.lstrip(_SPACE).splitlines()[0] if text.strip(_SPACE) else ""
-    names = [[n.strip().strip('"').lower() for n in header.split(by)] for by in (",", "\t", ";")]
-    return any(
-        len(found) > 1 and not _TABLE_COLUMNS.isdisjoint(found) and all(re.fullmatch(r"\w+", n) for n in found)
-        for found in names
-    )
+def _begins_table(text: str, complete: bool) -> bool:
+    """Whether lines are rows of a table: columns that are named, one of them as text is as a rule, or equal rows."""
+    if not complete:
+        text = text[: text.rfind("\n") + 1]
+    for by in ",\t;|":
+        try:
+            rows = [row for row in islice(csv.reader(io.StringIO(text), delimiter=by), _TABLE_ROWS) if row]
+        except csv.Error:
+            continue
+        width = len(rows[0]) if rows else 0
+        if width < 2 or len(rows) < 2 or sum(len(row) == width for row in rows) < 0.9 * len(rows):
+            continue
+        names = [set(re.findall(r"[^\W_]+", name.lower())) for name in rows[0]]
+        plain = all(
+            len(words) <= _NAME_WORDS and not re.search(r"[.!?:]|^ ", name)
+            for words, name in zip(names, rows[0], strict=True)
+        )
+        if plain and any(words & _TABLE_COLUMNS for words in names):
+            return True
+        if len(rows) >= _EQUAL_ROWS and (by == "\t" or f'{by}"' in text) and all(len(row) == width for row in rows):
+            return True
+    return False
 
 
 def numbered(row: int) -> Callable[[], str]:

@@ -1,6 +1,7 @@
 """Where text comes from: a file (see `text_file`), or a dataset of the Hugging Face Hub; its rows as documents."""
 
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -21,7 +22,7 @@ HUB_BYTES = 192 << 20
 """What a dataset's own readers take."""
 COLUMNS = ("text", "content", "messages", "conversations", "prompt")
 """Where text is looked for in a row that is an object, in this order."""
-_ANSWERS = ("completion", "response", "chosen", "rejected")
+_ANSWERS = ("completion", "response", "responses", "output", "answer", "solution", "chosen", "rejected")
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _CHECKED_ROWS, _MORE_ROWS, _SHOWN_FAULTS, _SHOWN_KEYS = 16, 2000, 12, 20
 _TEMPLATE_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
@@ -245,7 +246,7 @@ class TextSource:
         for row in islice(cursor.rows(), count):
             try:
                 value = self.value_of(row)
-                self.chat |= isinstance(value, list)
+                self.chat |= isinstance(value, list) and bool(value)
                 if isinstance(value, list):
                     _messages(value)
             except _UnusableError as e:
@@ -377,7 +378,12 @@ class _HubText(TextSource):
 
     def _load(self) -> Any:
         import datasets  # heavy, and needed for this source only
+        from datasets import packaged_modules
 
+        if (
+            self._where in packaged_modules._PACKAGED_DATASETS_MODULES
+        ):  # it would read all files below the current directory
+            raise BitsmoeError(f"{self.name}: is a reader of the library, not a dataset; give hf:DATASET, or a file")
         try:
             return datasets.load_dataset(self._where, self._config, streaming=True)
         except _dataset_errors() as e:
@@ -385,7 +391,7 @@ class _HubText(TextSource):
                 names = datasets.get_dataset_config_names(self._where)
             except _dataset_errors():
                 names = []
-            if names and self._config not in names:
+            if len(names) > 1 and self._config not in names:
                 what = f"has no configuration {self._config!r}" if self._config else "has several configurations"
                 raise BitsmoeError(
                     f"{self.name}: {what}; choose one with {self._option}-config: {', '.join(names)}"
@@ -415,12 +421,14 @@ class _HubText(TextSource):
 
 
 def _dataset_errors() -> tuple[type[Exception], ...]:
+    from zipfile import BadZipFile
+
     from datasets.exceptions import DatasetsError
     from yaml import YAMLError
 
     return (
-        *NETWORK_ERRORS, DatasetsError, YAMLError, StopIteration, ValueError, RuntimeError, TypeError, KeyError,
-        ImportError,
+        *NETWORK_ERRORS, DatasetsError, YAMLError, BadZipFile, zlib.error, EOFError, StopIteration, ValueError,
+        RuntimeError, TypeError, KeyError, ImportError,
     )  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from typing import IO
 from bitsmoe_kernels.errors import BitsmoeError
 from offline_quant.team import Team, Workers, started_as_worker
 
+LEAST_MOST = 2
+"""Processes that may always be asked for; more than there are processors only take memory."""
 _ADDRESS = "127.0.0.1"
 _READY = "BITSMOE_READY"
 """Environment variable: folder where every process says that it is there."""
@@ -45,6 +47,8 @@ def team_of(workers: int) -> Iterator[Team]:
     if workers == 1:
         yield Team()
         return
+    if workers > (most := max(LEAST_MOST, os.cpu_count() or 1)):
+        raise BitsmoeError(f"--workers {workers}: this machine has {os.cpu_count()} processors; use at most {most}")
     with socket.socket() as probe:
         probe.bind((_ADDRESS, 0))
         port = probe.getsockname()[1]

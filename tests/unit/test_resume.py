@@ -222,7 +222,10 @@ def test_another_text_of_the_same_name_is_refused(source, stopped, tmp_path):
 def test_another_version_is_refused(source, stopped):
     path = state_directory(stopped) / "state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": 99}))
-    with pytest.raises(BitsmoeError, match=r"left by another version of bitsmoe \(state 99, this one has 1\)"):
+    with pytest.raises(
+        BitsmoeError,
+        match=rf"left by another version of bitsmoe \(state 99, this one has {state_module.STATE_VERSION}\)",
+    ):
         quantize_model(str(source), stopped, options(source), resume=True)
 
 
@@ -452,6 +455,15 @@ def test_a_model_that_must_write_its_own_text_is_held_to_the_limit_of_memory(sou
     with pytest.raises(BitsmoeError, match=r"--max-memory 1000.00 GB: this run would take about 2000.00 GB"):
         quantize_model(str(source), tmp_path / "q", options(source, calib=None), max_memory=10**12)
     assert not list(tmp_path.iterdir())
+
+
+def test_more_workers_than_processors_are_refused(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    with (
+        pytest.raises(BitsmoeError, match="--workers 5: this machine has 4 processors; use at most 4"),
+        team_of(5),
+    ):
+        pass
 
 
 def test_workers_are_not_asked_for_twice(monkeypatch):

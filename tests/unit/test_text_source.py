@@ -230,6 +230,12 @@ WRONG = {
     "table.tsv": (TABLE.replace(",", "\t").encode(), "its name says a table"),
     "table.txt": (TABLE.encode(), "begins like a table"),
     "table": (b'"label";"text"\n0;"abc"\n', "begins like a table"),
+    "index.txt": (b",text\n" + b'0,"A day, and a night."\n' * 20, "begins like a table"),
+    "words.txt": (b"Article ID,Text\n" + b'7,"A day."\n' * 20, "begins like a table"),
+    "hyphen.txt": (b"text,label-id\n" + b'"A day.",1\n' * 20, "begins like a table"),
+    "bars.txt": (b"id|text\n" + b"7|A day.\n" * 20, "begins like a table"),
+    "bare.txt": (b'7,"A day, and a night."\n' * 20, "begins like a table"),
+    "table.bin": (gzip.compress(b",text\n" + b'0,"A day."\n' * 20), "begins like a table"),
     "words.json": (b"plain words\nmore\n", r"line 1: not JSON \(Expecting value at column 1\)"),
 }
 

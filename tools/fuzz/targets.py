@@ -245,7 +245,8 @@ def use_layer(prefix: str, layer: Layer, block_size: int, tensors: dict[str, Ten
         part, shard = shard_layer(layer, tensors, block_size, rank, ranks)
         moe_forward(LayerWeights(part, block_size, shard), x, torch.full((2, 2), 0.5), ids)
         loader = LayerLoader(prefix, layer, block_size, rank, ranks)
-        loader.register(torch.nn.Module())
+        module = torch.nn.Module()  # the loader does not keep it alive
+        loader.register(module)
         list(loader.load_weights(tensors.items()))
         if loader.shard != part or loader.missing():
             raise FindingError(f"{prefix}: the loader's shard is not that of shard_layer")

@@ -3,6 +3,7 @@
 Names are those of checkpoint files, which vLLM follows. transformers' modules differ in a few; `module_names` says how.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ _CODE_PARTS = (
     "qweight", "qzeros", "scales", "g_idx", "absmax", "quant_map", "quant_state", "SCB", "bitmask",
 )  # fmt: skip
 """How tensors begin that lie beside codes, in the forms other quantizers write."""
+_LAYER_NUMBER = re.compile(r"model\.layers\.(\d+)\.")
 _CODES = "codes of some quantization, not weights; quantize the 16-bit model instead"
 MODULE_EXPERTS = "mlp.experts"
 """transformers' experts module within a decoder layer, in every family."""
@@ -30,7 +32,7 @@ TOP_K_KEY = "num_experts_per_tok"
 """How many experts a token is routed to; transformers knows the family's own number where it is left out."""
 
 
-MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1
+MAX_LAYERS, MAX_SIZE, MAX_SCALING = 10_000, 2**31 - 1, 1000
 """Beyond any model. Sizes are met by tensors or refused, but layers and experts are counted through before that."""
 
 
@@ -202,20 +204,27 @@ class MoEShape:
             module, _, part = name.rpartition(".")
             if self.is_expert_tensor(name):
                 continue
-            if module in modules and part.startswith(_CODE_PARTS):
+            if "lora_A" in name.split(".") or "base_layer" in name.split("."):
+                faults.append(f"tensor {name} belongs to a LoRA adapter: merge it into the model first")
+            elif module in modules and part.startswith(_CODE_PARTS):
                 faults.append(f"tensor {name} lies beside {module}: {_CODES}")
             elif len(specs[name].shape) > 1 and specs[name].dtype in _CODE_DTYPES:  # of a part that is only copied, say
                 faults.append(f"tensor {name} is {specs[name]}: {_CODES}")
         return faults
 
     def ignored(self, model: Any, specs: Mapping[str, TensorSpec]) -> list[str]:
-        """Tensors of the model's modules that it does not read, such as a bias that config.json rules out."""
+        """Tensors that the model does not read, such as a bias that config.json rules out.
+
+        Layers for multi-token prediction are left out: they are known to be there for others.
+        """
         known = {self.family.stored_name(name) for name in model.state_dict()}
-        modules = {name.rpartition(".")[0] for name in known}
+        layers = model.config.num_hidden_layers
         return sorted(
             name
             for name in specs.keys() - known
-            if name.rpartition(".")[0] in modules and not self.is_expert_tensor(name)
+            if not self.is_expert_tensor(name)
+            and not name.startswith("mtp.")
+            and not ((number := _LAYER_NUMBER.match(name)) and int(number[1]) >= layers)
         )
 
 
@@ -272,6 +281,15 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
                 f"{TOP_K_KEY} is {top_k!r:.80}, but must be a whole number from 1 to {counts[0]}, "
                 f"which is {most_experts!r:.80}"
             )
+    scaling = config.get("routed_scaling_factor")
+    if scaling is not None and not (type(scaling) in (int, float) and 0 < scaling <= MAX_SCALING):
+        faults.append(f"routed_scaling_factor is {scaling!r:.80}, but must be a number above 0, at most {MAX_SCALING}")
+    groups, chosen = config.get("n_group"), config.get("topk_group")
+    if type(groups) is int and type(config[counts[0]]) is int and groups > 0:
+        if config[counts[0]] % groups:
+            faults.append(f"n_group is {groups}, which does not divide {counts[0]}, {config[counts[0]]}")
+        if type(chosen) is int and chosen > groups:
+            faults.append(f"topk_group is {chosen}, more than n_group, {groups}")
     unsupported = [
         f"{key} is {config[key]!r:.80}, but only {value!r} is supported"
         for key, value in (("hidden_act", "silu"), *family.fixed)
