@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from bitsmoe_kernels.errors import BitsmoeError, fault_list
+from bitsmoe_kernels.errors import BitsmoeError, fault_list, one_line
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.format.shards import INDEX_FILE, file_fault
 from offline_quant.calibration import CalibrationText
@@ -231,7 +231,7 @@ def push(directory: Path, repo_id: str, private: bool = False, revision: str | N
     try:
         validate_repo_id(repo_id)
     except HFValidationError as e:
-        faults.append(f"{repo_id!r} cannot be a repository's name ({_in_one_line(e)}): use OWNER/NAME")
+        faults.append(f"{repo_id!r} cannot be a repository's name ({one_line(e)[:300]}): use OWNER/NAME")
     if get_token() is None:
         faults.append("no token for the Hub: run `hf auth login`, or set HF_TOKEN to one that may write")
     try:
@@ -244,7 +244,7 @@ def push(directory: Path, repo_id: str, private: bool = False, revision: str | N
     except BitsmoeError as e:
         faults += str(e).splitlines()
     except (ValueError, yaml.YAMLError) as e:
-        faults.append(f"{CARD_FILE}: the metadata at its top cannot be read ({_in_one_line(e)})")
+        faults.append(f"{CARD_FILE}: the metadata at its top cannot be read ({one_line(e)[:300]})")
     if faults:
         raise BitsmoeError(fault_list(f"{directory}: not pushed", faults, shown=30))
     try:
@@ -253,14 +253,14 @@ def push(directory: Path, repo_id: str, private: bool = False, revision: str | N
         status = e.response.status_code
         advice = {401: ": the token is not valid, run `hf auth login`", 403: ": the token may not write there"}
         raise BitsmoeError(
-            f"{repo_id}: the Hub refuses with status {status}{advice.get(status, '')} ({_in_one_line(e)})"
+            f"{repo_id}: the Hub refuses with status {status}{advice.get(status, '')} ({one_line(e)[:300]})"
         ) from None
     except NETWORK_ERRORS as e:
         raise BitsmoeError(
-            f"{repo_id}: the Hub cannot be reached ({_in_one_line(e)}); the same command goes on where this one ended"
+            f"{repo_id}: the Hub cannot be reached ({one_line(e)[:300]}); the same command goes on where this one ended"
         ) from None
     except (ValueError, RuntimeError) as e:  # metadata the Hub does not take; its storage's client
-        raise BitsmoeError(f"{repo_id}: the upload failed ({_in_one_line(e)})") from None
+        raise BitsmoeError(f"{repo_id}: the upload failed ({one_line(e)[:300]})") from None
 
 
 def _upload(api: HfApi, directory: Path, names: list[str], repo_id: str, private: bool, revision: str | None) -> str:
@@ -281,8 +281,3 @@ def _upload(api: HfApi, directory: Path, names: list[str], repo_id: str, private
         revision=revision,
     )
     return f"{repo}/tree/{revision}" if revision else str(repo)
-
-
-def _in_one_line(e: Exception) -> str:
-    """A message without line breaks, its first part if it is long, or the error's name."""
-    return " ".join(str(e).split())[:300] or type(e).__name__

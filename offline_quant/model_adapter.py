@@ -267,7 +267,7 @@ def _largest(tensor: Tensor) -> tuple[float, int]:
     largest, bad = 0.0, 0
     for part in tensor.view(-1).split(CHECKED_VALUES):
         known = part.float() if part.itemsize == 1 else part  # torch knows no extremes of float8
-        found = max((abs(float(v)) for v in known.aminmax()), default=0.0) if len(known) else 0.0
+        found = max(abs(float(v)) for v in known.aminmax()) if len(known) else 0.0
         if math.isfinite(found):
             largest = max(largest, found)
         else:

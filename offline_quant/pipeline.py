@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitsmoe_kernels.errors import BitsmoeError, Faults
+from bitsmoe_kernels.errors import BitsmoeError, Faults, one_line
 from bitsmoe_kernels.format.checkpoint import with_schema
 from bitsmoe_kernels.format.dense import DenseConfig
 from bitsmoe_kernels.format.families import moe_shape
@@ -67,7 +67,7 @@ from offline_quant.state import (
     state_directory,
 )
 from offline_quant.statistics import LayerInputs, LayerStatistics
-from offline_quant.streaming import StreamedModel, model_without_memory
+from offline_quant.streaming import StreamedModel, transformers_config
 from offline_quant.team import Team
 from offline_quant.text_source import HUB, NETWORK_ERRORS, SELF, TextSource, open_text
 from offline_quant.tune import tune
@@ -129,7 +129,7 @@ def resolve_model(name: str, revision: str | None = None, option: str = "--revis
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except errors as e:
-        reason = " ".join(str(e).split())[:500] or type(e).__name__
+        reason = one_line(e)[:500]
         shown = name if revision is None else f"{name} at {option} {revision}"
         raise BitsmoeError(f"{shown}: no such directory, and the Hub does not give it ({reason})") from None
 
@@ -325,7 +325,7 @@ def _checked(
         directory, tokenizer = resolve_model(model, revision), None
         described = read_json(directory / "config.json")
         moe_shape(described, str(directory))
-        model_without_memory(described, directory)
+        transformers_config(described, directory)
         with faults.gathered():
             tokenizer = load_tokenizer(directory)
             if text is not None:

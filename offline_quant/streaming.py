@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bitsmoe_kernels.errors import BitsmoeError, fault_list
+from bitsmoe_kernels.errors import BitsmoeError, fault_list, one_line
 from bitsmoe_kernels.format.checkpoint import plain_config
 from bitsmoe_kernels.format.families import MODULE_EXPERTS, kept_tensors
 from offline_quant.chunks import chunks_of, matrix_bytes
@@ -39,18 +39,22 @@ TOGETHER = 8
 """Batches for which a layer's experts are read once."""
 
 
-def model_without_memory(config: Mapping[str, Any], directory: Path) -> tuple[Any, Any]:
-    """transformers' config and model of a config.json, in float32, its tensors without memory.
-
-    Raises:
-        BitsmoeError: transformers cannot build them.
-    """
+@contextmanager
+def _building(directory: Path) -> Iterator[None]:
     try:
-        built = AutoConfig.for_model(**plain_config(config))
-        with torch.device("meta"):
-            return built, AutoModelForCausalLM.from_config(built, dtype=torch.float32).eval()
+        yield
     except (*COMPUTING_ERRORS, ImportError, StrictDataclassError) as e:
         raise BitsmoeError(f"{directory}: transformers cannot build the model from config.json ({e})") from None
+
+
+def transformers_config(config: Mapping[str, Any], directory: Path) -> Any:
+    """transformers' config of a config.json, without what says how weights are stored.
+
+    Raises:
+        BitsmoeError: transformers refuses it.
+    """
+    with _building(directory):
+        return AutoConfig.for_model(**plain_config(config))
 
 
 class StreamedModel:
@@ -65,7 +69,9 @@ class StreamedModel:
         self.source = source
         self.shape = source.shape
         self.device = torch.device(device)
-        config, self.model = model_without_memory(source.config, source.directory)
+        config = transformers_config(source.config, source.directory)
+        with _building(source.directory), torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         self.decoder = self.model.get_decoder()
         self.num_layers = len(self.decoder.layers)
         self._place = {module: index for index, module in enumerate(self.decoder.layers)}
@@ -117,7 +123,7 @@ class StreamedModel:
         except COMPUTING_ERRORS as e:
             raise BitsmoeError(
                 f"{self.source.directory}: the model that config.json describes cannot be computed "
-                f"({type(e).__name__}: {' '.join(str(e).split())[:300]})"
+                f"({type(e).__name__}: {one_line(e)[:300]})"
             ) from None
 
     def _embedding(self, ids: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.errors import BitsmoeError, one_line
 
 ROW_BYTES = 32 << 20
 """Longest row that is read: it lies in memory as a whole."""
@@ -141,11 +141,6 @@ class TextFile:
             return pyarrow.parquet.ParquetFile(self.path, buffer_size=_BATCH_BYTES, pre_buffer=False)
         except (pyarrow.ArrowException, OSError, ValueError) as e:
             raise BitsmoeError(f"{self.name}: damaged or truncated parquet file ({one_line(e)})") from None
-
-
-def one_line(error: BaseException) -> str:
-    """A whole message on one line, or the error's name."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def identify(path: Path, name: str, otherwise: str = "") -> TextFile:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, cast
 
 from huggingface_hub.errors import HfHubHTTPError
 
-from bitsmoe_kernels.errors import BitsmoeError, fault_list
+from bitsmoe_kernels.errors import BitsmoeError, fault_list, one_line
 from offline_quant.progress import console
-from offline_quant.text_file import ROW_BYTES, Cursor, Kind, PlainText, Row, TextFile, identify, numbered, one_line
+from offline_quant.text_file import ROW_BYTES, Cursor, Kind, PlainText, Row, TextFile, identify, numbered
 
 NETWORK_ERRORS = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
 """What the Hub's client raises where it cannot be reached: the base error of its HTTP library, and OSError."""
@@ -173,6 +173,11 @@ class TextSource:
         """What is read, in a line."""
         raise NotImplementedError
 
+    @property
+    def _column_shown(self) -> str:
+        """Where the text of its rows is, for descriptions."""
+        return f", `{self.column}` of its rows{', chats' if self.chat else ''}" if self.column else ""
+
     def _cursor(self) -> Cursor:
         raise NotImplementedError
 
@@ -330,8 +335,7 @@ class _FileText(TextSource):
 
     @property
     def description(self) -> str:
-        of = f", `{self.column}` of its rows{', chats' if self.chat else ''}" if self.column else ""
-        return f"{self.recorded} ({self._file.description}{of})"
+        return f"{self.recorded} ({self._file.description}{self._column_shown})"
 
     def _cursor(self) -> Cursor:
         return self._file.cursor(self.column)
@@ -412,9 +416,8 @@ class _HubText(TextSource):
 
     @property
     def description(self) -> str:
-        of = f", `{self.column}` of its rows{', chats' if self.chat else ''}" if self.column else ""
         config = f"configuration {self._config}, " if self._config else ""
-        return f"{self.recorded} ({config}split {self._split}{of})"
+        return f"{self.recorded} ({config}split {self._split}{self._column_shown})"
 
     def _cursor(self) -> Cursor:
         return _HubRows(self)

@@ -60,6 +60,11 @@ class Faults:
             raise BitsmoeError("\n".join(dict.fromkeys(self._said)))
 
 
+def one_line(error: BaseException) -> str:
+    """A library's whole message on one line, or the error's name."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def fault_list(title: str, faults: list[str], shown: int = 12) -> str:
     """A message with one line for each fault, the first `shown` of them."""
     more = [f"... and {len(faults) - shown} more"] if len(faults) > shown else []

@@ -186,7 +186,7 @@ class MoEShape:
             specs: the file's tensors.
         """
         faults = []
-        kept = {self.family.stored_name(name): tensor for name, tensor in kept_tensors(model)}
+        kept = {self.family.stored_name(name) for name, _ in kept_tensors(model)}
         known = {self.family.stored_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
         for name, tensor in known.items():
             shape = tuple(tensor.shape)
