@@ -22,7 +22,7 @@ _ONE = """
 import json, sys
 from pathlib import Path
 from offline_quant.config import QuantizeConfig
-from offline_quant.pipeline import quantize_model
+from offline_quant.pipeline.quantize import quantize_model
 model, text, out, samples, length = sys.argv[1:]
 config = QuantizeConfig(bits=2.25, calib=text, calib_samples=int(samples), calib_length=int(length), refine=0)
 done = quantize_model(model, Path(out), config)

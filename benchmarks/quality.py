@@ -37,14 +37,14 @@ from benchmarks.baselines.driver import run_baseline, write_windows
 from benchmarks.baselines.gguf import bits_of
 from benchmarks.record import ROOT, commit, gpu_name, gpu_peak, write_json
 from bitsmoe_kernels.errors import BitsmoeError
-from offline_quant.calibration import load_tokenizer, window_length, write_sampled_text
+from offline_quant.calibration.windows import load_tokenizer, window_length, write_sampled_text
+from offline_quant.checkpoint.directory import REPORT_FILE
 from offline_quant.config import QuantizeConfig
-from offline_quant.evaluate import MAX_WINDOW, Reference
-from offline_quant.model_adapter import SourceModel
-from offline_quant.output import REPORT_FILE
-from offline_quant.pipeline import quantize_model
-from offline_quant.report_page import spearman
-from offline_quant.streaming import StreamedModel
+from offline_quant.evaluation.evaluate import MAX_WINDOW, Reference
+from offline_quant.model.source import SourceModel
+from offline_quant.model.streaming import StreamedModel
+from offline_quant.pipeline.quantize import quantize_model
+from offline_quant.report.rank_correlation import spearman
 
 HELD_OUT_WINDOWS, HELD_OUT_SEED = 64, 1
 OURS = "bitsmoe"

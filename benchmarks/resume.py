@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 from benchmarks.record import child_environment
-from offline_quant.output import PAGE_FILE
-from offline_quant.state import state_directory
+from offline_quant.checkpoint.directory import PAGE_FILE
+from offline_quant.pipeline.resume import state_directory
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -25,16 +25,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.baselines.driver import run_baseline, write_windows
 from benchmarks.record import commit, gpu_name, gpu_peak, write_json
-from bitsmoe_kernels.format.families import kept_tensors, moe_shape
+from bitsmoe_kernels.format.safetensors_io import ShardWriter
 from bitsmoe_kernels.format.schema import num_blocks
-from bitsmoe_kernels.format.shards import ShardWriter
-from offline_quant.allocation import allocate
+from bitsmoe_kernels.models.families import kept_tensors, moe_shape
+from offline_quant.allocation.solver import allocate
 from offline_quant.config import QuantizeConfig
-from offline_quant.distortion import kappa
-from offline_quant.output import copy_side_files
-from offline_quant.pipeline import quantize_model
-from offline_quant.progress import track
-from offline_quant.resident import peak_bytes
+from offline_quant.model.side_files import copy_side_files
+from offline_quant.pipeline.quantize import quantize_model
+from offline_quant.rounding.gaussian import kappa
+from offline_quant.runtime.malloc import peak_bytes
+from offline_quant.runtime.progress import track
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "examples" / "tiny_moe"

@@ -19,11 +19,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.checkpoint import WEIGHTS_KEY
-from bitsmoe_kernels.format.dense import DenseWeights, dequantize
-from bitsmoe_kernels.format.families import MODULE_EXPERTS
+from bitsmoe_kernels.format.linear_layers import DenseWeights, dequantize
 from bitsmoe_kernels.format.schema import QUANT_METHOD, Layer, TensorSpec
+from bitsmoe_kernels.models.families import MODULE_EXPERTS
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
-from offline_quant.model_adapter import QuantizedModel
+from offline_quant.model.quantized import QuantizedModel
 
 OLDEST = "5.5.3"
 """transformers from which on a layer's experts are one module."""

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
-from bitsmoe_kernels.format.dense import DenseConfig, DenseWeights
-from bitsmoe_kernels.format.families import FAMILIES
+from bitsmoe_kernels.format.linear_layers import DenseConfig, DenseWeights
+from bitsmoe_kernels.models.families import FAMILIES
 
 OLDEST_VLLM = (0, 26)
 NEWEST_VLLM = (0, 33)

@@ -7,7 +7,7 @@ import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from bitsmoe_kernels.errors import BitsmoeError
-from bitsmoe_kernels.format.dense import DenseConfig
+from bitsmoe_kernels.format.linear_layers import DenseConfig
 from bitsmoe_kernels.format.schema import PARTS, PROJECTION_NAMES, QUANT_METHOD, CheckpointConfig, Layer
 from bitsmoe_vllm import _compat, startup
 from bitsmoe_vllm.weight_loading import LayerLoader

@@ -11,13 +11,13 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.platforms import current_platform
 
+from bitsmoe_kernels.backends.launch_config import kwidth_of
+from bitsmoe_kernels.backends.ops import kernel_key, layout_key, moe_forward_op, moe_kernels_op
+from bitsmoe_kernels.backends.select import why_not_kernels
 from bitsmoe_kernels.errors import BitsmoeError, FormatError
 from bitsmoe_kernels.format.schema import Layer
-from bitsmoe_kernels.layout import to_kernel_layout
-from bitsmoe_kernels.ops import kernel_key, layout_key, moe_forward_op, moe_kernels_op
+from bitsmoe_kernels.layout.pack import to_kernel_layout
 from bitsmoe_kernels.reference import LayerWeights
-from bitsmoe_kernels.select import why_not_kernels
-from bitsmoe_kernels.tiles import kwidth_of
 from bitsmoe_vllm import _compat
 from bitsmoe_vllm.startup import cuda_capability
 from bitsmoe_vllm.weight_loading import LayerLoader

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from bitsmoe_kernels.backends.select import why_not_kernels
 from bitsmoe_kernels.errors import BitsmoeError, FormatError, fault_list
 from bitsmoe_kernels.format.checkpoint import Checkpoint
-from bitsmoe_kernels.format.dense import DenseConfig, Linear, dense_linears, plain_specs
-from bitsmoe_kernels.format.families import EXPERT_COUNT_KEYS, moe_shape
+from bitsmoe_kernels.format.linear_layers import DenseConfig, Linear, dense_linears, plain_specs
+from bitsmoe_kernels.format.safetensors_io import SINGLE_FILE, read_index
 from bitsmoe_kernels.format.schema import CheckpointConfig, TensorSpec
-from bitsmoe_kernels.format.shards import SINGLE_FILE, read_index
-from bitsmoe_kernels.select import why_not_kernels
+from bitsmoe_kernels.models.families import EXPERT_COUNT_KEYS, moe_shape
 from bitsmoe_kernels.sharding import parallel_sizes
 from bitsmoe_vllm import _compat
 from bitsmoe_vllm.options import option_faults

@@ -20,12 +20,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from rich.console import Console
 from rich.table import Table
 
-from offline_quant.calibration import load_tokenizer, write_sampled_text
+from offline_quant.calibration.windows import load_tokenizer, write_sampled_text
 from offline_quant.config import QuantizeConfig
-from offline_quant.evaluate import evaluate
-from offline_quant.model_adapter import SourceModel
-from offline_quant.pipeline import quantize_model
-from offline_quant.streaming import StreamedModel
+from offline_quant.evaluation.evaluate import evaluate
+from offline_quant.model.source import SourceModel
+from offline_quant.model.streaming import StreamedModel
+from offline_quant.pipeline.quantize import quantize_model
 from vllm_server import serve
 
 ROOT = Path(__file__).resolve().parent.parent

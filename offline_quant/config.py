@@ -1,10 +1,25 @@
 """Options of `bitsmoe quantize`, checked together before any work."""
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from offline_quant.text_source import HUB, SELF, recorded_name
+SELF, HUB = "self", "hf:"
+"""Source that is the model itself, and what begins the name of a dataset."""
+
+
+def recorded_name(spec: str) -> str:
+    """A source as a checkpoint records it: of a file or a local dataset the last part of its path."""
+    if spec == SELF or (spec.startswith(HUB) and not _is_path(spec.removeprefix(HUB))):
+        return spec
+    return (HUB if spec.startswith(HUB) else "") + Path(spec.removeprefix(HUB)).name
+
+
+def _is_path(name: str) -> bool:
+    """Whether a dataset's name can be no Hub name."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
 
 BasisForm = Literal["auto", "natural", "whitened", "paper"]
 ObjectiveName = Literal["bitsmoe", "alphaq", "bt-moe", "frequency", "uniform"]

@@ -11,7 +11,7 @@ from typing import Any
 import benchmarks.baselines
 from benchmarks.baselines.driver import BASELINES, check_request, run_baseline, write_windows
 from bitsmoe_kernels.errors import BitsmoeError
-from offline_quant.evaluate import evaluate
+from offline_quant.evaluation.evaluate import evaluate
 
 
 def main() -> None:

@@ -18,10 +18,10 @@ from benchmarks.baselines.checkpoint import write_checkpoint
 from benchmarks.baselines.environments import interpreter, packages
 from benchmarks.baselines.job import EXPERTS_FILE, JOB_FILE, RESULT_FILE, WINDOWS
 from bitsmoe_kernels.errors import BitsmoeError
-from offline_quant.calibration import load_tokenizer, text_windows, window_length
+from offline_quant.calibration.windows import load_tokenizer, text_windows, window_length
+from offline_quant.checkpoint.directory import check_output
 from offline_quant.config import QuantizeConfig
-from offline_quant.model_adapter import SourceModel
-from offline_quant.output import check_output
+from offline_quant.model.source import SourceModel
 
 BASELINES = {"gptq": True, "autoround": True, "gguf": True, "hqq": False, "rtn": False}
 """Each baseline's module in this package, and whether it calibrates."""

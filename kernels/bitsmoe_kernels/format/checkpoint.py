@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError, FormatError
-from bitsmoe_kernels.format.dense import DenseConfig, DenseReader
+from bitsmoe_kernels.format.linear_layers import DenseConfig, DenseReader
+from bitsmoe_kernels.format.safetensors_io import ShardReader, read_json
 from bitsmoe_kernels.format.schema import QUANT_METHOD, CheckpointConfig
-from bitsmoe_kernels.format.shards import ShardReader, read_json
 from bitsmoe_kernels.format.validate import check_bits, check_headers, check_values
 
 WEIGHTS_KEY = "transformers_weights"

@@ -1,0 +1,1 @@
+"""Ways to compute a quantized MoE layer, and the choice among them."""
