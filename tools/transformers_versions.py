@@ -5,8 +5,8 @@
 Each version is installed by pip into a folder of its own, with what it requires; torch comes from this environment. In
 each, `tests/support/transformers_alone.py` must fail to load a checkpoint in every way it knows, with an error that
 names bitsmoe. Then, with `import bitsmoe`, a random model of every family must have the logits of the dequantized
-checkpoint: stored in one file, in shards, and with its linear layers at 4 bits. What `model.dequantize()` makes and saves
-must have them too. Prints the table of docs/transformers.md and exits with 1 where something failed.
+checkpoint: stored in one file, in shards, and with its linear layers at 4 bits. What `model.dequantize()` makes and
+saves must have them too. Prints the table of docs/transformers.md and exits with 1 where something failed.
 """
 
 import argparse
