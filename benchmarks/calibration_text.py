@@ -26,7 +26,7 @@ from offline_quant.pipeline.quantize import quantize_model
 model, text, out, samples, length = sys.argv[1:]
 config = QuantizeConfig(bits=2.25, calib=text, calib_samples=int(samples), calib_length=int(length), refine=0)
 done = quantize_model(model, Path(out), config)
-print(json.dumps([done.needs.peak, max(done.peak_bytes.values()), done.seconds["calibration text"]]))
+print(json.dumps([done.memory.peak, max(done.peak_bytes.values()), done.seconds["calibration text"]]))
 """
 
 

@@ -143,12 +143,12 @@ def quantize(directory: Path, scratch: Path, options: dict[str, Any]) -> dict[st
     """Figures of one run; in this process, whose peak of memory it takes."""
     start = time.monotonic()
     outcome = quantize_model(str(directory), scratch / "out", QuantizeConfig(**options))
-    assert outcome.needs is not None
+    assert outcome.memory is not None
     return {
         "peak_rss": max(outcome.peak_bytes.values()),
-        "predicted_peak": outcome.needs.peak,
-        "calibration_state": outcome.needs.calibration_state,
-        "predicted_disk": outcome.needs.disk,
+        "predicted_peak": outcome.memory.peak,
+        "calibration_state": outcome.memory.calibration_state,
+        "predicted_disk": outcome.memory.disk,
         "stages": outcome.seconds,
         "peaks": outcome.peak_bytes,
         "seconds": time.monotonic() - start,

@@ -30,7 +30,7 @@ _PARTS = ("calib_config", "calib_split", "calib_column")
 class QuantizeConfig(BaseModel):
     """Everything that decides the bytes of a checkpoint, besides the model and the calibration text."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True)
 
     bits: float = Field(gt=0, le=16, allow_inf_nan=False)
     """All-in bits per weight of the routed experts: codes, scales, metadata and basis."""
@@ -56,7 +56,7 @@ class QuantizeConfig(BaseModel):
     tune: bool = False
     """Aim every layer at the original model's hidden states: down matrices of its experts are fitted together (see
     `joint`), then scales and codes tuned by gradients (see `tune`). Several times as slow."""
-    without: tuple[Literal["output-weights", "correction", "trial", "trim"], ...] = ()
+    ablations: tuple[Literal["output-weights", "correction", "trial", "trim"], ...] = Field(default=(), alias="without")
     """Parts left out, to measure what they bring: weights of gate and up outputs and of tokens; the correction of
     down; the first pass that measures row norms and chooses the form; leaving out basis rows no expert uses."""
     calib: str | None = None
@@ -97,7 +97,7 @@ class QuantizeConfig(BaseModel):
 
     def record(self) -> dict[str, object]:
         """What the checkpoint's config.json keeps: no paths, so that equal inputs give equal bytes anywhere."""
-        data = self.model_dump(mode="json", exclude={"device", *_PARTS} - {*self._given_parts()})
+        data = self.model_dump(mode="json", by_alias=True, exclude={"device", *_PARTS} - {*self._given_parts()})
         if self.calib:
             data["calib"] = recorded_name(self.calib)
         return data

@@ -58,13 +58,13 @@ TRIANGLE = 128
 """A triangular matrix of this size is inverted at once."""
 
 
-def damped(moments: Tensor) -> Tensor:
+def add_damping(moments: Tensor) -> Tensor:
     """Moments [n, K, K] with as much added to the diagonal as `factorize` does."""
     return factorize(moments).damped(moments)
 
 
 @dataclass(frozen=True)
-class Factor:
+class CholeskyFactor:
     """Factorization of damped moments of n experts.
 
     Attributes:
@@ -94,7 +94,7 @@ def _ridged(moments: Tensor, ridge: Tensor) -> Tensor:
     return out
 
 
-def factorize(moments: Tensor) -> Factor:
+def factorize(moments: Tensor) -> CholeskyFactor:
     """Add DAMPING times the mean diagonal to second moments [n, K, K], so that they have a factor, and find it.
 
     Where that is not enough in float32 (fewer distinct tokens than components), ten times as much is added, and so on.
@@ -112,7 +112,7 @@ def factorize(moments: Tensor) -> Factor:
         if not bool(failed.any()):
             break
         ridge = torch.where(failed, 10 * ridge, ridge)
-    return Factor(ridge, _inverse(root.flip(-1, -2)))
+    return CholeskyFactor(ridge, _inverse(root.flip(-1, -2)))
 
 
 def _inverse(R: Tensor) -> Tensor:
@@ -132,13 +132,13 @@ def _least_ridge(moments: Tensor) -> Tensor:
     return (DAMPING * mean).clamp(min=torch.finfo(moments.dtype).tiny)
 
 
-def on_diagonal(moments: Tensor) -> Factor:
+def on_diagonal(moments: Tensor) -> CholeskyFactor:
     """What stands for the factor where errors are not handed on: components as if they were independent."""
     ridge = _least_ridge(moments)
-    return Factor(ridge, _ridged(moments, ridge).diagonal(dim1=-2, dim2=-1).rsqrt().diag_embed())
+    return CholeskyFactor(ridge, _ridged(moments, ridge).diagonal(dim1=-2, dim2=-1).rsqrt().diag_embed())
 
 
-def permuted(M: Tensor, order: Tensor) -> Tensor:
+def permute(M: Tensor, order: Tensor) -> Tensor:
     """Rows and columns of M [n, K, K] in the given order [n, K]."""
     K = M.shape[-1]
     M = M.gather(1, order[:, :, None].expand(-1, -1, K))

@@ -21,13 +21,13 @@ from bitsmoe_kernels.models.families import MoEShape
 from offline_quant.allocation.heavy_tail import alpha_hill
 from offline_quant.config import QuantizeConfig, Scope
 from offline_quant.decomposition.forms import _shares_bases, schema_of
-from offline_quant.decomposition.ranking import ProjectionPlan
-from offline_quant.linalg import damped
+from offline_quant.decomposition.ranking import RankedProjection
+from offline_quant.linalg import add_damping
 from offline_quant.rounding.compensator import tail_energies
 from offline_quant.rounding.error_feedback import quantize
 from offline_quant.rounding.gaussian import kappa
 
-Plans = dict[ProjectionName, ProjectionPlan]
+Plans = dict[ProjectionName, RankedProjection]
 Loaded = tuple[Tensor, Tensor]
 Result = TypeVar("Result")
 
@@ -51,7 +51,7 @@ class LayerView(Protocol):
     def weights(self, name: ProjectionName, chunk: range, loaded: Loaded) -> Tensor:
         """W [n, N, K] of a projection, rows scaled by the root of what their outputs weigh."""
 
-    def moments(self, projection: ProjectionPlan, chunk: range) -> Tensor:
+    def moments(self, projection: RankedProjection, chunk: range) -> Tensor:
         """Second moments [n, K, K] of what enters the contraction, rows in stored order."""
 
     def unit_energy(self, name: ProjectionName) -> float:
@@ -208,7 +208,7 @@ def _bt_moe(view: LayerView, plans: Plans, width: NDArray[np.int64], rank: NDArr
         for name, plan in plans.items():
             W, M = view.weights(name, chunk, loaded), view.moments(plan, chunk)
             order = plan.components.order[chunk.start : chunk.stop]
-            F, M = W.mT.gather(1, order[:, :, None].expand(-1, -1, W.shape[1])), damped(M)
+            F, M = W.mT.gather(1, order[:, :, None].expand(-1, -1, W.shape[1])), add_damping(M)
             for bits in np.unique(width):
                 widths = torch.full(order.shape, int(bits), dtype=torch.uint8, device=F.device)
                 found = quantize(F, M, widths, "K", 0, view.config.feedback)

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from offline_quant.linalg import add_product, mirrored
-from offline_quant.model.expert_inputs import LayerInputs
-from offline_quant.runtime.distributed import Team
-from offline_quant.runtime.malloc import give_back
-from offline_quant.runtime.offload import Spool
+from offline_quant.model.expert_inputs import ExpertInputs
+from offline_quant.runtime.distributed import Workers
+from offline_quant.runtime.malloc import trim
+from offline_quant.runtime.offload import OffloadCache
 
 RARE_SHARE = 0.25
 """Least weight of an expert in the allocation, relative to the mean expert's."""
@@ -59,12 +59,12 @@ class LayerStatistics:
     Args:
         inputs: calibration activations of the layer.
         num_experts: E.
-        spool: where the activations of the experts are kept between passes.
+        offload: where the activations of the experts are kept between passes.
     """
 
-    def __init__(self, inputs: LayerInputs, num_experts: int, spool: Spool | None = None):
+    def __init__(self, inputs: ExpertInputs, num_experts: int, offload: OffloadCache | None = None):
         self.inputs = inputs
-        self.spool = spool or Spool()
+        self.offload = offload or OffloadCache()
         tokens, slots = inputs.topk_ids.shape
         flat = inputs.topk_ids.flatten()
         self.counts = torch.bincount(flat, minlength=num_experts)
@@ -81,7 +81,7 @@ class LayerStatistics:
         self._slots = slots
 
     @property
-    def share(self) -> Tensor:
+    def routing_frequency(self) -> Tensor:
         """Share of expert slots that went to each expert, as the allocation weighs it, float32 [E].
 
         A quarter of the mean at least: an expert that calibration rarely or never reached may matter elsewhere, and
@@ -140,7 +140,7 @@ class LayerStatistics:
             # D decides who gets bits, not what is rounded to what: part of the tokens will do.
             some = h[::step]
             add_product(D, some * (step * m[::step, None]), some)
-        self.spool.put(f"activations-{expert}", hidden)
+        self.offload.put(f"activations-{expert}", hidden)
         token *= mass
         outputs *= norms.repeat(2)
         outputs = outputs.clamp(min=LEAST_OUTPUT * float(outputs.mean())).clamp(min=1e-30)
@@ -174,7 +174,7 @@ class LayerStatistics:
         """
         tokens, mass = self._tokens(expert)
         W_gate, W_up = (w.T for w in gate_up.chunk(2))
-        original = self.spool.get(f"activations-{expert}").to(gate_up.device)
+        original = self.offload.get(f"activations-{expert}").to(gate_up.device)
         seen, I = torch.empty_like(original), len(order)  # noqa: E741
         moments, crossed = gate_up.new_zeros(I, I), gate_up.new_zeros(I, I)
         for part in _blocks(len(tokens)):
@@ -183,24 +183,27 @@ class LayerStatistics:
             weighed = h * mass[part, None]
             add_product(moments, h, weighed)
             crossed.addmm_(original[part].T, weighed)
-        self.spool.put(f"activations-{expert}", seen)
+        self.offload.put(f"activations-{expert}", seen)
         moments = mirrored(moments)
         return moments, crossed[order] - moments
 
     def routed(self, expert: int) -> RoutedTokens:
         """An expert's own tokens with the activations last kept for it."""
         place = self._place[expert]
-        hidden = self.spool.get(f"activations-{expert}")[: len(place)].to(place.device)  # then come those of the sample
+        # Those of the sample come after them.
+        hidden = self.offload.get(f"activations-{expert}")[: len(place)].to(place.device)
         return RoutedTokens(place // self._slots, self._weights[place], hidden, float(len(place) + self.pseudo_count))
 
-    def routed_output(self, team: Team, experts: Sequence[int], down: Callable[[int], Tensor]) -> Iterator[Tensor]:
+    def routed_output(
+        self, workers: Workers, experts: Sequence[int], down: Callable[[int], Tensor]
+    ) -> Iterator[Tensor]:
         """What the routed experts add to the layer's output, with the activations last kept for each expert.
 
         Every token's slots are filled by one expert each and then summed in their order: the result does not depend on
         who computes which expert, or when.
 
         Args:
-            team: who else computes experts.
+            workers: who else computes experts.
             experts: those of this process.
             down: [H, I] of an expert, its channels in the order of those activations.
 
@@ -213,7 +216,7 @@ class LayerStatistics:
         for start in range(0, tokens, step):
             end = min(start + step, tokens)
             slots = held[: (end - start) * self._slots]
-            if team.size > 1:
+            if workers.size > 1:
                 slots.zero_()  # others fill the rest
             bounds = torch.tensor([start * self._slots, end * self._slots], device=slots.device)
             for e in experts:
@@ -222,10 +225,10 @@ class LayerStatistics:
                 if first == last:
                     continue
                 place = place[first:last]
-                h = self.spool.get(f"activations-{e}")[first:last].to(slots.device)
+                h = self.offload.get(f"activations-{e}")[first:last].to(slots.device)
                 slots[place - start * self._slots] = (h @ down(e).T).mul_(self._weights[place, None])
-            give_back()
-            yield team.merged(slots).view(end - start, self._slots, hidden).sum(1)
+            trim()
+            yield workers.all_reduce_sum(slots).view(end - start, self._slots, hidden).sum(1)
 
     def sampled_outputs(self, expert: int, down: Tensor) -> tuple[Tensor, Tensor]:
         """An expert's share of the output at every `sample_step`-th token, by the activations last kept.
@@ -235,7 +238,7 @@ class LayerStatistics:
         """
         place = self._place[expert]
         rows = (place // self._slots % self.sample_step == 0).nonzero()[:, 0]
-        h = self.spool.get(f"activations-{expert}")[rows.cpu()].to(place.device)
+        h = self.offload.get(f"activations-{expert}")[rows.cpu()].to(place.device)
         return place[rows], (h @ down.T).mul_(self._weights[place[rows], None])
 
     @property

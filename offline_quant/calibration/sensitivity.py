@@ -20,7 +20,7 @@ BATCH_TOKENS = 2_048
 
 
 def layer_sensitivities(
-    model: StreamedModel, windows: Tensor, seed: int, tick: Callable[[], None] = lambda: None
+    model: StreamedModel, windows: Tensor, seed: int, on_progress: Callable[[], None] = lambda: None
 ) -> dict[int, float]:
     """KL in nats per token for a relative error of one in the routed experts' output, by layer index.
 
@@ -28,7 +28,7 @@ def layer_sensitivities(
         model: the original model.
         windows: int64 [n, L]; the first TOKENS tokens are used.
         seed: for the drawn tokens.
-        tick: called after every layer, forwards and backwards.
+        on_progress: called after every layer, forwards and backwards.
     """
     windows = windows[: max(1, TOKENS // windows.shape[1])]
     batches = model.embed_windows(windows, BATCH_TOKENS)
@@ -41,7 +41,7 @@ def layer_sensitivities(
                 [model.run(module, h, args).cpu() for h, (_, args) in zip(entering[-1], batches, strict=True)]
             )
             energy[index] = outputs.close() / windows.numel()
-        tick()
+        on_progress()
     gradients = _top_gradients(model, entering.pop(), seed)
     found = {}
     for index in reversed(range(model.num_layers)):
@@ -55,7 +55,7 @@ def layer_sensitivities(
                     _backward(model, module, h, args, g)
                     for h, (_, args), g in zip(hidden, batches, gradients, strict=True)
                 ]
-        tick()
+        on_progress()
     return found
 
 

@@ -119,14 +119,14 @@ def text_windows(
 def _all_tokens(reading: Reading, tokens: DocumentTokens) -> Iterator[NDArray[np.int32]]:
     """Of all documents, slice by slice."""
     cursor = reading.cursor
-    with bar("Tokenizing", cursor.size) as tick:
+    with bar("Tokenizing", cursor.size) as on_progress:
         done = 0
         for document in reading.documents():
             for ids in tokens.slices(document, lambda: SLICE):
                 yield np.array(ids, np.int32)
-                tick(cursor.position - done)
+                on_progress(cursor.position - done)
                 done = cursor.position
-        tick(cursor.size - done)
+        on_progress(cursor.size - done)
 
 
 def _windows_at(
@@ -147,7 +147,7 @@ def _windows_at(
     def size() -> int:
         return max(_LEAST_SLICE, _SLICE_CHARACTERS * (length - len(left)))
 
-    with bar("Tokenizing", len(places)) as tick:
+    with bar("Tokenizing", len(places)) as on_progress:
         for place in places:
             if place > cursor.position:
                 cursor.start_at, slices = place, iter(())
@@ -161,7 +161,7 @@ def _windows_at(
                     return windows, length * len(windows) + len(left)
             windows.append(left[:length])
             del left[:length]
-            tick()
+            on_progress()
     return windows, length * len(windows) + len(left)
 
 
@@ -186,13 +186,13 @@ def sample_windows(model: StreamedModel, tokenizer: Any, count: int, length: int
     else:
         ids = torch.full((count, 1), start, device=model.device)
     out, cache = [ids], None
-    with bar("Sampling text", length - 1) as tick:
+    with bar("Sampling text", length - 1) as on_progress:
         for _ in range(length - 1):
             result = whole(input_ids=out[-1], past_key_values=cache, use_cache=True)
             cache = result.past_key_values
             probability = result.logits[:, -1].float().softmax(-1)
             out.append(torch.multinomial(probability, 1, generator=generator))
-            tick()
+            on_progress()
     return torch.cat(out, 1).cpu()
 
 

@@ -28,7 +28,7 @@ from offline_quant.pipeline.quantize import quantize_model
 from offline_quant.report.collect import basis_ranks
 from offline_quant.report.inspect import inspect_checkpoint, parallel_sizes_of
 from offline_quant.runtime.device import check_device
-from offline_quant.runtime.launch import team_of
+from offline_quant.runtime.launch import launch_workers
 from offline_quant.runtime.progress import console
 
 app = typer.Typer(
@@ -182,7 +182,7 @@ def quantize(
     }  # fmt: skip
     start = time.monotonic()
     limit = None if max_memory is None else parse_bytes(max_memory)
-    with team_of(workers) as team:
+    with launch_workers(workers) as team:
         console.quiet = team.rank > 0
         try:
             outcome = quantize_model(model, out, _config(options), plan, resume, team, limit, revision)

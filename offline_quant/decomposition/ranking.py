@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitsmoe_kernels.format.schema import ProjectionName
 from offline_quant.decomposition.bases import Decomposition
-from offline_quant.linalg import Factor, factorize, on_diagonal, output_energy, permuted
+from offline_quant.linalg import CholeskyFactor, factorize, on_diagonal, output_energy, permute
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Components:
 
 def rank_components(
     F: Tensor, M: Tensor, component_axis: str, sort: bool = True, feedback: bool = True
-) -> tuple[Components, Tensor, Factor]:
+) -> tuple[Components, Tensor, CholeskyFactor]:
     """Order and weigh components: the contraction axis for "input", the output axis for "output".
 
     Args:
@@ -66,13 +66,13 @@ def rank_components(
     norms = F.square().sum(-1)
     importance = M.diagonal(dim1=-2, dim2=-1) * norms if sort else torch.zeros_like(norms)
     order = importance.argsort(dim=-1, stable=True)
-    M = permuted(M, order)
+    M = permute(M, order)
     factor = find(M)
     return Components(order, norms.gather(1, order), factor.variances, total), M, factor
 
 
 @dataclass(frozen=True)
-class ProjectionPlan:
+class RankedProjection:
     """A projection's decomposition and the importance of its components, before bits are chosen."""
 
     decomposition: Decomposition

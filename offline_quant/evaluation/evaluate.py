@@ -184,12 +184,12 @@ def final_states(source: WeightSource, windows: Tensor, device: str) -> States:
     """Run a model over windows [n, L]."""
     model = StreamedModel(source, device)
     batches = model.embed_windows(windows, BATCH_TOKENS)
-    with bar(f"Evaluating {source.directory.name}"[:28], model.num_layers * len(batches)) as tick:
+    with bar(f"Evaluating {source.directory.name}"[:28], model.num_layers * len(batches)) as on_progress:
         for index in range(model.num_layers):
             with model.layer(index) as module:
                 for i, hidden in enumerate(model.through(module, batches)):
                     batches[i] = hidden, batches[i][1]
-                    tick()
+                    on_progress()
     return States(torch.cat([h for h, _ in batches]), model.head, model)
 
 

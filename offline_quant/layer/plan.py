@@ -9,7 +9,7 @@ from torch import Tensor
 from bitsmoe_kernels.format.schema import Layer, ProjectionName
 from offline_quant.allocation.objectives import Table
 from offline_quant.allocation.solver import Allocation
-from offline_quant.decomposition.ranking import ProjectionPlan
+from offline_quant.decomposition.ranking import RankedProjection
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class LayerPlan:
         return self.table.form
 
     @property
-    def projections(self) -> dict[ProjectionName, ProjectionPlan]:
+    def projections(self) -> dict[ProjectionName, RankedProjection]:
         """Components of every projection."""
         return self.table.projections
 

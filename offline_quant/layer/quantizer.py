@@ -1,6 +1,6 @@
 """One MoE layer from weights and statistics to format tensors: decompose, allocate, quantize.
 
-Experts pass in chunks, several times; memory holds one chunk, and what must be kept between passes goes to a spool.
+Experts pass in chunks, several times. Memory holds one chunk; an `OffloadCache` keeps what later passes need.
 Chunks are the unit that several processes share; their bounds depend on sizes alone, so any number of processes gives
 the same bytes.
 """
@@ -25,17 +25,17 @@ from offline_quant.calibration.moments import LayerStatistics
 from offline_quant.config import QuantizeConfig
 from offline_quant.decomposition.bases import Decomposition, natural, paper, whitened
 from offline_quant.decomposition.forms import _shares_bases, schema_of
-from offline_quant.decomposition.ranking import Components, ProjectionPlan, rank_components
+from offline_quant.decomposition.ranking import Components, RankedProjection, rank_components
 from offline_quant.layer.plan import LayerPlan, _trimmed_schema
-from offline_quant.linalg import Factor, factorize, on_diagonal, output_energy, permuted
+from offline_quant.linalg import CholeskyFactor, factorize, on_diagonal, output_energy, permute
 from offline_quant.model.balance import evened
 from offline_quant.rounding import compensator
-from offline_quant.rounding.correction import corrected
+from offline_quant.rounding.correction import correct_down
 from offline_quant.rounding.error_feedback import Quantized, quantize
 from offline_quant.rounding.joint_fit import fit_jointly
 from offline_quant.runtime.chunks import chunks_of, matrix_bytes
-from offline_quant.runtime.distributed import Team
-from offline_quant.runtime.malloc import give_back
+from offline_quant.runtime.distributed import Workers
+from offline_quant.runtime.malloc import trim
 
 EXTREME = 100.0
 """Output energy, relative to the layer's median expert, from which an expert is reported as extreme."""
@@ -60,9 +60,9 @@ Experts = Callable[[range], tuple[Tensor, Tensor]]
 """Loads experts of a layer, float32: gate and up [n, 2 I, H], down [n, H, I]."""
 
 
-def passes(config: QuantizeConfig) -> int:
+def pass_count(config: QuantizeConfig) -> int:
     """How often every expert comes by, at most."""
-    each_form = 2 if config.objective == "bitsmoe" and "trial" not in config.without else 1
+    each_form = 2 if config.objective == "bitsmoe" and "trial" not in config.ablations else 1
     return 2 + each_form * len(forms_of(config))
 
 
@@ -101,8 +101,8 @@ class LayerQuantizer:
         shape: sizes of the model's experts.
         config: options.
         subject: the layer's tensor prefix, for messages.
-        team: processes that share the work.
-        tick: called after every chunk of every pass with its number of experts; see `passes`.
+        workers: processes that share the work.
+        on_progress: called after every chunk of every pass with its number of experts; see `pass_count`.
     """
 
     def __init__(
@@ -112,12 +112,12 @@ class LayerQuantizer:
         shape: MoEShape,
         config: QuantizeConfig,
         subject: str,
-        team: Team | None = None,
-        tick: Callable[[int], None] = lambda experts: None,
+        workers: Workers | None = None,
+        on_progress: Callable[[int], None] = lambda experts: None,
     ):
         self.stats, self.shape, self.config, self.subject = stats, shape, config, subject
         self.experts: Experts = lambda chunk: evened(*experts(chunk))
-        self.team, self.spool, self._tick = team or Team(), stats.spool, tick
+        self.workers, self.offload, self._tick = workers or Workers(), stats.offload, on_progress
         self.E, self.I, self.H = shape.num_experts, shape.intermediate_size, shape.hidden_size
         self.chunks = chunks_of(self.E, self.H, self.I, stats.inputs.x.device)
         self._ridge: dict[str, Tensor] = {}
@@ -125,17 +125,17 @@ class LayerQuantizer:
 
     def _mine(self) -> list[int]:
         """Experts of this process."""
-        return [e for i, chunk in enumerate(self.chunks) if self.team.owns(i) for e in chunk]
+        return [e for i, chunk in enumerate(self.chunks) if self.workers.is_local(i) for e in chunk]
 
     def each(self, work: Callable[[range], Result]) -> Iterator[Result]:
-        """`work` of every chunk, shared by the team; results in their order."""
+        """`work` of every chunk, shared by the workers; results in their order."""
 
         def worked(chunk: range) -> Result:
             found = work(chunk)
-            give_back(matrix_bytes(self.H, self.I))
+            trim(matrix_bytes(self.H, self.I))
             return found
 
-        for chunk, found in zip(self.chunks, self.team.map(self.chunks, worked), strict=True):
+        for chunk, found in zip(self.chunks, self.workers.map(self.chunks, worked), strict=True):
             yield found
             self._tick(len(chunk))
 
@@ -172,12 +172,12 @@ class LayerQuantizer:
             M, outputs[i], moments = self._expert_moments(e, gate_up[i], down[i])
             if not all(bool(t.isfinite().all()) for t in (M, outputs[i], moments)):
                 raise BitsmoeError(self._overflow(e, gate_up[i], down[i]))
-            self.spool.put(f"inputs-{e}", M, if_room=True)
+            self.offload.put(f"inputs-{e}", M, if_room=True)
             D.append(moments)
             sampled.append(stats.sampled_outputs(e, down[i]))
             if "whitened" in forms:
                 weighed = gate_up[i] * outputs[i, :, None]
-                _add_gram(grams, "gate_up", (weighed.T @ gate_up[i]).double() * float(stats.share[e]))
+                _add_gram(grams, "gate_up", (weighed.T @ gate_up[i]).double() * float(stats.routing_frequency[e]))
             if "paper" in forms:
                 gate, up = gate_up[i].chunk(2)
                 _add_gram(grams, "gate", ((gate * outputs[i, : self.I, None]).T @ gate).double())
@@ -205,7 +205,7 @@ class LayerQuantizer:
     def _expert_moments(self, e: int, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `LayerStatistics.expert_moments`."""
         M, outputs, D = self.stats.expert_moments(e, gate_up, down)
-        if "output-weights" in self.config.without:
+        if "output-weights" in self.config.ablations:
             return self.stats.plain_moments(e), torch.ones_like(outputs), D
         return M, outputs, D
 
@@ -220,7 +220,7 @@ class LayerQuantizer:
     @property
     def routing_frequency(self) -> Tensor:
         """See `LayerStatistics.share`."""
-        return self.stats.share
+        return self.stats.routing_frequency
 
     def extreme_experts(self) -> list[int]:
         """Experts whose mean output energy is EXTREME times the layer's median ('super experts').
@@ -246,15 +246,15 @@ class LayerQuantizer:
         """Energy at the layer's output of one unit of a projection's error."""
         return 1.0 if name == "down" else self.output_unit
 
-    def _keep(self, key: str, chunk: range, M: Tensor | None, factor: Factor) -> None:
+    def _keep(self, key: str, chunk: range, M: Tensor | None, factor: CholeskyFactor) -> None:
         """Put moments and their factor aside, rows in stored order, as far as there is room."""
         for i, e in enumerate(chunk):
             if M is not None:
-                self.spool.put(f"{key}-moments-{e}", M[i], if_room=True)
+                self.offload.put(f"{key}-moments-{e}", M[i], if_room=True)
             if self.config.feedback:
-                self.spool.put(f"{key}-factor-{e}", factor.U[i], if_room=True)
+                self.offload.put(f"{key}-factor-{e}", factor.U[i], if_room=True)
 
-    def moments(self, projection: ProjectionPlan, chunk: range) -> Tensor:
+    def moments(self, projection: RankedProjection, chunk: range) -> Tensor:
         """Moments [n, K, K] of what enters the original projection's contraction, rows in stored order.
 
         What there was no room to keep is computed again, to the same bits.
@@ -263,16 +263,16 @@ class LayerQuantizer:
             return M
         d, own = projection.decomposition, slice(chunk.start, chunk.stop)
         if projection.name == "down":
-            return permuted(self._survey_again(chunk, 2), self.channel_order[own])
+            return permute(self._survey_again(chunk, 2), self.channel_order[own])
         M = d.moments(self._input_moments(chunk))
-        return permuted(M, projection.components.order[own]) if d.component_axis == "input" else M
+        return permute(M, projection.components.order[own]) if d.component_axis == "input" else M
 
-    def _factor(self, projection: ProjectionPlan, chunk: range, M: Tensor) -> Factor:
+    def _factor(self, projection: RankedProjection, chunk: range, M: Tensor) -> CholeskyFactor:
         """Of `moments`."""
         if not self.config.feedback:
             return on_diagonal(M)
         U = self._fetch(f"{projection.key}-factor", chunk)
-        return factorize(M) if U is None else Factor(self._ridge[projection.key][chunk.start : chunk.stop], U)
+        return factorize(M) if U is None else CholeskyFactor(self._ridge[projection.key][chunk.start : chunk.stop], U)
 
     def _input_moments(self, chunk: range) -> Tensor:
         """Moments [n, H, H] of what enters gate and up."""
@@ -286,16 +286,16 @@ class LayerQuantizer:
 
     def _fetch(self, key: str, chunk: range) -> Tensor | None:
         names = [f"{key}-{e}" for e in chunk]
-        if not all(name in self.spool for name in names):
+        if not all(name in self.offload for name in names):
             return None
         device = self.stats.inputs.x.device
-        return torch.stack([self.spool.get(name).to(device) for name in names])
+        return torch.stack([self.offload.get(name).to(device) for name in names])
 
     def _forget(self, plan: LayerPlan) -> None:
         """Drop what was kept for a form that is not taken."""
         for key in {p.key for p in plan.projections.values()} - {"down"}:
             for e in self._mine():
-                self.spool.drop(f"{key}-moments-{e}", f"{key}-factor-{e}")
+                self.offload.drop(f"{key}-moments-{e}", f"{key}-factor-{e}")
 
     def _decompositions(self, form: str) -> dict[ProjectionName, Decomposition]:
         """The decomposition of every projection under one form, see `schema_of`."""
@@ -310,11 +310,11 @@ class LayerQuantizer:
         names = ("gate", "up", "down") if form == "split" else ("gate_up", "down")
         return {name: natural(name) for name in names}
 
-    def _rank(self, form: str, schema: Layer) -> dict[ProjectionName, ProjectionPlan]:
+    def _rank(self, form: str, schema: Layer) -> dict[ProjectionName, RankedProjection]:
         """Components of every projection under one form, with its moments and their factors put aside."""
         decomposed = self._decompositions(form)
         open_ = {n: d for n, d in decomposed.items() if n != "down" or d.basis is not None}
-        down = ProjectionPlan(natural("down"), self.channels, "down")
+        down = RankedProjection(natural("down"), self.channels, "down")
 
         def rank(chunk: range) -> dict[ProjectionName, tuple[Components, Tensor]]:
             loaded, found = self.load(chunk), {}
@@ -339,7 +339,7 @@ class LayerQuantizer:
                 plans[name] = down
                 continue
             key = f"{form}-{name}"
-            plans[name] = ProjectionPlan(d, _concatenate([p[name][0] for p in parts], device), key)
+            plans[name] = RankedProjection(d, _concatenate([p[name][0] for p in parts], device), key)
             self._ridge[key] = torch.cat([p[name][1] for p in parts]).to(device)
         return plans
 
@@ -384,7 +384,7 @@ class LayerQuantizer:
             if smallest > whole:
                 continue
             plan = self._decide(choices, whole - choices.overhead)
-            if self.config.objective == "bitsmoe" and "trial" not in self.config.without:
+            if self.config.objective == "bitsmoe" and "trial" not in self.config.ablations:
                 plan = self._retry(plan, whole - choices.overhead)
             best, worse = (plan, best) if best is None or self._lost(plan) < self._lost(best) else (best, plan)
             if worse is not None:
@@ -394,7 +394,7 @@ class LayerQuantizer:
                 f"--bits {self.config.bits}: impossible for {self.subject} with the bit-widths {self.config.widths}; "
                 f"use at least --bits {np.ceil(least * 1000) / 1000:.3f}"
             )
-        return self._trimmed(best, whole) if trim and "trim" not in self.config.without else best
+        return self._trimmed(best, whole) if trim and "trim" not in self.config.ablations else best
 
     def _lost(self, plan: LayerPlan) -> float:
         """What a plan is judged by."""
@@ -434,7 +434,7 @@ class LayerQuantizer:
         width = self._width(plan, name, range(self.E)).flatten(1)
         used = torch.zeros(C, dtype=torch.bool, device=order.device)
         used[order[width > 0]] = True
-        energy = components.energy * self.stats.share[:, None]
+        energy = components.energy * self.stats.routing_frequency[:, None]
         importance = energy.new_zeros(C).index_add_(0, order.flatten(), energy.flatten())
         count = min(int((~used).sum()) // G * G, C - G)
         return importance.masked_fill(used, torch.inf).argsort(stable=True)[:count].sort().values
@@ -442,7 +442,7 @@ class LayerQuantizer:
     def _decide(self, choices: Table, budget: int) -> LayerPlan:
         if not np.isfinite(choices.loss.min(1)).all():
             raise BitsmoeError(f"{self.subject}: errors of its experts are beyond float32; their weights are too large")
-        result = self.team.agreed(lambda: allocate(choices.loss, choices.cost, budget))
+        result = self.workers.broadcast_from_first(lambda: allocate(choices.loss, choices.cost, budget))
         width, rank = choices.width[result.choice], choices.rank[result.choice]
         bits: dict[ProjectionName, Tensor] = {}
         filled = {}
@@ -471,7 +471,7 @@ class LayerQuantizer:
             return found
 
         parts = list(self.each(attempt))
-        share, projections, error = self.stats.share, {}, 0.0
+        share, projections, error = self.stats.routing_frequency, {}, 0.0
         for name, projection in plan.projections.items():
             lost = torch.cat([p[name][1] for p in parts]).to(share.device)
             error += float((share * lost).sum()) / max(float((share * projection.components.total).sum()), 1e-300)
@@ -492,11 +492,11 @@ class LayerQuantizer:
     def _round(
         self,
         plan: LayerPlan,
-        projection: ProjectionPlan,
+        projection: RankedProjection,
         chunk: range,
         W: Tensor,
         M: Tensor,
-        factor: Factor | None,
+        factor: CholeskyFactor | None,
         refine: int,
     ) -> tuple[Quantized, Tensor]:
         """Codes of W [n, N, K] under the plan, with the factor [n, K', N']; moments M are in stored order."""
@@ -560,17 +560,17 @@ class LayerQuantizer:
             inner.append(self._quantize_inputs(plan, chunk, loaded))
             W, M = self._down_targets(plan, chunk, loaded[1], inner[-1][0])
             for i, e in enumerate(chunk):
-                self.spool.put(f"down-{e}", W[i])
-                self.spool.put(f"fitted-moments-{e}", M[i])
+                self.offload.put(f"down-{e}", W[i])
+                self.offload.put(f"fitted-moments-{e}", M[i])
 
         def put(e: int, W: Tensor) -> None:
-            self.spool.put(f"down-{e}", W)
+            self.offload.put(f"down-{e}", W)
 
         def get(e: int) -> Tensor:
-            return self.spool.get(f"down-{e}").to(target.device)
+            return self.offload.get(f"down-{e}").to(target.device)
 
         def moments(e: int) -> Tensor:
-            return self.spool.get(f"fitted-moments-{e}").to(target.device)
+            return self.offload.get(f"fitted-moments-{e}").to(target.device)
 
         fit_jointly(self.E, self.stats.routed, moments, get, put, target)
         for chunk, found in zip(self.chunks, inner, strict=True):
@@ -596,7 +596,7 @@ class LayerQuantizer:
         parts, error = self._quantize_part(plan, plan.projections["down"], chunk, W, M, None)
         tensors = tensors | {f"down_{k}": v for k, v in parts.items()}
         for e, matrix in zip(chunk, self._dequantized(plan, tensors, chunk, "down"), strict=True):
-            self.spool.put(f"down-{e}", matrix)
+            self.offload.put(f"down-{e}", matrix)
         return tensors, errors | {"down": error}
 
     def _dequantized(self, plan: LayerPlan, tensors: dict[str, Tensor], chunk: range, *names: ProjectionName) -> Tensor:
@@ -634,7 +634,7 @@ class LayerQuantizer:
         W, M = torch.empty_like(down), down.new_empty(len(chunk), self.I, self.I)
         for i, e in enumerate(chunk):
             M[i], missing = self.stats.hidden_moments(e, gate_up[i], self.channel_order[e])
-            W[i] = down[i] if "correction" in self.config.without else corrected(down[i], M[i], missing)
+            W[i] = down[i] if "correction" in self.config.ablations else correct_down(down[i], M[i], missing)
         return W, M
 
     def original_output(self) -> Iterator[Tensor]:
@@ -642,12 +642,12 @@ class LayerQuantizer:
 
         To be taken before `quantize`.
         """
-        return self.stats.routed_output(self.team, self._mine(), lambda e: self.experts(range(e, e + 1))[1][0])
+        return self.stats.routed_output(self.workers, self._mine(), lambda e: self.experts(range(e, e + 1))[1][0])
 
     def quantized_output(self) -> Iterator[Tensor]:
         """The same after `quantize`."""
         device = self.stats.inputs.x.device
-        return self.stats.routed_output(self.team, self._mine(), lambda e: self.spool.get(f"down-{e}").to(device))
+        return self.stats.routed_output(self.workers, self._mine(), lambda e: self.offload.get(f"down-{e}").to(device))
 
     def output_of(self, layer: Layer, tensors: dict[str, Tensor]) -> Tensor:
         """What the layer's experts give with other tensors than `quantize` made, [T, H]."""
@@ -664,14 +664,14 @@ class LayerQuantizer:
 
         def sampled(chunk: range) -> list[tuple[Tensor, Tensor]]:
             device = self._sampled.device
-            found = (self.stats.sampled_outputs(e, self.spool.get(f"down-{e}").to(device)) for e in chunk)
+            found = (self.stats.sampled_outputs(e, self.offload.get(f"down-{e}").to(device)) for e in chunk)
             return [(place.cpu(), y.cpu()) for place, y in found]
 
         if output is None:
             sample = _Sample(self.stats)
-            for found in self.team.map(self.chunks, sampled):
+            for found in self.workers.map(self.chunks, sampled):
                 sample.add(found)
-                give_back(matrix_bytes(self.H, self.I))
+                trim(matrix_bytes(self.H, self.I))
             quantized = sample.output()
         else:
             quantized = output[:: self.stats.sample_step]
@@ -679,7 +679,13 @@ class LayerQuantizer:
         return float(lost) / max(float(total), 1e-300)
 
     def _quantize_part(
-        self, plan: LayerPlan, projection: ProjectionPlan, chunk: range, W: Tensor, M: Tensor, factor: Factor | None
+        self,
+        plan: LayerPlan,
+        projection: RankedProjection,
+        chunk: range,
+        W: Tensor,
+        M: Tensor,
+        factor: CholeskyFactor | None,
     ) -> tuple[dict[str, Tensor], tuple[float, float]]:
         """Tensors of one projection of some experts, but for the basis, and its error and energy."""
         d, name, G = projection.decomposition, projection.name, self.config.block_size
@@ -694,7 +700,7 @@ class LayerQuantizer:
         if plan.ranks is not None:
             q, residual, lowrank = _compensated(q, F, M, width, plan.ranks[own], order, roots, self.config)
             error = None
-        share = self.stats.share[own]
+        share = self.stats.routing_frequency[own]
         # Down was fitted anew since its components were ranked.
         energy = output_energy(F, M) if name == "down" else projection.components.total[own]
         error = output_energy(residual, M) if error is None else error

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class LayerInputs:
+class ExpertInputs:
     """What entered the routed experts of one layer, and where it went.
 
     Attributes:
@@ -22,7 +22,7 @@ class LayerInputs:
     topk_weights: Tensor
 
     @classmethod
-    def gathered(cls, parts: "Iterable[LayerInputs]", tokens: int, device: torch.device) -> "LayerInputs":
+    def gathered(cls, parts: "Iterable[ExpertInputs]", tokens: int, device: torch.device) -> "ExpertInputs":
         """Tokens of several, one after another, on a device; each part is let go before the next one comes.
 
         Args:
@@ -30,7 +30,7 @@ class LayerInputs:
             tokens: T of all.
             device: where to.
         """
-        whole: LayerInputs | None = None
+        whole: ExpertInputs | None = None
         at = 0
         for part in parts:
             if whole is None:
@@ -44,6 +44,6 @@ class LayerInputs:
         assert whole is not None
         return whole
 
-    def cpu(self) -> "LayerInputs":
+    def cpu(self) -> "ExpertInputs":
         """The same in the CPU's memory."""
-        return LayerInputs(self.x.cpu(), self.topk_ids.cpu(), self.topk_weights.cpu())
+        return ExpertInputs(self.x.cpu(), self.topk_ids.cpu(), self.topk_weights.cpu())

@@ -19,10 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bitsmoe_kernels.errors import BitsmoeError, fault_list, one_line
 from bitsmoe_kernels.format.checkpoint import plain_config
 from bitsmoe_kernels.models.families import MODULE_EXPERTS, kept_tensors
-from offline_quant.model.expert_inputs import LayerInputs
+from offline_quant.model.expert_inputs import ExpertInputs
 from offline_quant.model.source import WeightSource
 from offline_quant.runtime.chunks import chunks_of, matrix_bytes
-from offline_quant.runtime.malloc import give_back
+from offline_quant.runtime.malloc import trim
 from offline_quant.runtime.progress import console
 
 Arguments = list[dict[str, Any]]
@@ -184,7 +184,7 @@ class StreamedModel:
             called = [(topk_ids == e).nonzero(as_tuple=True) for e in chunk]
             if not any(len(token) for token, _ in called):
                 continue
-            give_back(matrix_bytes(s.hidden_size, s.intermediate_size))  # what earlier experts took, and attention
+            trim(matrix_bytes(s.hidden_size, s.intermediate_size))  # what earlier experts took, and attention
             gate_up, down = (w.to(self.device) for w in self.source.experts(index, chunk))
             for i, (token, slot) in enumerate(called):
                 gate, up = (x[token] @ gate_up[i].T).chunk(2, -1)
@@ -237,7 +237,7 @@ class StreamedModel:
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
-    def expert_inputs(self, module: nn.Module, hidden: Tensor, arguments: Arguments) -> tuple[LayerInputs, Tensor]:
+    def expert_inputs(self, module: nn.Module, hidden: Tensor, arguments: Arguments) -> tuple[ExpertInputs, Tensor]:
         """What enters the routed experts of a decoder layer, and what leaves it without their share.
 
         The experts do not run: their output is added to what is returned later, which saves a second attention.
@@ -250,10 +250,10 @@ class StreamedModel:
         Returns:
             The experts' inputs, and the layer's output [n, L, H] with zeros from the experts, on the CPU.
         """
-        seen: list[LayerInputs] = []
+        seen: list[ExpertInputs] = []
 
         def catch(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-            seen.append(LayerInputs(x.reshape(-1, x.shape[-1]).float(), ids.long(), weights.float()))
+            seen.append(ExpertInputs(x.reshape(-1, x.shape[-1]).float(), ids.long(), weights.float()))
             return torch.zeros_like(x)
 
         experts: Any = module.get_submodule(MODULE_EXPERTS)
@@ -275,7 +275,7 @@ class StreamedModel:
             entering, rests = map(list, zip(*(self.expert_inputs(module, *batch) for batch in group), strict=True))
             lengths = [len(x.x) for x in entering]
             # Each is let go as it is copied.
-            inputs = LayerInputs.gathered((entering.pop(0) for _ in lengths), sum(lengths), self.device)
+            inputs = ExpertInputs.gathered((entering.pop(0) for _ in lengths), sum(lengths), self.device)
             share = self.routed(index, inputs.x, inputs.topk_ids, inputs.topk_weights).cpu()
             for rest, own in zip(rests, share.split(lengths), strict=True):
                 yield rest + own.view_as(rest)

@@ -24,8 +24,8 @@ from offline_quant.calibration.sensitivity import layer_sensitivities
 from offline_quant.checkpoint.linear_layers import write_other_tensors
 from offline_quant.config import QuantizeConfig
 from offline_quant.evaluation import sanity
-from offline_quant.layer.quantizer import LayerQuantizer, passes
-from offline_quant.model.expert_inputs import LayerInputs
+from offline_quant.layer.quantizer import LayerQuantizer, pass_count
+from offline_quant.model.expert_inputs import ExpertInputs
 from offline_quant.model.side_files import copy_side_files, missing_code
 from offline_quant.model.source import SourceModel
 from offline_quant.model.streaming import StreamedModel
@@ -36,9 +36,9 @@ from offline_quant.pipeline.stopwatch import Stopwatch
 from offline_quant.report.collect import LayerPicture, layer_picture, layer_report
 from offline_quant.rounding.tuning import tune
 from offline_quant.runtime.chunks import gpu_share
-from offline_quant.runtime.distributed import Team
-from offline_quant.runtime.malloc import give_back
-from offline_quant.runtime.offload import Spool
+from offline_quant.runtime.distributed import Workers
+from offline_quant.runtime.malloc import trim
+from offline_quant.runtime.offload import OffloadCache
 from offline_quant.runtime.progress import Bar, bar
 
 BATCH_TOKENS, BATCH_VALUES = 16_384, 1 << 23
@@ -60,13 +60,13 @@ class LayerLoop:
         windows: Tensor,
         config: QuantizeConfig,
         state: RunState,
-        team: Team,
+        workers: Workers,
         clock: Stopwatch,
         plan_only: bool,
     ):
         self.source, self.original, self.streamed = source, original, streamed
         self.config, self.state = config, state
-        self.windows, self.team, self.clock, self.plan_only = windows, team, clock, plan_only
+        self.windows, self.workers, self.clock, self.plan_only = windows, workers, clock, plan_only
         self.reports: list[dict[str, Any]] = []
         self.pictures: dict[str, LayerPicture] = {}
         self.shared: dict[str, Any] | None = None
@@ -74,7 +74,7 @@ class LayerLoop:
         self.batches = windows.split(batch_windows(windows.shape[1], source.shape.hidden_size))
         self.judged = windows[: max(1, sanity.TOKENS // windows.shape[1])]
         originals = (windows if config.tune else self.judged).split(len(self.batches[0]))
-        self.originals = () if plan_only or team.rank else originals
+        self.originals = () if plan_only or workers.rank else originals
         """Windows that travel through the original layers: to judge by, or what every layer aims at."""
 
     def _hidden(self, index: int, name: str, tokens: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class LayerLoop:
 
     def _own(self) -> list[int]:
         """Batches whose hidden states this process keeps."""
-        return [i for i in range(len(self.batches)) if self.team.owns(i)]
+        return [i for i in range(len(self.batches)) if self.workers.is_local(i)]
 
     def _embed(self) -> None:
         self.state.open_layer(-1)
@@ -100,8 +100,8 @@ class LayerLoop:
         shape, objective = self.source.shape, OBJECTIVES[self.config.objective]
         weight: dict[int, float] = {}
         if objective.sensitive:
-            with bar("Measuring sensitivities", 2 * self.streamed.num_layers) as tick:
-                weight = layer_sensitivities(self.streamed, self.windows, self.config.seed, tick)
+            with bar("Measuring sensitivities", 2 * self.streamed.num_layers) as on_progress:
+                weight = layer_sensitivities(self.streamed, self.windows, self.config.seed, on_progress)
             self.clock.lap("sensitivities")
         losses, costs, tables = [], [], []
         self._embed()
@@ -115,17 +115,19 @@ class LayerLoop:
                     losses.append(table.loss * weight.get(index, 1.0))
                     costs.append(table.cost)
                     tables.append((shape.prefix(index), table))
-                    self._add(index, quantizer.original_output())
-                    quantizer.spool.clear()
+                    self._add_expert_output(index, quantizer.original_output())
+                    quantizer.offload.clear()
                 else:
-                    self._pass(index, "batch")
-                self.team.wait()  # until everybody has read what goes
-                if index and self.team.rank == 0:  # the quantized layers begin with what enters the first
+                    self._propagate(index, "batch")
+                self.workers.barrier()  # until everybody has read what goes
+                if index and self.workers.rank == 0:  # the quantized layers begin with what enters the first
                     self.state.drop_hidden(index - 1)
                 progress.round_off(index + 1)
         self.clock.lap("calibration")
         whole = int(self.config.bits * shape.num_weights) - sum(table.overhead for _, table in tables)
-        result = self.team.agreed(lambda: allocate(np.concatenate(losses), np.concatenate(costs), whole))
+        result = self.workers.broadcast_from_first(
+            lambda: allocate(np.concatenate(losses), np.concatenate(costs), whole)
+        )
         at = 0
         for prefix, table in tables:
             choice = result.choice[at : at + len(table.loss)]
@@ -137,11 +139,11 @@ class LayerLoop:
             "sensitivity": {shape.prefix(index): value for index, value in sorted(weight.items())},
             "bits_per_weight": {prefix: bits / each for prefix, bits in self.budgets.items()},
         }
-        if self.team.rank == 0:
+        if self.workers.rank == 0:
             self.state.keep(SHARED, {"budgets": self.budgets, "shared": self.shared})
         self.clock.lap("allocation")
 
-    def judge(self) -> dict[str, Any] | None:
+    def sanity_check(self) -> dict[str, Any] | None:
         """Whether the quantized model still works; None where nothing was quantized."""
         if self.plan_only:
             return None
@@ -157,7 +159,7 @@ class LayerLoop:
 
     @contextmanager
     def _bar(self, description: str, layers: int) -> Iterator["LayerProgress"]:
-        each = self.source.shape.num_experts * passes(self.config)
+        each = self.source.shape.num_experts * pass_count(self.config)
         with bar(description, layers * each) as inner:
             yield LayerProgress(inner, each)
 
@@ -165,10 +167,10 @@ class LayerLoop:
         """Quantize every MoE layer, passing dense ones through; returns the schema of each by tensor prefix."""
         shape, count = self.source.shape, self.streamed.num_layers
         done: dict[str, Layer] = {}
-        finished = self.team.agreed(self.state.finished)
+        finished = self.workers.broadcast_from_first(self.state.finished)
         if finished == 0 and self.shared is None:  # a program over all layers has begun with it
             self._embed()
-        self.team.wait()
+        self.workers.barrier()
         with self._bar("Quantizing", count) as progress:
             for index in range(count):
                 progress.describe(f"Quantizing layer {index + 1}/{count}")
@@ -193,16 +195,16 @@ class LayerLoop:
             with finite_or_refuse(self.source.shape.prefix(index)):
                 tensors, data = self._moe_layer(index, progress)
         else:
-            self._pass(index, "batch")
-            self._pass(index, "original")
+            self._propagate(index, "batch")
+            self._propagate(index, "original")
             self.clock.lap("calibration")
-        self.team.wait()  # until everybody's hidden states are kept
-        if self.team.rank == 0:
+        self.workers.barrier()  # until everybody's hidden states are kept
+        if self.workers.rank == 0:
             self.state.close_layer(index, tensors, {**data, "clock": self.clock.dump()})
-        self.team.wait()
+        self.workers.barrier()
         self.clock.lap("write")
 
-    def _pass(self, index: int, name: str) -> None:
+    def _propagate(self, index: int, name: str) -> None:
         """Take hidden states through a layer as the model has it: "batch", calibration text, or "original"."""
         batches = {i: self.batches[i] for i in self._own()} if name == "batch" else dict(enumerate(self.originals))
         if not batches:
@@ -216,7 +218,7 @@ class LayerLoop:
             for i, out in zip(batches, model.through(module, entering), strict=True):
                 self.state.put_hidden(index, f"{name}-{i}", out)
 
-    def _add(self, index: int, routed: Iterator[Tensor]) -> None:
+    def _add_expert_output(self, index: int, routed: Iterator[Tensor]) -> None:
         """Complete the hidden states that left a layer with what its experts add, [n, H] by and by.
 
         Of the last layer only those that are judged: nothing else reads them.
@@ -228,7 +230,7 @@ class LayerLoop:
             while sum(map(len, pieces)) < tokens.numel():
                 pieces.append(next(routed).cpu())
             share, *pieces = torch.cat(pieces).tensor_split([tokens.numel()])
-            if self.team.owns(i):
+            if self.workers.is_local(i):
                 hidden = self._hidden(index, f"batch-{i}", tokens)
                 self.state.put_hidden(index, f"batch-{i}", hidden + share.view_as(hidden))
 
@@ -237,15 +239,15 @@ class LayerLoop:
         prefix, shape = self.source.shape.prefix(index), self.source.shape
         with self.streamed.layer(index) as module:
 
-            def enter(i: int) -> LayerInputs:
+            def enter(i: int) -> ExpertInputs:
                 tokens = self.batches[i]
                 hidden = self._hidden(index - 1, f"batch-{i}", tokens)
                 inputs, rest = self.streamed.expert_inputs(module, hidden, self.streamed.arguments(tokens))
                 self.state.put_hidden(index, f"batch-{i}", rest)
                 return inputs.cpu()
 
-            inputs = LayerInputs.gathered(
-                self.team.map(range(len(self.batches)), enter), self.windows.numel(), self.streamed.device
+            inputs = ExpertInputs.gathered(
+                self.workers.map(range(len(self.batches)), enter), self.windows.numel(), self.streamed.device
             )
         if not bool(inputs.x.isfinite().all()):
             raise BitsmoeError(
@@ -254,29 +256,29 @@ class LayerLoop:
             )
         self.clock.lap("calibration")
         stats = LayerStatistics(
-            inputs, shape.num_experts, Spool(self.state.directory, device_bytes=gpu_share(self.streamed.device))
+            inputs, shape.num_experts, OffloadCache(self.state.directory, device_bytes=gpu_share(self.streamed.device))
         )
 
         def experts(chunk: range) -> tuple[Tensor, Tensor]:
             gate_up, down = self.source.experts(index, chunk)
             return gate_up.to(self.streamed.device), down.to(self.streamed.device)
 
-        return LayerQuantizer(experts, stats, shape, self.config, prefix, self.team, progress)
+        return LayerQuantizer(experts, stats, shape, self.config, prefix, self.workers, progress)
 
     def _moe_layer(self, index: int, progress: "LayerProgress") -> tuple[dict[str, Tensor], dict[str, Any]]:
         prefix = self.source.shape.prefix(index)
         quantizer = self._quantizer(index, progress)
         plan = quantizer.plan(self.budgets.get(prefix))
         self.clock.lap("allocation")
-        self._pass(index, "original")
+        self._propagate(index, "original")
         self.clock.lap("original model")
         tensors: dict[str, Tensor] = {}
         errors = output_error = None
         if self.plan_only:
             # Nothing is quantized, so later layers see the original activations.
-            self._add(index, quantizer.original_output())
+            self._add_expert_output(index, quantizer.original_output())
         else:
-            target = self._aim(index) if self.config.tune else None
+            target = self._target_output(index) if self.config.tune else None
             tensors, errors = quantizer.quantize(plan, None if target is None else target.clone())
             self.clock.lap("quantization")
             if target is None:
@@ -288,8 +290,8 @@ class LayerLoop:
                 self.clock.lap("tuning")
                 whole = quantizer.output_of(plan.layer, tensors)
                 output_error, output = quantizer.output_error(whole), iter([whole])
-            self._add(index, output)
-        quantizer.spool.clear()
+            self._add_expert_output(index, output)
+        quantizer.offload.clear()
         self.clock.lap("calibration")
         extreme = quantizer.extreme_experts()
         return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}, {
@@ -298,7 +300,7 @@ class LayerLoop:
             "picture": layer_picture(plan, quantizer.stats).dump(),
         }
 
-    def _aim(self, index: int) -> Tensor:
+    def _target_output(self, index: int) -> Tensor:
         """What the experts should add for the hidden states to be the original model's, [T, H]."""
         target = torch.empty(self.windows.numel(), self.source.shape.hidden_size)
         at = 0
@@ -314,7 +316,7 @@ class LayerLoop:
     ) -> None:
         """Put the checkpoint together: experts, other tensors, config.json, tokenizer, generation config."""
         # Even a large block lies in the heap where it holds free room for it, and would stay resident.
-        writer = ShardWriter(result, SHARD_BYTES, give_back)
+        writer = ShardWriter(result, SHARD_BYTES, trim)
         for index in range(self.streamed.num_layers):
             writer.add_all(self.state.layer_tensors(index))
         write_other_tensors(self.source, dense, writer)

@@ -32,7 +32,7 @@ _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Needs:
+class MemoryEstimate:
     """Bytes.
 
     Attributes:
@@ -49,7 +49,7 @@ class Needs:
     result: int
 
 
-def needs(
+def estimate_memory(
     shape: MoEShape,
     specs: dict[str, TensorSpec],
     model_config: dict[str, Any],
@@ -64,7 +64,7 @@ def needs(
     sampled: bool = False,
     device: torch.device = _CPU,
     reading: int = 0,
-) -> Needs:
+) -> MemoryEstimate:
     """What a run takes.
 
     Args:
@@ -144,7 +144,7 @@ def needs(
     # A layer's experts are about two tensors: codes of gate and up, and of down.
     shard = largest_shard([*[2 * coded // 3, coded // 3] * len(shape.layers), *others], SHARD_BYTES)
     writing = shard + max(coded, whole_tensor)  # and what its tensors are copied from
-    return Needs(
+    return MemoryEstimate(
         peak=baseline
         + LATER
         + max(whole_tensor, forward, running, judging, writing, differentiated, sampling, reading),
@@ -164,7 +164,7 @@ def _layer_values(shape: MoEShape, specs: dict[str, TensorSpec], layer: int) -> 
     )
 
 
-def check_memory(found: Needs, limit: int | None) -> None:
+def check_memory(found: MemoryEstimate, limit: int | None) -> None:
     """Refuse a run that would take more memory than is allowed.
 
     Raises:

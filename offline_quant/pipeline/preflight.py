@@ -24,8 +24,8 @@ from offline_quant.model.streaming import StreamedModel, transformers_config
 from offline_quant.pipeline.resume import state_directory
 from offline_quant.runtime.chunks import matrix_bytes
 from offline_quant.runtime.device import check_device
-from offline_quant.runtime.distributed import Team
-from offline_quant.runtime.malloc import give_back, keep_large_blocks_apart, resident_bytes
+from offline_quant.runtime.distributed import Workers
+from offline_quant.runtime.malloc import keep_large_blocks_apart, resident_bytes, trim
 from offline_quant.runtime.progress import console
 
 
@@ -66,12 +66,12 @@ class RunInputs:
 
 
 def check_inputs(
-    model: str, revision: str | None, out: Path, config: QuantizeConfig, team: Team, leaving: bool, known: bool
+    model: str, revision: str | None, out: Path, config: QuantizeConfig, workers: Workers, leaving: bool, known: bool
 ) -> RunInputs:
     """Everything that can be checked without reading the weights, all faults at once.
 
     Args:
-        model, revision, out, config, team: see `quantize_model`.
+        model, revision, out, config, workers: see `quantize_model`.
         leaving: an earlier run had made everything, and what is there is its result.
         known: an earlier run has the calibration tokens.
 
@@ -80,7 +80,7 @@ def check_inputs(
     """
     faults = Faults()
     with faults.gathered():
-        if config.tune and team.size > 1:
+        if config.tune and workers.size > 1:
             raise BitsmoeError("--tune: experts are fitted one after another, in one process; use it without --workers")
     with faults.gathered():
         if not leaving:
@@ -110,11 +110,11 @@ def check_inputs(
         original = StreamedModel(source, device)
         streamed = original if dense is None else StreamedModel(DenseModel(source, dense), device)
         original.try_out()
-        give_back()  # what looking at all this has freed
+        trim()  # what looking at all this has freed
         inputs = RunInputs(source, original, streamed, tokenizer, text, dense, resident_bytes())
     faults.raise_all()
     assert inputs is not None
-    if team.rank == 0:
+    if workers.rank == 0:
         inputs.original.warn_of_ignored()
         if lost := missing_code(directory):
             console.print(

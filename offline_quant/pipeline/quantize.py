@@ -17,7 +17,7 @@ from offline_quant.checkpoint.linear_layers import dense_report
 from offline_quant.config import HUB, SELF, QuantizeConfig
 from offline_quant.pipeline.calibrate import calibration_windows
 from offline_quant.pipeline.layer_loop import LayerLoop, batch_windows
-from offline_quant.pipeline.memory import Needs, check_memory, needs
+from offline_quant.pipeline.memory import MemoryEstimate, check_memory, estimate_memory
 from offline_quant.pipeline.preflight import check_inputs
 from offline_quant.pipeline.resume import (
     RESULT,
@@ -33,12 +33,12 @@ from offline_quant.report.collect import model_report
 from offline_quant.report.model_card import write_card
 from offline_quant.report.page import write_page
 from offline_quant.runtime.chunks import matrix_bytes
-from offline_quant.runtime.distributed import Team
+from offline_quant.runtime.distributed import Workers
 from offline_quant.runtime.progress import console
 
 
 @dataclass
-class Outcome:
+class QuantizationResult:
     """What a run made.
 
     Attributes:
@@ -46,14 +46,14 @@ class Outcome:
         seconds: wall time by stage.
         cpu_seconds: the same on all processors.
         peak_bytes: largest resident memory of the process by the end of each stage.
-        needs: what was predicted; None for processes but the first.
+        memory: what was predicted; None for processes but the first.
     """
 
     report: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
     cpu_seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
-    needs: Needs | None = None
+    memory: MemoryEstimate | None = None
 
 
 def quantize_model(
@@ -62,10 +62,10 @@ def quantize_model(
     config: QuantizeConfig,
     plan_only: bool = False,
     resume: bool = False,
-    team: Team | None = None,
+    workers: Workers | None = None,
     max_memory: int | None = None,
     revision: str | None = None,
-) -> Outcome:
+) -> QuantizationResult:
     """Quantize a model's routed experts.
 
     Args:
@@ -74,7 +74,7 @@ def quantize_model(
         config: options.
         plan_only: stop after the allocation.
         resume: go on after the last finished layer of an earlier run of the same options, if there was one.
-        team: processes that share the work; all of them call this, and `out` is a place they all see.
+        workers: processes that share the work; all of them call this, and `out` is a place they all see.
         max_memory: most resident bytes of a process, as predicted; None: no limit.
         revision: branch, tag or commit of a Hub name; None: the main branch.
 
@@ -84,13 +84,13 @@ def quantize_model(
     Raises:
         BitsmoeError: any fault of the input; nothing is left behind, or layers that `resume` goes on with.
     """
-    team = team or Team()
-    if config.device == "cuda" and team.size > 1:
-        config = config.model_copy(update={"device": f"cuda:{team.local_rank}"})
+    workers = workers or Workers()
+    if config.device == "cuda" and workers.size > 1:
+        config = config.model_copy(update={"device": f"cuda:{workers.local_rank}"})
     leaving = resume and is_complete(out)
     # A run that has its tokens already goes on without the network.
     known = str(config.calib).startswith(HUB) and (leaving or (resume and has_windows(out)))
-    inputs = check_inputs(model, revision, out, config, team, leaving, known)
+    inputs = check_inputs(model, revision, out, config, workers, leaving, known)
     source, dense = inputs.source, inputs.dense
     matrix = matrix_bytes(source.shape.hidden_size, source.shape.intermediate_size)
     clock = Stopwatch(matrix)
@@ -99,8 +99,8 @@ def quantize_model(
     batch_tokens = length * min(config.calib_samples, batch_windows(length, source.shape.hidden_size))
     scope = config.budget or OBJECTIVES[config.objective].scope
 
-    def predicted(sampled: bool) -> Needs:
-        return needs(
+    def predicted(sampled: bool) -> MemoryEstimate:
+        return estimate_memory(
             source.shape, source.tensors.specs, source.config, config.bits, tokens, batch_tokens, length,
             inputs.baseline, config.tune, may_share_bases(source.shape, config),
             scope == "model" and OBJECTIVES[config.objective].sensitive, sampled, torch.device(config.device),
@@ -108,7 +108,7 @@ def quantize_model(
         )  # fmt: skip
 
     memory = predicted(config.calib == "self")
-    if team.rank == 0:
+    if workers.rank == 0:
         console.print(
             f"Memory: about {memory.peak / 1e9:.1f} GB a process, {memory.calibration_state / 1e9:.2f} GB of it for "
             f"calibration text; disk: {memory.disk / 1e9:.1f} GB or more while it runs"
@@ -123,7 +123,7 @@ def quantize_model(
         check_memory(needed, max_memory)
         console.print(f"Memory: about {needed.peak / 1e9:.1f} GB, for the whole model writes it")
 
-    if team.rank == 0 and not leaving:
+    if workers.rank == 0 and not leaving:
         with faults.gathered():
             check_space(out, memory.result * (not plan_only) + memory.disk - held_bytes(out))
     faults.raise_all()
@@ -134,18 +134,20 @@ def quantize_model(
         "bitsmoe": VERSION,
         "calibration text": file_hash(Path(config.calib)) if config.calib and Path(config.calib).is_file() else None,
     }
-    with run_state(out, started, resume, team) as state:
+    with run_state(out, started, resume, workers) as state:
         if state.concluded:
-            return Outcome({} if team.rank else read_json(out / REPORT_FILE), needs=memory)
-        windows, used = team.agreed(lambda: calibration_windows(inputs, config, length, state, clock, unforeseen))
+            return QuantizationResult({} if workers.rank else read_json(out / REPORT_FILE), memory=memory)
+        windows, used = workers.broadcast_from_first(
+            lambda: calibration_windows(inputs, config, length, state, clock, unforeseen)
+        )
         record = {**config.record(), "calib": used.recorded}
-        run = LayerLoop(source, inputs.original, inputs.streamed, windows, config, state, team, clock, plan_only)
+        run = LayerLoop(source, inputs.original, inputs.streamed, windows, config, state, workers, clock, plan_only)
         if scope == "model":
             run.share_budget()
         layers = run.layers()
-        if team.rank:
-            return Outcome({})
-        report = model_report(run.reports, layers, config, record, windows, run.judge(), run.shared)
+        if workers.rank:
+            return QuantizationResult({})
+        report = model_report(run.reports, layers, config, record, windows, run.sanity_check(), run.shared)
         report |= dense_report(dense, source.tensors.specs)
         result = state.directory / RESULT
         result.mkdir()
@@ -157,4 +159,4 @@ def quantize_model(
         write_page(result / PAGE_FILE, report, run.pictures, clock.laps, clock.peaks)
         clock.lap("report page")
         state.publish()
-    return Outcome(report, clock.laps, clock.cpu, clock.peaks, memory)
+    return QuantizationResult(report, clock.laps, clock.cpu, clock.peaks, memory)

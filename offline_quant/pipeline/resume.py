@@ -38,7 +38,7 @@ from offline_quant.checkpoint.directory import (
     remove_empty,
     unwritable,
 )
-from offline_quant.runtime.distributed import Team
+from offline_quant.runtime.distributed import Workers
 
 STATE_VERSION = 2
 RESULT = "result"
@@ -268,12 +268,12 @@ class RunState:
 
 
 @contextmanager
-def run_state(out: Path, started: dict[str, Any], resume: bool, team: Team) -> Iterator[RunState]:
+def run_state(out: Path, started: dict[str, Any], resume: bool, workers: Workers) -> Iterator[RunState]:
     """The state of a run; one that is stopped leaves it behind if a layer was finished, and nothing otherwise.
 
     Args:
         out, started, resume: see `RunState`.
-        team: processes of the run; the first of them owns the state.
+        workers: processes of the run; the first of them owns the state.
     """
     state: RunState | None = None
 
@@ -283,14 +283,14 @@ def run_state(out: Path, started: dict[str, Any], resume: bool, team: Team) -> I
         return state
 
     try:
-        state = team.agreed(begin)  # set by then, should the others not be there to hear of it
+        state = workers.broadcast_from_first(begin)  # set by then, should the others not be there to hear of it
         yield state
     except BaseException as e:
         if isinstance(e, (OSError, SafetensorError)):
             problem: BaseException = unwritable(out, e)
         else:
             problem = e
-        if team.rank == 0 and state is not None:
+        if workers.rank == 0 and state is not None:
             # An input that is at fault will be so again.
             kept = 0 if isinstance(e, BitsmoeError) else state.finished()
             complete = is_complete(state.out)

@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from offline_quant.runtime.malloc import give_back, peak_bytes
+from offline_quant.runtime.malloc import peak_bytes, trim
 
 
 class Stopwatch:
@@ -26,7 +26,7 @@ class Stopwatch:
         self.laps[name] = self.laps.get(name, 0.0) + now - self._last
         self.cpu[name] = self.cpu.get(name, 0.0) + cpu - self._last_cpu
         self.peaks[name] = peak_bytes()
-        give_back(self._matrix)
+        trim(self._matrix)
         self._last, self._last_cpu = now, cpu
 
     def dump(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from torch import Tensor
 from offline_quant.linalg import DAMPING
 
 
-def corrected(down: Tensor, moments: Tensor, missing: Tensor) -> Tensor:
+def correct_down(down: Tensor, moments: Tensor, missing: Tensor) -> Tensor:
     """The down matrix that makes up for errors of gate and up, as far as the activations h' tell them.
 
     Least squares: D' = D E[h h'^T] E[h' h'^T]^-1. Rounding shrinks gate and up coherently, and D' undoes most of that

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_kernels.format.schema import MAX_BITS
-from offline_quant.linalg import Factor, add_product, factorize, mirrored, on_diagonal, output_energy
+from offline_quant.linalg import CholeskyFactor, add_product, factorize, mirrored, on_diagonal, output_energy
 from offline_quant.rounding.gaussian import gaussian_quantizer
 
 COLUMN_BLOCK = 32
@@ -64,7 +64,7 @@ def quantize(
     passes: int = 2,
     feedback: bool = True,
     rough: bool = False,
-    factor: Factor | None = None,
+    factor: CholeskyFactor | None = None,
 ) -> Quantized:
     """Quantize a batch of factors.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bitsmoe_kernels.format.packing import code_dtype, pack_codes
 from bitsmoe_kernels.format.schema import Layer, ProjectionName
 from bitsmoe_kernels.reference import LayerWeights, ProjectionWeights, moe_forward
-from offline_quant.model.expert_inputs import LayerInputs
+from offline_quant.model.expert_inputs import ExpertInputs
 
 STEPS = 96
 BATCH_TOKENS = 2_048
@@ -107,7 +107,7 @@ class _TunedLayer:
         down = self.parts["down"]
         return down(expert, h, down.weights.project(h))
 
-    def backward(self, inputs: LayerInputs, target: Tensor) -> None:
+    def backward(self, inputs: ExpertInputs, target: Tensor) -> None:
         """Gradients of the mean squared error against the target [n, H], one expert at a time.
 
         Each expert runs twice, first to learn the error of the sum and then with gradients: what is kept for gradients
@@ -133,7 +133,7 @@ def tune(
     layer: Layer,
     block_size: int,
     tensors: Mapping[str, Tensor],
-    inputs: LayerInputs,
+    inputs: ExpertInputs,
     target: Tensor,
     seed: int = 0,
     steps: int = STEPS,
@@ -184,5 +184,5 @@ def tune(
     return result if lost(result) < lost(given) else {k: v.cpu() for k, v in given.items()}
 
 
-def _take(inputs: LayerInputs, rows: Tensor) -> LayerInputs:
-    return LayerInputs(inputs.x[rows], inputs.topk_ids[rows], inputs.topk_weights[rows])
+def _take(inputs: ExpertInputs, rows: Tensor) -> ExpertInputs:
+    return ExpertInputs(inputs.x[rows], inputs.topk_ids[rows], inputs.topk_weights[rows])

@@ -19,14 +19,14 @@ TIMEOUT = timedelta(hours=2)
 """Longest wait for the others: a rank may have the largest expert of a large layer."""
 
 
-class Team:
-    """One process alone; see `Workers` for several."""
+class Workers:
+    """One process alone; see `TorchWorkers` for several."""
 
     rank = 0
     size = 1
     local_rank = 0
 
-    def owns(self, index: int) -> bool:
+    def is_local(self, index: int) -> bool:
         """Whether the item at this place of a shared loop is this process's."""
         return index % self.size == self.rank
 
@@ -35,20 +35,20 @@ class Team:
         for item in items:
             yield work(item)
 
-    def merged(self, disjoint: Tensor) -> Tensor:
+    def all_reduce_sum(self, disjoint: Tensor) -> Tensor:
         """Sum of everyone's tensor, of which every entry is filled by one process and 0 in the others: exact."""
         return disjoint
 
-    def agreed(self, decide: Callable[[], Result]) -> Result:
+    def broadcast_from_first(self, decide: Callable[[], Result]) -> Result:
         """What the first process decides."""
         return decide()
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all have come here."""
 
 
-class Workers(Team):
-    """A process of a torch.distributed group, which `torchrun` or `workers.team_of` has started.
+class TorchWorkers(Workers):
+    """A process of a torch.distributed group, which `torchrun` or `workers.launch_workers` has started.
 
     Raises:
         RuntimeError: the others cannot be reached.
@@ -61,28 +61,28 @@ class Workers(Team):
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
 
     def map(self, items: Sequence[Item], work: Callable[[Item], Result]) -> Iterator[Result]:
-        """See `Team.map`; in rounds of one item for each process, so that few results wait."""
+        """See `Workers.map`; in rounds of one item for each process, so that few results wait."""
         for start in range(0, len(items), self.size):
             own = work(items[start + self.rank]) if start + self.rank < len(items) else None
             found: list[Any] = [None] * self.size
             dist.all_gather_object(found, own)
             yield from found[: len(items) - start]
 
-    def merged(self, disjoint: Tensor) -> Tensor:
-        """See `Team.merged`."""
+    def all_reduce_sum(self, disjoint: Tensor) -> Tensor:
+        """See `Workers.all_reduce_sum`."""
         on_cpu = disjoint.cpu()
         dist.all_reduce(on_cpu)
         return on_cpu.to(disjoint.device)
 
-    def agreed(self, decide: Callable[[], Result]) -> Result:
-        """See `Team.agreed`."""
+    def broadcast_from_first(self, decide: Callable[[], Result]) -> Result:
+        """See `Workers.broadcast_from_first`."""
         box: list[Any] = [decide() if self.rank == 0 else None]
         own = box[0]
         dist.broadcast_object_list(box)
         return own if self.rank == 0 else box[0]
 
-    def wait(self) -> None:
-        """See `Team.wait`."""
+    def barrier(self) -> None:
+        """See `Workers.barrier`."""
         dist.barrier()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from bitsmoe_kernels.errors import BitsmoeError
-from offline_quant.runtime.distributed import Team, Workers, started_as_worker
+from offline_quant.runtime.distributed import TorchWorkers, Workers, started_as_worker
 
 LEAST_MOST = 2
 """Processes that may always be asked for; more than there are processors only take memory."""
@@ -22,43 +22,43 @@ _READY = "BITSMOE_READY"
 
 
 @contextmanager
-def team_of(workers: int) -> Iterator[Team]:
-    """The team this process belongs to.
+def launch_workers(count: int) -> Iterator[Workers]:
+    """The workers this process belongs to.
 
     Under `torchrun` (several hosts, say) every process runs the same command and finds the others through the
-    environment. Otherwise the command is run `workers` - 1 times more on this machine; this process is the first.
+    environment. Otherwise the command is run `count` - 1 times more on this machine; this process is the first.
 
     Args:
-        workers: how many processes; 1 under `torchrun`.
+        count: how many processes; 1 under `torchrun`.
 
     Raises:
-        BitsmoeError: another process ended; says what it said. Or `workers` under `torchrun`.
+        BitsmoeError: another process ended; says what it said. Or `count` under `torchrun`.
     """
     if started_as_worker():
         if folder := os.environ.get(_READY):
             Path(folder, os.environ["RANK"]).touch()
-        elif workers > 1:
+        elif count > 1:
             raise BitsmoeError(
-                f"--workers {workers}: this is one of {os.environ['WORLD_SIZE']} processes that torchrun has started; "
+                f"--workers {count}: this is one of {os.environ['WORLD_SIZE']} processes that torchrun has started; "
                 "leave --workers out"
             )
+        yield TorchWorkers()
+        return
+    if count == 1:
         yield Workers()
         return
-    if workers == 1:
-        yield Team()
-        return
-    if workers > (most := max(LEAST_MOST, os.cpu_count() or 1)):
-        raise BitsmoeError(f"--workers {workers}: this machine has {os.cpu_count()} processors; use at most {most}")
+    if count > (most := max(LEAST_MOST, os.cpu_count() or 1)):
+        raise BitsmoeError(f"--workers {count}: this machine has {os.cpu_count()} processors; use at most {most}")
     with socket.socket() as probe:
         probe.bind((_ADDRESS, 0))
         port = probe.getsockname()[1]
     # On one machine they talk over the loopback interface, whatever the host's name resolves to.
     common = {
-        "WORLD_SIZE": str(workers), "MASTER_ADDR": _ADDRESS, "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
+        "WORLD_SIZE": str(count), "MASTER_ADDR": _ADDRESS, "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
         "RANK": "0", "LOCAL_RANK": "0",
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as ready, tempfile.TemporaryFile("w+") as said:
-        others = [_start(rank, {**common, _READY: ready}, said) for rank in range(1, workers)]
+        others = [_start(rank, {**common, _READY: ready}, said) for rank in range(1, count)]
         before = {name: os.environ.get(name) for name in common}
         os.environ.update(common)
         try:
@@ -67,7 +67,7 @@ def team_of(workers: int) -> Iterator[Team]:
                 if any(process.poll() for process in others):
                     raise RuntimeError("a worker ended before it began")
                 time.sleep(0.05)
-            yield Workers()
+            yield TorchWorkers()
         except RuntimeError as e:  # what torch.distributed raises when the other end is gone
             raise _explained(e, others, said) from None
         finally:

@@ -37,7 +37,7 @@ def keep_large_blocks_apart(matrix_bytes: int) -> None:
     """Have large blocks mapped on their own, so that they go back once they are freed.
 
     glibc raises the size of these to 32 MB by itself, and matrices of large experts then lie among small blocks in its
-    heap. They still do where the heap holds free room for them, and stay resident until `give_back`.
+    heap. They still do where the heap holds free room for them, and stay resident until `trim`.
 
     Args:
         matrix_bytes: of an expert's matrix in float32. From LARGE_MATRIX on, blocks of its size are large ones too.
@@ -48,7 +48,7 @@ def keep_large_blocks_apart(matrix_bytes: int) -> None:
         option(_M_TRIM_THRESHOLD, 4 * LARGE_BLOCK)  # no longer raised with the other
 
 
-def give_back(matrix_bytes: int = LARGE_MATRIX) -> None:
+def trim(matrix_bytes: int = LARGE_MATRIX) -> None:
     """Give freed memory back to the system.
 
     glibc keeps what lies between blocks that are still in use: of a large model more with every expert.

@@ -15,7 +15,7 @@ DISK_SHARE = 0.5
 """Of the free disk, for what may also be computed again."""
 
 
-class Spool:
+class OffloadCache:
     """Float32 tensors by name.
 
     Args:

@@ -14,8 +14,8 @@ from offline_quant.allocation.heavy_tail import alpha_hill, tail_length
 from offline_quant.calibration.moments import LayerStatistics
 from offline_quant.config import QuantizeConfig
 from offline_quant.layer.quantizer import LayerQuantizer
-from offline_quant.linalg import damped
-from offline_quant.model.expert_inputs import LayerInputs
+from offline_quant.linalg import add_damping
+from offline_quant.model.expert_inputs import ExpertInputs
 from offline_quant.rounding import compensator
 from offline_quant.rounding.gaussian import kappa
 
@@ -28,7 +28,7 @@ def quantizer(objective, bits=4.0, **options):
     gate_up = torch.randn(E, 2 * I, H, generator=g) / 7 * scale
     down = torch.randn(E, H, I, generator=g) / 7
     score = torch.rand(900, E, generator=g) * torch.tensor([1.0, 1.0, 0.6])
-    data = LayerInputs(
+    data = ExpertInputs(
         torch.randn(900, H, generator=g), score.topk(2).indices, torch.rand(900, 2, generator=g).softmax(1)
     )
     config = QuantizeConfig(bits=bits, objective=objective, **options)
@@ -68,7 +68,7 @@ def test_too_small_a_matrix_has_no_tail():
 def test_compensator_is_the_best_of_its_rank_and_leaves_what_was_said():
     g = torch.Generator().manual_seed(2)
     R, x = torch.randn(2, 12, 9, generator=g), torch.randn(2, 60, 12, generator=g) * torch.linspace(0.2, 3, 12)
-    M = damped(x.mT @ x / 60)
+    M = add_damping(x.mT @ x / 60)
     tail = compensator.tail_energies(R, M)
     assert tail.shape == (2, 10)
     for rank in (0, 1, 4, 9):
@@ -115,7 +115,7 @@ def test_bt_moe_measures_what_a_choice_costs_at_the_layers_output():
     q, *_ = quantizer("bt-moe", ranks=(0, 4, 8))
     (table,) = q.tables()
     zero = (table.width == 0) & (table.rank == 0)
-    share = q.stats.share.numpy()
+    share = q.stats.routing_frequency.numpy()
     gate_up, down = q.load(range(E))
     for e in range(E):
         M, outputs, D = q.stats.expert_moments(e, gate_up[e], down[e])

@@ -17,10 +17,10 @@ from offline_quant.decomposition.bases import natural, paper, whitened
 from offline_quant.decomposition.ranking import rank_components
 from offline_quant.layer import quantizer as layer_module
 from offline_quant.layer.quantizer import LayerQuantizer
-from offline_quant.linalg import DAMPING, add_product, damped, factorize, mirrored, on_diagonal, output_energy
-from offline_quant.model.expert_inputs import LayerInputs
+from offline_quant.linalg import DAMPING, add_damping, add_product, factorize, mirrored, on_diagonal, output_energy
+from offline_quant.model.expert_inputs import ExpertInputs
 from offline_quant.report.collect import width_histogram
-from offline_quant.rounding.correction import corrected
+from offline_quant.rounding.correction import correct_down
 from offline_quant.rounding.error_feedback import Quantized, _Grid, quantize
 from offline_quant.rounding.gaussian import gaussian_quantizer
 from offline_quant.rounding.joint_fit import fit_jointly
@@ -101,12 +101,12 @@ def test_moments_that_are_not_finite_are_refused():
     M = moments(2, 8)
     M[1, 3, 3] = float("inf")
     with pytest.raises(BitsmoeError, match="not finite"):
-        damped(M)
+        add_damping(M)
 
 
 def test_damping_is_one_percent_of_the_mean_diagonal():
     M = moments(1, 5)
-    assert torch.allclose(damped(M) - M, DAMPING * M[0].diagonal().mean() * torch.eye(5), atol=1e-5)
+    assert torch.allclose(add_damping(M) - M, DAMPING * M[0].diagonal().mean() * torch.eye(5), atol=1e-5)
 
 
 def naive_feedback(F, M, a, c, width):
@@ -136,7 +136,7 @@ def test_feedback_equals_its_definition(width):
     widths = torch.tensor([width, width[::-1]], dtype=torch.uint8)
     q = quantize(F, M, widths, "K", passes=0)
     for e in range(2):
-        expected = naive_feedback(F[e], damped(M)[e], q.a[e], q.c[e], widths[e])
+        expected = naive_feedback(F[e], add_damping(M)[e], q.a[e], q.c[e], widths[e])
         # A value within float32 rounding of a boundary may fall either way, and changes what follows in its column.
         wrong_columns = int((q.codes[e].numpy() != expected).any(0).sum())
         assert wrong_columns <= 2
@@ -147,8 +147,8 @@ def test_dropped_components_hand_their_part_to_the_others():
     F, M = torch.randn(1, 16, 400, generator=torch.Generator().manual_seed(0)), moments(1, 16, 1)
     widths = torch.tensor([[0] * 8 + [8] * 8], dtype=torch.uint8)
     q = quantize(F, M, widths, "K", passes=0)
-    measured = float(error(F, damped(M), q.dequantize(widths[:, :, None]))[0])
-    m, f = damped(M)[0].double(), F[0, :8].double()
+    measured = float(error(F, add_damping(M), q.dequantize(widths[:, :, None]))[0])
+    m, f = add_damping(M)[0].double(), F[0, :8].double()
     schur = m[:8, :8] - m[:8, 8:] @ torch.linalg.solve(m[8:, 8:], m[8:, :8])
     assert measured == pytest.approx(float((f * (schur @ f)).sum()), rel=0.01)
 
@@ -168,7 +168,7 @@ def test_where_nothing_is_handed_on_components_are_independent():
     ranked, sorted_moments, factor = rank_components(F, M, "input", feedback=False)
     diagonal = factor.damped(sorted_moments).diagonal(dim1=1, dim2=2)
     assert torch.allclose(ranked.variance, diagonal)
-    assert torch.allclose(on_diagonal(M).damped(M), damped(M))
+    assert torch.allclose(on_diagonal(M).damped(M), add_damping(M))
 
 
 @pytest.mark.parametrize("along", ["K", "N"])
@@ -176,7 +176,7 @@ def test_refinement_never_makes_it_worse(along):
     F, M = torch.randn(3, 48, 40, generator=torch.Generator().manual_seed(1)), moments(3, 48, 3)
     widths = torch.randint(0, 5, (3, 48 if along == "K" else 40), dtype=torch.uint8)
     shape = widths[:, :, None] if along == "K" else widths[:, None]
-    damped_m = damped(M)
+    damped_m = add_damping(M)
     errors = [error(F, damped_m, quantize(F, M, widths, along, p).dequantize(shape)) for p in (0, 1, 3)]
     assert bool((errors[1] <= errors[0] * 1.0001).all())
     assert bool((errors[2] <= errors[1] * 1.0001).all())
@@ -192,7 +192,7 @@ def test_the_error_that_decides_is_that_of_the_codes(along, feedback, passes):
     widths = torch.randint(0, 5, (3, 150 if along == "K" else 40), dtype=torch.uint8)
     q = quantize(F, M, widths, along, passes, feedback)
     found = q.dequantize(widths[:, :, None] if along == "K" else widths[:, None])
-    assert torch.allclose(q.error.double(), error(F, damped(M), found), rtol=1e-3)
+    assert torch.allclose(q.error.double(), error(F, add_damping(M), found), rtol=1e-3)
     assert (q.lost is None) == (feedback or passes > 0)
     if q.lost is not None:
         assert torch.allclose(q.lost.double(), error(F, M, found), rtol=1e-4)
@@ -282,7 +282,7 @@ def inputs(T=200, H=12, E=4, k=2, seed=0, unseen=None):
     score = torch.rand(T, E, generator=g)
     if unseen is not None:
         score[:, unseen] = -1
-    return LayerInputs(torch.randn(T, H, generator=g) + 0.3, score.topk(k).indices, torch.rand(T, k, generator=g))
+    return ExpertInputs(torch.randn(T, H, generator=g) + 0.3, score.topk(k).indices, torch.rand(T, k, generator=g))
 
 
 def weighed_tokens(data, stats, e):
@@ -340,7 +340,7 @@ def test_corrected_down_is_the_least_squares_fit_to_quantized_activations():
 
     h, seen = hidden(original), hidden(quantized)
     assert torch.allclose(M.double(), seen.T @ seen, rtol=1e-4, atol=1e-4)
-    fitted = corrected(down, M, missing).double()
+    fitted = correct_down(down, M, missing).double()
     best = torch.linalg.lstsq(seen, h @ down.double().T).solution.T
 
     def lost(D):
@@ -373,8 +373,8 @@ def test_what_experts_add_and_its_error_are_those_of_the_layer():
 
 def test_nothing_missing_leaves_down_as_it_is():
     down = torch.randn(6, 4)
-    assert torch.equal(corrected(down, torch.eye(4), torch.zeros(4, 4)), down)
-    assert torch.equal(corrected(down, torch.zeros(4, 4), torch.zeros(4, 4)), down)
+    assert torch.equal(correct_down(down, torch.eye(4), torch.zeros(4, 4)), down)
+    assert torch.equal(correct_down(down, torch.zeros(4, 4), torch.zeros(4, 4)), down)
 
 
 def test_an_unseen_expert_gets_statistics_of_all_tokens():
@@ -387,7 +387,7 @@ def test_an_unseen_expert_gets_statistics_of_all_tokens():
     assert int(torch.linalg.matrix_rank(M)) == 12
     assert float(outputs.min()) > 0
     assert float(hidden.trace()) > 0
-    assert float(stats.share[1]) > 0
+    assert float(stats.routing_frequency[1]) > 0
 
 
 def held(gate_up, down):
@@ -497,7 +497,7 @@ def test_reported_error_is_what_the_stored_weights_lose(basis, bits, rank, optio
         gate, up, _ = weights.expert_weights(e)
         again, reference = torch.cat([gate, up]).double(), gate_up[e].double()
         nearest = torch.cdist(again, reference).argmin(1)
-        feel, share = outputs.double()[nearest], float(stats.share[e])
+        feel, share = outputs.double()[nearest], float(stats.routing_frequency[e])
         d, r = again - reference[nearest], reference[nearest]
         for name, rows in zip(names, torch.arange(2 * len(gate)).tensor_split(len(names)), strict=True):
             lost[name] += share * float((feel * ((d @ M.double()) * d).sum(1))[rows].sum())

@@ -25,9 +25,9 @@ from offline_quant.evaluation.evaluate import evaluate
 from offline_quant.layer.quantizer import LayerQuantizer
 from offline_quant.model.source import SourceModel
 from offline_quant.model.streaming import StreamedModel
-from offline_quant.pipeline.memory import needs
-from offline_quant.runtime.distributed import Team
-from offline_quant.runtime.malloc import LARGE_MATRIX, give_back
+from offline_quant.pipeline.memory import estimate_memory
+from offline_quant.runtime.distributed import Workers
+from offline_quant.runtime.malloc import LARGE_MATRIX, trim
 
 TEXT = "The old man looked at the sea, and said nothing for a long while. " * 120
 
@@ -198,12 +198,12 @@ def scattered():
 
 
 def test_freed_memory_is_given_back_from_between_blocks_in_use():
-    give_back()  # what other tests have freed
+    trim()  # what other tests have freed
     before = resident()
     kept = scattered()
-    give_back(LARGE_MATRIX - 1)  # small matrices: not worth it
+    trim(LARGE_MATRIX - 1)  # small matrices: not worth it
     full = resident() - before
-    give_back()
+    trim()
     assert full > 150_000
     assert resident() - before < 0.2 * full
     assert len(kept) == 100
@@ -237,7 +237,7 @@ print(full, resident() - before, len(kept))
 
 
 def test_a_chunk_of_experts_leaves_nothing_behind_for_the_next_one():
-    give_back()
+    trim()
     before, kept, found = resident(), [], []
 
     def work(chunk):
@@ -245,7 +245,7 @@ def test_a_chunk_of_experts_leaves_nothing_behind_for_the_next_one():
         kept.append(scattered())
 
     large = {"H": 2048, "I": 768, "chunks": [range(e, e + 1) for e in range(4)]}
-    quantizer = SimpleNamespace(**large, team=Team(), _tick=lambda experts: None)
+    quantizer = SimpleNamespace(**large, workers=Workers(), _tick=lambda experts: None)
     assert len(list(LayerQuantizer.each(quantizer, work))) == 4
     assert max(found) < 60_000  # three times a twentieth, not three times 200 MB
     assert len(kept) == 4
@@ -272,7 +272,7 @@ def test_memory_of_shared_bases_is_asked_for_where_they_may_be_chosen(options, s
     specs, H = expert_specs(shape), shape.hidden_size
 
     def peak(bases):
-        return needs(shape, specs, config, 2.125, 4096, 2048, 2048, 0, bases=bases).peak
+        return estimate_memory(shape, specs, config, 2.125, 4096, 2048, 2048, 0, bases=bases).peak
 
     assert may_share_bases(shape, QuantizeConfig(bits=2.125, **options)) is shared
     assert peak(False) < peak(True) <= peak(False) + 8 * 8 * H * H  # eight double-precision matrices
@@ -284,7 +284,7 @@ def test_memory_of_the_whole_model_and_of_gradients_is_asked_for():
     specs, H = expert_specs(shape), shape.hidden_size
 
     def peak(**more):
-        return needs(shape, specs, config, 2.125, 4096, 2048, 2048, 0, **more).peak
+        return estimate_memory(shape, specs, config, 2.125, 4096, 2048, 2048, 0, **more).peak
 
     assert peak(sampled=True) > max(peak(), 4 * shape.num_weights)
     head_and_logits = 4 * config["vocab_size"] * (H + 2048)

@@ -17,7 +17,7 @@ from offline_quant.pipeline.quantize import quantize_model
 from offline_quant.rounding import tuning as tune
 from offline_quant.rounding.error_feedback import quantize
 from offline_quant.runtime.chunks import chunks_of
-from offline_quant.runtime.offload import Spool
+from offline_quant.runtime.offload import OffloadCache
 from pretended_cuda import pretended_cuda
 
 TEXT = "She opened the door, and there stood her brother with the lamp in his hand. " * 40
@@ -151,19 +151,19 @@ def test_without_feedback_all_rows_are_rounded_at_once() -> None:
 
 def test_what_is_kept_between_passes_stays_on_a_gpu_while_there_is_room(tmp_path: Path) -> None:
     with pretended_cuda():
-        spool = Spool(tmp_path, memory_bytes=40, device_bytes=50)
+        offload = OffloadCache(tmp_path, memory_bytes=40, device_bytes=50)
         values = {name: torch.full((10,), float(i), device="cuda") for i, name in enumerate("abc")}
         for name, value in values.items():
-            spool.put(name, value)
-        assert [spool.get(name).is_cuda for name in "abc"] == [True, False, False]
+            offload.put(name, value)
+        assert [offload.get(name).is_cuda for name in "abc"] == [True, False, False]
         assert [path.name for path in tmp_path.rglob("c")] == ["c"]
-        assert all(torch.equal(spool.get(name).cpu(), values[name].cpu()) for name in "abc")
-        spool.drop("a")
-        spool.put("d", values["b"])
-        assert spool.get("d").is_cuda
-        spool.put("e", torch.ones(10))  # not on the device
-        assert not spool.get("e").is_cuda
-        spool.clear()
+        assert all(torch.equal(offload.get(name).cpu(), values[name].cpu()) for name in "abc")
+        offload.drop("a")
+        offload.put("d", values["b"])
+        assert offload.get("d").is_cuda
+        offload.put("e", torch.ones(10))  # not on the device
+        assert not offload.get("e").is_cuda
+        offload.clear()
     assert not any(tmp_path.iterdir())
 
 

@@ -26,9 +26,9 @@ from offline_quant.pipeline import resume as state_module
 from offline_quant.pipeline.memory import check_memory, parse_bytes
 from offline_quant.pipeline.quantize import quantize_model
 from offline_quant.pipeline.resume import RunState, fingerprint, state_directory
-from offline_quant.runtime.distributed import Team
-from offline_quant.runtime.launch import team_of
-from offline_quant.runtime.offload import Spool
+from offline_quant.runtime.distributed import Workers
+from offline_quant.runtime.launch import launch_workers
+from offline_quant.runtime.offload import OffloadCache
 
 TEXT = "She opened the door, and there stood her brother with the lamp in his hand. " * 60
 
@@ -340,8 +340,8 @@ def test_two_workers_share_one_budget_for_the_model(source, tmp_path):
 def test_hidden_states_go_once_everybody_has_read_them(source, tmp_path, monkeypatch):
     events, usual = [], RunState.drop_hidden
 
-    class Watched(Team):
-        def wait(self):
+    class Watched(Workers):
+        def barrier(self):
             events.append("wait")
 
     def drop(self, index):
@@ -349,7 +349,7 @@ def test_hidden_states_go_once_everybody_has_read_them(source, tmp_path, monkeyp
         usual(self, index)
 
     monkeypatch.setattr(RunState, "drop_hidden", drop)
-    quantize_model(str(source), tmp_path / "q", options(source, objective="alphaq"), team=Watched())
+    quantize_model(str(source), tmp_path / "q", options(source, objective="alphaq"), workers=Watched())
     dropped = [(before, now) for before, now in pairwise(events) if now.startswith("drop")]
     assert {now for _, now in dropped} >= {"drop -1", "drop 0", "drop 1"}
     assert {before for before, _ in dropped} == {"wait"}
@@ -393,10 +393,10 @@ def test_tuning_resumes_too_and_wants_one_process(source, tmp_path, monkeypatch)
     quantize_model(str(source), tmp_path / "q", config, resume=True)
     assert contents(tmp_path / "q") == contents(reference)
     with pytest.raises(BitsmoeError, match="--tune: experts are fitted one after another, in one process"):
-        quantize_model(str(source), tmp_path / "other", config, team=Half(0))
+        quantize_model(str(source), tmp_path / "other", config, workers=Half(0))
 
 
-class Half(Team):
+class Half(Workers):
     """A process of two, whose other half is computed here as well."""
 
     size = 2
@@ -406,53 +406,53 @@ class Half(Team):
 
 
 def test_every_item_has_one_owner():
-    owners = [[i for i in range(7) if Half(rank).owns(i)] for rank in (0, 1)]
+    owners = [[i for i in range(7) if Half(rank).is_local(i)] for rank in (0, 1)]
     assert sorted(owners[0] + owners[1]) == list(range(7))
 
 
 def test_a_spool_keeps_little_in_memory_and_the_rest_on_disk(tmp_path):
-    spool = Spool(tmp_path, memory_bytes=90)
+    offload = OffloadCache(tmp_path, memory_bytes=90)
     values = {f"t{i}": torch.randn(4, i + 1) for i in range(4)}
     for name, value in values.items():
-        spool.put(name, value)
-    assert {p.name for p in spool.directory.iterdir()} == {"t2", "t3"}  # 16 + 32 bytes fit, 48 more do not
+        offload.put(name, value)
+    assert {p.name for p in offload.directory.iterdir()} == {"t2", "t3"}  # 16 + 32 bytes fit, 48 more do not
     for name, value in values.items():
-        assert torch.equal(spool.get(name), value)
-    spool.put("t3", values["t0"])  # smaller now, so it fits
-    assert torch.equal(spool.get("t3"), values["t0"])
-    spool.drop("t0", "unknown")
-    assert "t0" not in spool
-    spool.clear()
+        assert torch.equal(offload.get(name), value)
+    offload.put("t3", values["t0"])  # smaller now, so it fits
+    assert torch.equal(offload.get("t3"), values["t0"])
+    offload.drop("t0", "unknown")
+    assert "t0" not in offload
+    offload.clear()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_there_is_no_room_for_is_computed_again(source, whole, tmp_path, monkeypatch):
     """No room for anything that can be: the same bytes."""
-    usual = Spool.put
+    usual = OffloadCache.put
 
     def put(self, name, tensor, if_room=False):
         self.drop(name)
         if not if_room:
             usual(self, name, tensor)
 
-    monkeypatch.setattr(Spool, "put", put)
+    monkeypatch.setattr(OffloadCache, "put", put)
     quantize_model(str(source), tmp_path / "q", options(source))
     assert contents(tmp_path / "q") == contents(whole)
 
 
 def test_a_model_that_must_write_its_own_text_is_held_to_the_limit_of_memory(source, tmp_path, monkeypatch):
     """Nobody knew before that the default dataset would not be reached."""
-    usual = pipeline.needs
+    usual = pipeline.estimate_memory
 
     def unreachable(*args):
         raise BitsmoeError("the dataset cannot be reached")
 
-    def needs(*args):
+    def estimate_memory(*args):
         found = usual(*args)
         return replace(found, peak=2 * 10**12) if args[11] else found  # sampled
 
     monkeypatch.setattr(calibration, "text_windows", unreachable)
-    monkeypatch.setattr(pipeline, "needs", needs)
+    monkeypatch.setattr(pipeline, "estimate_memory", estimate_memory)
     with pytest.raises(BitsmoeError, match=r"--max-memory 1000.00 GB: this run would take about 2000.00 GB"):
         quantize_model(str(source), tmp_path / "q", options(source, calib=None), max_memory=10**12)
     assert not list(tmp_path.iterdir())
@@ -462,7 +462,7 @@ def test_more_workers_than_processors_are_refused(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     with (
         pytest.raises(BitsmoeError, match="--workers 5: this machine has 4 processors; use at most 4"),
-        team_of(5),
+        launch_workers(5),
     ):
         pass
 
@@ -470,7 +470,7 @@ def test_more_workers_than_processors_are_refused(monkeypatch):
 def test_workers_are_not_asked_for_twice(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     expected = "--workers 4: this is one of 2 processes that torchrun has started"
-    with pytest.raises(BitsmoeError, match=expected), team_of(4):
+    with pytest.raises(BitsmoeError, match=expected), launch_workers(4):
         pass
 
 
@@ -492,4 +492,4 @@ def test_more_memory_than_allowed_is_refused_before_the_work(source, tmp_path):
         quantize_model(str(source), tmp_path / "q", options(source), max_memory=10_000_000)
     assert list(tmp_path.iterdir()) == []
     outcome = quantize_model(str(source), tmp_path / "q", options(source), max_memory=10**12)
-    check_memory(outcome.needs, None)
+    check_memory(outcome.memory, None)

@@ -8,7 +8,7 @@ from bitsmoe_kernels.reference import LayerWeights, moe_forward
 from offline_quant.calibration.moments import LayerStatistics, RoutedTokens
 from offline_quant.config import QuantizeConfig
 from offline_quant.layer.quantizer import LayerQuantizer
-from offline_quant.model.expert_inputs import LayerInputs
+from offline_quant.model.expert_inputs import ExpertInputs
 from offline_quant.rounding import tuning as tune_module
 from offline_quant.rounding.joint_fit import fit_jointly
 from offline_quant.rounding.tuning import tune
@@ -18,7 +18,7 @@ ROUGH = {"feedback": False, "refine": 0, "without": ("correction",)}
 """Every row rounded on its own: what tuning can make up for, on a layer too small for the rest to be left to it."""
 
 
-def tokens(count: int, seed: int, unseen: int | None = None) -> LayerInputs:
+def tokens(count: int, seed: int, unseen: int | None = None) -> ExpertInputs:
     """Inputs of few strong directions, so that moments matter, and their routing."""
     g = torch.Generator().manual_seed(seed)
     mix = torch.randn(H, H, generator=torch.Generator().manual_seed(99)) * torch.logspace(0, -1, H)[:, None]
@@ -26,7 +26,7 @@ def tokens(count: int, seed: int, unseen: int | None = None) -> LayerInputs:
     if unseen is not None:
         score[:, unseen] = -1
     weights = torch.rand(count, TOP, generator=g)
-    return LayerInputs(torch.randn(count, H, generator=g) @ mix, score.topk(TOP).indices, weights)
+    return ExpertInputs(torch.randn(count, H, generator=g) @ mix, score.topk(TOP).indices, weights)
 
 
 def experts() -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,7 +34,7 @@ def experts() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(E, 2 * I, H, generator=g) / 5, torch.randn(E, H, I, generator=g) / 5
 
 
-def output(gate_up: torch.Tensor, down: torch.Tensor, data: LayerInputs) -> torch.Tensor:
+def output(gate_up: torch.Tensor, down: torch.Tensor, data: ExpertInputs) -> torch.Tensor:
     """By definition, in float64."""
     y = torch.zeros(len(data.x), H, dtype=torch.float64)
     for t, x in enumerate(data.x.double()):
@@ -44,13 +44,13 @@ def output(gate_up: torch.Tensor, down: torch.Tensor, data: LayerInputs) -> torc
     return y
 
 
-def drifted(data: LayerInputs) -> torch.Tensor:
+def drifted(data: ExpertInputs) -> torch.Tensor:
     """A target that is not the experts' own output: it differs by what a matrix makes of their input."""
     drift = torch.randn(H, H, generator=torch.Generator().manual_seed(7)) * 0.1
     return output(*experts(), data) + (data.x @ drift).double()
 
 
-def quantized(basis: str, bits: float, data: LayerInputs, target: torch.Tensor | None = None, **options: object):
+def quantized(basis: str, bits: float, data: ExpertInputs, target: torch.Tensor | None = None, **options: object):
     gate_up, down = experts()
     config = QuantizeConfig(bits=bits, basis=basis, widths=(0, 1, 2, 3, 4), **options)
     shape = MoEShape(FAMILIES["Qwen3MoeForCausalLM"], (0,), E, H, I)
@@ -63,7 +63,7 @@ def held(gate_up: torch.Tensor, down: torch.Tensor):
     return lambda chunk: (gate_up[chunk.start : chunk.stop], down[chunk.start : chunk.stop])
 
 
-def lost(plan, tensors, data: LayerInputs, wanted: torch.Tensor) -> float:
+def lost(plan, tensors, data: ExpertInputs, wanted: torch.Tensor) -> float:
     found = moe_forward(LayerWeights(plan.layer, 16, tensors), data.x, data.topk_weights, data.topk_ids)
     return float((found.double() - wanted).square().sum() / wanted.square().sum())
 

@@ -31,11 +31,11 @@ def wait_for_line(log: io.StringIO, words: str) -> str:
 
 
 def test_a_long_stage_shows_lines_before_it_ends(log: io.StringIO) -> None:
-    with progress.bar("Quantizing layer 1/2", 100) as tick:
-        tick(10)
+    with progress.bar("Quantizing layer 1/2", 100) as on_progress:
+        on_progress(10)
         first = wait_for_line(log, "10 of 100")
-        tick.describe("Quantizing layer 2/2")
-        tick(30)
+        on_progress.describe("Quantizing layer 2/2")
+        on_progress(30)
         last = wait_for_line(log, "40 of 100")
     assert re.fullmatch(r"Quantizing layer 1/2: 10 of 100, \d:\d\d:\d\d so far, time left not known yet", first)
     assert re.fullmatch(r"Quantizing layer 2/2: 40 of 100, \d:\d\d:\d\d so far, \d:\d\d:\d\d left", last)
@@ -59,7 +59,7 @@ def test_the_time_left_follows_the_pace_and_not_what_an_earlier_run_did(
             waited.append(seconds)
             clock[0] += 30
             if len(waited) > 1:
-                tick(5)
+                on_progress(5)
             return False
 
         def set(self) -> None:
@@ -81,8 +81,8 @@ def test_the_time_left_follows_the_pace_and_not_what_an_earlier_run_did(
     monkeypatch.setattr(progress, "Thread", Now)
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(Clock, "set", lambda self: None)
-    with progress.bar("Quantizing", 100) as tick:
-        tick(50)
+    with progress.bar("Quantizing", 100) as on_progress:
+        on_progress(50)
     assert lines(log) == [
         "Quantizing: 50 of 100, 0:00:30 so far, time left not known yet",
         "Quantizing: 55 of 100, 0:01:00 so far, 0:04:30 left",
@@ -94,8 +94,8 @@ def test_a_terminal_has_its_bar_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.StringIO()
     monkeypatch.setattr(progress, "console", Console(file=written, width=120, force_terminal=True))
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.01)
-    with progress.bar("Quantizing", 10) as tick:
+    with progress.bar("Quantizing", 10) as on_progress:
         time.sleep(0.05)
-        tick(10)
+        on_progress(10)
     assert not lines(written)
     assert "10/10" in written.getvalue()
