@@ -3,7 +3,6 @@
 Symbols: w routing weight of a token at an expert, g and u its gate and up outputs, h = silu(g) * u, D the down matrix.
 """
 
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +11,6 @@ from torch import Tensor
 
 from offline_quant.linalg import add_product, mirrored
 from offline_quant.model.expert_inputs import ExpertInputs
-from offline_quant.runtime.distributed import Workers
-from offline_quant.runtime.malloc import trim
-from offline_quant.runtime.offload import OffloadCache
 
 RARE_SHARE = 0.25
 """Least weight of an expert in the allocation, relative to the mean expert's."""
@@ -22,15 +18,48 @@ HEAVIEST_TOKEN = 20.0
 """Most that one token counts in an expert's moments, relative to the mean token: a few would else decide alone."""
 LEAST_OUTPUT = 0.02
 """Least weight of a gate or up output, relative to the expert's mean output."""
-OUTPUT_TOKENS = 2_048
-"""Tokens on which a layer's output is compared."""
 BLOCK_TOKENS = 1024
 """Tokens that pass through an expert at a time, so that what is made of them stays in the processor's cache."""
-SLOT_VALUES = 1 << 25
-"""Float32 values of tokens' slots that are filled at a time."""
 PLANNING_STEP, PLANNING_TOKENS = 4, 8
-"""At most so many tokens are passed over for one that counts in the moments of an expert's activations before it is
-quantized, and so many for each of its channels count at least, if there are."""
+"""For planning, every 4th token counts in the moments of an expert's activations, but at least 8 tokens for each
+intermediate channel if there are as many."""
+
+
+@dataclass(frozen=True)
+class MeasuredExpert:
+    """What errors of an expert's matrices cost at the layer's output, to first order.
+
+    Attributes:
+        inputs: float32 [H, H], second moments of x with tokens weighed, of mean weight one.
+        output_weights: float32 [2 I], mean square of what an error of each gate and up output moves.
+        down: float32 [I, I], E[w^2 h h^T].
+        activations: float32 [n, I], h of the expert's own tokens, then of the sample of all tokens.
+    """
+
+    inputs: Tensor
+    output_weights: Tensor
+    down: Tensor
+    activations: Tensor
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether float32 could hold it all."""
+        return all(bool(t.isfinite().all()) for t in (self.inputs, self.output_weights, self.down))
+
+
+@dataclass(frozen=True)
+class QuantizedInputs:
+    """What enters the down projection once gate and up are quantized.
+
+    Attributes:
+        moments: float32 [I, I], E[w^2 h' h'^T], h' from the quantized weights.
+        missing: float32 [I, I], E[w^2 (h - h') h'^T], h from the original ones.
+        activations: float32 [n, I], h' of the expert's own tokens, then of the sample of all tokens.
+    """
+
+    moments: Tensor
+    missing: Tensor
+    activations: Tensor
 
 
 @dataclass(frozen=True)
@@ -41,7 +70,7 @@ class RoutedTokens:
         token: int64 [n], which tokens of the layer are the expert's.
         weight: float32 [n], routing weights.
         hidden: float32 [n, I], activations of the quantized gate and up.
-        mass: what its moments were divided by: n and what stands for the tokens of all experts.
+        mass: n and the weight of the sample of all tokens, which its moments were divided by.
     """
 
     token: Tensor
@@ -50,7 +79,7 @@ class RoutedTokens:
     mass: float
 
 
-class LayerStatistics:
+class LayerMoments:
     """Moments for each expert, shrunk towards those of all tokens, so that a rare expert has usable ones too.
 
     An expert's own tokens count once each; a sample of all tokens adds the weight of H / 8 more. Moments are taken
@@ -59,26 +88,24 @@ class LayerStatistics:
     Args:
         inputs: calibration activations of the layer.
         num_experts: E.
-        offload: where the activations of the experts are kept between passes.
     """
 
-    def __init__(self, inputs: ExpertInputs, num_experts: int, offload: OffloadCache | None = None):
+    def __init__(self, inputs: ExpertInputs, num_experts: int):
         self.inputs = inputs
-        self.offload = offload or OffloadCache()
-        tokens, slots = inputs.topk_ids.shape
+        tokens, self.top_k = inputs.topk_ids.shape
         flat = inputs.topk_ids.flatten()
         self.counts = torch.bincount(flat, minlength=num_experts)
         """Tokens routed to each expert, int64 [E]."""
-        place = flat.argsort(dim=0, stable=True)
-        self._place = place.split(self.counts.tolist())
-        self._weights = inputs.topk_weights.flatten()
+        self.slots = flat.argsort(dim=0, stable=True).split(self.counts.tolist())
+        """Of each expert, int64 [n]: places in the flattened [T, top_k] that went to it, ascending."""
+        self.slot_weights = inputs.topk_weights.flatten()
+        """Routing weights, float32 [T * top_k]."""
         hidden = inputs.x.shape[1]
         self.pooled = mirrored(add_product(inputs.x.new_zeros(hidden, hidden), inputs.x, inputs.x)) / tokens
         """C [H, H] over all tokens."""
         self.pseudo_count = max(1, hidden // 8)
-        self._sample = torch.arange(0, tokens, max(1, tokens // hidden), device=place.device)
+        self._sample = torch.arange(0, tokens, max(1, tokens // hidden), device=flat.device)
         self._typical = inputs.topk_weights.square().mean()
-        self._slots = slots
 
     @property
     def routing_frequency(self) -> Tensor:
@@ -88,35 +115,27 @@ class LayerStatistics:
         the floor costs it about one bit against the average one instead of all of them.
         """
         counts = self.counts.float()
-        return (
-            counts.clamp(min=RARE_SHARE * float(counts.mean()))
-            / len(self.inputs.topk_ids)
-            / self.inputs.topk_ids.shape[1]
-        )
+        return counts.clamp(min=RARE_SHARE * float(counts.mean())) / len(self.inputs.topk_ids) / self.top_k
 
     def _tokens(self, expert: int) -> tuple[Tensor, Tensor]:
         """Tokens of an expert and of the sample, int64 [n], and their weight [n]: w^2 over the number of tokens."""
-        place = self._place[expert]
-        own = self._weights[place].square()
+        slots = self.slots[expert]
+        own = self.slot_weights[slots].square()
         prior = self._typical * (self.pseudo_count / len(self._sample))
-        tokens = torch.cat([place // self._slots, self._sample])
+        tokens = torch.cat([slots // self.top_k, self._sample])
         return tokens, torch.cat([own, prior.expand(len(self._sample))]) / (len(own) + self.pseudo_count)
 
-    def expert_moments(self, expert: int, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def measure_expert(self, expert: int, gate_up: Tensor, down: Tensor) -> MeasuredExpert:
         """What errors of an expert's matrices cost at the layer's output, to first order.
 
         An error d of gate output n moves the output by w D[:, n] silu'(g) u d, one of up output n by
         w D[:, n] silu(g) d. The mean square of these factors over tokens is the weight of an output; their sum over
-        outputs weighs a token. The activations h are kept for `hidden_moments`.
+        outputs weighs a token.
 
         Args:
             expert: which.
             gate_up: [2 I, H].
             down: [H, I].
-
-        Returns:
-            M [H, H], second moments of x with tokens weighed, of mean weight one; the outputs' weights [2 I];
-            E[w^2 h h^T] [I, I].
         """
         tokens, mass = self._tokens(expert)
         W_gate, W_up = (w.T for w in gate_up.chunk(2))
@@ -140,7 +159,6 @@ class LayerStatistics:
             # D decides who gets bits, not what is rounded to what: part of the tokens will do.
             some = h[::step]
             add_product(D, some * (step * m[::step, None]), some)
-        self.offload.put(f"activations-{expert}", hidden)
         token *= mass
         outputs *= norms.repeat(2)
         outputs = outputs.clamp(min=LEAST_OUTPUT * float(outputs.mean())).clamp(min=1e-30)
@@ -152,29 +170,24 @@ class LayerStatistics:
         for part in _blocks(len(tokens)):
             x = self.inputs.x.index_select(0, tokens[part])
             add_product(M, x * token[part, None], x)
-        return mirrored(M), outputs, mirrored(D)
+        return MeasuredExpert(mirrored(M), outputs, mirrored(D), hidden)
 
     def plain_moments(self, expert: int) -> Tensor:
         """Second moments [H, H] of an expert's inputs, every token alike."""
-        x = self.inputs.x[self._place[expert] // self._slots]
+        x = self.inputs.x[self.slots[expert] // self.top_k]
         return (x.T @ x + self.pseudo_count * self.pooled) / (len(x) + self.pseudo_count)
 
-    def hidden_moments(self, expert: int, gate_up: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    def measure_quantized(self, expert: int, gate_up: Tensor, order: Tensor, original: Tensor) -> QuantizedInputs:
         """Moments of what enters the down projection once gate and up are quantized, and what that lacks.
-
-        To be called after `expert_moments`, once: the activations kept are replaced by those of the quantized weights.
 
         Args:
             expert: which.
             gate_up: [2 I, H], quantized, its channels sorted.
             order: int64 [I], the original channel that stands at each place now.
-
-        Returns:
-            E[w^2 h' h'^T] and E[w^2 (h - h') h'^T], both [I, I]; h' from the quantized weights, h from the original.
+            original: [n, I], activations that `measure_expert` found.
         """
         tokens, mass = self._tokens(expert)
         W_gate, W_up = (w.T for w in gate_up.chunk(2))
-        original = self.offload.get(f"activations-{expert}").to(gate_up.device)
         seen, I = torch.empty_like(original), len(order)  # noqa: E741
         moments, crossed = gate_up.new_zeros(I, I), gate_up.new_zeros(I, I)
         for part in _blocks(len(tokens)):
@@ -183,68 +196,20 @@ class LayerStatistics:
             weighed = h * mass[part, None]
             add_product(moments, h, weighed)
             crossed.addmm_(original[part].T, weighed)
-        self.offload.put(f"activations-{expert}", seen)
         moments = mirrored(moments)
-        return moments, crossed[order] - moments
+        return QuantizedInputs(moments, crossed[order] - moments, seen)
 
-    def routed(self, expert: int) -> RoutedTokens:
-        """An expert's own tokens with the activations last kept for it."""
-        place = self._place[expert]
-        # Those of the sample come after them.
-        hidden = self.offload.get(f"activations-{expert}")[: len(place)].to(place.device)
-        return RoutedTokens(place // self._slots, self._weights[place], hidden, float(len(place) + self.pseudo_count))
-
-    def routed_output(
-        self, workers: Workers, experts: Sequence[int], down: Callable[[int], Tensor]
-    ) -> Iterator[Tensor]:
-        """What the routed experts add to the layer's output, with the activations last kept for each expert.
-
-        Every token's slots are filled by one expert each and then summed in their order: the result does not depend on
-        who computes which expert, or when.
+    def routed_tokens(self, expert: int, activations: Tensor) -> RoutedTokens:
+        """An expert's own tokens.
 
         Args:
-            workers: who else computes experts.
-            experts: those of this process.
-            down: [H, I] of an expert, its channels in the order of those activations.
-
-        Yields:
-            [n, H] of some n tokens, one after another.
+            expert: which.
+            activations: [n, I], of its tokens and of the sample.
         """
-        tokens, hidden = self.inputs.x.shape
-        step = max(1, min(tokens, SLOT_VALUES // (self._slots * hidden)))
-        held = self.inputs.x.new_empty(step * self._slots, hidden)  # fresh pages every time would cost as much again
-        for start in range(0, tokens, step):
-            end = min(start + step, tokens)
-            slots = held[: (end - start) * self._slots]
-            if workers.size > 1:
-                slots.zero_()  # others fill the rest
-            bounds = torch.tensor([start * self._slots, end * self._slots], device=slots.device)
-            for e in experts:
-                place = self._place[e]
-                first, last = torch.searchsorted(place, bounds).tolist()
-                if first == last:
-                    continue
-                place = place[first:last]
-                h = self.offload.get(f"activations-{e}")[first:last].to(slots.device)
-                slots[place - start * self._slots] = (h @ down(e).T).mul_(self._weights[place, None])
-            trim()
-            yield workers.all_reduce_sum(slots).view(end - start, self._slots, hidden).sum(1)
-
-    def sampled_outputs(self, expert: int, down: Tensor) -> tuple[Tensor, Tensor]:
-        """An expert's share of the output at every `sample_step`-th token, by the activations last kept.
-
-        Returns:
-            Slots, int64 [n], as places in the flattened [T, top_k]; their outputs [n, H], not yet weighed.
-        """
-        place = self._place[expert]
-        rows = (place // self._slots % self.sample_step == 0).nonzero()[:, 0]
-        h = self.offload.get(f"activations-{expert}")[rows.cpu()].to(place.device)
-        return place[rows], (h @ down.T).mul_(self._weights[place[rows], None])
-
-    @property
-    def sample_step(self) -> int:
-        """Of the tokens on which a layer's output is compared."""
-        return max(1, len(self.inputs.x) // OUTPUT_TOKENS)
+        slots = self.slots[expert]
+        hidden = activations[: len(slots)].to(slots.device)
+        mass = float(len(slots) + self.pseudo_count)
+        return RoutedTokens(slots // self.top_k, self.slot_weights[slots], hidden, mass)
 
 
 def _blocks(count: int) -> list[slice]:

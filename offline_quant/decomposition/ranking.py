@@ -4,6 +4,7 @@ Symbols: n experts of a chunk, K contraction axis, N output axis, F [n, K, N] fa
 space), M [n, K, K] second moments of what enters the contraction.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,13 @@ class Components:
         """The same in the CPU's memory."""
         return Components(self.order.cpu(), self.norms.cpu(), self.variance.cpu(), self.total.cpu())
 
+    @classmethod
+    def concatenate(cls, parts: "Sequence[Components]", device: torch.device) -> "Components":
+        """Those of several chunks of experts, on a device."""
+        return cls(
+            *(torch.cat([getattr(p, f) for p in parts]).to(device) for f in ("order", "norms", "variance", "total"))
+        )
+
 
 def rank_components(
     F: Tensor, M: Tensor, component_axis: str, sort: bool = True, feedback: bool = True
@@ -73,12 +81,19 @@ def rank_components(
 
 @dataclass(frozen=True)
 class RankedProjection:
-    """A projection's decomposition and the importance of its components, before bits are chosen."""
+    """A projection's decomposition and the importance of its components, before bits are chosen.
+
+    Attributes:
+        decomposition: of the projection.
+        components: of all experts, in order of importance.
+        key: what its moments and their factors are kept under.
+        ridge: float32 [E], added to the diagonal of the moments before they were factorized.
+    """
 
     decomposition: Decomposition
     components: Components
     key: str
-    """Under which its moments are kept."""
+    ridge: Tensor
 
     @property
     def name(self) -> ProjectionName:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_kernels.format.schema import Layer, ProjectionName
-from offline_quant.allocation.objectives import Table
+from offline_quant.allocation.choices import ChoiceTable
 from offline_quant.allocation.solver import Allocation
 from offline_quant.decomposition.ranking import RankedProjection
 
@@ -22,20 +22,25 @@ class LayerPlan:
         ranks: compensators' ranks int32 [E]; None without compensators.
         allocation: the solver's result.
         table: the choices it was made from.
-        trial: measured relative error of a first pass, summed over projections; None if there was none.
+        pilot_error: relative error that a pilot measured, summed over projections; None if there was none.
     """
 
     layer: Layer
     bits: dict[ProjectionName, Tensor]
     ranks: Tensor | None
     allocation: Allocation
-    table: Table
-    trial: float | None = None
+    table: ChoiceTable
+    pilot_error: float | None = None
 
     @property
     def basis(self) -> str:
         """The form chosen."""
         return self.table.form
+
+    @property
+    def shares_bases(self) -> bool:
+        """Whether experts share a basis."""
+        return any(projection.basis is not None for projection in self.layer.projections.values())
 
     @property
     def projections(self) -> dict[ProjectionName, RankedProjection]:
@@ -50,6 +55,16 @@ class LayerPlan:
             used[unused] = False
             tensors = {part: tensor[used] for part, tensor in tensors.items()}
         return {f"{name}_{part}": tensor for part, tensor in tensors.items()}
+
+    def widths(self, name: ProjectionName, chunk: range, block_size: int, device: torch.device) -> Tensor:
+        """Width of every component of some experts.
+
+        Returns:
+            uint8 [n, C, 1] where components are inputs, [n, 1, C] where they are outputs.
+        """
+        bits = self.bits[name][chunk.start : chunk.stop].to(device)
+        width = bits.repeat_interleave(block_size, 1)[:, : self.table.schema.components(name)]
+        return width[:, :, None] if self.layer.projections[name].component_axis == "input" else width[:, None]
 
     def stored_rows(self, name: ProjectionName, width: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
         """Which rows of some experts' factors the file has, in its order, and the component each stands for there.
@@ -72,7 +87,7 @@ class LayerPlan:
         return rows, component - torch.searchsorted(unused, component)
 
 
-def _trimmed_schema(schema: Layer, unused: Mapping[ProjectionName, Tensor]) -> Layer:
+def without_components(schema: Layer, unused: Mapping[ProjectionName, Tensor]) -> Layer:
     """A layer's schema without some components of its bases."""
     projections = dict(schema.projections)
     for name, rows in unused.items():

@@ -19,12 +19,18 @@ from bitsmoe_kernels.format.schema import FORMAT_VERSION, QUANT_METHOD, Checkpoi
 from offline_quant import VERSION
 from offline_quant.allocation.objectives import OBJECTIVES
 from offline_quant.allocation.solver import allocate
-from offline_quant.calibration.moments import LayerStatistics
+from offline_quant.calibration.moments import LayerMoments
 from offline_quant.calibration.sensitivity import layer_sensitivities
 from offline_quant.checkpoint.linear_layers import write_other_tensors
 from offline_quant.config import QuantizeConfig
 from offline_quant.evaluation import sanity
-from offline_quant.layer.quantizer import LayerQuantizer, pass_count
+from offline_quant.layer.cache import LayerCache
+from offline_quant.layer.context import LayerContext
+from offline_quant.layer.first_pass import measure_layer
+from offline_quant.layer.outputs import original_output, output_error, output_of, quantized_output
+from offline_quant.layer.planner import pass_count, plan_layer
+from offline_quant.layer.quantizer import quantize_layer
+from offline_quant.layer.view import LayerView
 from offline_quant.model.expert_inputs import ExpertInputs
 from offline_quant.model.side_files import copy_side_files, missing_code
 from offline_quant.model.source import SourceModel
@@ -110,13 +116,13 @@ class LayerLoop:
                 self.state.open_layer(index)
                 if index in shape.layers:
                     with finite_or_refuse(shape.prefix(index)):
-                        quantizer = self._quantizer(index, progress)
-                        table = replace(quantizer.plan(trim=False).table, projections={})
+                        view = self._measured_layer(index, progress)
+                        table = replace(plan_layer(view, trim=False).table, projections={})
                     losses.append(table.loss * weight.get(index, 1.0))
                     costs.append(table.cost)
                     tables.append((shape.prefix(index), table))
-                    self._add_expert_output(index, quantizer.original_output())
-                    quantizer.offload.clear()
+                    self._add_expert_output(index, original_output(view.ctx))
+                    view.ctx.cache.clear()
                 else:
                     self._propagate(index, "batch")
                 self.workers.barrier()  # until everybody has read what goes
@@ -234,8 +240,8 @@ class LayerLoop:
                 hidden = self._hidden(index, f"batch-{i}", tokens)
                 self.state.put_hidden(index, f"batch-{i}", hidden + share.view_as(hidden))
 
-    def _quantizer(self, index: int, progress: "LayerProgress") -> LayerQuantizer:
-        """The quantizer of a layer, calibrated on the hidden states at hand, which go on without its experts' share."""
+    def _measured_layer(self, index: int, progress: "LayerProgress") -> LayerView:
+        """A layer after its first pass. Hidden states go on without what its experts add."""
         prefix, shape = self.source.shape.prefix(index), self.source.shape
         with self.streamed.layer(index) as module:
 
@@ -255,49 +261,50 @@ class LayerLoop:
                 "large, or config.json is wrong, so look at both, or download the model again"
             )
         self.clock.lap("calibration")
-        stats = LayerStatistics(
-            inputs, shape.num_experts, OffloadCache(self.state.directory, device_bytes=gpu_share(self.streamed.device))
-        )
+        offload = OffloadCache(self.state.directory, device_bytes=gpu_share(self.streamed.device))
 
-        def experts(chunk: range) -> tuple[Tensor, Tensor]:
+        def load(chunk: range) -> tuple[Tensor, Tensor]:
             gate_up, down = self.source.experts(index, chunk)
             return gate_up.to(self.streamed.device), down.to(self.streamed.device)
 
-        return LayerQuantizer(experts, stats, shape, self.config, prefix, self.workers, progress)
+        moments = LayerMoments(inputs, shape.num_experts)
+        ctx = LayerContext(load, moments, shape, self.config, prefix, self.workers, LayerCache(offload), progress)
+        return LayerView(ctx, measure_layer(ctx))
 
     def _moe_layer(self, index: int, progress: "LayerProgress") -> tuple[dict[str, Tensor], dict[str, Any]]:
         prefix = self.source.shape.prefix(index)
-        quantizer = self._quantizer(index, progress)
-        plan = quantizer.plan(self.budgets.get(prefix))
+        view = self._measured_layer(index, progress)
+        plan = plan_layer(view, self.budgets.get(prefix))
         self.clock.lap("allocation")
         self._propagate(index, "original")
         self.clock.lap("original model")
         tensors: dict[str, Tensor] = {}
-        errors = output_error = None
+        errors = error = None
         if self.plan_only:
             # Nothing is quantized, so later layers see the original activations.
-            self._add_expert_output(index, quantizer.original_output())
+            self._add_expert_output(index, original_output(view.ctx))
         else:
             target = self._target_output(index) if self.config.tune else None
-            tensors, errors = quantizer.quantize(plan, None if target is None else target.clone())
+            quantized = quantize_layer(view, plan, None if target is None else target.clone())
+            tensors, errors = quantized.tensors, quantized.errors
             self.clock.lap("quantization")
             if target is None:
-                output_error, output = quantizer.output_error(), quantizer.quantized_output()
+                error, output = output_error(view), quantized_output(view.ctx)
             else:
                 given = {name: tensor.to(target.device) for name, tensor in tensors.items()}
-                inputs = quantizer.stats.inputs
+                inputs = view.ctx.moments.inputs
                 tensors = tune(plan.layer, self.config.block_size, given, inputs, target, self.config.seed)
                 self.clock.lap("tuning")
-                whole = quantizer.output_of(plan.layer, tensors)
-                output_error, output = quantizer.output_error(whole), iter([whole])
+                whole = output_of(view.ctx, plan.layer, tensors)
+                error, output = output_error(view, whole), iter([whole])
             self._add_expert_output(index, output)
-        quantizer.offload.clear()
+        view.ctx.cache.clear()
         self.clock.lap("calibration")
-        extreme = quantizer.extreme_experts()
+        extreme = view.measurements.extreme_experts()
         return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}, {
             "schema": plan.layer.model_dump(mode="json"),
-            "report": layer_report(prefix, plan, quantizer.stats, self.config, errors, output_error, extreme),
-            "picture": layer_picture(plan, quantizer.stats).dump(),
+            "report": layer_report(prefix, plan, view.ctx.moments, self.config, errors, error, extreme),
+            "picture": layer_picture(plan, view.ctx.moments).dump(),
         }
 
     def _target_output(self, index: int) -> Tensor:

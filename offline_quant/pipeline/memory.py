@@ -12,7 +12,7 @@ from bitsmoe_kernels.format.safetensors_io import MAPPED_BYTES, largest_shard
 from bitsmoe_kernels.format.schema import TensorSpec
 from bitsmoe_kernels.models.families import MoEShape
 from offline_quant.calibration import sensitivity
-from offline_quant.calibration.moments import SLOT_VALUES
+from offline_quant.calibration.output_sample import SLOT_VALUES
 from offline_quant.evaluation import sanity
 from offline_quant.model.streaming import TOGETHER
 from offline_quant.runtime.chunks import chunk_values, chunks_of

@@ -9,14 +9,12 @@ from bitsmoe_kernels.format.linear_layers import DenseConfig
 from bitsmoe_kernels.format.safetensors_io import read_json
 from bitsmoe_kernels.models.families import moe_shape
 from offline_quant.allocation.budget import budget_bits
-from offline_quant.allocation.heavy_tail import tail_length
-from offline_quant.allocation.objectives import forms_of
+from offline_quant.allocation.objectives import OBJECTIVES, forms_of
 from offline_quant.calibration.sources import TextSource, open_text
 from offline_quant.calibration.windows import load_tokenizer
 from offline_quant.checkpoint.directory import check_output
 from offline_quant.checkpoint.linear_layers import DenseModel, dense_plan
 from offline_quant.config import SELF, QuantizeConfig
-from offline_quant.decomposition.forms import schema_of
 from offline_quant.model.download import resolve_model
 from offline_quant.model.side_files import missing_code
 from offline_quant.model.source import SourceModel
@@ -35,11 +33,10 @@ def check_budget(source: SourceModel, config: QuantizeConfig) -> None:
     Raises:
         BitsmoeError: names the smallest possible budget.
     """
-    schemas = [schema_of(form, source.shape, config) for form in forms_of(config)]
+    schemas = [form.schema(source.shape, config.basis_bits) for form in forms_of(config)]
     least = min(schemas, key=lambda schema: schema.nbytes(config.block_size))
     budget_bits(least, config, str(source.directory))
-    if config.objective == "alphaq":
-        tail_length(min(source.shape.hidden_size, source.shape.intermediate_size))
+    OBJECTIVES[config.objective].check(source.shape)
 
 
 @dataclass(frozen=True)

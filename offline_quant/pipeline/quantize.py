@@ -102,7 +102,7 @@ def quantize_model(
     def predicted(sampled: bool) -> MemoryEstimate:
         return estimate_memory(
             source.shape, source.tensors.specs, source.config, config.bits, tokens, batch_tokens, length,
-            inputs.baseline, config.tune, may_share_bases(source.shape, config),
+            inputs.baseline, config.tune, may_share_bases(config),
             scope == "model" and OBJECTIVES[config.objective].sensitive, sampled, torch.device(config.device),
             0 if config.calib == SELF else reading_bytes(inputs.text, tokens),
         )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bitsmoe_kernels.format.schema import Layer, ProjectionName
 from offline_quant.allocation.objectives import OBJECTIVES
-from offline_quant.calibration.moments import LayerStatistics
+from offline_quant.calibration.moments import LayerMoments
 from offline_quant.config import QuantizeConfig
 from offline_quant.layer.plan import LayerPlan
 
@@ -48,7 +48,7 @@ class LayerPicture:
         )
 
 
-def layer_picture(plan: LayerPlan, stats: LayerStatistics) -> LayerPicture:
+def layer_picture(plan: LayerPlan, stats: LayerMoments) -> LayerPicture:
     """Bits, spectra and activation shares of a planned layer."""
     spectrum = {}
     for name, projection in plan.projections.items():
@@ -71,7 +71,7 @@ def width_histogram(layer: Layer, name: ProjectionName, bits: Tensor, block_size
 def layer_report(
     prefix: str,
     plan: LayerPlan,
-    stats: LayerStatistics,
+    stats: LayerMoments,
     config: QuantizeConfig,
     errors: dict[str, float] | None,
     output_error: float | None,

@@ -56,14 +56,32 @@ class Quantized:
         return self.a[:, :, None] * self.c[:, None] * _centred(self.codes, width)
 
 
+@dataclass(frozen=True)
+class RoundingMode:
+    """How much work rounding takes.
+
+    Attributes:
+        refine: rounds of scale refit and coordinate descent after the feedback.
+        feedback: hand errors on to rows not yet rounded; without, and without `refine`, every row is rounded alone.
+        rough: guess scales instead of searching for them, in a third of the time.
+    """
+
+    refine: int = 2
+    feedback: bool = True
+    rough: bool = False
+
+    @classmethod
+    def pilot(cls, feedback: bool = True) -> "RoundingMode":
+        """For a first pass that only measures what rows hand to one another."""
+        return cls(refine=0, feedback=feedback, rough=True)
+
+
 def quantize(
     F: Tensor,
     M: Tensor,
     width: Tensor,
     along: str,
-    passes: int = 2,
-    feedback: bool = True,
-    rough: bool = False,
+    mode: RoundingMode = RoundingMode(),
     factor: CholeskyFactor | None = None,
 ) -> Quantized:
     """Quantize a batch of factors.
@@ -73,21 +91,22 @@ def quantize(
         M: float32 [n, K, K], undamped.
         width: uint8 [n, K] if along is "K", else [n, N].
         along: the axis that the widths run along, "K" or "N".
-        passes: rounds of scale refit and coordinate descent after the feedback; 0: feedback only.
-        feedback: whether errors are handed on; without, and without passes, every row is rounded on its own.
-        rough: guess scales instead of searching for them, in a third of the time.
+        mode: how much work it takes.
         factor: of M, where it is known.
     """
     width = width[:, :, None] if along == "K" else width[:, None, :]
     if factor is None:
-        factor = factorize(M) if feedback else on_diagonal(M)
+        factor = factorize(M) if mode.feedback else on_diagonal(M)
     c, grid = _column_scale(F, factor.variances, width), _Grid.of(width)
-    out = _feedback(F, factor.U, grid, c, rough) if feedback else _round_all(F, M, factor.ridge, grid, c, rough)
-    if not passes:
+    if mode.feedback:
+        out = _feedback(F, factor.U, grid, c, mode.rough)
+    else:
+        out = _round_all(F, M, factor.ridge, grid, c, mode.rough)
+    if not mode.refine:
         return out
     best, M = out, factor.damped(M)
     MF = M @ F
-    for _ in range(passes):
+    for _ in range(mode.refine):
         out, gradient = _refit(M, MF, out, width)
         out = _coordinate_descent(F, M, out, width, grid, gradient)
         # Float16 rounding of the scales can undo a gain: keep the best seen, expert by expert.
