@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -64,7 +65,7 @@ class Form(ABC):
         """One expert's share of what shared bases are found from; empty without any."""
         return {}
 
-    def schema(self, shape: MoEShape, basis_bits: int) -> Layer:
+    def schema(self, shape: MoEShape, basis_bits: Literal[8, 16]) -> Layer:
         """A layer's schema under this form, with no codes yet."""
         return Layer(
             num_experts=shape.num_experts,
