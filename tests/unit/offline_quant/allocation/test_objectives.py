@@ -8,12 +8,12 @@ import torch
 from pydantic import ValidationError
 
 from bitsmoe_kernels.errors import BitsmoeError
-from bitsmoe_kernels.models.families import FAMILIES, MoEShape
 from bitsmoe_kernels.reference import LayerWeights
+from layers import measured_layer
 from offline_quant.allocation.heavy_tail import alpha_hill, tail_length
-from offline_quant.calibration.moments import LayerStatistics
 from offline_quant.config import QuantizeConfig
-from offline_quant.layer.quantizer import LayerQuantizer
+from offline_quant.layer.planner import choice_tables, plan_layer
+from offline_quant.layer.quantizer import quantize_layer
 from offline_quant.linalg import add_damping
 from offline_quant.model.expert_inputs import ExpertInputs
 from offline_quant.rounding import compensator
@@ -22,7 +22,7 @@ from offline_quant.rounding.gaussian import kappa
 E, H, I = 3, 48, 32  # noqa: E741
 
 
-def quantizer(objective, bits=4.0, **options):
+def view_of(objective, bits=4.0, **options):
     g = torch.Generator().manual_seed(1)
     scale = torch.linspace(0.5, 2, E)[:, None, None]
     gate_up = torch.randn(E, 2 * I, H, generator=g) / 7 * scale
@@ -32,13 +32,7 @@ def quantizer(objective, bits=4.0, **options):
         torch.randn(900, H, generator=g), score.topk(2).indices, torch.rand(900, 2, generator=g).softmax(1)
     )
     config = QuantizeConfig(bits=bits, objective=objective, **options)
-    shape = MoEShape(FAMILIES["Qwen3MoeForCausalLM"], (0,), E, H, I)
-    found = LayerQuantizer(held(gate_up, down), LayerStatistics(data, E), shape, config, "layer")
-    return found, gate_up, down
-
-
-def held(gate_up, down):
-    return lambda chunk: (gate_up[chunk.start : chunk.stop], down[chunk.start : chunk.stop])
+    return measured_layer(gate_up, down, data, config), gate_up, down
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(48, 32), (300, 140)])
@@ -94,15 +88,15 @@ def brute_force(plan):
 
 @pytest.mark.parametrize("objective", ["alphaq", "bt-moe", "frequency", "uniform"])
 def test_programs_equal_brute_force(objective):
-    q, *_ = quantizer(objective, widths=(0, 2, 4) if objective == "bt-moe" else (2, 4), ranks=(0, 4))
-    plan = q.plan()
+    view, *_ = view_of(objective, widths=(0, 2, 4) if objective == "bt-moe" else (2, 4), ranks=(0, 4))
+    plan = plan_layer(view)
     assert plan.allocation.loss == pytest.approx(brute_force(plan), rel=1e-6)
     assert 8 * plan.layer.nbytes(16) <= 4.0 * plan.layer.num_weights
 
 
 def test_alphaq_values_matrices_as_its_paper_does():
-    q, gate_up, down = quantizer("alphaq", gamma=2.0)
-    (table,) = q.tables()
+    view, gate_up, down = view_of("alphaq", gamma=2.0)
+    (table,) = choice_tables(view)
     matrices = [*gate_up[:, :I], *gate_up[:, I:], *down]
     expected = [float(alpha_hill(W)) ** -2 * float(W.double().var(correction=0)) for W in matrices]
     for bits, choice in zip(table.width, table.loss.T, strict=True):
@@ -112,13 +106,14 @@ def test_alphaq_values_matrices_as_its_paper_does():
 
 def test_bt_moe_measures_what_a_choice_costs_at_the_layers_output():
     """A dropped expert's loss is its frequency times the L2 norm of its output, to first order in gate and up."""
-    q, *_ = quantizer("bt-moe", ranks=(0, 4, 8))
-    (table,) = q.tables()
+    view, *_ = view_of("bt-moe", ranks=(0, 4, 8))
+    (table,) = choice_tables(view)
     zero = (table.width == 0) & (table.rank == 0)
-    share = q.stats.routing_frequency.numpy()
-    gate_up, down = q.load(range(E))
+    share = view.ctx.moments.routing_frequency.numpy()
+    gate_up, down = view.load(range(E))
     for e in range(E):
-        M, outputs, D = q.stats.expert_moments(e, gate_up[e], down[e])
+        m = view.ctx.moments.measure_expert(e, gate_up[e], down[e])
+        M, outputs, D = m.inputs, m.output_weights, m.down
         expected = (outputs[:, None] * gate_up[e] @ M * gate_up[e]).sum() + (down[e] @ D * down[e]).sum()
         assert table.loss[e, zero][0] == pytest.approx(float(share[e] * expected.sqrt()), rel=0.05)
     for bits in (2, 3):
@@ -129,10 +124,11 @@ def test_bt_moe_measures_what_a_choice_costs_at_the_layers_output():
 
 
 def test_bt_moe_compensators_reach_the_stored_weights():
-    q, gate_up, _ = quantizer("bt-moe", bits=14.0, widths=(0, 1), ranks=(0, 16))
-    plan = q.plan()
+    view, gate_up, _ = view_of("bt-moe", bits=14.0, widths=(0, 1), ranks=(0, 16))
+    plan = plan_layer(view)
     assert plan.ranks.tolist() == [16] * E
-    tensors, errors = q.quantize(plan)
+    quantized = quantize_layer(view, plan)
+    tensors, errors = quantized.tensors, quantized.errors
     weights = LayerWeights(plan.layer, 16, tensors)
     bare = {k: torch.zeros_like(v) if "lowrank_" in k and "rank" not in k[-4:] else v for k, v in tensors.items()}
     for e in range(E):
@@ -149,20 +145,21 @@ def test_bt_moe_compensators_reach_the_stored_weights():
 def test_uniform_and_frequency_differ_as_they_should():
     bits = {}
     for objective in ("uniform", "frequency"):
-        q, *_ = quantizer(objective, bits=3.6)
-        plan = q.plan()
+        view, *_ = view_of(objective, bits=3.6)
+        plan = plan_layer(view)
         bits[objective] = torch.cat([b.float().mean(1, keepdim=True) for b in plan.bits.values()], 1).mean(1)
         assert all(int(b.min()) == int(b.max()) for m in plan.bits.values() for b in m)
     assert float(bits["uniform"].max() - bits["uniform"].min()) <= 1
-    assert int(q.stats.counts.argmin()) == 2
+    assert int(view.ctx.moments.counts.argmin()) == 2
     assert float(bits["frequency"][2]) <= float(bits["frequency"][:2].min())
 
 
 @pytest.mark.parametrize("feedback", [True, False])
 def test_without_feedback_every_row_is_rounded_on_its_own(feedback):
-    q, *_ = quantizer("bitsmoe", bits=6.0, basis="natural", feedback=feedback, refine=0)
-    plan = q.plan()
-    tensors, errors = q.quantize(plan)
+    view, *_ = view_of("bitsmoe", bits=6.0, basis="natural", feedback=feedback, refine=0)
+    plan = plan_layer(view)
+    quantized = quantize_layer(view, plan)
+    tensors, errors = quantized.tensors, quantized.errors
     assert tensors["gate_up_codes"].numel() > 0
     assert 0 < errors["gate_up"] < 0.1
 
@@ -170,27 +167,27 @@ def test_without_feedback_every_row_is_rounded_on_its_own(feedback):
 def test_feedback_lowers_the_error():
     found = {}
     for feedback in (True, False):
-        q, *_ = quantizer("bitsmoe", bits=4.0, basis="natural", feedback=feedback, refine=0)
-        found[feedback] = sum(q.quantize(q.plan())[1].values())
+        view, *_ = view_of("bitsmoe", bits=4.0, basis="natural", feedback=feedback, refine=0)
+        found[feedback] = sum(quantize_layer(view, plan_layer(view)).errors.values())
     assert found[True] < found[False]
 
 
 def test_prediction_scales_with_kappa():
-    q, *_ = quantizer("bitsmoe", basis="natural")
-    (table,) = q.tables()
+    view, *_ = view_of("bitsmoe", basis="natural")
+    (table,) = choice_tables(view)
     zero = table.loss[:, table.width == 0]
     for b in (1, 2, 3):
         assert table.loss[:, table.width == b] == pytest.approx(zero * kappa(b))
 
 
 def test_an_extreme_expert_is_found_and_earns_bits():
-    q, gate_up, down = quantizer("bitsmoe", bits=4.0, basis="natural")
-    assert q.extreme_experts() == []
+    view, gate_up, down = view_of("bitsmoe", bits=4.0, basis="natural")
+    assert view.measurements.extreme_experts() == []
     down = down.clone()
     down[1] *= 40
-    extreme = LayerQuantizer(held(gate_up, down), q.stats, q.shape, q.config, "layer")
-    assert extreme.extreme_experts() == [1]
-    bits = [p.bits["down"].float().mean(1) for p in (q.plan(), extreme.plan())]
+    extreme = measured_layer(gate_up, down, view.ctx.moments.inputs, view.config)
+    assert extreme.measurements.extreme_experts() == [1]
+    bits = [p.bits["down"].float().mean(1) for p in (plan_layer(view), plan_layer(extreme))]
     assert float(bits[1][1]) > float(bits[0][1]) + 1
     assert float(bits[1][1]) > float(bits[1][0]) + 2
 

@@ -762,7 +762,7 @@ def test_a_gpu_that_is_too_small_is_said_so(tmp_path, source, text, monkeypatch)
             "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB"
         )
 
-    monkeypatch.setattr("offline_quant.layer.quantizer.LayerQuantizer.quantize", full)
+    monkeypatch.setattr("offline_quant.pipeline.layer_loop.quantize_layer", full)
     done = bitsmoe("quantize", source, "--bits", 4.5, "--calib", text, "--out", tmp_path / "q", *FAST)
     assert done.returncode == 2
     assert "Error: CUDA out of memory: the GPU is too small; give less calibration text" in done.stderr

@@ -8,20 +8,22 @@ import torch
 
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.schema import Layer, Projection
-from bitsmoe_kernels.models.families import FAMILIES, MoEShape
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
-from offline_quant.calibration import moments as statistics_module
-from offline_quant.calibration.moments import LayerStatistics, RoutedTokens
+from layers import measured_layer
+from offline_quant.calibration import moments as moments_module
+from offline_quant.calibration.moments import LayerMoments, RoutedTokens
 from offline_quant.config import QuantizeConfig
 from offline_quant.decomposition.bases import natural, paper, whitened
 from offline_quant.decomposition.ranking import rank_components
-from offline_quant.layer import quantizer as layer_module
-from offline_quant.layer.quantizer import LayerQuantizer
+from offline_quant.layer import quantizer as quantizer_module
+from offline_quant.layer.outputs import original_output, output_error, quantized_output
+from offline_quant.layer.planner import plan_layer
+from offline_quant.layer.quantizer import quantize_chunk, quantize_layer
 from offline_quant.linalg import DAMPING, add_damping, add_product, factorize, mirrored, on_diagonal, output_energy
 from offline_quant.model.expert_inputs import ExpertInputs
 from offline_quant.report.collect import width_histogram
 from offline_quant.rounding.correction import correct_down
-from offline_quant.rounding.error_feedback import Quantized, _Grid, quantize
+from offline_quant.rounding.error_feedback import Quantized, RoundingMode, _Grid, quantize
 from offline_quant.rounding.gaussian import gaussian_quantizer
 from offline_quant.rounding.joint_fit import fit_jointly
 from offline_quant.runtime import chunks as chunks_module
@@ -134,7 +136,7 @@ def test_feedback_equals_its_definition(width):
     g = torch.Generator().manual_seed(3)
     F, M = torch.randn(2, 12, 20, generator=g), moments(2, 12, 5)
     widths = torch.tensor([width, width[::-1]], dtype=torch.uint8)
-    q = quantize(F, M, widths, "K", passes=0)
+    q = quantize(F, M, widths, "K", RoundingMode(refine=0))
     for e in range(2):
         expected = naive_feedback(F[e], add_damping(M)[e], q.a[e], q.c[e], widths[e])
         # A value within float32 rounding of a boundary may fall either way, and changes what follows in its column.
@@ -146,7 +148,7 @@ def test_dropped_components_hand_their_part_to_the_others():
     """With the first rows dropped and the others nearly exact, what is lost is the Schur complement's share."""
     F, M = torch.randn(1, 16, 400, generator=torch.Generator().manual_seed(0)), moments(1, 16, 1)
     widths = torch.tensor([[0] * 8 + [8] * 8], dtype=torch.uint8)
-    q = quantize(F, M, widths, "K", passes=0)
+    q = quantize(F, M, widths, "K", RoundingMode(refine=0))
     measured = float(error(F, add_damping(M), q.dequantize(widths[:, :, None]))[0])
     m, f = add_damping(M)[0].double(), F[0, :8].double()
     schur = m[:8, :8] - m[:8, 8:] @ torch.linalg.solve(m[8:, 8:], m[8:, :8])
@@ -177,7 +179,7 @@ def test_refinement_never_makes_it_worse(along):
     widths = torch.randint(0, 5, (3, 48 if along == "K" else 40), dtype=torch.uint8)
     shape = widths[:, :, None] if along == "K" else widths[:, None]
     damped_m = add_damping(M)
-    errors = [error(F, damped_m, quantize(F, M, widths, along, p).dequantize(shape)) for p in (0, 1, 3)]
+    errors = [error(F, damped_m, quantize(F, M, widths, along, RoundingMode(p)).dequantize(shape)) for p in (0, 1, 3)]
     assert bool((errors[1] <= errors[0] * 1.0001).all())
     assert bool((errors[2] <= errors[1] * 1.0001).all())
     assert float(errors[2].sum()) < 0.97 * float(errors[0].sum())
@@ -190,7 +192,7 @@ def test_the_error_that_decides_is_that_of_the_codes(along, feedback, passes):
     """It is followed through every move of every row, not computed again."""
     F, M = torch.randn(3, 150, 40, generator=torch.Generator().manual_seed(1)), moments(3, 150, 3)
     widths = torch.randint(0, 5, (3, 150 if along == "K" else 40), dtype=torch.uint8)
-    q = quantize(F, M, widths, along, passes, feedback)
+    q = quantize(F, M, widths, along, RoundingMode(passes, feedback))
     found = q.dequantize(widths[:, :, None] if along == "K" else widths[:, None])
     assert torch.allclose(q.error.double(), error(F, add_damping(M), found), rtol=1e-3)
     assert (q.lost is None) == (feedback or passes > 0)
@@ -303,36 +305,37 @@ def swiglu(outputs):
 
 def test_expert_moments_weigh_by_the_jacobian_of_the_output(monkeypatch):
     """Against autograd: d(w D h)/d(gate, up) of every token."""
-    monkeypatch.setattr(statistics_module, "PLANNING_STEP", 1)
+    monkeypatch.setattr(moments_module, "PLANNING_STEP", 1)
     data, E, intermediate = inputs(), 4, 5
-    stats = LayerStatistics(data, E)
+    stats = LayerMoments(data, E)
     g = torch.Generator().manual_seed(3)
     W, D = torch.randn(E, 2 * intermediate, 12, generator=g), torch.randn(E, 12, intermediate, generator=g)
     for e in range(E):
-        M, outputs, moments_of_hidden = stats.expert_moments(e, W[e], D[e])
+        measured = stats.measure_expert(e, W[e], D[e])
         x, mass, own = weighed_tokens(data, stats, e)
         assert own == int(stats.counts[e])
 
         jacobians = [torch.autograd.functional.jacobian(swiglu, W[e].double() @ row) for row in x]
         felt = torch.stack([(D[e].double() @ j).square().sum(0) for j in jacobians])
-        assert torch.allclose(outputs.double(), mass @ felt, rtol=1e-4)
+        assert torch.allclose(measured.output_weights.double(), mass @ felt, rtol=1e-4)
         token = mass * felt.sum(1)
         token = token.clamp(max=20 * token.mean())
-        assert torch.allclose(M.double(), (x.T * token) @ x / token.sum(), atol=1e-4)
+        assert torch.allclose(measured.inputs.double(), (x.T * token) @ x / token.sum(), atol=1e-4)
         h = swiglu(x @ W[e].double().T)
-        assert torch.allclose(moments_of_hidden.double(), (h.T * mass) @ h, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(measured.down.double(), (h.T * mass) @ h, rtol=1e-4, atol=1e-4)
 
 
 def test_corrected_down_is_the_least_squares_fit_to_quantized_activations():
     data = inputs(T=500)
-    stats = LayerStatistics(data, 4)
+    stats = LayerMoments(data, 4)
     g = torch.Generator().manual_seed(4)
     original, down = torch.randn(10, 12, generator=g), torch.randn(12, 5, generator=g)
     quantized = original * 0.8 + 0.1 * torch.randn(10, 12, generator=g)
     order = torch.tensor([3, 0, 4, 1, 2])
-    stats.expert_moments(1, original, down)
+    activations = stats.measure_expert(1, original, down).activations
     original, down = original[torch.cat([order, order + 5])], down[:, order]
-    M, missing = stats.hidden_moments(1, quantized, order)
+    found = stats.measure_quantized(1, quantized, order, activations)
+    M, missing = found.moments, found.missing
     x, mass, _ = weighed_tokens(data, stats, 1)
 
     def hidden(W):
@@ -352,21 +355,25 @@ def test_corrected_down_is_the_least_squares_fit_to_quantized_activations():
 
 def test_what_experts_add_and_its_error_are_those_of_the_layer():
     """Before and after quantization, including an expert that no token reaches."""
-    gate_up, down, quantizer, config = quantizer_of("natural", 4.5, unseen=1)
-    data = quantizer.stats.inputs
+    gate_up, down, view, config = view_of("natural", 4.5, unseen=1)
+    data = view.ctx.moments.inputs
     original = torch.zeros_like(data.x, dtype=torch.float64)
     for slot in range(2):
         for e in range(4):
             rows = data.topk_ids[:, slot] == e
             y = swiglu(data.x[rows].double() @ gate_up[e].double().T) @ down[e].double().T
             original[rows] += data.topk_weights[rows, slot, None] * y
-    plan = quantizer.plan()
-    assert torch.allclose(torch.cat(list(quantizer.original_output())).double(), original, atol=1e-5)
-    tensors, _ = quantizer.quantize(plan)
+    plan = plan_layer(view)
+    assert torch.allclose(torch.cat(list(original_output(view.ctx))).double(), original, atol=1e-5)
+    with pytest.raises(RuntimeError, match="not been quantized yet"):
+        list(quantized_output(view.ctx))
+    tensors = quantize_layer(view, plan).tensors
+    with pytest.raises(RuntimeError, match="quantized gate and up by now"):
+        list(original_output(view.ctx))
     weights = LayerWeights(plan.layer, config.block_size, tensors)
     expected = moe_forward(weights, data.x, data.topk_weights, data.topk_ids)
-    assert torch.allclose(torch.cat(list(quantizer.quantized_output())), expected, atol=1e-5)
-    assert quantizer.output_error() == pytest.approx(
+    assert torch.allclose(torch.cat(list(quantized_output(view.ctx))), expected, atol=1e-5)
+    assert output_error(view) == pytest.approx(
         float((expected - original).square().sum() / original.square().sum()), rel=1e-3
     )
 
@@ -379,39 +386,32 @@ def test_nothing_missing_leaves_down_as_it_is():
 
 def test_an_unseen_expert_gets_statistics_of_all_tokens():
     data = inputs(unseen=1)
-    stats = LayerStatistics(data, 4)
+    stats = LayerMoments(data, 4)
     assert int(stats.counts[1]) == 0
-    M, outputs, hidden = stats.expert_moments(1, torch.randn(8, 12), torch.randn(12, 4))
-    for value in (M, outputs, hidden):
-        assert bool(value.isfinite().all())
-    assert int(torch.linalg.matrix_rank(M)) == 12
-    assert float(outputs.min()) > 0
-    assert float(hidden.trace()) > 0
+    measured = stats.measure_expert(1, torch.randn(8, 12), torch.randn(12, 4))
+    assert measured.is_finite
+    assert int(torch.linalg.matrix_rank(measured.inputs)) == 12
+    assert float(measured.output_weights.min()) > 0
+    assert float(measured.down.trace()) > 0
     assert float(stats.routing_frequency[1]) > 0
 
 
-def held(gate_up, down):
-    return lambda chunk: (gate_up[chunk.start : chunk.stop], down[chunk.start : chunk.stop])
-
-
-def quantizer_of(basis, bits, block_size=16, unseen=None, E=4, H=48, I=32, rank=None, **options):  # noqa: E741
+def view_of(basis, bits, block_size=16, unseen=None, E=4, H=48, I=32, rank=None, **options):  # noqa: E741
     """With a rank, all experts' gate and up matrices read little more than that many directions of the input."""
     g = torch.Generator().manual_seed(8)
     gate_up, down = torch.randn(E, 2 * I, H, generator=g) / 7, torch.randn(E, H, I, generator=g) / 7
     if rank is not None:
         directions = torch.linalg.qr(torch.randn(H, H, generator=g)).Q[:rank]
         gate_up = (gate_up @ directions.T) @ directions + 1e-3 * gate_up
-    stats = LayerStatistics(inputs(600, H, E, unseen=unseen), E)
     config = QuantizeConfig(bits=bits, basis=basis, block_size=block_size, **options)
-    shape = MoEShape(FAMILIES["Qwen3MoeForCausalLM"], (0,), E, H, I)
-    return gate_up, down, LayerQuantizer(held(gate_up, down), stats, shape, config, "layer"), config
+    return gate_up, down, measured_layer(gate_up, down, inputs(600, H, E, unseen=unseen), config), config
 
 
 def layer(*args, **options):
-    gate_up, down, quantizer, config = quantizer_of(*args, **options)
-    plan = quantizer.plan()
-    tensors, errors = quantizer.quantize(plan)
-    return gate_up, down, quantizer.stats, plan, tensors, errors, config
+    gate_up, down, view, config = view_of(*args, **options)
+    plan = plan_layer(view)
+    quantized = quantize_layer(view, plan)
+    return gate_up, down, view.ctx.moments, plan, quantized.tensors, quantized.errors, config
 
 
 @pytest.mark.parametrize("basis", ["natural", "whitened", "paper", "auto"])
@@ -448,30 +448,32 @@ def test_a_shared_basis_must_pay_clearly(rank, bits, alone, better, taken, monke
     """By either rule alone."""
     for rule, nothing in {"SHARED_BASIS_HANDICAP": 1.0, "SHARED_BASIS_GAIN": 0.0}.items():
         if alone not in (None, rule):
-            monkeypatch.setattr(f"offline_quant.layer.{rule}", nothing)
-    trials = {basis: quantizer_of(basis, bits, rank=rank)[2].plan().trial for basis in ("natural", "whitened")}
-    assert min(trials, key=trials.get) == better
-    assert quantizer_of("auto", bits, rank=rank)[2].plan().basis == taken
-    tuned = quantizer_of("auto", bits, rank=rank)[2]
-    tuned.config = tuned.config.model_copy(update={"tune": True})
-    assert tuned.plan().basis == better
+            monkeypatch.setattr(f"offline_quant.layer.planner.{rule}", nothing)
+
+    def plan(basis, **options):
+        return plan_layer(view_of(basis, bits, rank=rank, **options)[2])
+
+    errors = {basis: plan(basis).pilot_error for basis in ("natural", "whitened")}
+    assert min(errors, key=errors.get) == better
+    assert plan("auto").basis == taken
+    assert plan("auto", tune=True).basis == better
 
 
 def test_what_a_chunk_gave_is_let_go_when_others_follow(monkeypatch):
     """Its codes are in their place by then."""
     monkeypatch.setattr(chunks_module, "CHUNK_EXPERTS", 1)
-    *_, quantizer, _ = quantizer_of("natural", 9.0)
-    work, given, alive, copies = quantizer._quantize_chunk, [], [], []
+    *_, view, _ = view_of("natural", 9.0)
+    given, alive, copies = [], [], []
 
-    def watched(plan, chunk):
+    def watched(view, plan, chunk):
         alive.append(sum(ref() is not None for ref in given))
-        tensors, errors = work(plan, chunk)
-        given.extend(map(weakref.ref, tensors.values()))
-        copies.append({name: tensor.clone() for name, tensor in tensors.items()})
-        return tensors, errors
+        quantized = quantize_chunk(view, plan, chunk)
+        given.extend(map(weakref.ref, quantized.tensors.values()))
+        copies.append({name: tensor.clone() for name, tensor in quantized.tensors.items()})
+        return quantized
 
-    monkeypatch.setattr(quantizer, "_quantize_chunk", watched)
-    tensors, _ = quantizer.quantize(quantizer.plan())
+    monkeypatch.setattr(quantizer_module, "quantize_chunk", watched)
+    tensors = quantize_layer(view, plan_layer(view)).tensors
     assert alive == [0, len(tensors), len(tensors), len(tensors)]
     assert all(torch.equal(tensors[name], torch.cat([c[name] for c in copies])) for name in tensors)
 
@@ -492,7 +494,8 @@ def test_reported_error_is_what_the_stored_weights_lose(basis, bits, rank, optio
     names = [n for n in errors if n != "down"]
     lost, total = (dict.fromkeys(names, 0.0) for _ in range(2))
     for e in range(4):
-        M, outputs, _ = stats.expert_moments(e, gate_up[e], down[e])
+        measured = stats.measure_expert(e, gate_up[e], down[e])
+        M, outputs = measured.inputs, measured.output_weights
         # Channels were permuted: compare with the permuted original, found by matching energies of rows.
         gate, up, _ = weights.expert_weights(e)
         again, reference = torch.cat([gate, up]).double(), gate_up[e].double()
@@ -510,14 +513,14 @@ def test_reported_error_is_what_the_stored_weights_lose(basis, bits, rank, optio
 def test_components_that_no_expert_gives_bits_are_not_stored(basis, name):
     """Their rows of the basis, scales and order cost bits that others put to use; weights are those of the codes."""
     bits = {"whitened": 4.5, "paper": 5.0}[basis]
-    _, _, quantizer, _ = quantizer_of(basis, bits, rank=10)
-    whole, plan = quantizer.plan(trim=False), quantizer.plan()
+    _, _, view, _ = view_of(basis, bits, rank=10)
+    whole, plan = plan_layer(view, trim=False), plan_layer(view)
     rank = plan.layer.projections[name].basis.rank
     assert (whole.layer.projections[name].basis.rank, rank) == (48, 32)
     assert len(plan.table.unused[name]) == 16
     assert 8 * plan.layer.nbytes(16) <= bits * plan.layer.num_weights
     assert plan.allocation.loss < whole.allocation.loss
-    tensors, _ = quantizer.quantize(plan)
+    tensors = quantize_layer(view, plan).tensors
     assert {k: tuple(v.shape) for k, v in tensors.items()} == {
         k: s.shape for k, s in plan.layer.tensor_specs(16).items()
     }
@@ -537,8 +540,7 @@ def test_components_that_no_expert_gives_bits_are_not_stored(basis, name):
 
 
 def test_where_every_component_is_used_all_are_stored():
-    _, _, quantizer, _ = quantizer_of("whitened", 9.0)
-    plan = quantizer.plan()
+    plan = plan_layer(view_of("whitened", 9.0)[2])
     assert plan.layer.projections["gate_up"].basis.rank == 48
     assert not plan.table.unused
 
@@ -547,7 +549,7 @@ def test_where_every_component_is_used_all_are_stored():
 def test_down_makes_up_for_gate_and_up(basis, monkeypatch):
     """The layer's output is nearer to the original's than with a down fitted to its original weights."""
 
-    def output_error():
+    def lost():
         gate_up, down, stats, plan, tensors, _, config = layer(basis, 4.5 if basis == "natural" else 5.5)
         data = stats.inputs
         again = moe_forward(
@@ -562,9 +564,9 @@ def test_down_makes_up_for_gate_and_up(basis, monkeypatch):
                 y[rows] += data.topk_weights[rows, slot, None] * (h @ down[e].T)
         return float((again - y).square().sum() / y.square().sum())
 
-    with_correction = output_error()
-    monkeypatch.setattr(layer_module, "corrected", lambda down, moments, missing: down)
-    assert with_correction < 0.95 * output_error()
+    with_correction = lost()
+    monkeypatch.setattr(quantizer_module, "correct_down", lambda down, moments, missing: down)
+    assert with_correction < 0.95 * lost()
 
 
 def mixture(weights, data):
@@ -575,17 +577,17 @@ def mixture(weights, data):
 def test_fitted_together_experts_come_nearer_to_a_target_of_the_whole_layer(basis):
     """The experts' own output, and that with an error of earlier layers, which they can only partly make up for."""
     bits = 4.5 if basis == "natural" else 9.0
-    _, _, quantizer, config = quantizer_of(basis, bits, unseen=1)
-    data = quantizer.stats.inputs
-    original = torch.cat(list(quantizer.original_output()))
+    _, _, view, config = view_of(basis, bits, unseen=1)
+    data = view.ctx.moments.inputs
+    original = torch.cat(list(original_output(view.ctx)))
     drift = 0.1 * data.x @ torch.randn(48, 48, generator=torch.Generator().manual_seed(5)) / 7
 
     def lost(target, fitted):
-        _, _, fresh, _ = quantizer_of(basis, bits, unseen=1)
-        plan = fresh.plan()
-        tensors, _ = fresh.quantize(plan, target.clone() if fitted else None)
+        _, _, fresh, _ = view_of(basis, bits, unseen=1)
+        plan = plan_layer(fresh)
+        tensors = quantize_layer(fresh, plan, target.clone() if fitted else None).tensors
         output = mixture(LayerWeights(plan.layer, config.block_size, tensors), data)
-        assert torch.allclose(torch.cat(list(fresh.quantized_output())), output, atol=1e-5)
+        assert torch.allclose(torch.cat(list(quantized_output(fresh.ctx))), output, atol=1e-5)
         return float((output - target).square().sum())
 
     assert lost(original, True) < lost(original, False)

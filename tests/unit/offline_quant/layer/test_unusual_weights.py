@@ -15,7 +15,7 @@ from bitsmoe_kernels.errors import BitsmoeError
 from families import make_model
 from offline_quant.config import QuantizeConfig
 from offline_quant.evaluation.evaluate import evaluate
-from offline_quant.model.balance import evened
+from offline_quant.model.balance import balance_up_and_down
 from offline_quant.pipeline.quantize import quantize_model
 
 Change = Callable[[dict[str, Tensor]], None]
@@ -154,7 +154,7 @@ def test_experts_that_compute_the_same_cost_the_same(model: Callable[[Change], P
 
 
 @pytest.mark.parametrize("shift", [0, 3, 12, -12, 40, -40])
-def test_evened_experts_compute_the_same(shift: int) -> None:
+def test_balanced_experts_compute_the_same(shift: int) -> None:
     generator = torch.Generator().manual_seed(0)
     gate_up, down = torch.randn(3, 12, 5, generator=generator), torch.randn(3, 5, 6, generator=generator)
     gate_up[1, 6:] *= 2.0**shift
@@ -166,7 +166,7 @@ def test_evened_experts_compute_the_same(shift: int) -> None:
         gate, up = (gate_up.double() @ x.T).chunk(2, 1)
         return down.double() @ (torch.nn.functional.silu(gate) * up)
 
-    found = evened(gate_up, down)
+    found = balance_up_and_down(gate_up, down)
     assert torch.equal(computed(*found), computed(gate_up, down))
     ratio = found[0][1, 6:].abs().amax() / found[1][1].abs().amax()
     assert 2**-9 < ratio < 2**9

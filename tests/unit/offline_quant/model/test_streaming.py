@@ -22,7 +22,7 @@ from offline_quant.allocation.objectives import may_share_bases
 from offline_quant.calibration.windows import load_tokenizer, sample_windows
 from offline_quant.config import QuantizeConfig
 from offline_quant.evaluation.evaluate import evaluate
-from offline_quant.layer.quantizer import LayerQuantizer
+from offline_quant.layer.context import LayerContext
 from offline_quant.model.source import SourceModel
 from offline_quant.model.streaming import StreamedModel
 from offline_quant.pipeline.memory import estimate_memory
@@ -244,9 +244,11 @@ def test_a_chunk_of_experts_leaves_nothing_behind_for_the_next_one():
         found.append(resident() - before)
         kept.append(scattered())
 
-    large = {"H": 2048, "I": 768, "chunks": [range(e, e + 1) for e in range(4)]}
-    quantizer = SimpleNamespace(**large, workers=Workers(), _tick=lambda experts: None)
-    assert len(list(LayerQuantizer.each(quantizer, work))) == 4
+    chunks = [range(e, e + 1) for e in range(4)]
+    large = SimpleNamespace(
+        shape=SimpleNamespace(hidden_size=2048, intermediate_size=768), chunks=chunks, workers=Workers()
+    )
+    assert len(list(LayerContext.map_chunks(large, work))) == 4
     assert max(found) < 60_000  # three times a twentieth, not three times 200 MB
     assert len(kept) == 4
 
@@ -274,7 +276,7 @@ def test_memory_of_shared_bases_is_asked_for_where_they_may_be_chosen(options, s
     def peak(bases):
         return estimate_memory(shape, specs, config, 2.125, 4096, 2048, 2048, 0, bases=bases).peak
 
-    assert may_share_bases(shape, QuantizeConfig(bits=2.125, **options)) is shared
+    assert may_share_bases(QuantizeConfig(bits=2.125, **options)) is shared
     assert peak(False) < peak(True) <= peak(False) + 8 * 8 * H * H  # eight double-precision matrices
 
 

@@ -15,7 +15,7 @@ from offline_quant.config import QuantizeConfig
 from offline_quant.evaluation.evaluate import Reference, evaluate
 from offline_quant.pipeline.quantize import quantize_model
 from offline_quant.rounding import tuning as tune
-from offline_quant.rounding.error_feedback import quantize
+from offline_quant.rounding.error_feedback import RoundingMode, quantize
 from offline_quant.runtime.chunks import chunks_of
 from offline_quant.runtime.offload import OffloadCache
 from pretended_cuda import pretended_cuda
@@ -140,11 +140,11 @@ def test_without_feedback_all_rows_are_rounded_at_once() -> None:
     gen = torch.Generator().manual_seed(0)
     F, x = torch.randn(16, 256, 64, generator=gen), torch.randn(16, 512, 256, generator=gen)
     width = torch.randint(0, 5, (16, 256), generator=gen, dtype=torch.uint8)
-    expected = quantize(F, x.mT @ x, width, "K", passes=0, feedback=False)
+    expected = quantize(F, x.mT @ x, width, "K", RoundingMode(refine=0, feedback=False))
     with pretended_cuda() as launches:
         given = [t.to("cuda") for t in (F, x.mT @ x, width)]
         before = launches()
-        found = quantize(*given, "K", passes=0, feedback=False)
+        found = quantize(*given, "K", RoundingMode(refine=0, feedback=False))
         assert launches() - before < 500
         assert torch.equal(found.codes.cpu(), expected.codes)
 

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from bitsmoe_kernels.models.families import FAMILIES, MoEShape
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
-from offline_quant.calibration.moments import LayerStatistics, RoutedTokens
+from layers import measured_layer
+from offline_quant.calibration.moments import RoutedTokens
 from offline_quant.config import QuantizeConfig
-from offline_quant.layer.quantizer import LayerQuantizer
+from offline_quant.layer.planner import plan_layer
+from offline_quant.layer.quantizer import quantize_layer
 from offline_quant.model.expert_inputs import ExpertInputs
 from offline_quant.rounding import tuning as tune_module
 from offline_quant.rounding.joint_fit import fit_jointly
@@ -53,14 +54,9 @@ def drifted(data: ExpertInputs) -> torch.Tensor:
 def quantized(basis: str, bits: float, data: ExpertInputs, target: torch.Tensor | None = None, **options: object):
     gate_up, down = experts()
     config = QuantizeConfig(bits=bits, basis=basis, widths=(0, 1, 2, 3, 4), **options)
-    shape = MoEShape(FAMILIES["Qwen3MoeForCausalLM"], (0,), E, H, I)
-    quantizer = LayerQuantizer(held(gate_up, down), LayerStatistics(data, E), shape, config, "layer")
-    plan = quantizer.plan()
-    return plan, quantizer.quantize(plan, target=target)[0]
-
-
-def held(gate_up: torch.Tensor, down: torch.Tensor):
-    return lambda chunk: (gate_up[chunk.start : chunk.stop], down[chunk.start : chunk.stop])
+    view = measured_layer(gate_up, down, data, config)
+    plan = plan_layer(view)
+    return plan, quantize_layer(view, plan, target=target).tensors
 
 
 def lost(plan, tensors, data: ExpertInputs, wanted: torch.Tensor) -> float:
