@@ -9,7 +9,7 @@ from pathlib import Path
 from posixpath import dirname, normpath, relpath
 from typing import Any
 
-from mkdocs.structure.files import File
+from mkdocs.structure.files import File, InclusionLevel
 
 ROOT = Path(__file__).resolve().parents[1]
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#|/)([^)#\s]+)")
@@ -34,7 +34,8 @@ def on_files(files: Any, *, config: Any) -> Any:
     while pages:
         for path in _targets(pages.pop()).values():
             if files.get_file_from_path(_place(path)) is None:
-                files.append(File.generated(config, _place(path), abs_src_path=str(path)))
+                outside = InclusionLevel.NOT_IN_NAV
+                files.append(File.generated(config, _place(path), abs_src_path=str(path), inclusion=outside))
                 if path.suffix == ".md":
                     pages.append(path)
     return files
