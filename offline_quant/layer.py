@@ -45,7 +45,7 @@ TRIAL = -1
 """Stands for the rounds of refinement in a first pass: none, and scales by one guess."""
 SHARED_BASIS_HANDICAP = 1.09
 """A form with shared bases is taken if a first pass finds its error smaller by this factor: among equals natural
-channels end better (docs/experiments.md). Tuning evens that out."""
+channels end better (docs/log/2026-11-25.md). Tuning evens that out."""
 SHARED_BASIS_GAIN = 0.0012
 """And if that spares this much of the relative error, for every token served pays for the projection."""
 LEAST_ROOT = 1e-6

@@ -1,7 +1,7 @@
 """The hook of mkdocs.yml: a link from a page to a file outside docs/ brings that file into the site.
 
-Each fact has one owner, and some owners lie elsewhere: the format's specification, tables and pictures of benchmarks. The
-site shows a file at its path in the repository; Markdown files become pages.
+Each fact has one owner, and some owners lie elsewhere: the specification of the format, tables of benchmarks. The site
+shows such a file at its path in the repository. Markdown files become pages.
 """
 
 import re
