@@ -33,7 +33,7 @@ print(json.dumps([done.memory.peak, max(done.peak_bytes.values()), done.seconds[
 def write_text(path: Path, size: int) -> None:
     """Paragraphs of the repository's documents with one word in eight replaced, up to `size` bytes."""
     draw = random.Random(0)
-    paragraphs = [p for d in sorted(ROOT.glob("docs/*.md")) for p in d.read_text(encoding="utf-8").split("\n\n")]
+    paragraphs = [p for d in sorted(ROOT.glob("docs/**/*.md")) for p in d.read_text(encoding="utf-8").split("\n\n")]
     words = [word for p in paragraphs for word in p.split()]
     written = 0
     with path.open("w", encoding="utf-8") as file:

@@ -309,7 +309,7 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
 
 
 def models_table() -> str:
-    """The table as the README shows it."""
+    """The table as docs/quantizing.md shows it."""
     lines = ["| models | architecture | sizes of experts in config.json |", "|---|---|---|"]
     for f in FAMILIES.values():
         lines.append(f"| {f.title} | `{f.architecture}` | `{f.num_experts_key}`, `{f.intermediate_size_key}` |")

@@ -68,6 +68,7 @@ def test_types_of_one_kind_are_one_curve(tmp_path: Path, monkeypatch: pytest.Mon
     assert drawn == {tmp_path / "a.png": expected}
 
 
-def test_the_readme_has_the_table_of_the_committed_results():
-    """`python -m benchmarks.quality_summary` prints it."""
-    assert quality_summary.table() in (REPO / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("page", "short"), [("docs/results.md", False), ("README.md", True)])
+def test_pages_have_the_tables_of_the_committed_results(page: str, short: bool):
+    """`python -m benchmarks.quality_summary [--short]` prints them."""
+    assert quality_summary.table(short=short) in (REPO / page).read_text(encoding="utf-8")
