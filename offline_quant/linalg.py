@@ -13,6 +13,10 @@ from bitsmoe_kernels.errors import BitsmoeError
 
 LEAST_STRIPE, MOST_STRIPES = 64, 16
 """Rows of a stripe; into how many a matrix is cut."""
+TRIANGLE = 128
+"""A triangular matrix of this size is inverted at once."""
+DAMPING = 0.01
+"""Added to the diagonal of moments, relative to its mean (GPTQ's customary 1%)."""
 
 
 def add_product(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -52,10 +56,6 @@ def _stripes(K: int) -> Iterator[tuple[slice, slice]]:
     width = max(LEAST_STRIPE, K // MOST_STRIPES)
     for k in range(0, K, width):
         yield slice(k, k + width), slice(k + width, None)
-
-
-TRIANGLE = 128
-"""A triangular matrix of this size is inverted at once."""
 
 
 def add_damping(moments: Tensor) -> Tensor:
@@ -143,7 +143,3 @@ def permute(M: Tensor, order: Tensor) -> Tensor:
     K = M.shape[-1]
     M = M.gather(1, order[:, :, None].expand(-1, -1, K))
     return M.gather(2, order[:, None, :].expand(-1, K, -1))
-
-
-DAMPING = 0.01
-"""Added to the diagonal of moments, relative to its mean (GPTQ's customary 1%)."""

@@ -87,7 +87,7 @@ def whitened(name: ProjectionName, gram: Tensor, C: Tensor, bits: int) -> Decomp
     _, V = torch.linalg.eigh(product)
     del product
     inverse_root = (vector / value.sqrt()) @ vector.T
-    return _stored(name, "input", (V.flip(-1).T @ inverse_root).float(), bits)
+    return stored_basis(name, "input", (V.flip(-1).T @ inverse_root).float(), bits)
 
 
 def paper(name: ProjectionName, gram: Tensor, component_axis: Axis, bits: int) -> Decomposition:
@@ -100,11 +100,18 @@ def paper(name: ProjectionName, gram: Tensor, component_axis: Axis, bits: int) -
         bits: 8 or 16, of the stored basis.
     """
     _, V = torch.linalg.eigh(gram)
-    return _stored(name, component_axis, V.flip(-1).T.float(), bits)
+    return stored_basis(name, component_axis, V.flip(-1).T.float(), bits)
 
 
-def _stored(name: ProjectionName, axis: Axis, rows: Tensor, bits: int) -> Decomposition:
-    """Round basis rows as the file stores them."""
+def stored_basis(name: ProjectionName, axis: Axis, rows: Tensor, bits: int) -> Decomposition:
+    """The decomposition with given basis rows, rounded as the file stores them.
+
+    Args:
+        name: the projection.
+        axis: the side of the components.
+        rows: float32 [side, side].
+        bits: 8 or 16, of the stored basis.
+    """
     if bits == 16:
         half = (rows / rows.abs().amax(1, keepdim=True)).half()
         return Decomposition(name, axis, half.float(), {"basis": half}, Basis(rank=len(rows), bits=16))
