@@ -66,8 +66,13 @@ class LayerContext:
         """Experts of this process."""
         return [e for i, chunk in enumerate(self.chunks) if self.workers.is_local(i) for e in chunk]
 
-    def map_chunks(self, work: Callable[[range], Result]) -> Iterator[Result]:
-        """`work` of every chunk, shared by the workers; results in the order of chunks."""
+    def each(self, work: Callable[[range], Result], counted: bool = True) -> Iterator[Result]:
+        """One pass over the experts: `work` of every chunk, shared by the workers; results in the order of chunks.
+
+        Args:
+            work: of a chunk.
+            counted: whether the pass counts as progress.
+        """
         matrix = matrix_bytes(self.shape.hidden_size, self.shape.intermediate_size)
 
         def worked(chunk: range) -> Result:
@@ -75,13 +80,10 @@ class LayerContext:
             trim(matrix)
             return result
 
-        return self.workers.map(self.chunks, worked)
-
-    def each(self, work: Callable[[range], Result]) -> Iterator[Result]:
-        """`map_chunks` with progress: one pass over the experts."""
-        for chunk, result in zip(self.chunks, self.map_chunks(work), strict=True):
+        for chunk, result in zip(self.chunks, self.workers.map(self.chunks, worked), strict=True):
             yield result
-            self.on_progress(len(chunk))
+            if counted:
+                self.on_progress(len(chunk))
 
     def load_balanced(self, chunk: range) -> Experts:
         """Experts that compute what the model's do, up and down of sizes of the same order."""

@@ -66,7 +66,7 @@ def output_error(view: LayerView, output: Tensor | None = None) -> float:
 
     if output is None:
         sample = OutputSample(ctx.moments)
-        for outputs in ctx.map_chunks(sampled):
+        for outputs in ctx.each(sampled, counted=False):
             sample.add(outputs)
         quantized = sample.output()
     else:

@@ -23,7 +23,6 @@ from offline_quant.decomposition.forms import Form
 from offline_quant.decomposition.ranking import Components, RankedProjection, rank_components
 from offline_quant.layer.first_pass import keep_moments
 from offline_quant.layer.plan import LayerPlan, without_components
-from offline_quant.layer.rounding import round_projection
 from offline_quant.layer.view import LayerView
 from offline_quant.rounding.error_feedback import RoundingMode
 
@@ -176,10 +175,8 @@ def _pilot(view: LayerView, plan: LayerPlan, budget: int) -> LayerPlan:
     def attempt(chunk: range) -> dict[ProjectionName, tuple[Tensor, Tensor]]:
         experts, measured = view.load(chunk), {}
         for name, projection in plan.projections.items():
-            M = view.moments(projection, chunk)
-            factor = view.factor(projection, chunk, M)
-            W = view.scaled_weights(name, chunk, experts)
-            rounded, _ = round_projection(view, plan, projection, chunk, W, M, factor, mode)
+            widths = plan.widths(name, chunk, config.block_size, view.ctx.device)
+            rounded = view.problem(projection, chunk, experts).round(widths, mode)
             measured[name] = rounded.norms.cpu(), rounded.error.cpu()
         return measured
 

@@ -14,13 +14,10 @@ from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.packing import code_dtype, pack_codes
 from bitsmoe_kernels.format.schema import Projection, ProjectionName, order_dtype
 from bitsmoe_kernels.reference import LayerWeights
-from offline_quant.config import QuantizeConfig
-from offline_quant.decomposition.ranking import RankedProjection
 from offline_quant.layer.context import Experts
 from offline_quant.layer.plan import LayerPlan
-from offline_quant.layer.rounding import round_projection
-from offline_quant.layer.view import LayerView
-from offline_quant.linalg import CholeskyFactor, factorize, output_energy
+from offline_quant.layer.view import LayerView, RoundingProblem
+from offline_quant.linalg import add_damping, output_energy
 from offline_quant.rounding import compensator
 from offline_quant.rounding.correction import correct_down
 from offline_quant.rounding.error_feedback import Quantized, RoundingMode, quantize
@@ -143,8 +140,7 @@ def _quantize_inputs(view: LayerView, plan: LayerPlan, chunk: range, experts: Ex
     quantized = QuantizedChunk({}, {})
     for name, projection in plan.projections.items():
         if name != "down":
-            M, W = view.moments(projection, chunk), view.scaled_weights(name, chunk, experts)
-            quantized |= _quantize_projection(view, plan, projection, chunk, W, M, view.factor(projection, chunk, M))
+            quantized |= _quantize_projection(view, plan, view.problem(projection, chunk, experts))
     return quantized
 
 
@@ -152,7 +148,8 @@ def _quantize_down(
     view: LayerView, plan: LayerPlan, chunk: range, inputs: QuantizedChunk, W: Tensor, M: Tensor
 ) -> QuantizedChunk:
     """The same with down: W [n, H, I] with moments M [n, I, I] of what enters it."""
-    quantized = inputs | _quantize_projection(view, plan, plan.projections["down"], chunk, W, M, None)
+    problem = view.problem_of(plan.projections["down"], chunk, W, M)
+    quantized = inputs | _quantize_projection(view, plan, problem)
     view.ctx.cache.quantized_down.put_all(chunk, _dequantized(view, plan, quantized.tensors, chunk, "down"))
     return quantized
 
@@ -203,35 +200,28 @@ def _down_targets(
     return W, M
 
 
-def _quantize_projection(
-    view: LayerView,
-    plan: LayerPlan,
-    projection: RankedProjection,
-    chunk: range,
-    W: Tensor,
-    M: Tensor,
-    factor: CholeskyFactor | None,
-) -> QuantizedChunk:
+def _quantize_projection(view: LayerView, plan: LayerPlan, problem: RoundingProblem) -> QuantizedChunk:
     """One projection of some experts."""
+    projection, chunk, F, M = problem.projection, problem.chunk, problem.F, problem.M
     config, name, G = view.config, projection.name, view.config.block_size
-    on_input = projection.decomposition.component_axis == "input"
     own = slice(chunk.start, chunk.stop)
     bits, width = plan.bits[name][own], plan.widths(name, chunk, G, view.ctx.device)
     mode = RoundingMode(config.refine, config.feedback)
-    q, F = round_projection(view, plan, projection, chunk, W, M, factor, mode)
-    order, roots = projection.components.order[own], view.sqrt_output_weight(name, chunk)
+    q, order, roots = problem.round(width, mode), problem.order, problem.sqrt_output_weight
     residual, error = F - q.dequantize(width), q.lost
     lowrank: dict[str, Tensor] = {}
     if plan.ranks is not None:
-        q, residual, lowrank = _compensated(q, F, M, width, plan.ranks[own], order, roots, config)
+        q, residual, lowrank = _compensated(problem, q, width, plan.ranks[own], mode)
         error = None
     frequency = view.routing_frequency[own]
     # Down was fitted anew since its components were ranked.
     energy = output_energy(F, M) if name == "down" else projection.components.total[own]
     error = output_energy(residual, M) if error is None else error
     lost, total = (float((frequency * x).sum()) for x in (error, energy))
-    codes = [pack_codes((q.codes[i] if on_input else q.codes[i].T).cpu(), bits[i], G) for i in range(len(chunk))]
-    scales, features = (q.a, q.c) if on_input else (q.c, q.a)
+    codes = [
+        pack_codes((q.codes[i] if problem.on_input else q.codes[i].T).cpu(), bits[i], G) for i in range(len(chunk))
+    ]
+    scales, features = (q.a, q.c) if problem.on_input else (q.c, q.a)
     features = features if roots is None else features / roots
     scales, features = _representable(view.ctx.prefix, name, chunk, scales, features)
     width = width.flatten(1)
@@ -275,35 +265,24 @@ def _representable(
 
 
 def _compensated(
-    q: Quantized,
-    F: Tensor,
-    M: Tensor,
-    width: Tensor,
-    ranks: Tensor,
-    order: Tensor,
-    roots: Tensor | None,
-    config: QuantizeConfig,
+    problem: RoundingProblem, q: Quantized, width: Tensor, ranks: Tensor, mode: RoundingMode
 ) -> tuple[Quantized, Tensor, dict[str, Tensor]]:
     """Codes and compensators fitted in turn.
 
     Args:
+        problem: what is rounded.
         q: first codes.
-        F: [n, K, N].
-        M: [n, K, K], undamped.
         width: [n, K, 1].
         ranks: int32 [n].
-        order: int64 [n, K], component of every row.
-        roots: [n, N] that outputs were scaled by, or None.
-        config: options.
+        mode: of rounding again.
 
     Returns:
         The last codes, what is left of F, and tensors as the file stores them: components and features of the weight
         itself.
     """
-    most, factor = int(ranks.max()), factorize(M)
-    metric = factor.damped(M)
+    F, order, roots = problem.F, problem.order, problem.sqrt_output_weight
+    most, metric = int(ranks.max()), add_damping(problem.M)
     live = (torch.arange(most)[None] < ranks[:, None]).to(F.device)[:, :, None]
-    mode = RoundingMode(config.refine, config.feedback)
     for turn in range(COMPENSATOR_ROUNDS):
         V, U = compensator.fit(F - q.dequantize(width), metric, most)
         V, U = (V * live).half().float(), (U * live).half().float()

@@ -15,8 +15,49 @@ from offline_quant.decomposition.ranking import RankedProjection
 from offline_quant.layer.context import Experts, LayerContext
 from offline_quant.layer.first_pass import LayerMeasurements
 from offline_quant.linalg import CholeskyFactor, factorize, on_diagonal, permute
+from offline_quant.rounding.error_feedback import Quantized, RoundingMode, quantize
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class RoundingProblem:
+    """One projection of some experts, as it is rounded. Rows are in stored order.
+
+    Attributes:
+        projection: decomposition and order of components.
+        chunk: the experts.
+        F: float32 [n, K, N], spectral factors of the weights, rows scaled by the root of the weight of their outputs.
+        M: float32 [n, K, K], moments of what enters the contraction.
+        factor: of M, where it is known.
+        sqrt_output_weight: float32 [n, N], those roots; None for down, whose outputs all weigh the same.
+    """
+
+    projection: RankedProjection
+    chunk: range
+    F: Tensor
+    M: Tensor
+    factor: CholeskyFactor | None
+    sqrt_output_weight: Tensor | None
+
+    @property
+    def order(self) -> Tensor:
+        """Component of every row, or of every column where components are outputs, int64 [n, C]."""
+        return self.projection.components.order[self.chunk.start : self.chunk.stop]
+
+    @property
+    def on_input(self) -> bool:
+        """Whether components are on the side of the inputs."""
+        return self.projection.decomposition.component_axis == "input"
+
+    def round(self, width: Tensor, mode: RoundingMode) -> Quantized:
+        """Codes and scales.
+
+        Args:
+            width: uint8, of every component, [n, K, 1] or [n, 1, N].
+            mode: how much work it takes.
+        """
+        return quantize(self.F, self.M, width.flatten(1), "K" if self.on_input else "N", mode, self.factor)
 
 
 @dataclass(frozen=True)
@@ -78,6 +119,32 @@ class LayerView:
         """W [n, N, K] of a projection, rows scaled by the root of the weight of their outputs."""
         W, roots = self.weights(name, experts), self.sqrt_output_weight(name, chunk)
         return W if roots is None else W * roots[:, :, None]
+
+    def problem(self, projection: RankedProjection, chunk: range, experts: Experts) -> RoundingProblem:
+        """One projection of some experts, to be rounded for its original inputs."""
+        M = self.moments(projection, chunk)
+        W = self.scaled_weights(projection.name, chunk, experts)
+        return self.problem_of(projection, chunk, W, M, self.factor(projection, chunk, M))
+
+    def problem_of(
+        self, projection: RankedProjection, chunk: range, W: Tensor, M: Tensor, factor: CholeskyFactor | None = None
+    ) -> RoundingProblem:
+        """The same for other weights or moments.
+
+        Args:
+            projection: decomposition and order of components.
+            chunk: experts.
+            W: [n, N, K], rows scaled.
+            M: [n, K, K], in stored order.
+            factor: of M, where it is known.
+        """
+        order = projection.components.order[chunk.start : chunk.stop]
+        F = projection.decomposition.factors(W)
+        if projection.decomposition.component_axis == "input":
+            F = F.gather(1, order[:, :, None].expand_as(F))
+        else:
+            F = F.gather(2, order[:, None].expand_as(F))
+        return RoundingProblem(projection, chunk, F, M, factor, self.sqrt_output_weight(projection.name, chunk))
 
     def unit_energy(self, name: ProjectionName) -> float:
         """Energy at the layer's output of one unit of a projection's error."""
