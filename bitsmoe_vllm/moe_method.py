@@ -15,6 +15,7 @@ from bitsmoe_kernels.backends.launch_config import kwidth_of
 from bitsmoe_kernels.backends.ops import kernel_key, layout_key, moe_forward_op, moe_kernels_op
 from bitsmoe_kernels.backends.select import why_not_kernels
 from bitsmoe_kernels.errors import BitsmoeError, FormatError
+from bitsmoe_kernels.expert_mlp import HIDDEN_ACT
 from bitsmoe_kernels.format.schema import Layer
 from bitsmoe_kernels.layout.pack import to_kernel_layout
 from bitsmoe_kernels.reference import LayerWeights
@@ -95,8 +96,8 @@ class BitsmoeMoEMethod(FusedMoEMethodBase):
     def _refuse_unsupported(self, layer: Any) -> None:
         parallel = self.moe.moe_parallel_config
         faults = []
-        if layer.activation != MoEActivation.SILU:
-            faults.append(f"activation {layer.activation.value!r} (only 'silu')")
+        if layer.activation != MoEActivation(HIDDEN_ACT):
+            faults.append(f"activation {layer.activation.value!r} (only {HIDDEN_ACT!r})")
         if layer.apply_router_weight_on_input:
             faults.append("routing weights applied to the input")
         if self.moe.has_bias:

@@ -10,6 +10,7 @@ import torch
 
 from bitsmoe_kernels.backends.select import why_not_kernels
 from bitsmoe_kernels.errors import BitsmoeError, FormatError, fault_list
+from bitsmoe_kernels.expert_mlp import HIDDEN_ACT
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.format.linear_layers import DenseConfig, Linear, dense_linears, plain_specs
 from bitsmoe_kernels.format.safetensors_io import SINGLE_FILE, read_index
@@ -281,9 +282,9 @@ def check_options(checkpoint: CheckpointConfig, text_config: Any, vllm_config: A
                     "capture the torch reference path: add --enforce-eager (very slow, for trying out only)"
                 )
                 break  # the other layers are as a rule alike
-    activation = getattr(text_config, "hidden_act", "silu")
-    if activation != "silu":
-        faults.append(f"hidden_act of config.json is {activation!r}; only 'silu' is supported")
+    activation = getattr(text_config, "hidden_act", HIDDEN_ACT)
+    if activation != HIDDEN_ACT:
+        faults.append(f"hidden_act of config.json is {activation!r}; only {HIDDEN_ACT!r} is supported")
     if faults:
         raise BitsmoeError("\n".join(dict.fromkeys(faults)))
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from bitsmoe_kernels.expert_mlp import gated
 from bitsmoe_kernels.format.packing import unpack_codes
 from bitsmoe_kernels.format.schema import Layer, Part, Projection, ProjectionName
 
@@ -196,7 +196,7 @@ def moe_forward(
     topk_ids: Tensor,
     expert_map: Tensor | None = None,
 ) -> Tensor:
-    """Routed experts of one layer: sum over a token's experts of weight * down(silu(gate x) * (up x)).
+    """Routed experts of one layer: sum over a token's experts of weight * down(act(gate x) * (up x)).
 
     Dequantizes the experts that were routed to, one after another, and no others. Computes in float32.
 
@@ -225,7 +225,7 @@ def moe_forward(
         token, slot = (ids == expert).nonzero(as_tuple=True)
         hidden = [w.forward(expert, xf[token], z[token]) for w, z in zip(inputs, shared, strict=True)]
         gate, up = hidden[0].chunk(2, -1) if len(hidden) == 1 else hidden
-        h = F.silu(gate) * up
+        h = gated(gate, up)
         y = down.forward(expert, h, down.project(h))
         out.index_add_(0, token, y * topk_weights[token, slot, None].float())
     return out.to(x.dtype)
