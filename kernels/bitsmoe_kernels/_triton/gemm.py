@@ -1,9 +1,9 @@
 """The mixed-bit grouped GEMM: weights are the left operand, a block of tokens of one expert the right one.
 
     name          shape                dtype        meaning
-    act           [rows, KMAX]         fp16/bf16    scaled activations of each row, see `layout.py`
+    act           [rows, KMAX]         fp16/bf16    scaled activations of each row, see `layout/matrices.py`
     corr          [rows, NCORR]        fp32         partial sums of act * offset
-    codes32, codes16, dense, start, tiles, columns, scale: `layout.Matrices`
+    codes32, codes16, dense, start, tiles, columns, scale: `layout/matrices.py`
     block_expert  [blocks]             int32        expert of each block of rows
     block_slot    [blocks, BT]         int32        slots (token * top_k + choice) of each block; -1: none
     num_blocks    [1]                  int32        blocks in use

@@ -16,7 +16,8 @@ from bitsmoe_kernels._triton import gemm, prepare
 from bitsmoe_kernels.backends.launch_config import Tile, pick_tile
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.layout.fields import TILE
-from bitsmoe_kernels.layout.pack import KernelLayer, Matrices
+from bitsmoe_kernels.layout.matrices import Matrices
+from bitsmoe_kernels.layout.pack import KernelLayer
 from bitsmoe_kernels.reference import expert_of_slots
 
 SCALE_CHUNK = 512
