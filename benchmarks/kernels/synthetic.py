@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.shapes import Shape
-from bitsmoe_kernels.backends import triton_moe as moe
+from bitsmoe_kernels.backends import triton_launch as moe
 from bitsmoe_kernels.backends.launch_config import Tile, kwidth_of
 from bitsmoe_kernels.format.schema import Basis, Layer, Projection, order_dtype
 from bitsmoe_kernels.layout.fields import CLASSES, DENSE, TILE

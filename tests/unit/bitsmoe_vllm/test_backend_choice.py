@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
-from bitsmoe_kernels.backends import ops
+from bitsmoe_kernels.backends.base import Target
+from bitsmoe_kernels.backends.triton_moe import kernel_key, moe_kernels_op
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.layout.pack import KernelLayer, to_kernel_layout
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
@@ -29,6 +31,10 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return said
 
 
+def on_gpu(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
+    monkeypatch.setattr(moe_method, "compute_target", lambda dtype: Target("cuda", capability, dtype))
+
+
 def loaded(
     made: MadeLayer,
     dtype: torch.dtype,
@@ -46,7 +52,7 @@ def loaded(
     )
     module: Any = torch.nn.Module()
     module.moe_config, module.expert_map, module.swiglu_limit = moe, None, None
-    module.activation, module.apply_router_weight_on_input = moe_method.MoEActivation.SILU, False
+    module.activation, module.apply_router_weight_on_input = MoEActivation.SILU, False
     config = SimpleNamespace(load_config=SimpleNamespace(load_format="auto"))
     monkeypatch.setattr(moe_method, "get_current_vllm_config", lambda: config)
     method = moe_method.BitsmoeMoEMethod(module, "experts", made.layer, made.block_size, [])
@@ -77,10 +83,10 @@ def test_kernels_get_their_layout_and_nothing_else(
         calls.append((layer, expert_map))
         return torch.full_like(x, 7)
 
-    import bitsmoe_kernels.backends.triton_moe
+    import bitsmoe_kernels.backends.triton_launch
 
-    monkeypatch.setattr(bitsmoe_kernels.backends.triton_moe, "moe_forward", record)
-    monkeypatch.setattr(moe_method, "cuda_capability", lambda: capability)
+    monkeypatch.setattr(bitsmoe_kernels.backends.triton_launch, "moe_forward", record)
+    on_gpu(monkeypatch, capability)
     made = build_form(form, **SIZES)
     method, module = loaded(made, dtype, monkeypatch)
     *_, y = call(method, module, dtype)
@@ -109,8 +115,7 @@ def test_kernels_get_their_layout_and_nothing_else(
 def test_what_kernels_cannot_do_runs_on_torch_and_says_so(
     form: str, dtype: torch.dtype, reason: str, logged: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moe_method, "cuda_capability", lambda: 90)
-    monkeypatch.setattr(moe_method.current_platform, "is_cpu", lambda: False)
+    on_gpu(monkeypatch, 90)
     made = build_form(form, **SIZES)
     method, module = loaded(made, dtype, monkeypatch)
     x, weights, ids, y = call(method, module, dtype)
@@ -135,7 +140,8 @@ def test_vllms_reload_writes_new_weights_into_the_same_memory(
     """As `reload_weights` does it, and a server that wakes from sleep of level 2. CUDA graphs hold addresses."""
     from vllm.model_executor.model_loader import reload
 
-    monkeypatch.setattr(moe_method, "cuda_capability", lambda: capability)
+    if capability is not None:
+        on_gpu(monkeypatch, capability)
     made, dtype = build_form("extras", **SIZES), torch.bfloat16
     other = {n: t * 2 if n.endswith("feature_scale") else t for n, t in made.tensors.items()}
     method, module = loaded(made, dtype, monkeypatch, before_loading=reload.record_metadata_for_reloading)
@@ -180,7 +186,5 @@ def test_the_fake_of_the_kernel_op_has_the_real_ones_shape() -> None:
     with torch.device("meta"):
         x = torch.empty(3, SIZES["hidden_size"], dtype=torch.bfloat16)
         ids, weights = torch.empty(3, 2, dtype=torch.int32), torch.empty(3, 2)
-    y = ops.moe_kernels_op(
-        x, weights, ids, None, [t.to("meta") for t in layer.tensors().values()], ops.kernel_key(layer)
-    )
+    y = moe_kernels_op(x, weights, ids, None, [t.to("meta") for t in layer.tensors().values()], kernel_key(layer))
     assert (y.shape, y.dtype, y.is_contiguous()) == (x.shape, x.dtype, True)
