@@ -1,74 +1,22 @@
 """Which path the plugin takes for a layer, and what it hands to it: the CUDA path's Python, on a CPU."""
 
-from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
-from bitsmoe_kernels.backends.base import Target
 from bitsmoe_kernels.backends.triton_moe import kernel_key, moe_kernels_op
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.layout.pack import KernelLayer, to_kernel_layout
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
-from bitsmoe_vllm import moe_method
 from builders import MadeLayer, build_form
-
-SIZES = {"num_experts": 4, "hidden_size": 48, "intermediate_size": 64}
+from vllm_layer import SIZES, call, loaded, log_of, on_gpu
 
 
 @pytest.fixture
 def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the method says, formatted."""
-    said: list[str] = []
-
-    def take(message: str, *args: Any) -> None:
-        said.append(message % args)
-
-    monkeypatch.setattr(moe_method, "logger", SimpleNamespace(info_once=take, warning_once=take))
-    return said
-
-
-def on_gpu(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
-    monkeypatch.setattr(moe_method, "compute_target", lambda dtype: Target("cuda", capability, dtype))
-
-
-def loaded(
-    made: MadeLayer,
-    dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
-    before_loading: Callable[[torch.nn.Module], None] = lambda module: None,
-    tp_size: int = 1,
-) -> tuple[Any, Any]:
-    """The method and module of a layer, all tensors loaded, as vLLM makes them."""
-    parallel = SimpleNamespace(tp_rank=0, tp_size=tp_size, enable_eplb=False)
-    moe = SimpleNamespace(
-        moe_parallel_config=parallel,
-        num_experts=SIZES["num_experts"],
-        intermediate_size=SIZES["intermediate_size"],
-        has_bias=False,
-    )
-    module: Any = torch.nn.Module()
-    module.moe_config, module.expert_map, module.swiglu_limit = moe, None, None
-    module.activation, module.apply_router_weight_on_input = MoEActivation.SILU, False
-    config = SimpleNamespace(load_config=SimpleNamespace(load_format="auto"))
-    monkeypatch.setattr(moe_method, "get_current_vllm_config", lambda: config)
-    method = moe_method.BitsmoeMoEMethod(module, "experts", made.layer, made.block_size, [])
-    method.create_weights(module, SIZES["num_experts"], SIZES["hidden_size"], SIZES["intermediate_size"], dtype)
-    before_loading(module)
-    assert set(method.loader.load_weights(made.tensors.items())) == set(made.tensors)
-    method.process_weights_after_loading(module)
-    return method, module
-
-
-def call(method: Any, module: Any, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    gen = torch.Generator().manual_seed(0)
-    x = torch.randn(5, SIZES["hidden_size"], generator=gen).to(dtype)
-    ids = torch.rand(5, SIZES["num_experts"], generator=gen).topk(2).indices.int()
-    weights = torch.rand(5, 2, generator=gen)
-    return x, weights, ids, method.apply(module, x, weights, ids)
+    return log_of(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -122,6 +70,7 @@ def test_what_kernels_cannot_do_runs_on_torch_and_says_so(
     expected = moe_forward(LayerWeights(made.layer, made.block_size, made.tensors), x, weights, ids)
     assert torch.equal(y, expected)
     (said,) = logged
+    assert said.startswith("WARNING ")
     assert "REFERENCE path" in said
     assert reason in said
 
