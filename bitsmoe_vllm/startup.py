@@ -93,7 +93,7 @@ def _check_draft(checkpoint: Checkpoint, vllm_config: Any) -> None:
 
 
 def is_draft_layer(name: str, num_layers: int) -> bool:
-    """Whether a tensor or module belongs to a layer for multi-token prediction, which quantizing leaves as it is.
+    """Whether a tensor or module belongs to a layer for multi-token prediction, which is not quantized.
 
     Args:
         name: of the tensor or module.

@@ -92,7 +92,7 @@ class ProjectionWeights:
         return self.part("lowrank_in")[rows].float(), self.part("lowrank_out")[rows].float()
 
     def weight(self, expert: int) -> Tensor:
-        """The weight this expert stands for, float32 [N, K], as `torch.nn.functional.linear` takes it."""
+        """The dequantized weight of one expert, float32 [N, K], as `torch.nn.functional.linear` takes it."""
         if expert in self.spec.kept_experts:
             return self.part("kept")[self.spec.kept_experts.index(expert)].float()
         m = self._ordered(expert)
@@ -104,7 +104,7 @@ class ProjectionWeights:
         return w.contiguous()
 
     def project(self, x: Tensor) -> Tensor:
-        """What all experts share: z = basis @ x for an input-side basis, else x itself. [T, K] -> [T, C or K]."""
+        """The step that all experts share: z = basis @ x for an input-side basis, else x itself. [T, K] -> [T, C or K]."""
         if self.basis is not None and self.spec.component_axis == "input":
             return x @ self.basis.T
         return x

@@ -49,7 +49,7 @@ def select(layer: Layer, target: Target) -> Choice:
     Raises:
         BitsmoeError: no backend can compute it; lists all reasons.
     """
-    reasons = {}
+    reasons: dict[Backend, str] = {}
     for backend in BACKENDS:
         reason = backend.why_not(layer, target)
         if reason is None:

@@ -24,9 +24,9 @@ SCALE_CHUNK = 512
 """Components of one program of the scaling kernel."""
 ROUTE_CHUNK = 64
 ROUTED_SLOTS = 2_048
-"""Up to so many slots are routed by one program; more by torch."""
+"""Largest number of slots that one program routes; torch routes more."""
 TOKENS_AT_ONCE = 2_048
-"""Longer inputs are cut, which bounds the buffers."""
+"""Tokens of one pass. Longer inputs are cut, which bounds the buffers."""
 ALIGNED = 4
 """int32 in the 16 bytes whose multiples Triton's variants of a kernel tell apart."""
 
@@ -47,7 +47,7 @@ class Device:
 
     @classmethod
     def of(cls, x: Tensor) -> "Device":
-        """The device that holds `x`; the interpreter stands for sm_90."""
+        """The device that holds `x`; on a CPU the interpreter acts as sm_90."""
         if x.is_cuda:
             major, minor = torch.cuda.get_device_capability(x.device)
             return cls(10 * major + minor, True)

@@ -60,7 +60,7 @@ class Family:
 
     Attributes:
         architecture: as config.json names it.
-        model_type: likewise.
+        model_type: as config.json names it.
         title: of the models, for people.
         num_experts_key: E in config.json.
         intermediate_size_key: I of a routed expert in config.json.
