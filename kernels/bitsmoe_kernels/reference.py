@@ -104,7 +104,7 @@ class ProjectionWeights:
         return w.contiguous()
 
     def project(self, x: Tensor) -> Tensor:
-        """The step that all experts share: z = basis @ x for an input-side basis, else x itself. [T, K] -> [T, C or K]."""
+        """The step that all experts share: basis @ x for an input-side basis, else x. [T, K] -> [T, C or K]."""
         if self.basis is not None and self.spec.component_axis == "input":
             return x @ self.basis.T
         return x

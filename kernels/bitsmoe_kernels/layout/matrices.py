@@ -165,8 +165,8 @@ class MatrixContent(NamedTuple):
         weights: its projection.
         expert: which expert's.
         components: what it contracts.
-        columns: the file's column that each output is, int64 [N].
-        live: whether an output is one; False in padding. Bool [N].
+        columns: the column of the file's matrix for each output, int64 [N].
+        live: bool [N], False for outputs that are padding.
     """
 
     weights: ProjectionWeights
