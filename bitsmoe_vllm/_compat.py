@@ -124,7 +124,7 @@ _USED: dict[str, dict[str, tuple[str, ...]]] = {
         "VerifyAndUpdateConfig": ("verify_and_update_config", "verify_and_update_model_config"),
     },
     "vllm.model_executor.models.utils": {"WeightsMapper": ("orig_to_new_regex", "apply_dict", "apply_list", "__or__")},
-    "vllm.platforms": {"current_platform": ("is_cpu", "is_cuda", "get_device_capability")},
+    "vllm.platforms": {"current_platform": ("is_cpu", "is_cuda", "device_type", "get_device_capability")},
     "vllm.scalar_type": {"scalar_types": ("uint4b8", "uint8b128")},
 }  # fmt: skip
 """What the plugin takes from vLLM: module, name in it, and the names of that which are read."""

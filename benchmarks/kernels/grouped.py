@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.kernels.experts import GROUP
 from bitsmoe_kernels._triton.codes import product, rounded
-from bitsmoe_kernels.backends import triton_moe as moe
+from bitsmoe_kernels.backends import triton_launch as moe
 
 PER_WORD = 8
 """Codes of 4 bits in an int32."""

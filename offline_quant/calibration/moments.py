@@ -6,9 +6,9 @@ Symbols: w routing weight of a token at an expert, g and u its gate and up outpu
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from bitsmoe_kernels.expert_mlp import activation_with_slope_, gated_
 from offline_quant.linalg import add_product, mirrored
 from offline_quant.model.expert_inputs import ExpertInputs
 
@@ -147,11 +147,9 @@ class LayerMoments:
         for part in _blocks(len(tokens)):
             x, m = self.inputs.x.index_select(0, tokens[part]), mass[part]
             gate, up = x @ W_gate, x @ W_up
-            sigmoid = gate.sigmoid()
-            silu = gate.mul_(sigmoid)
+            silu, slope = activation_with_slope_(gate)
             h = torch.mul(silu, up, out=hidden[part])
-            # silu'(g) = s + silu(g) (1 - s), in place of s and up.
-            slope = torch.addcmul(sigmoid, silu, sigmoid, value=-1).add_(silu).mul_(up).square_()
+            slope.mul_(up).square_()
             silu.square_()
             torch.add(slope @ norms, silu @ norms, out=token[part])
             outputs[:I] += m @ slope
@@ -192,7 +190,7 @@ class LayerMoments:
         moments, crossed = gate_up.new_zeros(I, I), gate_up.new_zeros(I, I)
         for part in _blocks(len(tokens)):
             x = self.inputs.x.index_select(0, tokens[part])
-            h = torch.mul(F.silu(x @ W_gate, inplace=True), x @ W_up, out=seen[part])
+            h = gated_(x @ W_gate, x @ W_up, out=seen[part])
             weighed = h * mass[part, None]
             add_product(moments, h, weighed)
             crossed.addmm_(original[part].T, weighed)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list, one_line
+from bitsmoe_kernels.expert_mlp import gated
 from bitsmoe_kernels.format.checkpoint import plain_config
 from bitsmoe_kernels.models.families import MODULE_EXPERTS, kept_tensors
 from offline_quant.model.expert_inputs import ExpertInputs
@@ -188,7 +189,7 @@ class StreamedModel:
             gate_up, down = (w.to(self.device) for w in self.source.experts(index, chunk))
             for i, (token, slot) in enumerate(called):
                 gate, up = (x[token] @ gate_up[i].T).chunk(2, -1)
-                out = (nn.functional.silu(gate) * up) @ down[i].T
+                out = gated(gate, up) @ down[i].T
                 y.index_add_(0, token, out * topk_weights[token, slot, None])
         return y
 

@@ -8,9 +8,9 @@ the codes, so that a code changes only when many batches agree on it (compare Au
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitsmoe_kernels.expert_mlp import gated
 from bitsmoe_kernels.format.packing import code_dtype, pack_codes
 from bitsmoe_kernels.format.schema import Layer, ProjectionName
 from bitsmoe_kernels.reference import LayerWeights, ProjectionWeights, moe_forward
@@ -103,7 +103,7 @@ class _TunedLayer:
         """One expert on its tokens, [n, H]."""
         outputs = [part(expert, x, z[n]) for n, part in self.parts.items() if n != "down"]
         gate, up = torch.cat(outputs, -1).chunk(2, -1)
-        h = F.silu(gate) * up
+        h = gated(gate, up)
         down = self.parts["down"]
         return down(expert, h, down.weights.project(h))
 

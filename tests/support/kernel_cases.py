@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from bitsmoe_kernels.backends import triton_moe as moe
+from bitsmoe_kernels.backends import triton_launch as moe
 from bitsmoe_kernels.backends.launch_config import DECODE, PREFILL, TILES, Tile
 from bitsmoe_kernels.format.packing import pack_codes
 from bitsmoe_kernels.format.schema import Basis, Layer, ProjectionName

@@ -20,7 +20,8 @@ from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.format.safetensors_io import INDEX_FILE, ShardReader, read_json
 from bitsmoe_kernels.format.schema import CheckpointConfig, Layer, num_blocks
-from bitsmoe_kernels.layout.pack import matrix_rows, to_kernel_layout, unsupported
+from bitsmoe_kernels.layout.matrices import matrix_rows
+from bitsmoe_kernels.layout.pack import to_kernel_layout, unsupported
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
 from bitsmoe_kernels.sharding import shard_layer
 from bitsmoe_vllm.startup import check_checkpoint, check_model

@@ -1,1 +1,1 @@
-"""Ways to compute a quantized MoE layer, and the choice among them."""
+"""The backends: ways to compute the routed experts of a layer, and the choice among them (`select.py`)."""

@@ -1,31 +1,61 @@
-"""Which path computes a layer: the Triton kernels, or the torch reference and why."""
+"""Which backend computes a layer, and why not another: the one place of this choice."""
 
-import importlib.util
+from dataclasses import dataclass
 
-import torch
-
-from bitsmoe_kernels.backends.launch_config import why_no_table
+from bitsmoe_kernels.backends.base import Backend, Target
+from bitsmoe_kernels.backends.torch_reference import TorchReference
+from bitsmoe_kernels.backends.triton_moe import TritonMoE
+from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.schema import Layer
 
-KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+BACKENDS: tuple[Backend, ...] = (TritonMoE(), TorchReference())
+"""All backends. The first that can compute a layer does."""
 
 
-def why_not_kernels(layer: Layer, dtype: torch.dtype, capability: int | None) -> str | None:
-    """Why the kernels cannot compute a layer; None where they can.
+@dataclass(frozen=True)
+class Choice:
+    """The backend that computes a layer.
+
+    Attributes:
+        backend: the first that can.
+        target: what it computes on.
+        refusals: one sentence for each backend before it, without a full stop. A CPU has none from backends for other
+            devices.
+    """
+
+    backend: Backend
+    target: Target
+    refusals: tuple[str, ...]
+
+    @property
+    def loud(self) -> bool:
+        """Whether users must be warned: a slow backend has to do what a faster one refused."""
+        return self.backend.slow and bool(self.refusals)
+
+    @property
+    def message(self) -> str:
+        """What the log says of the choice."""
+        said = [f"bitsmoe: routed experts are computed by {self.backend.describe(self.target)}", *self.refusals]
+        return ". ".join([*said, "Do not judge speed by this."] if self.loud else said)
+
+
+def select(layer: Layer, target: Target) -> Choice:
+    """Choose the backend of a layer.
 
     Args:
-        layer: schema of the layer or of a shard of it.
-        dtype: of activations.
-        capability: of the GPU, such as 90; None: no CUDA device.
-    """
-    from bitsmoe_kernels.layout.pack import unsupported
+        layer: schema of the layer, or of one rank's shard of it.
+        target: what it is to be computed on.
 
-    if capability is None:
-        return "there is no CUDA device"
-    if reason := why_no_table(capability):
-        return reason
-    if dtype not in KERNEL_DTYPES:
-        return f"activations are {str(dtype).removeprefix('torch.')}, not float16 or bfloat16"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    return unsupported(layer)
+    Raises:
+        BitsmoeError: no backend can compute it; lists all reasons.
+    """
+    reasons: dict[Backend, str] = {}
+    for backend in BACKENDS:
+        reason = backend.why_not(layer, target)
+        if reason is None:
+            # That a CPU is no GPU is expected; elsewhere every reason counts.
+            told = (b for b in reasons if target.device_type != "cpu" or b.device_type == "cpu")
+            return Choice(backend, target, tuple(f"{b.name} cannot be used: {reasons[b]}" for b in told))
+        reasons[backend] = reason
+    faults = [f"{backend.name} cannot be used: {reason}" for backend, reason in reasons.items()]
+    raise BitsmoeError(fault_list("no backend can compute the routed experts", faults))

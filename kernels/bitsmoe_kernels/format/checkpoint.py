@@ -57,7 +57,7 @@ class Checkpoint:
         return None if data is None else DenseConfig.parse(data, str(self.directory / "config.json"))
 
     def plain_tensors(self) -> ShardReader:
-        """All tensors, quantized linear layers outside the routed experts as the matrices they stand for.
+        """All tensors; quantized linear layers outside the routed experts appear as dequantized matrices.
 
         Raises:
             FormatError: lists every fault of those layers.

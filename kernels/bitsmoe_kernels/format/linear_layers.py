@@ -106,7 +106,7 @@ class DenseWeights(StrictModel):
         return self
 
     def tensor_specs(self, rows: int, columns: int) -> dict[str, TensorSpec]:
-        """The tensors that stand for a matrix [rows, columns]: part -> dtype and shape."""
+        """The tensors that store a matrix [rows, columns]: part -> dtype and shape."""
         return {
             "weight_packed": TensorSpec(torch.int32, (rows, columns * self.num_bits // 32)),
             "weight_scale": TensorSpec(torch.bfloat16, (rows, columns // (self.group_size or columns))),
@@ -295,7 +295,7 @@ class DenseSize:
     """What quantized linear layers take.
 
     Attributes:
-        weights: weights they stand for.
+        weights: the number of weights that the codes describe.
         nbytes: bytes of their tensors, scales included.
     """
 

@@ -3,7 +3,7 @@
 Kernels turn a b-bit code q into a floating-point number without arithmetic: `(word >> shift) & mask | one`, where `one`
 is the bit pattern of 1.0, gives 1 + q 2^(p - m), with p the code's place in the mantissa and m the mantissa's bits
 (10 for float16, 7 for bfloat16). Two codes, neighbours along the contraction, share a 32-bit word in its two halves, so
-one instruction makes both. The power of two and the 1 are put right outside the main loop (`layout.py`).
+one instruction makes both. The power of two and the 1 are put right outside the main loop (`matrices.py`).
 
 A tile is 64 components. Each output's codes of a tile are dealt to four lanes, 16 codes each: `a` (0 to 7) counts pairs
 and `c` (0, 1) tells the half. Words of one lane:
@@ -25,9 +25,9 @@ LANES, PAIRS = 4, 8
 GROUP = 16
 """Outputs whose words are stored together; their number is padded to a multiple."""
 CLASSES = (1, 2, 3, 4)
-"""Widths that have a code path; wider codes are stored as two components, see `layout.py`."""
+"""Widths that have a code path; wider codes are stored as two components, see `matrices.py`."""
 DENSE = 16
-"""Stands for weights kept at 16 bits."""
+"""The class of weights kept at 16 bits."""
 
 
 def mantissa_bits(fp16: bool) -> int:

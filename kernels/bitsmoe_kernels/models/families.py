@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
+from bitsmoe_kernels.expert_mlp import HIDDEN_ACT
 from bitsmoe_kernels.format.schema import TensorSpec
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -59,7 +60,7 @@ class Family:
 
     Attributes:
         architecture: as config.json names it.
-        model_type: likewise.
+        model_type: as config.json names it.
         title: of the models, for people.
         num_experts_key: E in config.json.
         intermediate_size_key: I of a routed expert in config.json.
@@ -292,7 +293,7 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
             faults.append(f"topk_group is {chosen}, more than n_group, {groups}")
     unsupported = [
         f"{key} is {config[key]!r:.80}, but only {value!r} is supported"
-        for key, value in (("hidden_act", "silu"), *family.fixed)
+        for key, value in (("hidden_act", HIDDEN_ACT), *family.fixed)
         if config.get(key, value) != value
     ]
     if config["model_type"] != family.model_type:

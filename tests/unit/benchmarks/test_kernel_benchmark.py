@@ -14,7 +14,7 @@ from benchmarks.kernels.experts import GROUP, compulsory_bytes, reference, relat
 from benchmarks.kernels.routing import REALISTIC, UNIFORM, route
 from benchmarks.kernels.shapes import REHEARSAL, SHAPES, Shape
 from benchmarks.kernels.synthetic import FORMS, NATURAL, WHITENED, BitsmoeExperts, format_layer, width_mix
-from bitsmoe_kernels.layout.pack import matrix_rows
+from bitsmoe_kernels.layout.matrices import matrix_rows
 from bitsmoe_kernels.reference import moe_forward
 
 REPO = Path(__file__).resolve().parents[3]

@@ -1,68 +1,22 @@
 """Which path the plugin takes for a layer, and what it hands to it: the CUDA path's Python, on a CPU."""
 
-from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from bitsmoe_kernels.backends import ops
+from bitsmoe_kernels.backends.triton_moe import kernel_key, moe_kernels_op
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.layout.pack import KernelLayer, to_kernel_layout
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
-from bitsmoe_vllm import moe_method
 from builders import MadeLayer, build_form
-
-SIZES = {"num_experts": 4, "hidden_size": 48, "intermediate_size": 64}
+from vllm_layer import SIZES, call, loaded, log_of, on_gpu
 
 
 @pytest.fixture
 def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the method says, formatted."""
-    said: list[str] = []
-
-    def take(message: str, *args: Any) -> None:
-        said.append(message % args)
-
-    monkeypatch.setattr(moe_method, "logger", SimpleNamespace(info_once=take, warning_once=take))
-    return said
-
-
-def loaded(
-    made: MadeLayer,
-    dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
-    before_loading: Callable[[torch.nn.Module], None] = lambda module: None,
-    tp_size: int = 1,
-) -> tuple[Any, Any]:
-    """The method and module of a layer, all tensors loaded, as vLLM makes them."""
-    parallel = SimpleNamespace(tp_rank=0, tp_size=tp_size, enable_eplb=False)
-    moe = SimpleNamespace(
-        moe_parallel_config=parallel,
-        num_experts=SIZES["num_experts"],
-        intermediate_size=SIZES["intermediate_size"],
-        has_bias=False,
-    )
-    module: Any = torch.nn.Module()
-    module.moe_config, module.expert_map, module.swiglu_limit = moe, None, None
-    module.activation, module.apply_router_weight_on_input = moe_method.MoEActivation.SILU, False
-    config = SimpleNamespace(load_config=SimpleNamespace(load_format="auto"))
-    monkeypatch.setattr(moe_method, "get_current_vllm_config", lambda: config)
-    method = moe_method.BitsmoeMoEMethod(module, "experts", made.layer, made.block_size, [])
-    method.create_weights(module, SIZES["num_experts"], SIZES["hidden_size"], SIZES["intermediate_size"], dtype)
-    before_loading(module)
-    assert set(method.loader.load_weights(made.tensors.items())) == set(made.tensors)
-    method.process_weights_after_loading(module)
-    return method, module
-
-
-def call(method: Any, module: Any, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    gen = torch.Generator().manual_seed(0)
-    x = torch.randn(5, SIZES["hidden_size"], generator=gen).to(dtype)
-    ids = torch.rand(5, SIZES["num_experts"], generator=gen).topk(2).indices.int()
-    weights = torch.rand(5, 2, generator=gen)
-    return x, weights, ids, method.apply(module, x, weights, ids)
+    return log_of(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -77,10 +31,10 @@ def test_kernels_get_their_layout_and_nothing_else(
         calls.append((layer, expert_map))
         return torch.full_like(x, 7)
 
-    import bitsmoe_kernels.backends.triton_moe
+    import bitsmoe_kernels.backends.triton_launch
 
-    monkeypatch.setattr(bitsmoe_kernels.backends.triton_moe, "moe_forward", record)
-    monkeypatch.setattr(moe_method, "cuda_capability", lambda: capability)
+    monkeypatch.setattr(bitsmoe_kernels.backends.triton_launch, "moe_forward", record)
+    on_gpu(monkeypatch, capability)
     made = build_form(form, **SIZES)
     method, module = loaded(made, dtype, monkeypatch)
     *_, y = call(method, module, dtype)
@@ -109,14 +63,14 @@ def test_kernels_get_their_layout_and_nothing_else(
 def test_what_kernels_cannot_do_runs_on_torch_and_says_so(
     form: str, dtype: torch.dtype, reason: str, logged: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moe_method, "cuda_capability", lambda: 90)
-    monkeypatch.setattr(moe_method.current_platform, "is_cpu", lambda: False)
+    on_gpu(monkeypatch, 90)
     made = build_form(form, **SIZES)
     method, module = loaded(made, dtype, monkeypatch)
     x, weights, ids, y = call(method, module, dtype)
     expected = moe_forward(LayerWeights(made.layer, made.block_size, made.tensors), x, weights, ids)
     assert torch.equal(y, expected)
     (said,) = logged
+    assert said.startswith("WARNING ")
     assert "REFERENCE path" in said
     assert reason in said
 
@@ -135,7 +89,8 @@ def test_vllms_reload_writes_new_weights_into_the_same_memory(
     """As `reload_weights` does it, and a server that wakes from sleep of level 2. CUDA graphs hold addresses."""
     from vllm.model_executor.model_loader import reload
 
-    monkeypatch.setattr(moe_method, "cuda_capability", lambda: capability)
+    if capability is not None:
+        on_gpu(monkeypatch, capability)
     made, dtype = build_form("extras", **SIZES), torch.bfloat16
     other = {n: t * 2 if n.endswith("feature_scale") else t for n, t in made.tensors.items()}
     method, module = loaded(made, dtype, monkeypatch, before_loading=reload.record_metadata_for_reloading)
@@ -180,7 +135,5 @@ def test_the_fake_of_the_kernel_op_has_the_real_ones_shape() -> None:
     with torch.device("meta"):
         x = torch.empty(3, SIZES["hidden_size"], dtype=torch.bfloat16)
         ids, weights = torch.empty(3, 2, dtype=torch.int32), torch.empty(3, 2)
-    y = ops.moe_kernels_op(
-        x, weights, ids, None, [t.to("meta") for t in layer.tensors().values()], ops.kernel_key(layer)
-    )
+    y = moe_kernels_op(x, weights, ids, None, [t.to("meta") for t in layer.tensors().values()], kernel_key(layer))
     assert (y.shape, y.dtype, y.is_contiguous()) == (x.shape, x.dtype, True)

@@ -63,6 +63,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
     gpu = SimpleNamespace(
         is_cpu=lambda: False,
         is_cuda=lambda: True,
+        device_type="cuda",
         get_device_capability=lambda: SimpleNamespace(to_int=lambda: capability),
     )
     monkeypatch.setattr(vllm.platforms, "current_platform", gpu)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernel_cases
 from bitsmoe_kernels._triton import gemm, prepare
-from bitsmoe_kernels.backends import triton_moe as moe
+from bitsmoe_kernels.backends import triton_launch as moe
 from bitsmoe_kernels.backends.launch_config import DECODE, PREFILL, TILES, kwidth_of, pick_tile, table_of
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.layout.pack import KernelLayer, to_kernel_layout

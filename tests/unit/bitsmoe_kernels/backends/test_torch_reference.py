@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitsmoe_kernels.backends.ops import layout_key, moe_forward_op
+from bitsmoe_kernels.backends.torch_reference import layout_key, moe_forward_op
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
 from builders import FORMS, MadeLayer, build_form
 
