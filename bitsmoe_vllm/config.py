@@ -28,7 +28,7 @@ class BitsmoeConfig(QuantizationConfig):
 
     def __init__(self, data: dict[str, Any] | None = None):
         super().__init__()
-        _compat.check_vllm_version()
+        _compat.check_vllm_version(own_classes)
         if data is None:
             raise BitsmoeError(
                 "--quantization bitsmoe was given, but the model's config.json has no quantization_config: "
@@ -163,3 +163,10 @@ class BitsmoeConfig(QuantizationConfig):
     def __getstate__(self) -> dict[str, Any]:
         # vLLM sends its configuration between processes; loaders belong to the process that loads.
         return {**self.__dict__, "loaders": []}
+
+
+def own_classes() -> tuple[type, ...]:
+    """The plugin's classes that vLLM calls."""
+    from bitsmoe_vllm.moe_method import BitsmoeMoEMethod
+
+    return BitsmoeConfig, BitsmoeMoEMethod

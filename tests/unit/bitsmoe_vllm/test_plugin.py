@@ -10,6 +10,7 @@ import pytest
 
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_vllm import _compat
+from bitsmoe_vllm.config import own_classes
 from vllm_processes import Forks, forks
 
 
@@ -97,8 +98,8 @@ def test_tried_versions_start_silently(version: str, warned: list[str], monkeypa
     import vllm
 
     monkeypatch.setattr(vllm, "__version__", version)
-    monkeypatch.setattr(_compat, "interface_faults", lambda: ["looked at"])
-    _compat.check_vllm_version()
+    monkeypatch.setattr(_compat, "interface_faults", lambda classes: ["looked at"])
+    _compat.check_vllm_version(own_classes)
     assert warned == []
 
 
@@ -110,12 +111,12 @@ def test_newer_versions_start_with_a_warning_or_not_at_all(
     from vllm.model_executor.layers.fused_moe import RoutedExperts
 
     monkeypatch.setattr(vllm, "__version__", version)
-    _compat.check_vllm_version()
+    _compat.check_vllm_version(own_classes)
     (said,) = warned
     assert f"vLLM {version} is installed, and this bitsmoe-vllm was tried with 0.26 to 0.33." in said
     monkeypatch.delattr(RoutedExperts, "expert_map")
     with pytest.raises(BitsmoeError, match=rf"vLLM {version} is installed.*\n  - .*RoutedExperts has no expert_map$"):
-        _compat.check_vllm_version()
+        _compat.check_vllm_version(own_classes)
     assert len(warned) == 1
 
 
@@ -124,11 +125,11 @@ def test_versions_below_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(vllm, "__version__", "0.25.1")
     with pytest.raises(BitsmoeError, match=r"vLLM 0\.25\.1 is installed"):
-        _compat.check_vllm_version()
+        _compat.check_vllm_version(own_classes)
 
 
 def test_the_installed_vllm_has_the_interfaces() -> None:
-    assert _compat.interface_faults() == []
+    assert _compat.interface_faults(own_classes) == []
 
 
 def lose_a_module(patch: pytest.MonkeyPatch) -> None:
@@ -196,7 +197,7 @@ def test_a_changed_interface_is_named(
     change: Callable[[pytest.MonkeyPatch], None], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change(monkeypatch)
-    faults = _compat.interface_faults()
+    faults = _compat.interface_faults(own_classes)
     assert any(said in fault for fault in faults), faults
 
 
