@@ -202,7 +202,7 @@ def digest(name: str, data: bytes) -> str:
         part, values = MASKS[name]
         mask: Callable[[re.Match[str]], str] = lambda found: values.sub("#", found[0])  # noqa: E731
         # Lines break elsewhere where a number is longer.
-        data = " ".join(part.sub(mask, data.decode(), count=1).split()).encode()
+        data = part.sub(mask, " ".join(data.decode().split()), count=1).encode()
     return hashlib.sha256(data).hexdigest()
 
 
