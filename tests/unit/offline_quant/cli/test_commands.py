@@ -614,7 +614,7 @@ def start(*args, prelude="", limit=None):
 
 
 FILL_AFTER_CHECK = """
-import pathlib, offline_quant.pipeline.quantize as p
+import pathlib, offline_quant.pipeline.preflight as p
 check = p.check_space
 def check_then_fill(out, needed):
     check(out, needed)
