@@ -37,7 +37,8 @@ from benchmarks.baselines.driver import run_baseline, write_windows
 from benchmarks.baselines.gguf import bits_of
 from benchmarks.record import ROOT, commit, gpu_name, gpu_peak, write_json
 from bitsmoe_kernels.errors import BitsmoeError
-from offline_quant.calibration.windows import load_tokenizer, window_length, write_sampled_text
+from offline_quant.calibration.sources.self_written import write_sampled_text
+from offline_quant.calibration.windows import load_tokenizer, window_length
 from offline_quant.checkpoint.directory import REPORT_FILE
 from offline_quant.config import QuantizeConfig
 from offline_quant.evaluation.evaluate import MAX_WINDOW, Reference

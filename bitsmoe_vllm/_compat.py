@@ -163,7 +163,7 @@ def _override_faults(own_classes: Sequence[type]) -> Iterator[str]:
     """Where the plugin's classes do not fill the place of the vLLM classes that they derive from."""
     for ours in own_classes:
         theirs = ours.__mro__[1]
-        for name in sorted(theirs.__abstractmethods__ - vars(ours).keys()):
+        for name in sorted(getattr(theirs, "__abstractmethods__", frozenset()) - vars(ours).keys()):
             yield f"{theirs.__name__}.{name} is abstract, and {ours.__name__} does not have it"
         for name in vars(ours):
             if name.startswith("_"):

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from rich.console import Console
 from rich.table import Table
 
-from offline_quant.calibration.windows import load_tokenizer, write_sampled_text
+from offline_quant.calibration.sources.self_written import write_sampled_text
+from offline_quant.calibration.windows import load_tokenizer
 from offline_quant.config import QuantizeConfig
 from offline_quant.evaluation.evaluate import evaluate
 from offline_quant.model.source import SourceModel

@@ -12,11 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from bitsmoe_kernels.models.families import MODULE_EXPERTS
+from offline_quant.model.sizes import FLOAT, RunSizes
 from offline_quant.model.streaming import Arguments, StreamedModel
 
 TOKENS = 8_192
 """Tokens of calibration text used: bounds the memory of all layers' hidden states."""
 BATCH_TOKENS = 2_048
+LOGIT_COPIES = 3.5
+"""Copies of logits while gradients of drawn tokens are taken: measured with the vocabulary of Qwen3-30B-A3B, where they
+are most of the memory of `--budget model`."""
+
+
+def sensitivity_bytes(sizes: RunSizes) -> int:
+    """Bytes of memory that `layer_sensitivities` takes: hidden states of all layers, and logits or a whole layer."""
+    H, I = sizes.shape.hidden_size, sizes.shape.intermediate_size  # noqa: E741
+    measured = min(sizes.tokens, TOKENS)
+    batch = min(measured, BATCH_TOKENS)
+    logits = int(FLOAT * sizes.vocabulary * (H + LOGIT_COPIES * batch))
+    gradients = batch * (sizes.top_k * (4 * H + 8 * I) + sizes.attention_values)
+    layer = sizes.decoder_bytes + FLOAT * (sizes.layer_weights + gradients)
+    return FLOAT * measured * H * (sizes.num_layers + 2) + sizes.mapped_bytes + max(logits, layer)
 
 
 def layer_sensitivities(

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from offline_quant.calibration.sources import Document
+from offline_quant.calibration.text_source import Document
 
 SLICE = 1 << 17
 """Most characters tokenized at once: more takes more memory and no less time."""

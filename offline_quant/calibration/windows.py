@@ -1,26 +1,23 @@
-"""Calibration tokens: windows of text, or sampled from the model itself."""
+"""Windows of tokens, cut from text."""
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
-from rich.text import Text
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from bitsmoe_kernels.errors import BitsmoeError
-from offline_quant.calibration.sources import HUB_BYTES, Reading, TextSource, open_text
-from offline_quant.calibration.text_file import BLOCK_BYTES, PlainText
+from offline_quant.calibration.row_readers import PlainText
+from offline_quant.calibration.text_file import BLOCK_BYTES
+from offline_quant.calibration.text_source import Reading, TextSource
 from offline_quant.calibration.tokens import SLICE, SLICE_BYTES, DocumentTokens
-from offline_quant.config import SELF
-from offline_quant.model.streaming import StreamedModel
 from offline_quant.runtime.progress import bar, console
 
-DEFAULT_DATASET = "hf:allenai/c4"
 WHOLE_BYTES, SPREAD_BYTES = 4 << 20, 16
 """Bytes of a file, and for every token asked for, up to which all of the file is tokenized."""
 _LEAST_PIECE = 4096
@@ -28,21 +25,6 @@ _LEAST_PIECE = 4096
 _SLICE_CHARACTERS, _LEAST_SLICE = 6, 1024
 """Characters tokenized for every token that is still missing, and at least."""
 _GOLDEN = 0.6180339887498949
-
-
-class CalibrationText(NamedTuple):
-    """Where calibration tokens came from: what a checkpoint's config.json records, and a line for people."""
-
-    recorded: str
-    description: str
-
-    @classmethod
-    def of(cls, source: TextSource) -> "CalibrationText":
-        """What a source says of itself."""
-        return cls(source.recorded, source.description)
-
-
-WRITTEN_BY_MODEL = CalibrationText(SELF, "written by the model itself")
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -66,9 +48,7 @@ def window_length(config: dict[str, Any], wanted: int) -> int:
     return min(wanted, int(config.get("max_position_embeddings") or wanted))
 
 
-def text_windows(
-    tokenizer: Any, source: TextSource | str, length: int, limit: int | None = None, seed: int = 0
-) -> Tensor:
+def text_windows(tokenizer: Any, source: TextSource, length: int, limit: int | None = None, seed: int = 0) -> Tensor:
     """Non-overlapping windows of tokens, documents joined one after another.
 
     All of a file is tokenized if it is small, or if much of it is asked for: up to WHOLE_BYTES, or SPREAD_BYTES for
@@ -77,7 +57,7 @@ def text_windows(
 
     Args:
         tokenizer: of the model.
-        source: of the text; a name is opened.
+        source: of the text.
         length: tokens in a window.
         limit: at most this many windows; None: all. Spread evenly over a file, the first ones of a dataset.
         seed: which of the evenly spread sets.
@@ -88,8 +68,6 @@ def text_windows(
     Raises:
         BitsmoeError: rows that cannot be used, or too little text for one window.
     """
-    if isinstance(source, str):
-        source = open_text(source)
     source.check_tokenizer(tokenizer)
     reading, tokens = source.read(tokenizer), DocumentTokens(tokenizer)
     size, start = source.size, seed * _GOLDEN % 1  # fractional parts of multiples lie far apart
@@ -165,77 +143,12 @@ def _windows_at(
     return windows, length * len(windows) + len(left)
 
 
-@torch.no_grad()
-def sample_windows(model: StreamedModel, tokenizer: Any, count: int, length: int, seed: int) -> Tensor:
-    """Tokens sampled from the model itself at temperature 1, for models whose training text is not at hand.
-
-    A window begins with the tokenizer's document-opening token, or with a random ordinary token where there is none;
-    sampling goes on past end-of-text tokens, as in packed training text.
-
-    Returns:
-        int64 [count, length].
-    """
-    generator = torch.Generator(device=model.device).manual_seed(seed)
-    whole = model.materialize()
-    start = tokenizer.bos_token_id
-    model.check_ids(torch.tensor([start or 0]))
-    if start is None:
-        ids = torch.randint(
-            0, min(tokenizer.vocab_size, model.vocabulary), (count, 1), generator=generator, device=model.device
-        )
-    else:
-        ids = torch.full((count, 1), start, device=model.device)
-    out, cache = [ids], None
-    with bar("Sampling text", length - 1) as on_progress:
-        for _ in range(length - 1):
-            result = whole(input_ids=out[-1], past_key_values=cache, use_cache=True)
-            cache = result.past_key_values
-            probability = result.logits[:, -1].float().softmax(-1)
-            out.append(torch.multinomial(probability, 1, generator=generator))
-            on_progress()
-    return torch.cat(out, 1).cpu()
-
-
-def write_sampled_text(model: StreamedModel, tokenizer: Any, path: Path, count: int, length: int, seed: int) -> None:
-    """Write text sampled from the model: `count` windows of `length` tokens, see `sample_windows`."""
-    windows = sample_windows(model, tokenizer, count, length, seed)
-    path.write_text("".join(tokenizer.batch_decode(windows, skip_special_tokens=True)), encoding="utf-8")
-
-
-def reading_bytes(source: TextSource | None, tokens: int) -> int:
-    """Bytes that reading a source and tokenizing it take, for so many tokens; None: the default dataset."""
-    kept = SPREAD_BYTES * tokens  # 4 bytes for each token of a file that is read as a whole, and the windows
-    return (HUB_BYTES if source is None else source.memory) + SLICE_BYTES + kept
-
-
-def read_windows(
-    tokenizer: Any, source: TextSource | None, calib: str | None, count: int, length: int, seed: int
-) -> tuple[Tensor, CalibrationText] | None:
-    """Windows of calibration text, and where they came from; None: the model is to write them.
-
-    With no source chosen, the default dataset is tried; where it cannot be reached, a warning says so.
+def reading_bytes(held: int, tokens: int) -> int:
+    """Bytes of memory that reading text and tokenizing it take.
 
     Args:
-        tokenizer: of the model.
-        source: what was chosen, opened; None: nothing to read was.
-        calib: the same, as it was chosen.
-        count, length, seed: see `text_windows`.
+        held: bytes that the source's own readers take.
+        tokens: tokens of calibration text.
     """
-    if source is not None:
-        console.print(f"Calibration text: {source.description}")
-        return text_windows(tokenizer, source, length, count, seed), CalibrationText(
-            source.recorded, source.description
-        )
-    if calib == SELF:
-        return None
-    console.print(f"Reading calibration text from {DEFAULT_DATASET} (choose with --calib)")
-    try:
-        source = open_text(DEFAULT_DATASET)
-        return text_windows(tokenizer, source, length, count, seed), CalibrationText(
-            source.recorded, source.description
-        )
-    except BitsmoeError as e:
-        console.print(
-            Text("Warning:", "bold yellow"), f"{e}\nCalibrating on text sampled from the model itself instead."
-        )
-        return None
+    # 4 bytes for each token of a file that is read as a whole, and the windows.
+    return held + SLICE_BYTES + SPREAD_BYTES * tokens

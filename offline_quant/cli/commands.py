@@ -14,13 +14,14 @@ from pydantic import ValidationError
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from offline_quant import VERSION
-from offline_quant.calibration.sources import open_text
+from offline_quant.calibration.sources.file import FileCalibration
+from offline_quant.calibration.sources.registry import open_text, text_kind
 from offline_quant.checkpoint.dequantize import dequantize_checkpoint
 from offline_quant.checkpoint.directory import PAGE_FILE
 from offline_quant.checkpoint.hub import push as push_checkpoint
 from offline_quant.checkpoint.linear_layers import dense_line
 from offline_quant.cli.tables import _layer_number, _show, _table, output
-from offline_quant.config import HUB, QuantizeConfig
+from offline_quant.config import QuantizeConfig
 from offline_quant.evaluation.evaluate import evaluate as evaluate_model
 from offline_quant.model.download import resolve_model
 from offline_quant.pipeline.memory import parse_bytes
@@ -317,7 +318,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Perplexity over non-overlapping windows of min(2048, the model's maximum) tokens."""
-    if str(text).startswith(HUB):
+    if text_kind(str(text)) is not FileCalibration:
         raise BitsmoeError(f"--text {text}: must be a file; write the dataset's text into one")
     source = open_text(str(text), "--text", column=text_column)
     check_device(device)

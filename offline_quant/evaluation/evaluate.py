@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError
-from offline_quant.calibration.sources import TextSource, open_text
+from offline_quant.calibration.sources.registry import open_text
+from offline_quant.calibration.text_source import TextSource
 from offline_quant.calibration.windows import load_tokenizer, text_windows, window_length
 from offline_quant.model.quantized import QuantizedModel, open_model
 from offline_quant.model.source import WeightSource
@@ -64,7 +65,7 @@ def evaluate(model: Path, text: Path | TextSource, reference: Path | None = None
 
     Args:
         model: checkpoint directory.
-        text: see `text_source.open_text`.
+        text: see `sources.registry.open_text`.
         reference: checkpoint to compare with, usually the unquantized one.
         device: where layers run.
 
@@ -93,7 +94,7 @@ class Reference:
     def __init__(self, model: Path, text: Path, device: str = "cpu"):
         self.source, self.device = open_model(model), device
         length = window_length(self.source.config, MAX_WINDOW)
-        self.windows = text_windows(load_tokenizer(model), str(text), length)
+        self.windows = text_windows(load_tokenizer(model), open_text(str(text)), length)
         self.states = final_states(self.source, self.windows, device)
 
     def evaluate(self, model: Path) -> Evaluation:

@@ -1,4 +1,4 @@
-"""Does the quantized model still work? Judged on calibration text, against the original, as the run ends."""
+"""The sanity check at the end of a run: the quantized model against the original, on calibration text."""
 
 import math
 from collections.abc import Iterable
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offline_quant.model.sizes import FLOAT, RunSizes
 from offline_quant.model.streaming import StreamedModel
 
 TOKENS = 8_192
@@ -35,6 +36,19 @@ class Tally:
     likeliest: Tensor
 
 
+def judged_tokens(tokens: int) -> int:
+    """How many of some tokens of calibration text are judged, at most."""
+    return min(tokens, TOKENS)
+
+
+def judging_bytes(sizes: RunSizes) -> int:
+    """Bytes of memory that `tally` takes."""
+    H, judged = sizes.shape.hidden_size, judged_tokens(sizes.tokens)
+    # Logits of some rows of the head, and of the rows before or their sum of exponentials.
+    rows = min(VOCABULARY_ROWS, sizes.vocabulary)
+    return FLOAT * (3 * judged * H + rows * (H + 2 * judged)) + sizes.whole_tensor_bytes
+
+
 @torch.no_grad()
 def tally(model: StreamedModel, windows: Tensor, hidden: Iterable[Tensor]) -> Tally:
     """Predictions from what leaves the last layer, for a few rows of the head at a time.
@@ -55,7 +69,7 @@ def tally(model: StreamedModel, windows: Tensor, hidden: Iterable[Tensor]) -> Ta
         inside = ((target >= start) & (target < start + len(head))).nonzero()[:, 0]
         wanted[inside] = logits[inside, target[inside] - start]
         top, place = logits.max(-1)
-        better = ~(top <= best)  # of NaN too, which is then lost for good
+        better = ~(top <= best)  # NaN counts as better and is overwritten later; `whole` keeps it
         best, likeliest = torch.where(better, top, best), torch.where(better, start + place, likeliest)
         whole = torch.logaddexp(whole, logits.logsumexp(-1))
         start += len(head)

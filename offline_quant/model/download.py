@@ -1,5 +1,6 @@
 """A model's directory: local, or downloaded from the Hugging Face Hub."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -9,7 +10,32 @@ from bitsmoe_kernels.errors import BitsmoeError, one_line
 from offline_quant.model.side_files import CARD_FILE, CODE_FILES, SIDE_FILES
 
 NETWORK_ERRORS = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
-"""What the Hub's client raises where it cannot be reached: the base error of its HTTP library, and OSError."""
+"""Errors of the Hub's client where it cannot be reached: the base error of its HTTP library, and OSError."""
+_SNAPSHOTS, _MODELS = "snapshots", "models--"
+"""The Hub's cache holds models--OWNER--NAME/snapshots/COMMIT."""
+
+
+@dataclass(frozen=True)
+class HubSnapshot:
+    """A model's directory in the Hub's cache.
+
+    Attributes:
+        name: on the Hub, OWNER/NAME.
+        commit: the commit the files are of.
+    """
+
+    name: str
+    commit: str
+
+
+def hub_snapshot(directory: Path) -> HubSnapshot | None:
+    """The model and commit of a directory in the Hub's cache; None for any other directory."""
+    here = directory.resolve()
+    cache = here.parent.parent.name
+    name = cache.removeprefix(_MODELS)
+    if here.parent.name != _SNAPSHOTS or name == cache or not name:
+        return None
+    return HubSnapshot(name.replace("--", "/"), here.name)
 
 
 def resolve_model(name: str, revision: str | None = None, option: str = "--revision") -> Path:
@@ -27,12 +53,12 @@ def resolve_model(name: str, revision: str | None = None, option: str = "--revis
     if path.is_dir():
         if revision is not None:
             raise BitsmoeError(f"{option} {revision}: {name} is a directory; only names on the Hub have revisions")
-        snapshots = path / "snapshots"
+        snapshots = path / _SNAPSHOTS
         if snapshots.is_dir() and not (path / "config.json").exists():
-            found = ", ".join(sorted(p.name for p in snapshots.iterdir())) or "none"
+            commits = ", ".join(sorted(p.name for p in snapshots.iterdir())) or "none"
             raise BitsmoeError(
                 f"{name}: is a folder of the Hub's cache; give the model's name on the Hub, or one of the snapshots in "
-                f"{snapshots} ({found})"
+                f"{snapshots} ({commits})"
             )
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:

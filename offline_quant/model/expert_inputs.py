@@ -1,4 +1,4 @@
-"""What enters the routed experts of one layer."""
+"""Inputs of the routed experts of one layer."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from offline_quant.model.sizes import FLOAT, INT, RunSizes
+
 
 @dataclass(frozen=True)
 class ExpertInputs:
-    """What entered the routed experts of one layer, and where it went.
+    """Tokens that entered the routed experts of one layer, and their routing.
 
     Attributes:
         x: float32 [T, H].
@@ -23,12 +25,12 @@ class ExpertInputs:
 
     @classmethod
     def gathered(cls, parts: "Iterable[ExpertInputs]", tokens: int, device: torch.device) -> "ExpertInputs":
-        """Tokens of several, one after another, on a device; each part is let go before the next one comes.
+        """Concatenate several on a device. Each part is freed before the next one is made.
 
         Args:
             parts: at least one.
-            tokens: T of all.
-            device: where to.
+            tokens: T of all parts together.
+            device: of the result.
         """
         whole: ExpertInputs | None = None
         at = 0
@@ -47,3 +49,8 @@ class ExpertInputs:
     def cpu(self) -> "ExpertInputs":
         """The same in the CPU's memory."""
         return ExpertInputs(self.x.cpu(), self.topk_ids.cpu(), self.topk_weights.cpu())
+
+
+def expert_input_bytes(sizes: RunSizes) -> int:
+    """Bytes of one layer's `ExpertInputs` for all of the calibration text, with an order of its slots."""
+    return sizes.tokens * (FLOAT * sizes.shape.hidden_size + sizes.top_k * (FLOAT + 3 * INT))

@@ -15,6 +15,7 @@ from bitsmoe_kernels.format.schema import TensorSpec
 from bitsmoe_kernels.models.families import MoEShape, moe_shape
 from offline_quant.model.float8 import Float8Reader
 from offline_quant.model.side_files import check_side_files
+from offline_quant.model.sizes import RunSizes
 
 CHECKED_VALUES = 1 << 24
 """Of a tensor that are looked at together."""
@@ -216,3 +217,8 @@ def _largest(tensor: Tensor) -> tuple[float, int]:
         else:
             bad += len(known) - int(known.isfinite().count_nonzero())
     return largest, bad
+
+
+def checking_bytes(sizes: RunSizes) -> int:
+    """Bytes of memory that `SourceModel.check_finite` takes: the largest tensor is read as a whole."""
+    return sizes.whole_tensor_bytes

@@ -21,6 +21,7 @@ from bitsmoe_kernels.expert_mlp import gated
 from bitsmoe_kernels.format.checkpoint import plain_config
 from bitsmoe_kernels.models.families import MODULE_EXPERTS, kept_tensors
 from offline_quant.model.expert_inputs import ExpertInputs
+from offline_quant.model.sizes import FLOAT, RunSizes
 from offline_quant.model.source import WeightSource
 from offline_quant.runtime.chunks import chunks_of, matrix_bytes
 from offline_quant.runtime.malloc import trim
@@ -38,6 +39,8 @@ TRIED_TOKENS = 4
 """Of `StreamedModel.try_out`."""
 TOGETHER = 8
 """Batches for which a layer's experts are read once."""
+SCORE_COPIES = 2.5
+"""Copies of attention scores where they are computed as a whole: measured on DeepSeek-V3's shapes."""
 
 
 @contextmanager
@@ -321,6 +324,24 @@ class StreamedModel:
         self._fill(self.decoder.embed_tokens, "model.embed_tokens")
         _assign(self.model, "lm_head.weight", self.head)
         return self.model
+
+
+def forward_bytes(sizes: RunSizes, tokens: int) -> int:
+    """Bytes of memory that `StreamedModel.through` takes for one layer.
+
+    Args:
+        sizes: of the run.
+        tokens: tokens that pass through the layer, in batches of `sizes.batch_tokens`.
+    """
+    # Of several batches at once: hidden states, inputs and outputs of the experts, and the layer's output without them.
+    together = FLOAT * 4 * sizes.shape.hidden_size * min(TOGETHER * sizes.batch_tokens, tokens)
+    # Where queries and values differ in size (DeepSeek), torch computes attention scores as a whole.
+    whole = sizes.query_size != sizes.value_size
+    scores = int(SCORE_COPIES * sizes.heads * sizes.batch_tokens * sizes.length) if whole else 0
+    attention = FLOAT * (sizes.batch_tokens * sizes.attention_values + scores)
+    # On a CPU, results of a chunk take as much again.
+    experts = sizes.chunk_bytes * (1 if sizes.device.type == "cuda" else 2)
+    return sizes.mapped_bytes + sizes.decoder_bytes + together + max(attention, experts)
 
 
 def _assign(root: nn.Module, name: str, value: Tensor) -> None:

@@ -1,40 +1,30 @@
-"""`bitsmoe quantize` from options to checkpoint: check everything, calibrate, then layer by layer plan and quantize."""
+"""`bitsmoe quantize` from options to checkpoint: the order of its steps."""
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bitsmoe_kernels.errors import Faults
 from bitsmoe_kernels.format.safetensors_io import read_json
 from offline_quant import VERSION
-from offline_quant.allocation.objectives import OBJECTIVES, may_share_bases
-from offline_quant.calibration.windows import reading_bytes, window_length
-from offline_quant.checkpoint.directory import PAGE_FILE, REPORT_FILE, check_space
+from offline_quant.allocation.objectives import OBJECTIVES
+from offline_quant.checkpoint.directory import PAGE_FILE, REPORT_FILE
 from offline_quant.checkpoint.linear_layers import dense_report
-from offline_quant.config import HUB, SELF, QuantizeConfig
+from offline_quant.checkpoint.writer import write_checkpoint
+from offline_quant.config import QuantizeConfig
 from offline_quant.pipeline.calibrate import calibration_windows
-from offline_quant.pipeline.layer_loop import LayerLoop, batch_windows
-from offline_quant.pipeline.memory import MemoryEstimate, check_memory, estimate_memory
-from offline_quant.pipeline.preflight import check_inputs
-from offline_quant.pipeline.resume import (
-    RESULT,
-    file_hash,
-    fingerprint,
-    has_windows,
-    held_bytes,
-    is_complete,
-    run_state,
-)
+from offline_quant.pipeline.context import start_run
+from offline_quant.pipeline.layer_loop import quantize_layers, sanity_check
+from offline_quant.pipeline.memory import MemoryEstimate
+from offline_quant.pipeline.model_budget import share_budget
+from offline_quant.pipeline.preflight import RunInputs, check_inputs, check_resources, run_sizes
+from offline_quant.pipeline.resume import RESULT, EarlierRun, fingerprint, run_state
 from offline_quant.pipeline.stopwatch import Stopwatch
 from offline_quant.report.collect import model_report
 from offline_quant.report.model_card import write_card
 from offline_quant.report.page import write_page
 from offline_quant.runtime.chunks import matrix_bytes
 from offline_quant.runtime.distributed import Workers
-from offline_quant.runtime.progress import console
 
 
 @dataclass
@@ -87,76 +77,51 @@ def quantize_model(
     workers = workers or Workers()
     if config.device == "cuda" and workers.size > 1:
         config = config.model_copy(update={"device": f"cuda:{workers.local_rank}"})
-    leaving = resume and is_complete(out)
-    # A run that has its tokens already goes on without the network.
-    known = str(config.calib).startswith(HUB) and (leaving or (resume and has_windows(out)))
-    inputs = check_inputs(model, revision, out, config, workers, leaving, known)
+    earlier = EarlierRun.of(out, resume)
+    inputs = check_inputs(model, revision, out, config, workers, earlier)
     source, dense = inputs.source, inputs.dense
-    matrix = matrix_bytes(source.shape.hidden_size, source.shape.intermediate_size)
-    clock = Stopwatch(matrix)
-    length = window_length(source.config, config.calib_length)
-    tokens = config.calib_samples * length
-    batch_tokens = length * min(config.calib_samples, batch_windows(length, source.shape.hidden_size))
-    scope = config.budget or OBJECTIVES[config.objective].scope
-
-    def predicted(sampled: bool) -> MemoryEstimate:
-        return estimate_memory(
-            source.shape, source.tensors.specs, source.config, config.bits, tokens, batch_tokens, length,
-            inputs.baseline, config.tune, may_share_bases(config),
-            scope == "model" and OBJECTIVES[config.objective].sensitive, sampled, torch.device(config.device),
-            0 if config.calib == SELF else reading_bytes(inputs.text, tokens),
-        )  # fmt: skip
-
-    memory = predicted(config.calib == "self")
-    if workers.rank == 0:
-        console.print(
-            f"Memory: about {memory.peak / 1e9:.1f} GB a process, {memory.calibration_state / 1e9:.2f} GB of it for "
-            f"calibration text; disk: {memory.disk / 1e9:.1f} GB or more while it runs"
-        )
-    faults = Faults()
-    with faults.gathered():
-        check_memory(memory, max_memory)
-
-    def unforeseen() -> None:
-        """The default dataset cannot be reached, and the model is to write text itself."""
-        needed = predicted(sampled=True)
-        check_memory(needed, max_memory)
-        console.print(f"Memory: about {needed.peak / 1e9:.1f} GB, for the whole model writes it")
-
-    if workers.rank == 0 and not leaving:
-        with faults.gathered():
-            check_space(out, memory.result * (not plan_only) + memory.disk - held_bytes(out))
-    faults.raise_all()
-    started = {
-        **config.record(),
-        "plan": plan_only,
-        "model": fingerprint(source.directory),
-        "bitsmoe": VERSION,
-        "calibration text": file_hash(Path(config.calib)) if config.calib and Path(config.calib).is_file() else None,
-    }
-    with run_state(out, started, resume, workers) as state:
+    clock = Stopwatch(matrix_bytes(source.shape.hidden_size, source.shape.intermediate_size))
+    sizes = run_sizes(inputs, config)
+    memory = check_resources(inputs, sizes, config, out, workers, earlier, plan_only, max_memory)
+    with run_state(out, _started(inputs, config, plan_only), resume, workers) as state:
         if state.concluded:
             return QuantizationResult({} if workers.rank else read_json(out / REPORT_FILE), memory=memory)
-        windows, used = workers.broadcast_from_first(
-            lambda: calibration_windows(inputs, config, length, state, clock, unforeseen)
+        calibration = workers.broadcast_from_first(
+            lambda: calibration_windows(inputs, config, sizes, max_memory, state, clock)
         )
-        record = {**config.record(), "calib": used.recorded}
-        run = LayerLoop(source, inputs.original, inputs.streamed, windows, config, state, workers, clock, plan_only)
-        if scope == "model":
-            run.share_budget()
-        layers = run.layers()
+        run = start_run(inputs, config, calibration.tokens, state, workers, clock, plan_only)
+        scope = config.budget or OBJECTIVES[config.objective].scope
+        budget = share_budget(run) if scope == "model" else None
+        layers = quantize_layers(run, budget)
         if workers.rank:
             return QuantizationResult({})
-        report = model_report(run.reports, layers, config, record, windows, run.sanity_check(), run.shared)
+        options = {**config.record(), "calib": calibration.text.recorded}
+        report = model_report(
+            layers.reports, layers.schemas, config, options, calibration.tokens, sanity_check(run),
+            budget.report if budget else None,
+        )  # fmt: skip
         report |= dense_report(dense, source.tensors.specs)
         result = state.directory / RESULT
         result.mkdir()
         if not plan_only:
-            run.finish(result, layers, record, dense)
-            write_card(result, model, source.directory, report, used)
+            experts = (tensor for index in range(run.num_layers) for tensor in state.layer_tensors(index))
+            write_checkpoint(result, source, experts, layers.schemas, config.block_size, options, dense)
+            write_card(result, model, source.directory, report, calibration.text)
         (result / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         clock.lap("write")
-        write_page(result / PAGE_FILE, report, run.pictures, clock.laps, clock.peaks)
+        figures = clock.figures
+        write_page(result / PAGE_FILE, report, layers.pictures, figures.laps, figures.peaks)
         clock.lap("report page")
         state.publish()
-    return QuantizationResult(report, clock.laps, clock.cpu, clock.peaks, memory)
+    return QuantizationResult(report, figures.laps, figures.cpu, figures.peaks, memory)
+
+
+def _started(inputs: RunInputs, config: QuantizeConfig, plan_only: bool) -> dict[str, Any]:
+    """What a run was started with; a run of other options or inputs does not resume it."""
+    return {
+        **config.record(),
+        "plan": plan_only,
+        "model": fingerprint(inputs.source.directory),
+        "bitsmoe": VERSION,
+        "calibration text": inputs.calibration.fingerprint(),
+    }

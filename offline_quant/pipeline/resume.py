@@ -1,10 +1,11 @@
-"""What a run has finished so far, on disk beside its output: a run that dies goes on after its last finished layer.
+"""The state of a run, on disk beside its output: a run that dies goes on after its last finished layer.
 
     .NAME.partial/
         state.json          version, what the run was started with, and whether its result is complete
         lock                held by the run that works here
         windows.safetensors calibration tokens
-        *.json              where those came from; the program over all layers, where there is one
+        calibration.json    their origin
+        shared.json         one budget for the model, divided among its layers, where there is one
         layer-00003/        a finished layer: its tensors, schema, report and the hidden states that leave it
         result/             the checkpoint, put together at the end and renamed to its place
 
@@ -19,6 +20,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,6 +32,7 @@ from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.safetensors_io import read_json
+from offline_quant.calibration.sources.base import CalibrationText, CalibrationWindows
 from offline_quant.checkpoint.directory import (
     REPORT_FILE,
     check_output,
@@ -38,11 +41,13 @@ from offline_quant.checkpoint.directory import (
     remove_empty,
     unwritable,
 )
+from offline_quant.pipeline.records import LayerRecord, ModelBudget
 from offline_quant.runtime.distributed import Workers
 
 STATE_VERSION = 2
 RESULT = "result"
 _STATE, _LOCK, _WINDOWS = "state.json", "lock", "windows.safetensors"
+_TEXT, _BUDGET = "calibration.json", "shared.json"
 _TENSORS, _LAYER = "tensors.safetensors", "layer.json"
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
@@ -61,9 +66,23 @@ def is_complete(out: Path) -> bool:
     return "complete" in state and ((directory / RESULT).exists() or (out / REPORT_FILE).exists())
 
 
-def has_windows(out: Path) -> bool:
-    """Whether an earlier run that wrote `out` has left its calibration tokens."""
-    return (state_directory(out) / _WINDOWS).exists()
+@dataclass(frozen=True)
+class EarlierRun:
+    """What an earlier run has left that a run resumes.
+
+    Attributes:
+        complete: it died after all of its work, while it put the result into its place.
+        has_tokens: its calibration tokens are there, or are not needed any more.
+    """
+
+    complete: bool
+    has_tokens: bool
+
+    @classmethod
+    def of(cls, out: Path, resume: bool) -> "EarlierRun":
+        """What is left of the run that wrote `out`; nothing without `resume`."""
+        complete = resume and is_complete(out)
+        return cls(complete, complete or (resume and (state_directory(out) / _WINDOWS).exists()))
 
 
 def held_bytes(out: Path) -> int:
@@ -189,24 +208,24 @@ class RunState:
         return torch.from_numpy(np.fromfile(self.hidden_file(index, name), np.float32)).view(shape)
 
     def drop_hidden(self, index: int) -> None:
-        """Let go of the hidden states that left a layer."""
+        """Remove the hidden states that left a layer."""
         for path in self.hidden_file(index, "").parent.glob("*.f32"):
             path.unlink()
 
-    def close_layer(self, index: int, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
-        """A layer is finished: keep its tensors and data for good, and let go of what came before it."""
+    def close_layer(self, index: int, tensors: dict[str, Tensor], record: LayerRecord) -> None:
+        """Keep the tensors and the record of a finished layer, and drop the hidden states that entered it."""
         work = self._layer(index).with_suffix(".tmp")
         if tensors:
             save_file(tensors, work / _TENSORS, metadata={"format": "pt"})
             _sync(work / _TENSORS)
-        _write(work / _LAYER, json.dumps(data))
+        _write(work / _LAYER, json.dumps(record.dump()))
         os.replace(work, self._layer(index))
         _sync(self.directory)
         self.drop_hidden(index - 1)
 
-    def layer_data(self, index: int) -> dict[str, Any]:
-        """The data a finished layer was closed with."""
-        return _own(self._layer(index) / _LAYER)
+    def layer_record(self, index: int) -> LayerRecord:
+        """The record a finished layer was closed with."""
+        return LayerRecord.load(_read_own(self._layer(index) / _LAYER))
 
     def layer_tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
         """The tensors a finished layer was closed with."""
@@ -216,27 +235,36 @@ class RunState:
                     yield name, file.get_tensor(name)
 
     @property
-    def windows(self) -> Tensor | None:
-        """Calibration tokens, int64 [n, L], where they are known already."""
-        path = self.directory / _WINDOWS
-        if not path.exists():
+    def windows(self) -> CalibrationWindows | None:
+        """The calibration tokens that `keep_windows` kept; None: there are none yet."""
+        path, text = self.directory / _WINDOWS, self._kept(_TEXT)
+        if text is None or not path.exists():
             return None
         with safe_open(str(path), framework="pt") as file:
-            return file.get_tensor("windows")
+            return CalibrationWindows(file.get_tensor("windows"), CalibrationText(**text))
 
-    def keep_windows(self, windows: Tensor) -> None:
+    def keep_windows(self, windows: CalibrationWindows) -> None:
         """Keep the calibration tokens."""
+        self._keep(_TEXT, asdict(windows.text))
         path = self.directory / _WINDOWS
-        save_file({"windows": windows.contiguous()}, path.with_suffix(".tmp"))
+        save_file({"windows": windows.tokens.contiguous()}, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
 
-    def keep(self, name: str, data: dict[str, Any]) -> None:
-        """Keep JSON data under a file name."""
+    @property
+    def model_budget(self) -> ModelBudget | None:
+        """The budget that `keep_model_budget` kept; None: there is none yet."""
+        data = self._kept(_BUDGET)
+        return None if data is None else ModelBudget.load(data)
+
+    def keep_model_budget(self, budget: ModelBudget) -> None:
+        """Keep one budget for the model, divided among its layers."""
+        self._keep(_BUDGET, budget.dump())
+
+    def _keep(self, name: str, data: dict[str, Any]) -> None:
         _write(self.directory / name, json.dumps(data))
 
-    def kept(self, name: str) -> dict[str, Any] | None:
-        """What `keep` kept."""
-        return _own(self.directory / name) if (self.directory / name).exists() else None
+    def _kept(self, name: str) -> dict[str, Any] | None:
+        return _read_own(self.directory / name) if (self.directory / name).exists() else None
 
     def publish(self) -> None:
         """Give the checkpoint in `result` its place and remove the state."""
@@ -283,7 +311,8 @@ def run_state(out: Path, started: dict[str, Any], resume: bool, workers: Workers
         return state
 
     try:
-        state = workers.broadcast_from_first(begin)  # set by then, should the others not be there to hear of it
+        # `begin` sets the state too: the broadcast fails where another process has died.
+        state = workers.broadcast_from_first(begin)
         yield state
     except BaseException as e:
         if isinstance(e, (OSError, SafetensorError)):
@@ -291,7 +320,7 @@ def run_state(out: Path, started: dict[str, Any], resume: bool, workers: Workers
         else:
             problem = e
         if workers.rank == 0 and state is not None:
-            # An input that is at fault will be so again.
+            # An input at fault will be at fault again.
             kept = 0 if isinstance(e, BitsmoeError) else state.finished()
             complete = is_complete(state.out)
             state.close(keep=complete or kept > 0)
@@ -304,8 +333,8 @@ def run_state(out: Path, started: dict[str, Any], resume: bool, workers: Workers
         raise problem from None
 
 
-def _own(path: Path) -> dict[str, Any]:
-    """JSON data this program wrote. A disk that fails is an OSError: no fault of the input, so finished layers stay."""
+def _read_own(path: Path) -> dict[str, Any]:
+    """JSON data that this program wrote. A disk that fails is an OSError: not a fault of the input; layers stay."""
     data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return data
 
@@ -340,12 +369,6 @@ def fingerprint(directory: Path) -> str:
                     file.seek(i * max(0, size - _SAMPLE_BYTES) // (_SAMPLES - 1))
                     digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

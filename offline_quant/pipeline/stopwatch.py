@@ -1,42 +1,55 @@
 """Time and peak memory of a run, by stage."""
 
 import time
-from typing import Any
+from dataclasses import dataclass, field
 
 from offline_quant.runtime.malloc import peak_bytes, trim
 
 
-class Stopwatch:
-    """Wall time, processor time and peak memory by stage; what a stage has freed is given back.
+@dataclass(frozen=True)
+class StageFigures:
+    """Time and memory by name of a stage.
 
-    Args:
-        matrix: bytes of one of an expert's matrices.
+    Attributes:
+        laps: wall time, seconds.
+        cpu: processor time of all threads, seconds.
+        peaks: largest resident bytes of the process by the end of the stage.
     """
 
-    def __init__(self, matrix: int) -> None:
-        self._matrix = matrix
-        self.laps: dict[str, float] = {}
-        self.cpu: dict[str, float] = {}
-        self.peaks: dict[str, int] = {}
+    laps: dict[str, float] = field(default_factory=dict)
+    cpu: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
+
+
+class Stopwatch:
+    """Measures the stages of a run, one after another. Memory that a stage has freed goes back to the system.
+
+    Attributes:
+        figures: what was measured so far.
+
+    Args:
+        matrix_bytes: of one matrix of an expert, float32.
+    """
+
+    def __init__(self, matrix_bytes: int) -> None:
+        self.figures = StageFigures()
+        self._matrix_bytes = matrix_bytes
         self._last, self._last_cpu = time.monotonic(), time.process_time()
 
     def lap(self, name: str) -> None:
         """End a stage; stages of one name add up."""
         now, cpu = time.monotonic(), time.process_time()
-        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
-        self.cpu[name] = self.cpu.get(name, 0.0) + cpu - self._last_cpu
-        self.peaks[name] = peak_bytes()
-        trim(self._matrix)
+        figures = self.figures
+        figures.laps[name] = figures.laps.get(name, 0.0) + now - self._last
+        figures.cpu[name] = figures.cpu.get(name, 0.0) + cpu - self._last_cpu
+        figures.peaks[name] = peak_bytes()
+        trim(self._matrix_bytes)
         self._last, self._last_cpu = now, cpu
 
-    def dump(self) -> dict[str, Any]:
-        """As JSON data."""
-        return {"laps": self.laps, "cpu": self.cpu, "peaks": self.peaks}
-
-    def restore(self, data: dict[str, Any]) -> None:
-        """Count on from what an earlier run had used."""
-        for mine, theirs in ((self.laps, data["laps"]), (self.cpu, data["cpu"])):
+    def restore(self, earlier: StageFigures) -> None:
+        """Add the figures of an earlier run that this one resumes."""
+        for mine, theirs in ((self.figures.laps, earlier.laps), (self.figures.cpu, earlier.cpu)):
             for name, value in theirs.items():
                 mine[name] = mine.get(name, 0.0) + value
-        for name, value in data["peaks"].items():
-            self.peaks[name] = max(self.peaks.get(name, 0), value)
+        for name, peak in earlier.peaks.items():
+            self.figures.peaks[name] = max(self.figures.peaks.get(name, 0), peak)

@@ -10,19 +10,14 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.format.safetensors_io import file_fault
-from offline_quant.calibration.windows import CalibrationText
+from offline_quant.calibration.sources.base import CalibrationText
+from offline_quant.calibration.sources.hub import hub_dataset
 from offline_quant.checkpoint.directory import PAGE_FILE, REPORT_FILE
-from offline_quant.config import HUB
+from offline_quant.model.download import hub_snapshot
 from offline_quant.model.side_files import CARD_FILE
 
 LIBRARY, PIPELINE, TAGS = "vllm", "text-generation", ["bitsmoe", "mixture-of-experts", "quantized"]
 """What the Hub's pages and searches go by."""
-
-
-def commit_of(directory: Path) -> str | None:
-    """The commit a directory is a snapshot of, where it lies in the Hub's cache."""
-    here = directory.resolve()
-    return here.name if here.parent.name == "snapshots" and here.parent.parent.name.startswith("models--") else None
 
 
 def base_model(model: str, directory: Path) -> tuple[str | None, str]:
@@ -34,17 +29,9 @@ def base_model(model: str, directory: Path) -> tuple[str | None, str]:
     """
     if not Path(model).is_dir():
         return model, model
-    here = directory.resolve()
-    cache, _, name = here.parent.parent.name.partition("--")
-    if here.parent.name == "snapshots" and cache == "models" and name:
-        return name.replace("--", "/"), name.replace("--", "/")
-    return None, here.name
-
-
-def hub_dataset(recorded: str) -> str | None:
-    """A dataset's name on the Hub, OWNER/NAME, from what a checkpoint records of its calibration text."""
-    name = recorded.removeprefix(HUB)
-    return name if recorded.startswith(HUB) and "/" in name else None
+    if snapshot := hub_snapshot(directory):
+        return snapshot.name, snapshot.name
+    return None, directory.resolve().name
 
 
 def source_license(source: Path, base: str | None) -> dict[str, Any]:
@@ -81,6 +68,7 @@ def write_card(directory: Path, model: str, source: Path, report: dict[str, Any]
         text: what it was calibrated on.
     """
     base, name = base_model(model, source)
+    snapshot = hub_snapshot(source)
     checkpoint = Checkpoint(directory)
     data = ModelCardData(
         base_model=base,
@@ -94,7 +82,7 @@ def write_card(directory: Path, model: str, source: Path, report: dict[str, Any]
     total = sum(spec.nbytes for spec in checkpoint.tensors.specs.values())
     body = "\n".join(
         [
-            *_head(name, base, commit_of(source), report, total),
+            *_head(name, base, snapshot.commit if snapshot else None, report, total),
             *_serving(checkpoint.config.tool_version),
             *_layers(report),
             *_making(name, report, text, checkpoint),

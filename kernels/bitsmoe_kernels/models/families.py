@@ -188,7 +188,7 @@ class MoEShape:
         """
         faults = []
         kept = {self.family.stored_name(name) for name, _ in kept_tensors(model)}
-        known = {self.family.stored_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+        known = self._model_tensors(model)
         for name, tensor in known.items():
             shape = tuple(tensor.shape)
             if self.is_expert_tensor(name):
@@ -201,10 +201,8 @@ class MoEShape:
             elif tensor.is_floating_point() and found.dtype not in WEIGHT_DTYPES:
                 faults.append(f"tensor {name} is {found}: {_CODES}")
         modules = {name.rpartition(".")[0] for name in known}
-        for name in sorted(specs.keys() - known.keys()):
+        for name in self._unread(known, specs):
             module, _, part = name.rpartition(".")
-            if self.is_expert_tensor(name):
-                continue
             if "lora_A" in name.split(".") or "base_layer" in name.split("."):
                 faults.append(f"tensor {name} belongs to a LoRA adapter: merge it into the model first")
             elif module in modules and part.startswith(_CODE_PARTS):
@@ -218,15 +216,20 @@ class MoEShape:
 
         Layers for multi-token prediction are left out: they are known to be there for others.
         """
-        known = {self.family.stored_name(name) for name in model.state_dict()}
         layers = model.config.num_hidden_layers
-        return sorted(
+        return [
             name
-            for name in specs.keys() - known
-            if not self.is_expert_tensor(name)
-            and not name.startswith("mtp.")
-            and not ((number := _LAYER_NUMBER.match(name)) and int(number[1]) >= layers)
-        )
+            for name in self._unread(self._model_tensors(model), specs)
+            if not name.startswith("mtp.") and not ((number := _LAYER_NUMBER.match(name)) and int(number[1]) >= layers)
+        ]
+
+    def _model_tensors(self, model: Any) -> dict[str, Any]:
+        """All tensors of transformers' model, tied ones too, by their names in files."""
+        return {self.family.stored_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+
+    def _unread(self, known: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> list[str]:
+        """Stored tensors outside the routed experts that the model does not have, in order of names."""
+        return sorted(name for name in specs.keys() - known.keys() if not self.is_expert_tensor(name))
 
 
 def kept_tensors(module: Any) -> list[tuple[str, Any]]:

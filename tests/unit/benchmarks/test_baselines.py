@@ -18,6 +18,7 @@ from benchmarks.baselines.job import WINDOWS, all_in_bpw, expert_matrices, on_gr
 from benchmarks.baselines.rtn import round_to_nearest
 from bitsmoe_kernels.errors import BitsmoeError
 from builders import TINY_MOE
+from offline_quant.calibration.sources.registry import open_text
 from offline_quant.calibration.windows import load_tokenizer, text_windows
 from offline_quant.model.source import SourceModel
 
@@ -266,7 +267,7 @@ def test_windows_are_those_of_the_quantizer(tmp_path):
     text.write_text("It was the best of times, it was the worst of times. " * 800)
     got = write_windows(TINY_MOE, str(text), tmp_path / "windows.safetensors")
     assert got.shape[1] == 512  # the model's longest, less than the quantizer's default
-    assert torch.equal(got, text_windows(load_tokenizer(TINY_MOE), str(text), 512, 128))
+    assert torch.equal(got, text_windows(load_tokenizer(TINY_MOE), open_text(str(text)), 512, 128))
     assert torch.equal(load_file(tmp_path / "windows.safetensors")[WINDOWS], got)
 
 

@@ -25,11 +25,12 @@ from transformers import PreTrainedTokenizerFast
 
 from bitsmoe_kernels.errors import BitsmoeError
 from builders import REPO, TINY_MOE
-from offline_quant.calibration import text_file
+from offline_quant.calibration import row_readers, text_file
 from offline_quant.calibration import windows as calibration
-from offline_quant.calibration.sources import Document, open_text
+from offline_quant.calibration.sources.registry import open_text
+from offline_quant.calibration.text_source import Document
 from offline_quant.calibration.tokens import SLICE, DocumentTokens
-from offline_quant.calibration.windows import load_tokenizer, reading_bytes, text_windows
+from offline_quant.calibration.windows import load_tokenizer, reading_bytes
 from offline_quant.config import QuantizeConfig
 
 TEXT = "She opened the door, and there stood her brother with the lamp in his hand. " * 60
@@ -54,6 +55,12 @@ def chatty():
     found.backend_tokenizer.post_processor = processors.TemplateProcessing("<|endoftext|> $A", special_tokens=[begin])
     assert found("a")["input_ids"][0] == 0
     return found
+
+
+def text_windows(tokenizer, source, *args, **options):
+    """Windows of a source, or of the text of a name."""
+    source = open_text(source) if isinstance(source, str) else source
+    return calibration.text_windows(tokenizer, source, *args, **options)
 
 
 def joined(tokenizer, texts):
@@ -356,7 +363,8 @@ def test_rows_without_text_are_passed_over_and_half_surrogates_replaced(tmp_path
 
 def test_rows_beyond_the_limit_are_refused(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(text_file, "ROW_BYTES", 400_000)
-    monkeypatch.setattr("offline_quant.calibration.sources.ROW_BYTES", 400_000)
+    monkeypatch.setattr(row_readers, "ROW_BYTES", 400_000)
+    monkeypatch.setattr("offline_quant.calibration.text_source.ROW_BYTES", 400_000)
     fits, long = json.dumps({"text": "ab " * 130_000}), json.dumps({"text": "ab " * 140_000})
     for name, content, where in (
         ("t.jsonl", f"{fits}\n{long}\n{fits}\n", "line 2"),
@@ -635,7 +643,7 @@ def test_windows_of_a_large_table_begin_at_evenly_spread_rows(tmp_path, tokenize
 
 
 def test_windows_of_a_large_array_begin_at_rows(tmp_path, tokenizer, spread, monkeypatch):
-    monkeypatch.setattr(text_file, "BLOCK_BYTES", 500)
+    monkeypatch.setattr(row_readers, "BLOCK_BYTES", 500)
     path = tmp_path / "t"
     path.write_text(json.dumps([{"text": t} for t in LARGE]))
     windows = text_windows(tokenizer, str(path), 40, 12, seed=2)
@@ -696,7 +704,7 @@ def test_a_large_file_is_read_in_little_memory(tmp_path, tokenizer, rows):
     assert len(windows) == 16
     assert peak < 6_000_000
     assert sum(counting.lengths) < 16 * 64 * 20 + 16 * len(TEXT)
-    assert reading_bytes(source, 1024) < 200_000_000
+    assert reading_bytes(source.memory, 1024) < 200_000_000
 
 
 def write_datasets(directory):

@@ -17,7 +17,7 @@ from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from builders import TINY_MOE, write_tiny_qwen3_moe
 from fake_hub import TOKEN, FakeHub, fake_hub
-from offline_quant.calibration.windows import CalibrationText
+from offline_quant.calibration.sources.base import CalibrationText
 from offline_quant.checkpoint.dequantize import dequantize_checkpoint
 from offline_quant.checkpoint.hub import push
 from offline_quant.report.model_card import base_model, source_license, write_card

@@ -39,6 +39,7 @@ from bitsmoe_vllm import startup
 from bitsmoe_vllm.config import BitsmoeConfig
 from builders import store_dense, vllm_config, write_tiny_qwen3_moe
 from families import make_model, streamed_logits, whole_logits
+from offline_quant.calibration.sources.registry import open_text
 from offline_quant.calibration.windows import load_tokenizer, text_windows
 from offline_quant.checkpoint.dequantize import dequantize_checkpoint
 from offline_quant.checkpoint.linear_layers import dense_plan, quantize_matrix
@@ -295,7 +296,7 @@ def test_inspect_and_report_count_the_bytes_of_the_files(quantized: Path) -> Non
 def calibration_perplexity(directory: Path, calib: Path) -> float:
     """On the windows the fixture calibrates on."""
     streamed = StreamedModel(open_model(directory))
-    windows = text_windows(load_tokenizer(directory), str(calib), 64, 4)
+    windows = text_windows(load_tokenizer(directory), open_text(str(calib)), 64, 4)
     batches = streamed.embed_windows(windows, 256)
     for index in range(streamed.num_layers):
         with streamed.layer(index) as module:

@@ -614,7 +614,7 @@ def start(*args, prelude="", limit=None):
 
 
 FILL_AFTER_CHECK = """
-import pathlib, offline_quant.pipeline.quantize as p
+import pathlib, offline_quant.pipeline.preflight as p
 check = p.check_space
 def check_then_fill(out, needed):
     check(out, needed)
@@ -762,7 +762,7 @@ def test_a_gpu_that_is_too_small_is_said_so(tmp_path, source, text, monkeypatch)
             "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB"
         )
 
-    monkeypatch.setattr("offline_quant.pipeline.layer_loop.quantize_layer", full)
+    monkeypatch.setattr("offline_quant.pipeline.moe_layer.quantize_layer", full)
     done = bitsmoe("quantize", source, "--bits", 4.5, "--calib", text, "--out", tmp_path / "q", *FAST)
     assert done.returncode == 2
     assert "Error: CUDA out of memory: the GPU is too small; give less calibration text" in done.stderr

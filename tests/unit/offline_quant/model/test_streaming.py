@@ -19,10 +19,12 @@ from bitsmoe_kernels.format.schema import TensorSpec
 from bitsmoe_kernels.models.families import moe_shape
 from builders import TINY_MOE
 from offline_quant.allocation.objectives import may_share_bases
-from offline_quant.calibration.windows import load_tokenizer, sample_windows
+from offline_quant.calibration.sources.self_written import sample_windows, sampling_bytes
+from offline_quant.calibration.windows import load_tokenizer
 from offline_quant.config import QuantizeConfig
 from offline_quant.evaluation.evaluate import evaluate
 from offline_quant.layer.context import LayerContext
+from offline_quant.model.sizes import RunSizes
 from offline_quant.model.source import SourceModel
 from offline_quant.model.streaming import StreamedModel
 from offline_quant.pipeline.memory import estimate_memory
@@ -245,12 +247,8 @@ def test_a_chunk_of_experts_leaves_nothing_behind_for_the_next_one():
         kept.append(scattered())
 
     chunks = [range(e, e + 1) for e in range(4)]
-    large = SimpleNamespace(
-        shape=SimpleNamespace(hidden_size=2048, intermediate_size=768),
-        chunks=chunks,
-        workers=Workers(),
-        on_progress=lambda experts: None,
-    )
+    shape = SimpleNamespace(hidden_size=2048, intermediate_size=768)
+    large = SimpleNamespace(shape=shape, chunks=chunks, workers=Workers(), on_progress=lambda experts: None)
     assert len(list(LayerContext.each(large, work))) == 4
     assert max(found) < 60_000  # three times a twentieth, not three times 200 MB
     assert len(kept) == 4
@@ -277,7 +275,7 @@ def test_memory_of_shared_bases_is_asked_for_where_they_may_be_chosen(options, s
     specs, H = expert_specs(shape), shape.hidden_size
 
     def peak(bases):
-        return estimate_memory(shape, specs, config, 2.125, 4096, 2048, 2048, 0, bases=bases).peak
+        return estimate_memory(RunSizes(shape, specs, config, 2.125, 4096, 2048, 2048), 0, bases=bases).peak
 
     assert may_share_bases(QuantizeConfig(bits=2.125, **options)) is shared
     assert peak(False) < peak(True) <= peak(False) + 8 * 8 * H * H  # eight double-precision matrices
@@ -286,11 +284,12 @@ def test_memory_of_shared_bases_is_asked_for_where_they_may_be_chosen(options, s
 def test_memory_of_the_whole_model_and_of_gradients_is_asked_for():
     config = MODELS["qwen3-30b-a3b"].config | {"num_hidden_layers": 24, "num_experts": 16}
     shape = moe_shape(config, "test")
-    specs, H = expert_specs(shape), shape.hidden_size
+    H = shape.hidden_size
+    sizes = RunSizes(shape, expert_specs(shape), config, 2.125, 4096, 2048, 2048)
 
     def peak(**more):
-        return estimate_memory(shape, specs, config, 2.125, 4096, 2048, 2048, 0, **more).peak
+        return estimate_memory(sizes, 0, **more).peak
 
-    assert peak(sampled=True) > max(peak(), 4 * shape.num_weights)
+    assert peak(text=sampling_bytes(sizes)) > max(peak(), 4 * shape.num_weights)
     head_and_logits = 4 * config["vocab_size"] * (H + 2048)
     assert peak(sensitive=True) > max(peak(), head_and_logits)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,9 +17,10 @@ import torch
 from bitsmoe_kernels.errors import BitsmoeError
 from builders import REPO
 from families import make_model
-from offline_quant.calibration import windows as calibration
+from offline_quant.calibration.sources import base as sources
 from offline_quant.checkpoint.directory import PAGE_FILE, REPORT_FILE
 from offline_quant.config import QuantizeConfig
+from offline_quant.pipeline import calibrate, layer_loop
 from offline_quant.pipeline import quantize as pipeline
 from offline_quant.pipeline import resume as state_module
 from offline_quant.pipeline.memory import check_memory, parse_bytes
@@ -83,9 +83,9 @@ def test_a_run_that_dies_goes_on(source, whole, tmp_path, monkeypatch, layer, wh
     ]
     assert not out.exists()
     worked = []
-    layer_before = pipeline._Run._finish_layer
+    layer_before = layer_loop._finish_layer
     monkeypatch.setattr(
-        pipeline._Run, "_finish_layer", lambda run, index, bar: worked.append(index) or layer_before(run, index, bar)
+        layer_loop, "_finish_layer", lambda run, index, *more: worked.append(index) or layer_before(run, index, *more)
     )
     quantize_model(str(source), out, options(source), resume=True)
     assert worked == list(range(finished, 3))
@@ -171,7 +171,7 @@ def test_a_run_that_dies_while_it_leaves_is_concluded(source, whole, tmp_path, m
             patch.setattr(RunState, "close", lambda run, keep: close(run, keep) if keep else die())
         with pytest.raises(Died):
             quantize_model(str(source), out, options(source))
-    monkeypatch.setattr(pipeline._Run, "_finish_layer", None)
+    monkeypatch.setattr(layer_loop, "_finish_layer", None)
     if where == "before it leaves":
         with pytest.raises(BitsmoeError, match=r"bits was 4\.5, now 5\.0"):
             quantize_model(str(source), out, options(source, bits=5.0), resume=True)
@@ -194,7 +194,7 @@ def stopped(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         raise Died
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline._Run, "judge", die)
+        patch.setattr(pipeline, "sanity_check", die)
         with pytest.raises(Died):
             quantize_model(str(source), tmp_path / "q", options(source))
     return tmp_path / "q"
@@ -317,10 +317,10 @@ def test_a_worker_is_heard_though_it_is_quiet_and_leaves_nothing(source, tmp_pat
     """Of the processes only the first prints, but what is wrong with another is said."""
     fault = """
 from bitsmoe_kernels.errors import BitsmoeError
-from offline_quant import pipeline
+from offline_quant.pipeline import preflight
 def check_device(device):
     raise BitsmoeError("--device: this one has none")
-pipeline.check_device = check_device
+preflight.check_device = check_device
 """
     done = run_two_workers(source, tmp_path, fault)
     assert done.returncode == 2, done.stderr
@@ -442,18 +442,13 @@ def test_what_there_is_no_room_for_is_computed_again(source, whole, tmp_path, mo
 
 def test_a_model_that_must_write_its_own_text_is_held_to_the_limit_of_memory(source, tmp_path, monkeypatch):
     """Nobody knew before that the default dataset would not be reached."""
-    usual = pipeline.estimate_memory
 
     def unreachable(*args):
         raise BitsmoeError("the dataset cannot be reached")
 
-    def estimate_memory(*args):
-        found = usual(*args)
-        return replace(found, peak=2 * 10**12) if args[11] else found  # sampled
-
-    monkeypatch.setattr(calibration, "text_windows", unreachable)
-    monkeypatch.setattr(pipeline, "estimate_memory", estimate_memory)
-    with pytest.raises(BitsmoeError, match=r"--max-memory 1000.00 GB: this run would take about 2000.00 GB"):
+    monkeypatch.setattr(sources, "text_windows", unreachable)
+    monkeypatch.setattr(calibrate, "sampling_bytes", lambda sizes: 2 * 10**12)
+    with pytest.raises(BitsmoeError, match=r"--max-memory 1000.00 GB: this run would take about 200\d.\d\d GB"):
         quantize_model(str(source), tmp_path / "q", options(source, calib=None), max_memory=10**12)
     assert not list(tmp_path.iterdir())
 

@@ -1,0 +1,91 @@
+"""Results of a run's steps as they are kept on disk, for a run that resumes. Their JSON is part of `STATE_VERSION`."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bitsmoe_kernels.format.schema import Layer
+from offline_quant.pipeline.stopwatch import StageFigures
+from offline_quant.report.collect import LayerPicture
+
+
+@dataclass(frozen=True)
+class MoELayerRecord:
+    """The result of a layer with routed experts, but for its tensors.
+
+    Attributes:
+        schema: of the layer as stored.
+        report: see `report.collect.layer_report`.
+        picture: what the report page draws.
+    """
+
+    schema: Layer
+    report: dict[str, Any]
+    picture: LayerPicture
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """A finished decoder layer, but for its tensors.
+
+    Attributes:
+        figures: time and memory of the run up to it.
+        moe: its result; None for a layer without routed experts.
+    """
+
+    figures: StageFigures
+    moe: MoELayerRecord | None = None
+
+    def dump(self) -> dict[str, Any]:
+        """The record as JSON data."""
+        data: dict[str, Any] = {}
+        if self.moe:
+            data = {
+                "schema": self.moe.schema.model_dump(mode="json"),
+                "report": self.moe.report,
+                "picture": self.moe.picture.dump(),
+            }
+        return {**data, "clock": asdict(self.figures)}
+
+    @classmethod
+    def load(cls, data: dict[str, Any]) -> "LayerRecord":
+        """The record that `dump` wrote."""
+        moe = None
+        if "schema" in data:
+            schema, picture = Layer.model_validate(data["schema"]), LayerPicture.restored(data["picture"])
+            moe = MoELayerRecord(schema, data["report"], picture)
+        return cls(StageFigures(**data["clock"]), moe)
+
+
+@dataclass(frozen=True)
+class ModelBudget:
+    """One budget for the whole model, divided among its layers.
+
+    Attributes:
+        bits: all-in bits of every layer, by tensor prefix.
+        solver_gap: proven gap of the program over all layers.
+        sensitivity: measured weight of every layer's loss, by tensor prefix; empty where it was not measured.
+        bits_per_weight: all-in, of every layer, by tensor prefix.
+    """
+
+    bits: dict[str, int]
+    solver_gap: float
+    sensitivity: dict[str, float]
+    bits_per_weight: dict[str, float]
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What the run's report says of the budget."""
+        return {
+            "solver_gap": self.solver_gap,
+            "sensitivity": self.sensitivity,
+            "bits_per_weight": self.bits_per_weight,
+        }
+
+    def dump(self) -> dict[str, Any]:
+        """The budget as JSON data."""
+        return {"budgets": self.bits, "shared": self.report}
+
+    @classmethod
+    def load(cls, data: dict[str, Any]) -> "ModelBudget":
+        """The budget that `dump` wrote."""
+        return cls(data["budgets"], **data["shared"])
