@@ -1,9 +1,9 @@
 """The down matrices of all experts of a layer, fitted together to one target for the layer's output.
 
-`correction.correct_down` lets each expert make up for its own errors alone. But a token's experts read the same input, so
-their errors are related, and each can make up for part of the others'. The target may also hold more than the experts'
-own output: with what the layers before this one went wrong by added to it, the layer pulls the hidden state back to
-that of the original model.
+`correct_down` lets each expert make up for its own errors alone. But a token's experts read the same input, so their
+errors are related, and each can make up for part of the others'. The target may also hold more than the experts' own
+output, such as the errors of the layers before: the layer then pulls the hidden state back to that of the original
+model.
 """
 
 from collections.abc import Callable
