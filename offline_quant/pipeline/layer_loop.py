@@ -33,7 +33,8 @@ from offline_quant.pipeline.calibrate import SHARED
 from offline_quant.pipeline.memory import SHARD_BYTES
 from offline_quant.pipeline.resume import RunState
 from offline_quant.pipeline.stopwatch import Stopwatch
-from offline_quant.report.collect import LayerPicture, layer_picture, layer_report
+from offline_quant.report.collect import layer_picture, layer_report
+from offline_quant.report.schema import LayerPicture, LayerReport, ModelBudget
 from offline_quant.rounding.tuning import tune
 from offline_quant.runtime.chunks import gpu_share
 from offline_quant.runtime.distributed import Workers
@@ -67,9 +68,9 @@ class LayerLoop:
         self.source, self.original, self.streamed = source, original, streamed
         self.config, self.state = config, state
         self.windows, self.workers, self.clock, self.plan_only = windows, workers, clock, plan_only
-        self.reports: list[dict[str, Any]] = []
+        self.reports: list[LayerReport] = []
         self.pictures: dict[str, LayerPicture] = {}
-        self.shared: dict[str, Any] | None = None
+        self.shared: ModelBudget | None = None
         self.budgets: dict[str, int] = {}
         self.batches = windows.split(batch_windows(windows.shape[1], source.shape.hidden_size))
         self.judged = windows[: max(1, sanity.TOKENS // windows.shape[1])]
@@ -95,7 +96,7 @@ class LayerLoop:
     def share_budget(self) -> None:
         """Solve one program over all layers, on the original model's activations; leaves a budget for each layer."""
         if (kept := self.state.kept(SHARED)) is not None:
-            self.budgets, self.shared = kept["budgets"], kept["shared"]
+            self.budgets, self.shared = kept["budgets"], ModelBudget.model_validate(kept["shared"])
             return
         shape, objective = self.source.shape, OBJECTIVES[self.config.objective]
         weight: dict[int, float] = {}
@@ -134,16 +135,16 @@ class LayerLoop:
             self.budgets[prefix] = table.overhead + int(table.cost[np.arange(len(choice)), choice].sum())
             at += len(table.loss)
         each = shape.num_weights / len(tables)
-        self.shared = {
-            "solver_gap": result.gap,
-            "sensitivity": {shape.prefix(index): value for index, value in sorted(weight.items())},
-            "bits_per_weight": {prefix: bits / each for prefix, bits in self.budgets.items()},
-        }
+        self.shared = ModelBudget(
+            solver_gap=result.gap,
+            sensitivity={shape.prefix(index): value for index, value in sorted(weight.items())},
+            bits_per_weight={prefix: bits / each for prefix, bits in self.budgets.items()},
+        )
         if self.workers.rank == 0:
-            self.state.keep(SHARED, {"budgets": self.budgets, "shared": self.shared})
+            self.state.keep(SHARED, {"budgets": self.budgets, "shared": self.shared.model_dump()})
         self.clock.lap("allocation")
 
-    def sanity_check(self) -> dict[str, Any] | None:
+    def sanity_check(self) -> sanity.SanityVerdict | None:
         """Whether the quantized model still works; None where nothing was quantized."""
         if self.plan_only:
             return None
@@ -182,7 +183,7 @@ class LayerLoop:
                 if index in shape.layers:
                     prefix = shape.prefix(index)
                     done[prefix] = Layer.model_validate(data["schema"])
-                    self.reports.append(data["report"])
+                    self.reports.append(LayerReport.model_validate(data["report"]))
                     self.pictures[prefix] = LayerPicture.restored(data["picture"])
                 progress.round_off(index + 1)
         return done
@@ -293,11 +294,11 @@ class LayerLoop:
             self._add_expert_output(index, output)
         quantizer.offload.clear()
         self.clock.lap("calibration")
-        extreme = quantizer.extreme_experts()
+        counts, extreme = quantizer.stats.counts, quantizer.extreme_experts()
         return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}, {
             "schema": plan.layer.model_dump(mode="json"),
-            "report": layer_report(prefix, plan, quantizer.stats, self.config, errors, output_error, extreme),
-            "picture": layer_picture(plan, quantizer.stats).dump(),
+            "report": layer_report(prefix, plan, counts, self.config, errors, output_error, extreme).model_dump(),
+            "picture": layer_picture(plan, counts).dump(),
         }
 
     def _target_output(self, index: int) -> Tensor:

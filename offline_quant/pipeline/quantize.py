@@ -1,9 +1,7 @@
 """`bitsmoe quantize` from options to checkpoint: check everything, calibrate, then layer by layer plan and quantize."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,7 +11,6 @@ from offline_quant import VERSION
 from offline_quant.allocation.objectives import OBJECTIVES, may_share_bases
 from offline_quant.calibration.windows import reading_bytes, window_length
 from offline_quant.checkpoint.directory import PAGE_FILE, REPORT_FILE, check_space
-from offline_quant.checkpoint.linear_layers import dense_report
 from offline_quant.config import HUB, SELF, QuantizeConfig
 from offline_quant.pipeline.calibrate import calibration_windows
 from offline_quant.pipeline.layer_loop import LayerLoop, batch_windows
@@ -29,9 +26,10 @@ from offline_quant.pipeline.resume import (
     run_state,
 )
 from offline_quant.pipeline.stopwatch import Stopwatch
-from offline_quant.report.collect import model_report
+from offline_quant.report.collect import linear_layers_report, model_report
 from offline_quant.report.model_card import write_card
 from offline_quant.report.page import write_page
+from offline_quant.report.schema import ModelReport
 from offline_quant.runtime.chunks import matrix_bytes
 from offline_quant.runtime.distributed import Workers
 from offline_quant.runtime.progress import console
@@ -42,18 +40,18 @@ class QuantizationResult:
     """What a run made.
 
     Attributes:
-        report: see `report.model_report`.
+        report: content of `bitsmoe_report.json`.
         seconds: wall time by stage.
         cpu_seconds: the same on all processors.
         peak_bytes: largest resident memory of the process by the end of each stage.
-        memory: what was predicted; None for processes but the first.
+        memory: what was predicted.
     """
 
-    report: dict[str, Any]
+    report: ModelReport
+    memory: MemoryEstimate
     seconds: dict[str, float] = field(default_factory=dict)
     cpu_seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
-    memory: MemoryEstimate | None = None
 
 
 def quantize_model(
@@ -65,7 +63,7 @@ def quantize_model(
     workers: Workers | None = None,
     max_memory: int | None = None,
     revision: str | None = None,
-) -> QuantizationResult:
+) -> QuantizationResult | None:
     """Quantize a model's routed experts.
 
     Args:
@@ -79,7 +77,7 @@ def quantize_model(
         revision: branch, tag or commit of a Hub name; None: the main branch.
 
     Returns:
-        The report and the time of each stage.
+        The report and the time of each stage; None in every process of `workers` but the first.
 
     Raises:
         BitsmoeError: any fault of the input; nothing is left behind, or layers that `resume` goes on with.
@@ -136,7 +134,9 @@ def quantize_model(
     }
     with run_state(out, started, resume, workers) as state:
         if state.concluded:
-            return QuantizationResult({} if workers.rank else read_json(out / REPORT_FILE), memory=memory)
+            if workers.rank:
+                return None
+            return QuantizationResult(ModelReport.model_validate(read_json(out / REPORT_FILE)), memory)
         windows, used = workers.broadcast_from_first(
             lambda: calibration_windows(inputs, config, length, state, clock, unforeseen)
         )
@@ -146,17 +146,19 @@ def quantize_model(
             run.share_budget()
         layers = run.layers()
         if workers.rank:
-            return QuantizationResult({})
-        report = model_report(run.reports, layers, config, record, windows, run.sanity_check(), run.shared)
-        report |= dense_report(dense, source.tensors.specs)
+            return None
+        linear_layers = linear_layers_report(dense, source.tensors.specs)
+        report = model_report(
+            run.reports, layers, config, record, windows, run.sanity_check(), run.shared, linear_layers
+        )
         result = state.directory / RESULT
         result.mkdir()
         if not plan_only:
             run.finish(result, layers, record, dense)
             write_card(result, model, source.directory, report, used)
-        (result / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        (result / REPORT_FILE).write_text(report.to_json(indent=1) + "\n", encoding="utf-8")
         clock.lap("write")
         write_page(result / PAGE_FILE, report, run.pictures, clock.laps, clock.peaks)
         clock.lap("report page")
         state.publish()
-    return QuantizationResult(report, clock.laps, clock.cpu, clock.peaks, memory)
+    return QuantizationResult(report, memory, clock.laps, clock.cpu, clock.peaks)

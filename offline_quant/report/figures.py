@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
-from offline_quant.report.collect import LayerPicture
+from offline_quant.report.schema import LayerPicture
 
 P = ParamSpec("P")
 
