@@ -110,8 +110,8 @@ class QuantizeConfig(BaseModel):
         default=(),
         alias="without",
         description="Parts to leave out, to measure their effect. output-weights: weights of gate and up outputs and "
-        "of tokens. correction: correction of the down projection. trial: first pass that measures row norms and chooses "
-        "the basis. trim: removal of basis rows that no expert uses.",
+        "of tokens. correction: correction of the down projection. trial: first pass that measures row norms and "
+        "chooses the basis. trim: removal of basis rows that no expert uses.",
     )
     calib: Annotated[str | None, Panel.FIRST] = Field(
         default=None,
