@@ -1,14 +1,14 @@
 """bitsmoe for Python programs: quantize, evaluate, inspect, dequantize and push.
 
     >>> import bitsmoe
-    >>> result = bitsmoe.quantize("tiny_moe", "tiny-2bit", bits=2.25, calib="calib.txt", calib_samples=4)
+    >>> result = bitsmoe.quantize("tiny_moe", "tiny-3bit", bits=3.0, calib="calib.txt", calib_samples=4)
     >>> print(f"{result.report.bpw:.2f} bits per weight")
-    2.25 bits per weight
+    3.00 bits per weight
 
 After `import bitsmoe`, transformers loads bitsmoe checkpoints:
 
     >>> from transformers import AutoModelForCausalLM
-    >>> model = AutoModelForCausalLM.from_pretrained("tiny-2bit")
+    >>> model = AutoModelForCausalLM.from_pretrained("tiny-3bit")
 
 The names in `__all__` are the whole public API. Importing this package loads neither torch nor transformers; the order
 of imports does not matter.
@@ -19,10 +19,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from bitsmoe.registration import register_with_transformers
+from bitsmoe_kernels.errors import BitsmoeError
 from offline_quant import VERSION
 
 if TYPE_CHECKING:
-    from bitsmoe.api import BitsmoeError, QuantizeConfig, dequantize, evaluate, inspect, push, quantize
+    from bitsmoe.api import QuantizeConfig, dequantize, evaluate, inspect, push, quantize
 
 __all__ = ["BitsmoeError", "QuantizeConfig", "__version__", "dequantize", "evaluate", "inspect", "push", "quantize"]
 __version__ = VERSION

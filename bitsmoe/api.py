@@ -20,7 +20,7 @@ from offline_quant.pipeline.quantize import QuantizationResult, quantize_model
 from offline_quant.report.inspect import inspect_checkpoint
 from offline_quant.report.schema import Inspection
 
-__all__ = ["BitsmoeError", "QuantizeConfig", "dequantize", "evaluate", "inspect", "push", "quantize"]
+__all__ = ["QuantizeConfig", "dequantize", "evaluate", "inspect", "push", "quantize"]
 
 StrPath = str | Path
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -54,16 +54,14 @@ def _with_keywords(options: Callable[Options, RunOptions]) -> Callable[[Run], Ru
 def quantize(model: StrPath, out: StrPath, options: RunOptions) -> QuantizationResult:
     """Quantize the routed experts of a MoE model and write a checkpoint that vLLM serves.
 
-        >>> result = bitsmoe.quantize("tiny_moe", "tiny-3bit", bits=3.0, calib="calib.txt", calib_samples=4)
-        >>> result.report.layers[0].measured_error < 0.1
-        True
-        >>> "quantization" in result.seconds
-        True
-
     With `plan=True` it stops after the allocation and writes the report only:
 
-        >>> planned = bitsmoe.quantize("tiny_moe", "plan", bits=2.0, calib="calib.txt", calib_samples=4, plan=True)
-        >>> planned.report.bpw <= 2.0
+        >>> result = bitsmoe.quantize("tiny_moe", "plan", bits=2.0, calib="calib.txt", calib_samples=4, plan=True)
+        >>> result.report.bpw <= 2.0
+        True
+        >>> result.report.layers[0].predicted_error < 0.1
+        True
+        >>> "allocation" in result.seconds
         True
 
     Args:
@@ -168,8 +166,7 @@ def dequantize(checkpoint: StrPath, out: StrPath, dtype: Dtype = "bfloat16") -> 
 def push(checkpoint: StrPath, repo_id: str, private: bool = False, revision: str | None = None) -> str:
     """Check a checkpoint in full, then upload it to the Hugging Face Hub.
 
-        >>> bitsmoe.push("tiny-3bit", "me/tiny-3bit", private=True)
-        'https://huggingface.co/me/tiny-3bit'
+        >>> address = bitsmoe.push("tiny-3bit", "me/tiny-3bit", private=True)
 
     Args:
         checkpoint: directory of a bitsmoe checkpoint.
