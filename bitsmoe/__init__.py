@@ -29,8 +29,8 @@ __all__ = ["BitsmoeError", "QuantizeConfig", "__version__", "dequantize", "evalu
 __version__ = VERSION
 
 if "torch" not in sys.modules:
-    # OpenMP reads it once, when torch loads. Otherwise torch's threads spin while they wait, and on a busy machine
-    # everything takes several times as long.
+    # OpenMP reads it once, when torch loads. Otherwise torch's threads spin while they wait, and a run on a busy
+    # machine takes several times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 register_with_transformers()
 

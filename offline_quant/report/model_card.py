@@ -1,4 +1,4 @@
-"""The model card of a checkpoint."""
+"""The model card (README.md) of a checkpoint."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -17,21 +17,23 @@ from offline_quant.model.side_files import CARD_FILE
 from offline_quant.report.schema import ModelReport
 
 LIBRARY, PIPELINE, TAGS = "vllm", "text-generation", ["bitsmoe", "mixture-of-experts", "quantized"]
-"""What the Hub's pages and searches go by."""
+"""Metadata that the Hub's pages and searches use."""
 
 
 def commit_of(directory: Path) -> str | None:
-    """The commit a directory is a snapshot of, where it lies in the Hub's cache."""
+    """Commit of a snapshot in the Hub's cache; None for another directory."""
     here = directory.resolve()
     return here.name if here.parent.name == "snapshots" and here.parent.parent.name.startswith("models--") else None
 
 
 def base_model(model: str, directory: Path) -> tuple[str | None, str]:
-    """The Hub name of a model, if it has one, and the name to show: of a local directory the last part only.
+    """Hub name of a model (None without one), and the name to show.
+
+    A snapshot in the Hub's cache has a Hub name. Of another local directory only the last part is shown.
 
     Args:
-        model: as the user named it.
-        directory: where it is; a snapshot in the Hub's cache tells the name.
+        model: directory or name, from the user.
+        directory: where the model is.
     """
     if not Path(model).is_dir():
         return model, model
@@ -43,17 +45,17 @@ def base_model(model: str, directory: Path) -> tuple[str | None, str]:
 
 
 def hub_dataset(recorded: str) -> str | None:
-    """A dataset's name on the Hub, OWNER/NAME, from what a checkpoint records of its calibration text."""
+    """Dataset OWNER/NAME on the Hub, from the calibration source that a checkpoint records; None for another source."""
     name = recorded.removeprefix(HUB)
     return name if recorded.startswith(HUB) and "/" in name else None
 
 
 def source_license(source: Path, base: str | None) -> dict[str, Any]:
-    """`license`, `license_name` and `license_link` of a model's own card; empty without one that can be read.
+    """`license`, `license_name` and `license_link` of the original's card; empty without a readable card.
 
     Args:
-        source: the model's directory.
-        base: its Hub name, to which a link to a file of it is completed; without one such a link is left out.
+        source: directory of the original.
+        base: its Hub name. It completes a link to a file of the original; without it such a link is left out.
     """
     if file_fault(source, CARD_FILE):
         return {}
@@ -72,14 +74,14 @@ def source_license(source: Path, base: str | None) -> dict[str, Any]:
 
 
 def write_card(directory: Path, model: str, source: Path, report: ModelReport, text: CalibrationText) -> None:
-    """Write the model card of a finished checkpoint. Equal inputs give equal bytes: no dates, hosts or paths.
+    """Write the model card of a checkpoint. Equal inputs give equal bytes: it holds no dates, hosts or paths.
 
     Args:
         directory: the checkpoint.
-        model: the original, as the user named it.
-        source: its directory.
+        model: directory or Hub name of the original, from the user.
+        source: directory of the original.
         report: of the run.
-        text: what it was calibrated on.
+        text: calibration text.
     """
     base, name = base_model(model, source)
     checkpoint = Checkpoint(directory)
@@ -105,7 +107,7 @@ def write_card(directory: Path, model: str, source: Path, report: ModelReport, t
 
 
 def _code(value: object) -> str:
-    """As code within a table's cell; names of files and directories may hold anything."""
+    """Inline code for a table's cell. Names of files and directories may hold any character."""
     shown = "".join(c if c.isprintable() else " " for c in str(value))
     return f"`{shown.replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 

@@ -1,4 +1,4 @@
-"""`report.html`: what a run decided and what came of it, for people. One file, with its pictures inside."""
+"""`report.html`: decisions and results of a run, for people. One file with its pictures inside."""
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +15,7 @@ from offline_quant.report.rank_correlation import spearman
 from offline_quant.report.schema import LayerPicture, LayerReport, ModelReport
 
 MOST_MAPS = 8
-"""Layers whose bits are drawn; of more, these many evenly spaced."""
+"""Most layers whose bits are drawn. Of more layers, as many are drawn, evenly spaced."""
 NOTHING = "\N{EN DASH}"
 
 
@@ -37,7 +37,7 @@ def write_page(
     """
     sections = [
         _summary(report),
-        _gate(report.sanity),
+        _sanity(report.sanity),
         _layers(report),
         _errors(report),
         _bit_maps(pictures),
@@ -50,8 +50,7 @@ def write_page(
     path.write_text(_HEAD + "\n".join(filter(None, sections)) + "\n</main>\n</body>\n</html>\n", encoding="utf-8")
 
 
-# ---- sections, in the order of the page; empty where there is nothing to say. Pictures are imported late: matplotlib
-# takes a while, and not every command draws ----
+# ---- sections in the order of the page; empty text where there is nothing to show. They import figures late ----
 
 
 def _summary(report: ModelReport) -> str:
@@ -71,7 +70,7 @@ def _summary(report: ModelReport) -> str:
     return f"<h1>Quantization report</h1>\n<p>{'; '.join(facts)}.</p>"
 
 
-def _gate(sanity: SanityVerdict | None) -> str:
+def _sanity(sanity: SanityVerdict | None) -> str:
     if sanity is None:
         return '<p class="note">Plan only: nothing was quantized, so nothing was measured.</p>'
     perplexity = sanity.perplexity_quantized
@@ -246,7 +245,7 @@ def _options(options: Mapping[str, Any]) -> str:
     return _section("Options", _table(["option", "value"], rows, "words"))
 
 
-# ---- pieces of HTML; what they are given is plain text unless named html ----
+# ---- pieces of HTML; arguments are plain text, except those named html ----
 
 
 def _section(title: str, html: str) -> str:
@@ -275,7 +274,7 @@ def _text(value: object) -> str:
     return escape(str(value), quote=True)
 
 
-# ---- numbers as people read them ----
+# ---- numbers for people ----
 
 
 def _number(value: float | None) -> str:
@@ -303,7 +302,7 @@ def _span(low: int, high: int) -> str:
 
 
 def _few(experts: Sequence[int]) -> str:
-    """How many, and which if they are few."""
+    """The number of experts; which ones, too, for up to six."""
     if not experts:
         return "none"
     return str(len(experts)) + (f" ({', '.join(map(str, experts))})" if len(experts) <= 6 else "")
@@ -320,7 +319,7 @@ def _value(value: object) -> str:
 
 
 def _number_of(prefix: str) -> str:
-    """The layer's number: there is no room for whole tensor prefixes."""
+    """Number of the decoder layer. The page has no room for whole tensor prefixes."""
     return next((part for part in prefix.split(".") if part.isdecimal()), prefix)
 
 
