@@ -20,13 +20,12 @@ ASKED = ((8, 64), (64, 64), (64, 512), (128, 512))
 """Windows, and tokens in each."""
 _ONE = """
 import json, sys
-from pathlib import Path
-from offline_quant.config import QuantizeConfig
-from offline_quant.pipeline.quantize import quantize_model
+import bitsmoe
 model, text, out, samples, length = sys.argv[1:]
-config = QuantizeConfig(bits=2.25, calib=text, calib_samples=int(samples), calib_length=int(length), refine=0)
-done = quantize_model(model, Path(out), config)
-print(json.dumps([done.memory.peak, max(done.peak_bytes.values()), done.seconds["calibration text"]]))
+result = bitsmoe.quantize(
+    model, out, bits=2.25, calib=text, calib_samples=int(samples), calib_length=int(length), refine=0
+)
+print(json.dumps([result.memory.peak, max(result.peak_bytes.values()), result.seconds["calibration text"]]))
 """
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import bitsmoe
 from benchmarks.baselines.driver import run_baseline, write_windows
 from benchmarks.record import commit, gpu_name, gpu_peak, write_json
 from bitsmoe_kernels.format.safetensors_io import ShardWriter
@@ -31,7 +32,6 @@ from bitsmoe_kernels.models.families import kept_tensors, moe_shape
 from offline_quant.allocation.solver import allocate
 from offline_quant.config import QuantizeConfig
 from offline_quant.model.side_files import copy_side_files
-from offline_quant.pipeline.quantize import quantize_model
 from offline_quant.rounding.gaussian import kappa
 from offline_quant.runtime.malloc import peak_bytes
 from offline_quant.runtime.progress import track
@@ -142,19 +142,18 @@ def write_text(path: Path, words: int, seed: int = 0) -> None:
 def quantize(directory: Path, scratch: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Figures of one run; in this process, whose peak of memory it takes."""
     start = time.monotonic()
-    outcome = quantize_model(str(directory), scratch / "out", QuantizeConfig(**options))
-    assert outcome.memory is not None
+    result = bitsmoe.quantize(directory, scratch / "out", **options)
     return {
-        "peak_rss": max(outcome.peak_bytes.values()),
-        "predicted_peak": outcome.memory.peak,
-        "calibration_state": outcome.memory.calibration_state,
-        "predicted_disk": outcome.memory.disk,
-        "stages": outcome.seconds,
-        "peaks": outcome.peak_bytes,
+        "peak_rss": max(result.peak_bytes.values()),
+        "predicted_peak": result.memory.peak,
+        "calibration_state": result.memory.calibration_state,
+        "predicted_disk": result.memory.disk,
+        "stages": result.seconds,
+        "peaks": result.peak_bytes,
         "seconds": time.monotonic() - start,
-        "bpw": outcome.report["bpw"],
-        "basis": [layer["basis"] for layer in outcome.report["layers"]],
-        "calibration_tokens": outcome.report["calibration_tokens"],
+        "bpw": result.report.bpw,
+        "basis": [layer.basis for layer in result.report.layers],
+        "calibration_tokens": result.report.calibration_tokens,
         **gpu_peak(),
     }
 

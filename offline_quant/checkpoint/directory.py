@@ -18,6 +18,17 @@ MAX_NAME = 230
 """Bytes of a directory's name: file systems take 255, and scratch directories have longer names than the result."""
 
 
+def existing_directory(directory: Path) -> Path:
+    """The directory, unchanged.
+
+    Raises:
+        BitsmoeError: it does not exist.
+    """
+    if not directory.is_dir():
+        raise BitsmoeError(f"{directory}: no such directory")
+    return directory
+
+
 def check_output(out: Path, but: str = "") -> None:
     """Refuse an output directory that holds something, the report of an earlier `--plan` excepted.
 

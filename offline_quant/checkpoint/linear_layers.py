@@ -1,7 +1,7 @@
 """Linear layers outside the routed experts at 8 or 4 bits: which, with what scales, and the model that comes of it."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from bitsmoe_kernels.format.linear_layers import (
     DenseGroup,
     DenseWeights,
     dense_linears,
-    dense_size,
     dequantize,
     pack,
 )
@@ -184,32 +183,3 @@ def write_other_tensors(source: SourceModel, dense: DenseConfig | None, writer: 
             continue
         for part, tensor in stored.items():
             writer.add(f"{name.removesuffix('.weight')}.{part}", tensor)
-
-
-def dense_report(dense: DenseConfig | None, specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
-    """What reports say of the quantized linear layers outside the experts: one key, None where there are none.
-
-    Args:
-        dense: how they are stored.
-        specs: with the shape of each as `{module}.weight`.
-    """
-    if dense is None:
-        return {"dense_layers": None}
-    size = dense_size(dense, specs)
-    figures = {
-        "bits": sorted({form.num_bits for form in dense.matrices.values()}),
-        "matrices": len(dense.matrices),
-        "weights": size.weights,
-        "bytes": size.nbytes,
-        "bits_per_weight": size.bits_per_weight,
-    }
-    return {"dense_layers": figures}
-
-
-def dense_line(figures: Mapping[str, Any]) -> str:
-    """The same as a sentence, for people."""
-    bits = " and ".join(map(str, figures["bits"]))
-    return (
-        f"linear layers outside the experts at {bits} bits: {figures['bytes'] / 1e6:.2f} MB, "
-        f"{figures['bits_per_weight']:.4f} bits per weight with scales"
-    )

@@ -1,4 +1,4 @@
-"""Entry point of the `bitsmoe` command: one clear message and status 2 for whatever the user can mend."""
+"""Entry point of the `bitsmoe` command. A fault that the user can correct ends with one message and status 2."""
 
 import errno
 import io
@@ -13,12 +13,13 @@ USAGE_STATUS = 2
 
 def main() -> None:
     """Run `bitsmoe`."""
-    # Before torch loads: its threads would spin while they wait, which on a busy machine takes several times as long.
+    # OpenMP reads it once, when torch loads. Otherwise torch's threads spin while they wait, and a run on a busy
+    # machine takes several times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     received: list[int] = []
 
     def stop(number: int, _frame: FrameType | None) -> NoReturn:
-        # As an exception, so that half-written output is removed on the way out.
+        # An exception, so that half-written output is removed.
         received.append(number)
         raise SystemExit(128 + number)
 
@@ -26,11 +27,11 @@ def main() -> None:
         signal.signal(number, stop)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # bars of a histogram, say, where the terminal knows ASCII only
+            stream.reconfigure(errors="replace")  # for a terminal without the bars of the histogram
     try:
         _run()
     except BaseException as e:
-        # Whatever it is: compiled modules that are being imported turn the exit into an ImportError.
+        # Any error: the import of a compiled module turns SystemExit into an ImportError.
         if not received:
             raise
         left = "; ".join(getattr(e, "__notes__", ())) or "nothing is left behind"
@@ -57,10 +58,10 @@ def _run() -> None:
         finally:
             sys.stdout.flush()
     except OSError as e:
-        # Of what is written to files every command takes care itself.
+        # Commands handle faults of the files they write; this one is of standard output.
         if e.errno != errno.ENOSPC or e.filename:
             raise
-        with open(os.devnull, "w") as nowhere:  # what is left of the output, at exit
+        with open(os.devnull, "w") as nowhere:  # takes the rest of the output at exit
             os.dup2(nowhere.fileno(), 1)
         console.print(Text("Error:", "bold red"), f"standard output cannot be written ({e.strerror})")
         raise SystemExit(USAGE_STATUS) from None

@@ -1,4 +1,4 @@
-"""Perplexity, and divergence from a reference model, over non-overlapping windows of text."""
+"""Perplexity of a model, and its divergence from a reference model, over non-overlapping windows of text."""
 
 import math
 from dataclasses import asdict, dataclass, replace
@@ -9,37 +9,43 @@ import torch
 from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError
-from offline_quant.calibration.sources.registry import open_text
+from offline_quant.calibration.sources.file import FileCalibration
+from offline_quant.calibration.sources.registry import open_text, text_kind
 from offline_quant.calibration.text_source import TextSource
 from offline_quant.calibration.windows import load_tokenizer, text_windows, window_length
+from offline_quant.model.download import resolve_model
 from offline_quant.model.quantized import QuantizedModel, open_model
 from offline_quant.model.source import WeightSource
 from offline_quant.model.streaming import StreamedModel
+from offline_quant.runtime.device import check_device
 from offline_quant.runtime.progress import bar
 
 MAX_WINDOW = 2048
+"""Tokens in a window, at most."""
 BATCH_TOKENS = 8192
+"""Tokens that pass through a layer together."""
 _HEAD_TOKENS = 2048
+"""Tokens whose logits are in memory together."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Figures of one model on one text.
 
-    The standard error of a figure says how far another text of this kind and length would be expected to move it.
-    Windows are taken as independent, tokens of one window are not. None of one window alone.
+    A standard error estimates how far a figure would move on another text of the same kind and length. It treats
+    windows as independent, but not the tokens of a window. It is None where there is only one window.
 
     Attributes:
-        perplexity: exp of the mean negative log-likelihood of every token but each window's first.
-        tokens: tokens predicted.
+        perplexity: exp of the mean negative log-likelihood of all tokens except the first of each window.
+        tokens: number of predicted tokens.
         window: tokens in a window.
         bpw: bits per weight of the routed experts, all-in for a bitsmoe checkpoint.
         kl: mean KL(reference || model), nats per token; None without a reference.
-        top1_agreement: share of tokens where both find the same token most likely; None without a reference.
-        perplexity_reference: the reference's perplexity; None without one.
-        excess: perplexity above the reference's; None without one.
-        perplexity_stderr, kl_stderr, top1_agreement_stderr, excess_stderr: their standard errors. That of the excess is
-            of pairs: what both models find hard about a window does not count.
+        top1_agreement: fraction of tokens where both models rank the same token first; None without a reference.
+        perplexity_reference: perplexity of the reference; None without one.
+        excess: perplexity minus that of the reference; None without one.
+        perplexity_stderr, kl_stderr, top1_agreement_stderr, excess_stderr: standard errors. That of the excess is
+            paired: text that is hard for both models does not count.
     """
 
     perplexity: float
@@ -56,17 +62,51 @@ class Evaluation:
     excess_stderr: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON data, without what was not measured."""
+        """This evaluation as JSON data, without figures that were not measured."""
         return {k: v for k, v in asdict(self).items() if v is not None}
 
 
-def evaluate(model: Path, text: Path | TextSource, reference: Path | None = None, device: str = "cpu") -> Evaluation:
-    """Evaluate a quantized or ordinary checkpoint in float32, one decoder layer in memory at a time.
+def evaluate_named(
+    model: str,
+    text: str,
+    reference: str | None = None,
+    *,
+    text_column: str | None = None,
+    device: str = "cpu",
+    revision: str | None = None,
+    reference_revision: str | None = None,
+) -> Evaluation:
+    """Evaluate a checkpoint given by a directory or a Hub name; the work of `bitsmoe eval`.
 
     Args:
-        model: checkpoint directory.
-        text: see `sources.registry.open_text`.
+        model: quantized or ordinary checkpoint.
+        text: file of text, JSON lines or array, parquet, also in gzip.
         reference: checkpoint to compare with, usually the unquantized one.
+        text_column: column or key that holds the text; None: chosen as for calibration text.
+        device: cpu, cuda or cuda:N.
+        revision: branch, tag or commit of `model` on the Hub.
+        reference_revision: the same for `reference`.
+
+    Raises:
+        BitsmoeError: a fault of an argument, or as `evaluate`.
+    """
+    if text_kind(text) is not FileCalibration:
+        raise BitsmoeError(f"--text {text}: must be a file; write the dataset's text into one")
+    source = open_text(text, "--text", column=text_column)
+    check_device(device)
+    if reference_revision and not reference:
+        raise BitsmoeError(f"--reference-revision {reference_revision}: there is no --reference; leave it out")
+    other = resolve_model(reference, reference_revision, "--reference-revision") if reference else None
+    return evaluate(resolve_model(model, revision), source, other, device)
+
+
+def evaluate(model: Path, text: Path | TextSource, reference: Path | None = None, device: str = "cpu") -> Evaluation:
+    """Evaluate a checkpoint in float32, with one decoder layer in memory at a time.
+
+    Args:
+        model: directory of a quantized or ordinary checkpoint.
+        text: file of text, or an opened source.
+        reference: directory of the checkpoint to compare with, usually the unquantized one.
         device: where layers run.
 
     Raises:
@@ -79,16 +119,17 @@ def evaluate(model: Path, text: Path | TextSource, reference: Path | None = None
         _check_comparable(source, other)
     length = window_length(source.config, MAX_WINDOW)
     windows = text_windows(load_tokenizer(model), text, length)
-    mine = final_states(source, windows, device)
-    return _compare(mine, final_states(other, windows, device) if other else None, windows, bits_per_weight(source))
+    states = final_states(source, windows, device)
+    return _compare(states, final_states(other, windows, device) if other else None, windows, bits_per_weight(source))
 
 
 class Reference:
-    """A model that many others are compared with on one text: it is run once.
+    """A reference model that is run once, to compare many models with it on one text.
 
     Args:
         model: checkpoint directory.
         text: file of text.
+        device: where layers run.
     """
 
     def __init__(self, model: Path, text: Path, device: str = "cpu"):
@@ -98,15 +139,15 @@ class Reference:
         self.states = final_states(self.source, self.windows, device)
 
     def evaluate(self, model: Path) -> Evaluation:
-        """As `evaluate` with this reference.
+        """Evaluate a checkpoint against this reference, see the function `evaluate`.
 
         Raises:
-            BitsmoeError: as there.
+            BitsmoeError: damaged checkpoint, or two models that cannot be compared.
         """
         source = open_model(model)
         _check_comparable(source, self.source)
-        mine = final_states(source, self.windows, self.device)
-        return _compare(mine, self.states, self.windows, bits_per_weight(source))
+        states = final_states(source, self.windows, self.device)
+        return _compare(states, self.states, self.windows, bits_per_weight(source))
 
 
 def _check_comparable(model: WeightSource, reference: WeightSource) -> None:
@@ -117,22 +158,22 @@ def _check_comparable(model: WeightSource, reference: WeightSource) -> None:
         )
 
 
-def _compare(mine: "States", other: "States | None", windows: Tensor, bpw: float) -> Evaluation:
-    # Means over the tokens of every window: losses, and with a reference its losses, divergence and agreement.
+def _compare(model: "States", reference: "States | None", windows: Tensor, bpw: float) -> Evaluation:
+    # Means over the tokens of each window: loss; with a reference also its loss, the divergence and the agreement.
     rows: list[Tensor] = []
     step = max(1, _HEAD_TOKENS // windows.shape[1])
-    for at in range(0, len(windows), step):
-        logp = mine.log_probabilities(at, step)
-        target = windows[at : at + step, 1:].to(logp.device)[..., None]
+    for start in range(0, len(windows), step):
+        logp = model.log_probabilities(start, step)
+        target = windows[start : start + step, 1:].to(logp.device)[..., None]
         figures = [-logp.gather(-1, target)[..., 0]]
-        if other is not None:
-            ref = other.log_probabilities(at, step)
-            figures.append(-ref.gather(-1, target)[..., 0])
-            figures.append((ref.exp() * (ref - logp)).sum(-1))
-            figures.append(ref.argmax(-1) == logp.argmax(-1))
-        rows.append(torch.stack([f.double().mean(1) for f in figures], 1))
+        if reference is not None:
+            reference_logp = reference.log_probabilities(start, step)
+            figures.append(-reference_logp.gather(-1, target)[..., 0])
+            figures.append((reference_logp.exp() * (reference_logp - logp)).sum(-1))
+            figures.append(reference_logp.argmax(-1) == logp.argmax(-1))
+        rows.append(torch.stack([figure.double().mean(1) for figure in figures], 1))
     means = torch.cat(rows)
-    for states, losses in zip([mine] if other is None else [mine, other], means.T, strict=False):
+    for states, losses in zip([model] if reference is None else [model, reference], means.T, strict=False):
         if not losses.isfinite().all():
             raise BitsmoeError(
                 f"{states.model.source.directory}: its predictions are not finite; a tensor holds NaN, infinity or far "
@@ -145,17 +186,18 @@ def _compare(mine: "States", other: "States | None", windows: Tensor, bpw: float
     )
     if not compared:
         return result
-    reference_nll, kl, agree = compared
-    base = _perplexity(reference_nll)
+    reference_nll, kl, agreement = compared
+    reference_perplexity = _perplexity(reference_nll)
     return replace(
         result,
         kl=float(kl.mean()),
         kl_stderr=_stderr(kl),
-        top1_agreement=float(agree.mean()),
-        top1_agreement_stderr=_stderr(agree),
-        perplexity_reference=base,
-        excess=perplexity - base,
-        excess_stderr=_stderr(perplexity * nll - base * reference_nll),  # to first order
+        top1_agreement=float(agreement.mean()),
+        top1_agreement_stderr=_stderr(agreement),
+        perplexity_reference=reference_perplexity,
+        excess=perplexity - reference_perplexity,
+        # To first order.
+        excess_stderr=_stderr(perplexity * nll - reference_perplexity * reference_nll),
     )
 
 
@@ -164,25 +206,31 @@ def _perplexity(losses: Tensor) -> float:
 
 
 def _stderr(values: Tensor) -> float | None:
-    """Of the mean of independent values [n]."""
+    """Standard error of the mean of independent values [n]; None for one value."""
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 @dataclass(frozen=True)
 class States:
-    """What leaves a model's last layer: hidden [n, L, H] on the CPU, its output embedding, and the model."""
+    """Hidden states that leave a model's last layer.
+
+    Attributes:
+        hidden: float32 [n, L, H], on the CPU.
+        head: output embedding [V, H].
+        model: gives the final norm.
+    """
 
     hidden: Tensor
     head: Tensor
     model: StreamedModel
 
     def log_probabilities(self, start: int, count: int) -> Tensor:
-        """Of every token but each window's first, for `count` windows from `start`: [count, L - 1, V]."""
+        """Log-probabilities [count, L - 1, V] at all tokens except the first, of `count` windows from `start`."""
         return self.model.logits(self.hidden[start : start + count, :-1], self.head).log_softmax(-1)
 
 
 def final_states(source: WeightSource, windows: Tensor, device: str) -> States:
-    """Run a model over windows [n, L]."""
+    """Run a model over windows, int64 [n, L]."""
     model = StreamedModel(source, device)
     batches = model.embed_windows(windows, BATCH_TOKENS)
     with bar(f"Evaluating {source.directory.name}"[:28], model.num_layers * len(batches)) as on_progress:
@@ -195,9 +243,9 @@ def final_states(source: WeightSource, windows: Tensor, device: str) -> States:
 
 
 def bits_per_weight(source: WeightSource) -> float:
-    """All-in bits per weight of a bitsmoe checkpoint's experts, or the stored width of an ordinary one's."""
+    """Bits per weight of the routed experts: all-in for a bitsmoe checkpoint, the stored width for an ordinary one."""
     if isinstance(source, QuantizedModel):
         return source.checkpoint.config.all_in_bpw()
-    s = source.shape
-    size = sum(spec.nbytes for name, spec in source.tensors.specs.items() if s.is_expert_tensor(name))
-    return 8 * size / s.num_weights
+    shape = source.shape
+    size = sum(spec.nbytes for name, spec in source.tensors.specs.items() if shape.is_expert_tensor(name))
+    return 8 * size / shape.num_weights

@@ -5,7 +5,6 @@ windows pass through the original layers too, to judge the result by.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
@@ -13,8 +12,8 @@ from bitsmoe_kernels.format.schema import Layer
 from offline_quant.evaluation import sanity
 from offline_quant.pipeline.context import RunContext
 from offline_quant.pipeline.moe_layer import LayerProgress, layer_bar, quantize_moe_layer
-from offline_quant.pipeline.records import LayerRecord, ModelBudget, MoELayerRecord
-from offline_quant.report.collect import LayerPicture
+from offline_quant.pipeline.records import DividedBudget, LayerRecord, MoELayerRecord
+from offline_quant.report.schema import LayerPicture, LayerReport
 
 
 @dataclass(frozen=True)
@@ -23,16 +22,16 @@ class FinishedLayers:
 
     Attributes:
         schemas: by tensor prefix.
-        reports: see `report.collect.layer_report`.
+        reports: of each.
         pictures: what the report page draws, by tensor prefix.
     """
 
     schemas: dict[str, Layer] = field(default_factory=dict)
-    reports: list[dict[str, Any]] = field(default_factory=list)
+    reports: list[LayerReport] = field(default_factory=list)
     pictures: dict[str, LayerPicture] = field(default_factory=dict)
 
 
-def quantize_layers(run: RunContext, budget: ModelBudget | None) -> FinishedLayers:
+def quantize_layers(run: RunContext, budget: DividedBudget | None) -> FinishedLayers:
     """Quantize every MoE layer, and pass dense ones. Layers that an earlier run finished are read from the disk.
 
     Args:
@@ -64,7 +63,7 @@ def quantize_layers(run: RunContext, budget: ModelBudget | None) -> FinishedLaye
     return layers
 
 
-def _finish_layer(run: RunContext, index: int, budget: ModelBudget | None, progress: LayerProgress) -> None:
+def _finish_layer(run: RunContext, index: int, budget: DividedBudget | None, progress: LayerProgress) -> None:
     """Take hidden states through a layer, quantize its experts if it has any, and keep the result."""
     run.state.open_layer(index)
     tensors: dict[str, Tensor] = {}
@@ -83,7 +82,7 @@ def _finish_layer(run: RunContext, index: int, budget: ModelBudget | None, progr
     run.clock.lap("write")
 
 
-def sanity_check(run: RunContext) -> dict[str, Any] | None:
+def sanity_check(run: RunContext) -> sanity.SanityVerdict | None:
     """The verdict on the quantized model, see `sanity.verdict`; None where nothing was quantized."""
     if run.plan_only:
         return None

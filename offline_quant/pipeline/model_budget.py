@@ -8,11 +8,12 @@ from offline_quant.allocation.solver import allocate
 from offline_quant.calibration.sensitivity import layer_sensitivities
 from offline_quant.pipeline.context import RunContext
 from offline_quant.pipeline.moe_layer import layer_bar, moe_layer_choices
-from offline_quant.pipeline.records import ModelBudget
+from offline_quant.pipeline.records import DividedBudget
+from offline_quant.report.schema import ModelBudget
 from offline_quant.runtime.progress import bar
 
 
-def share_budget(run: RunContext) -> ModelBudget:
+def share_budget(run: RunContext) -> DividedBudget:
     """Divide the budget, on the original model's activations; an earlier run's division is taken where there is one.
 
     Raises:
@@ -58,7 +59,7 @@ def _all_choices(run: RunContext) -> dict[int, ChoiceTable]:
     return tables
 
 
-def _divided(run: RunContext, tables: dict[int, ChoiceTable], sensitivity: dict[int, float]) -> ModelBudget:
+def _divided(run: RunContext, tables: dict[int, ChoiceTable], sensitivity: dict[int, float]) -> DividedBudget:
     """Solve one program over the choices of all layers."""
     shape = run.shape
     loss = np.concatenate([table.loss * sensitivity.get(index, 1.0) for index, table in tables.items()])
@@ -72,9 +73,11 @@ def _divided(run: RunContext, tables: dict[int, ChoiceTable], sensitivity: dict[
         bits[shape.prefix(index)] = table.overhead + int(table.cost[np.arange(len(choice)), choice].sum())
         start += len(choice)
     each = shape.num_weights / len(tables)
-    return ModelBudget(
+    return DividedBudget(
         bits,
-        solver_gap=result.gap,
-        sensitivity={shape.prefix(index): value for index, value in sorted(sensitivity.items())},
-        bits_per_weight={prefix: layer_bits / each for prefix, layer_bits in bits.items()},
+        ModelBudget(
+            solver_gap=result.gap,
+            sensitivity={shape.prefix(index): value for index, value in sorted(sensitivity.items())},
+            bits_per_weight={prefix: layer_bits / each for prefix, layer_bits in bits.items()},
+        ),
     )

@@ -90,9 +90,9 @@ def quantize_moe_layer(
         run.calibration.add_expert_output(index, output, run.windows_read_after(index))
         view.ctx.cache.clear()
         run.clock.lap("calibration")
-        moments, extreme = view.ctx.moments, view.measurements.extreme_experts()
-        report = layer_report(prefix, plan, moments, run.config, errors, error, extreme)
-        record = MoELayerRecord(plan.layer, report, layer_picture(plan, moments))
+        counts, extreme = view.ctx.moments.counts, view.measurements.extreme_experts()
+        report = layer_report(prefix, plan, counts, run.config, errors, error, extreme)
+        record = MoELayerRecord(plan.layer, report, layer_picture(plan, counts))
         return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}, record
 
 

@@ -1,6 +1,5 @@
 """`bitsmoe quantize` from options to checkpoint: the order of its steps."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ from bitsmoe_kernels.format.safetensors_io import read_json
 from offline_quant import VERSION
 from offline_quant.allocation.objectives import OBJECTIVES
 from offline_quant.checkpoint.directory import PAGE_FILE, REPORT_FILE
-from offline_quant.checkpoint.linear_layers import dense_report
 from offline_quant.checkpoint.writer import write_checkpoint
 from offline_quant.config import QuantizeConfig
 from offline_quant.pipeline.calibrate import calibration_windows
@@ -20,9 +18,10 @@ from offline_quant.pipeline.model_budget import share_budget
 from offline_quant.pipeline.preflight import RunInputs, check_inputs, check_resources, run_sizes
 from offline_quant.pipeline.resume import RESULT, EarlierRun, fingerprint, run_state
 from offline_quant.pipeline.stopwatch import Stopwatch
-from offline_quant.report.collect import model_report
+from offline_quant.report.collect import linear_layers_report, model_report
 from offline_quant.report.model_card import write_card
 from offline_quant.report.page import write_page
+from offline_quant.report.schema import ModelReport
 from offline_quant.runtime.chunks import matrix_bytes
 from offline_quant.runtime.distributed import Workers
 
@@ -32,18 +31,18 @@ class QuantizationResult:
     """What a run made.
 
     Attributes:
-        report: see `report.model_report`.
+        report: content of `bitsmoe_report.json`.
         seconds: wall time by stage.
         cpu_seconds: the same on all processors.
         peak_bytes: largest resident memory of the process by the end of each stage.
-        memory: what was predicted; None for processes but the first.
+        memory: what was predicted.
     """
 
-    report: dict[str, Any]
+    report: ModelReport
+    memory: MemoryEstimate
     seconds: dict[str, float] = field(default_factory=dict)
     cpu_seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
-    memory: MemoryEstimate | None = None
 
 
 def quantize_model(
@@ -55,7 +54,7 @@ def quantize_model(
     workers: Workers | None = None,
     max_memory: int | None = None,
     revision: str | None = None,
-) -> QuantizationResult:
+) -> QuantizationResult | None:
     """Quantize a model's routed experts.
 
     Args:
@@ -69,7 +68,7 @@ def quantize_model(
         revision: branch, tag or commit of a Hub name; None: the main branch.
 
     Returns:
-        The report and the time of each stage.
+        The report and the time of each stage; None in every process of `workers` but the first.
 
     Raises:
         BitsmoeError: any fault of the input; nothing is left behind, or layers that `resume` goes on with.
@@ -85,7 +84,9 @@ def quantize_model(
     memory = check_resources(inputs, sizes, config, out, workers, earlier, plan_only, max_memory)
     with run_state(out, _started(inputs, config, plan_only), resume, workers) as state:
         if state.concluded:
-            return QuantizationResult({} if workers.rank else read_json(out / REPORT_FILE), memory=memory)
+            if workers.rank:
+                return None
+            return QuantizationResult(ModelReport.model_validate(read_json(out / REPORT_FILE)), memory)
         calibration = workers.broadcast_from_first(
             lambda: calibration_windows(inputs, config, sizes, max_memory, state, clock)
         )
@@ -94,26 +95,25 @@ def quantize_model(
         budget = share_budget(run) if scope == "model" else None
         layers = quantize_layers(run, budget)
         if workers.rank:
-            return QuantizationResult({})
+            return None
         options = {**config.record(), "calib": calibration.text.recorded}
         report = model_report(
             layers.reports, layers.schemas, config, options, calibration.tokens, sanity_check(run),
-            budget.report if budget else None,
+            budget.report if budget else None, linear_layers_report(dense, source.tensors.specs),
         )  # fmt: skip
-        report |= dense_report(dense, source.tensors.specs)
         result = state.directory / RESULT
         result.mkdir()
         if not plan_only:
             experts = (tensor for index in range(run.num_layers) for tensor in state.layer_tensors(index))
             write_checkpoint(result, source, experts, layers.schemas, config.block_size, options, dense)
             write_card(result, model, source.directory, report, calibration.text)
-        (result / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        (result / REPORT_FILE).write_text(report.to_json(indent=1) + "\n", encoding="utf-8")
         clock.lap("write")
         figures = clock.figures
         write_page(result / PAGE_FILE, report, layers.pictures, figures.laps, figures.peaks)
         clock.lap("report page")
         state.publish()
-    return QuantizationResult(report, figures.laps, figures.cpu, figures.peaks, memory)
+    return QuantizationResult(report, memory, figures.laps, figures.cpu, figures.peaks)
 
 
 def _started(inputs: RunInputs, config: QuantizeConfig, plan_only: bool) -> dict[str, Any]:

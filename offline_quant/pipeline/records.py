@@ -5,7 +5,7 @@ from typing import Any
 
 from bitsmoe_kernels.format.schema import Layer
 from offline_quant.pipeline.stopwatch import StageFigures
-from offline_quant.report.collect import LayerPicture
+from offline_quant.report.schema import LayerPicture, LayerReport, ModelBudget
 
 
 @dataclass(frozen=True)
@@ -14,12 +14,12 @@ class MoELayerRecord:
 
     Attributes:
         schema: of the layer as stored.
-        report: see `report.collect.layer_report`.
+        report: what the run reports of it.
         picture: what the report page draws.
     """
 
     schema: Layer
-    report: dict[str, Any]
+    report: LayerReport
     picture: LayerPicture
 
 
@@ -41,7 +41,7 @@ class LayerRecord:
         if self.moe:
             data = {
                 "schema": self.moe.schema.model_dump(mode="json"),
-                "report": self.moe.report,
+                "report": self.moe.report.model_dump(),
                 "picture": self.moe.picture.dump(),
             }
         return {**data, "clock": asdict(self.figures)}
@@ -52,40 +52,27 @@ class LayerRecord:
         moe = None
         if "schema" in data:
             schema, picture = Layer.model_validate(data["schema"]), LayerPicture.restored(data["picture"])
-            moe = MoELayerRecord(schema, data["report"], picture)
+            moe = MoELayerRecord(schema, LayerReport.model_validate(data["report"]), picture)
         return cls(StageFigures(**data["clock"]), moe)
 
 
 @dataclass(frozen=True)
-class ModelBudget:
+class DividedBudget:
     """One budget for the whole model, divided among its layers.
 
     Attributes:
         bits: all-in bits of every layer, by tensor prefix.
-        solver_gap: proven gap of the program over all layers.
-        sensitivity: measured weight of every layer's loss, by tensor prefix; empty where it was not measured.
-        bits_per_weight: all-in, of every layer, by tensor prefix.
+        report: what the run reports of the division.
     """
 
     bits: dict[str, int]
-    solver_gap: float
-    sensitivity: dict[str, float]
-    bits_per_weight: dict[str, float]
-
-    @property
-    def report(self) -> dict[str, Any]:
-        """What the run's report says of the budget."""
-        return {
-            "solver_gap": self.solver_gap,
-            "sensitivity": self.sensitivity,
-            "bits_per_weight": self.bits_per_weight,
-        }
+    report: ModelBudget
 
     def dump(self) -> dict[str, Any]:
         """The budget as JSON data."""
-        return {"budgets": self.bits, "shared": self.report}
+        return {"budgets": self.bits, "shared": self.report.model_dump()}
 
     @classmethod
-    def load(cls, data: dict[str, Any]) -> "ModelBudget":
+    def load(cls, data: dict[str, Any]) -> "DividedBudget":
         """The budget that `dump` wrote."""
-        return cls(data["budgets"], **data["shared"])
+        return cls(data["budgets"], ModelBudget.model_validate(data["shared"]))

@@ -41,7 +41,7 @@ from offline_quant.checkpoint.directory import (
     remove_empty,
     unwritable,
 )
-from offline_quant.pipeline.records import LayerRecord, ModelBudget
+from offline_quant.pipeline.records import DividedBudget, LayerRecord
 from offline_quant.runtime.distributed import Workers
 
 STATE_VERSION = 2
@@ -251,12 +251,12 @@ class RunState:
         os.replace(path.with_suffix(".tmp"), path)
 
     @property
-    def model_budget(self) -> ModelBudget | None:
+    def model_budget(self) -> DividedBudget | None:
         """The budget that `keep_model_budget` kept; None: there is none yet."""
         data = self._kept(_BUDGET)
-        return None if data is None else ModelBudget.load(data)
+        return None if data is None else DividedBudget.load(data)
 
-    def keep_model_budget(self, budget: ModelBudget) -> None:
+    def keep_model_budget(self, budget: DividedBudget) -> None:
         """Keep one budget for the model, divided among its layers."""
         self._keep(_BUDGET, budget.dump())
 

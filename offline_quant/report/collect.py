@@ -1,66 +1,52 @@
-"""What a run decided and what came of it, as data: written beside the checkpoint, free of times and paths."""
+"""Fills the reports of a run from its plans, measurements and schemas."""
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from bitsmoe_kernels.format.schema import Layer, ProjectionName
+from bitsmoe_kernels.format.linear_layers import DenseConfig, dense_size
+from bitsmoe_kernels.format.schema import Layer, ProjectionName, TensorSpec
 from offline_quant.allocation.objectives import OBJECTIVES
-from offline_quant.calibration.moments import LayerMoments
 from offline_quant.config import QuantizeConfig
+from offline_quant.evaluation.sanity import SanityVerdict
 from offline_quant.layer.plan import LayerPlan
+from offline_quant.report.schema import (
+    LayerPicture,
+    LayerReport,
+    LinearLayersReport,
+    ModelBudget,
+    ModelReport,
+    TokenRange,
+)
 
 
-@dataclass(frozen=True)
-class LayerPicture:
-    """What the report page draws of one layer; too large for report.json.
+def layer_picture(plan: LayerPlan, counts: Tensor) -> LayerPicture:
+    """Bits, spectra and routing of a planned layer.
 
-    Attributes:
-        bits: uint8 [E, B] by projection.
-        spectrum: float32 [C] by projection: a component's share of the error if all were dropped, mean over experts,
-            in stored order.
-        share: float32 [E], share of expert slots that went to each expert.
+    Args:
+        plan: of the layer.
+        counts: calibration tokens routed to each expert, int64 [E].
     """
-
-    bits: dict[str, NDArray[np.uint8]]
-    spectrum: dict[str, NDArray[np.float32]]
-    share: NDArray[np.float32]
-
-    def dump(self) -> dict[str, Any]:
-        """As JSON data."""
-        return {
-            "bits": {name: bits.tolist() for name, bits in self.bits.items()},
-            "spectrum": {name: values.tolist() for name, values in self.spectrum.items()},
-            "share": self.share.tolist(),
-        }
-
-    @classmethod
-    def restored(cls, data: dict[str, Any]) -> "LayerPicture":
-        """From what `dump` gave."""
-        return cls(
-            {name: np.array(bits, np.uint8) for name, bits in data["bits"].items()},
-            {name: np.array(values, np.float32) for name, values in data["spectrum"].items()},
-            np.array(data["share"], np.float32),
-        )
-
-
-def layer_picture(plan: LayerPlan, stats: LayerMoments) -> LayerPicture:
-    """Bits, spectra and activation shares of a planned layer."""
     spectrum = {}
     for name, projection in plan.projections.items():
         energy = projection.components.energy
         spectrum[str(name)] = (energy / energy.sum(1, keepdim=True).clamp(min=1e-30)).mean(0).float().cpu().numpy()
-    counts = stats.counts.float()
+    counts = counts.float()
     share = (counts / counts.sum().clamp(min=1)).cpu().numpy()
     return LayerPicture({str(k): v.numpy() for k, v in plan.bits.items()}, spectrum, share)
 
 
 def width_histogram(layer: Layer, name: ProjectionName, bits: Tensor, block_size: int) -> dict[str, int]:
-    """Factor entries of a projection at each bit-width, from its block bits [E, B]; kept experts are left out."""
+    """Number of factor entries of a projection at each bit-width, without those of kept experts.
+
+    Args:
+        layer: schema of the layer.
+        name: of the projection.
+        bits: block bit-widths [E, B].
+        block_size: components in a block.
+    """
     C, kept = layer.components(name), set(layer.projections[name].kept_experts)
     coded = bits[[e for e in range(layer.num_experts) if e not in kept]]
     size = torch.full((bits.shape[1],), block_size)
@@ -71,75 +57,103 @@ def width_histogram(layer: Layer, name: ProjectionName, bits: Tensor, block_size
 def layer_report(
     prefix: str,
     plan: LayerPlan,
-    stats: LayerMoments,
+    counts: Tensor,
     config: QuantizeConfig,
     errors: dict[str, float] | None,
     output_error: float | None,
     extreme: list[int],
-) -> dict[str, Any]:
-    """One layer: form, predicted and measured relative error, solver gap, bits and routing."""
-    layer, a = plan.layer, plan.allocation
-    taken = plan.table.loss[np.arange(len(a.choice)), a.choice]
+) -> LayerReport:
+    """The report of one layer.
+
+    Args:
+        prefix: tensor prefix of its experts.
+        plan: what was decided.
+        counts: calibration tokens routed to each expert, int64 [E].
+        config: options.
+        errors: measured relative errors by projection; None where nothing was quantized.
+        output_error: relative error of the routed experts' output; None where nothing was quantized.
+        extreme: experts with far larger outputs than the others.
+    """
+    layer, allocation, table = plan.layer, plan.allocation, plan.table
+    taken = table.loss[np.arange(len(allocation.choice)), allocation.choice]
     by_block = OBJECTIVES[config.objective].unit == "block"
-    predicted = {str(n): float(taken[unit].sum()) for n, unit in plan.table.unit_of.items()} if by_block else None
-    return {
-        "layer": prefix,
-        "basis": plan.basis,
-        "basis_rank": {name: p.basis.rank for name, p in layer.projections.items() if p.basis},
-        "bpw": 8 * layer.nbytes(config.block_size) / layer.num_weights,
-        "predicted_error": a.loss,
-        "predicted_error_by_projection": predicted,
-        "measured_error": None if errors is None else sum(errors.values()),
-        "measured_error_by_projection": errors,
-        "output_error": output_error,
-        "solver_gap": a.gap,
-        "tokens_per_expert": {"min": int(stats.counts.min()), "max": int(stats.counts.max())},
-        "extreme_experts": extreme,
-        "unseen_experts": (stats.counts == 0).nonzero()[:, 0].tolist(),
-        "mean_bits_by_expert": {
+    return LayerReport(
+        layer=prefix,
+        basis=plan.basis,
+        basis_rank={name: p.basis.rank for name, p in layer.projections.items() if p.basis},
+        bpw=8 * layer.nbytes(config.block_size) / layer.num_weights,
+        predicted_error=allocation.loss,
+        predicted_error_by_projection=(
+            {name: float(taken[unit].sum()) for name, unit in table.unit_of.items()} if by_block else None
+        ),
+        measured_error=None if errors is None else sum(errors.values()),
+        measured_error_by_projection=errors,
+        output_error=output_error,
+        solver_gap=allocation.gap,
+        tokens_per_expert=TokenRange(min=int(counts.min()), max=int(counts.max())),
+        extreme_experts=extreme,
+        unseen_experts=(counts == 0).nonzero()[:, 0].tolist(),
+        mean_bits_by_expert={
             name: [round(v, 4) for v in bits.float().mean(1).tolist()] for name, bits in plan.bits.items()
         },
-        "weights_by_width": {
-            name: width_histogram(plan.table.schema, name, bits, config.block_size) for name, bits in plan.bits.items()
+        weights_by_width={
+            name: width_histogram(table.schema, name, bits, config.block_size) for name, bits in plan.bits.items()
         },
-        "compensator_ranks": None if plan.ranks is None else plan.ranks.tolist(),
-    }
-
-
-def basis_ranks(row: dict[str, Any]) -> str:
-    """Ranks of a layer's shared bases for people, from its `layer_report`; empty without one."""
-    return ", ".join(map(str, row["basis_rank"].values()))
+        compensator_ranks=None if plan.ranks is None else plan.ranks.tolist(),
+    )
 
 
 def model_report(
-    reports: list[dict[str, Any]],
+    reports: list[LayerReport],
     layers: dict[str, Layer],
     config: QuantizeConfig,
     record: dict[str, object],
     windows: Tensor,
-    sanity: dict[str, Any] | None,
-    shared: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """The whole run: all-in bits per weight, options, calibration size and every layer's report.
+    sanity: SanityVerdict | None,
+    model_budget: ModelBudget | None,
+    dense_layers: LinearLayersReport | None,
+) -> ModelReport:
+    """The report of a whole run.
 
     Args:
-        reports: of the layers.
+        reports: one for each layer.
         layers: their schemas, by tensor prefix.
         config: options.
         record: options as the checkpoint keeps them.
-        windows: calibration tokens.
-        sanity: see `sanity.verdict`; None where nothing was quantized.
-        shared: the program over the whole model: proven gap and sensitivities; None with a budget for each layer.
+        windows: calibration tokens [n, L].
+        sanity: None where nothing was quantized.
+        model_budget: None where every layer has a budget of its own.
+        dense_layers: see `linear_layers_report`.
     """
     weights = sum(layer.num_weights for layer in layers.values())
     size = sum(layer.nbytes(config.block_size) for layer in layers.values())
-    return {
-        "bpw": 8 * size / weights,
-        "expert_weights": weights,
-        "expert_bytes": size,
-        "calibration_tokens": windows.numel(),
-        "options": record,
-        "sanity": sanity,
-        "model_budget": shared,
-        "layers": reports,
-    }
+    return ModelReport(
+        bpw=8 * size / weights,
+        expert_weights=weights,
+        expert_bytes=size,
+        calibration_tokens=windows.numel(),
+        options=record,
+        sanity=sanity,
+        model_budget=model_budget,
+        layers=reports,
+        dense_layers=dense_layers,
+    )
+
+
+def linear_layers_report(dense: DenseConfig | None, specs: Mapping[str, TensorSpec]) -> LinearLayersReport | None:
+    """Figures of the quantized linear layers outside the experts; None where there are none.
+
+    Args:
+        dense: how they are stored.
+        specs: with the shape of each as `{module}.weight`.
+    """
+    if dense is None:
+        return None
+    size = dense_size(dense, specs)
+    return LinearLayersReport(
+        bits=sorted({form.num_bits for form in dense.matrices.values()}),
+        matrices=len(dense.matrices),
+        weights=size.weights,
+        bytes=size.nbytes,
+        bits_per_weight=size.bits_per_weight,
+    )

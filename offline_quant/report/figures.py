@@ -1,4 +1,4 @@
-"""Pictures of the report page, each drawn to the bytes of a PNG; apart, as matplotlib takes a while to import."""
+"""Pictures of the report page as PNG bytes. Import this module late: matplotlib is slow to import."""
 
 import io
 from collections.abc import Callable, Mapping
@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
-from offline_quant.report.collect import LayerPicture
+from offline_quant.report.schema import LayerPicture
 
 P = ParamSpec("P")
 
 WIDTH_INCHES = 4.8
-"""Narrow, so that letters stay readable when the picture is as wide as a phone."""
+"""Narrow, so that letters stay readable on a phone."""
 LEFT, RIGHT = 0.68, 0.14
 DOTS_PER_INCH = 180
 COLOUR = {"gate_up": "#2a6f97", "gate": "#2f9e77", "up": "#8e5bb5", "down": "#e07a1f"}
@@ -28,9 +28,9 @@ MARKER = {"gate_up": "o", "gate": "^", "up": "v", "down": "s"}
 INK, FAINT, ALARM = "#24292f", "#d8dee4", "#c62828"
 WIDEST = 8
 FEW_LINES = 8
-"""Up to so many lines get a legend, more a colour bar."""
+"""Most lines that get a legend; more get a colour bar."""
 DRAWN_POINTS = 1_000
-"""Points of one line: more than a picture has pixels to show."""
+"""Most points of one line: about the pixels of a picture's width."""
 
 _RULES = {
     "font.family": "DejaVu Sans",
@@ -56,7 +56,7 @@ _RULES = {
 
 
 def _picture(draw: Callable[Concatenate[Figure, P], None]) -> Callable[P, bytes]:
-    """Turn a function that draws on a figure into one that returns a PNG, whatever the user's own settings are."""
+    """Turn a function that draws on a figure into one that returns a PNG. It ignores the user's matplotlib settings."""
 
     @wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> bytes:
@@ -73,12 +73,11 @@ def _picture(draw: Callable[Concatenate[Figure, P], None]) -> Callable[P, bytes]
 
 @_picture
 def error_scatter(figure: Figure, points: Mapping[str, NDArray[np.float64]], title: str) -> None:
-    """Predicted against measured error.
+    """Draw predicted against measured errors.
 
     Args:
         figure: to draw on.
-        points: [n, 2], predicted and measured, by projection; at least one point must be above zero, as it is them
-            that log axes show.
+        points: [n, 2], predicted and measured, by projection. Log axes need at least one point above zero.
         title: of the picture.
     """
     (axes,) = _panels(figure, [4.4])
@@ -104,7 +103,7 @@ def error_scatter(figure: Figure, points: Mapping[str, NDArray[np.float64]], tit
 
 @_picture
 def bit_map(figure: Figure, picture: LayerPicture, title: str) -> None:
-    """Bit-width of every block of every expert of one layer, a panel per projection."""
+    """Draw the bit-width of every block of one layer: a row for each expert, a panel for each projection."""
     names = [name for name in COLOUR if name in picture.bits]
     experts = len(picture.share)
     panel = float(np.clip(0.05 * experts, 0.7, 2.0))
@@ -128,7 +127,12 @@ def bit_map(figure: Figure, picture: LayerPicture, title: str) -> None:
 
 @_picture
 def spectra(figure: Figure, pictures: Mapping[str, LayerPicture]) -> None:
-    """Share of error energy by component, a line per layer (by its label) and a panel per projection."""
+    """Draw the share of error energy by component: a line for each layer, a panel for each projection.
+
+    Args:
+        figure: to draw on.
+        pictures: by label of the layer.
+    """
     names = [name for name in COLOUR if any(name in p.spectrum for p in pictures.values())]
     depth = colormaps["viridis"](np.linspace(0.0, 0.88, len(pictures)))
     few = len(pictures) <= FEW_LINES
@@ -139,7 +143,7 @@ def spectra(figure: Figure, pictures: Mapping[str, LayerPicture]) -> None:
                 continue
             energy = picture.spectrum[name].astype(float)
             at = np.unique(np.linspace(0, len(energy) - 1, min(len(energy), DRAWN_POINTS)).round().astype(int))
-            # Without energy there is no place on a log axis.
+            # A log axis has no place for zero.
             energy = np.where(energy > 0, energy, np.nan)[at]
             marker = "." if len(at) < 3 else None
             axes.plot(
@@ -170,7 +174,12 @@ def spectra(figure: Figure, pictures: Mapping[str, LayerPicture]) -> None:
 
 @_picture
 def activation_shares(figure: Figure, pictures: Mapping[str, LayerPicture]) -> None:
-    """Share of routed tokens by expert, relative to an even split: bars for one layer, else a map of the layers."""
+    """Draw the share of routed tokens by expert, relative to an even split: bars for one layer, else a map.
+
+    Args:
+        figure: to draw on.
+        pictures: by label of the layer.
+    """
     labels = list(pictures)
     relative = np.stack([p.share.astype(float) * len(p.share) for p in pictures.values()])
     if len(labels) == 1:
@@ -186,7 +195,7 @@ def activation_shares(figure: Figure, pictures: Mapping[str, LayerPicture]) -> N
     (axes,) = _panels(figure, [float(np.clip(0.13 * len(labels), 0.7, 5))], below=0.5)
     cmap = colormaps["PuOr_r"].with_extremes(bad=ALARM)
     seen = np.where(relative > 0, relative, np.nan)
-    # Even models would be pale on a scale for uneven ones.
+    # A scale for uneven models would show even ones too pale.
     most = int(np.clip(np.ceil(np.abs(np.log2(relative[relative > 0])).max(initial=1)), 1, 3))
     norm = LogNorm(2.0**-most, 2.0**most)
     axes.imshow(seen, aspect="auto", cmap=cmap, norm=norm, interpolation="nearest")
@@ -204,7 +213,7 @@ def activation_shares(figure: Figure, pictures: Mapping[str, LayerPicture]) -> N
 
 @_picture
 def width_bars(figure: Figure, weights: Mapping[str, Mapping[int, int]]) -> None:
-    """Share of all factor entries at each bit-width.
+    """Draw the share of all factor entries at each bit-width.
 
     Args:
         figure: to draw on.
@@ -233,12 +242,12 @@ def width_bars(figure: Figure, weights: Mapping[str, Mapping[int, int]]) -> None
 
 
 def _panels(figure: Figure, heights: list[float], below: float = 0.0) -> list[Axes]:
-    """Panels under one another. Places are given in inches: matplotlib's own layouts take most of the time.
+    """Make panels in one column, at places in inches: the layout engines of matplotlib are slow.
 
     Args:
         figure: to set up; receives its size.
         heights: of the panels, in inches.
-        below: room left for a colour bar under all of them.
+        below: room for a colour bar under all of them, in inches.
     """
     title, ticks, label = 0.3, 0.26, 0.22
     total = sum(heights) + len(heights) * (title + ticks) + label + below
@@ -254,18 +263,18 @@ def _panels(figure: Figure, heights: list[float], below: float = 0.0) -> list[Ax
 
 
 def _strip(figure: Figure) -> Axes:
-    """Where a colour bar goes: the room `_panels` left."""
+    """Axes for a colour bar, in the room that `_panels` left."""
     height = figure.get_figheight()
     return figure.add_axes((LEFT / WIDTH_INCHES, 0.28 / height, 1 - (LEFT + RIGHT) / WIDTH_INCHES, 0.12 / height))
 
 
 def _plain(text: str) -> str:
-    """A layer's label, short, and not to be read as a formula."""
+    """A short label, escaped so that matplotlib does not read a formula."""
     return (text if len(text) <= 8 else f"...{text[-6:]}").replace("$", r"\$")
 
 
 def _ticks(count: int, most: int) -> NDArray[np.int64]:
-    """At most so many of 0 .. count - 1, in round steps."""
+    """Ticks from 0 to count - 1 in round steps, `most` or fewer."""
     step = next(s for power in range(12) for s in (10**power, 2 * 10**power, 5 * 10**power) if s * most >= count)
     return np.arange(0, count, step)
 
@@ -279,6 +288,6 @@ def _log_shares(axes: Axes) -> None:
         axes.set_yticks([])
         return
     axes.set_yscale("log")
-    # What lies further below the largest share than float32 resolves is noise.
+    # Shares below the resolution of float32, relative to the largest, are noise.
     axes.set_ylim(max(drawn.min() / 1.5, drawn.max() * 1e-8), drawn.max() * 1.5)
     axes.yaxis.set_minor_formatter(NullFormatter())

@@ -1,4 +1,4 @@
-"""The model card of a checkpoint."""
+"""The model card (README.md) of a checkpoint."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -15,17 +15,20 @@ from offline_quant.calibration.sources.hub import hub_dataset
 from offline_quant.checkpoint.directory import PAGE_FILE, REPORT_FILE
 from offline_quant.model.download import hub_snapshot
 from offline_quant.model.side_files import CARD_FILE
+from offline_quant.report.schema import ModelReport
 
 LIBRARY, PIPELINE, TAGS = "vllm", "text-generation", ["bitsmoe", "mixture-of-experts", "quantized"]
-"""What the Hub's pages and searches go by."""
+"""Metadata that the Hub's pages and searches use."""
 
 
 def base_model(model: str, directory: Path) -> tuple[str | None, str]:
-    """The Hub name of a model, if it has one, and the name to show: of a local directory the last part only.
+    """Hub name of a model (None without one), and the name to show.
+
+    A snapshot in the Hub's cache has a Hub name. Of another local directory only the last part is shown.
 
     Args:
-        model: as the user named it.
-        directory: where it is; a snapshot in the Hub's cache tells the name.
+        model: directory or name, from the user.
+        directory: where the model is.
     """
     if not Path(model).is_dir():
         return model, model
@@ -35,11 +38,11 @@ def base_model(model: str, directory: Path) -> tuple[str | None, str]:
 
 
 def source_license(source: Path, base: str | None) -> dict[str, Any]:
-    """`license`, `license_name` and `license_link` of a model's own card; empty without one that can be read.
+    """`license`, `license_name` and `license_link` of the original's card; empty without a readable card.
 
     Args:
-        source: the model's directory.
-        base: its Hub name, to which a link to a file of it is completed; without one such a link is left out.
+        source: directory of the original.
+        base: its Hub name. It completes a link to a file of the original; without it such a link is left out.
     """
     if file_fault(source, CARD_FILE):
         return {}
@@ -57,15 +60,15 @@ def source_license(source: Path, base: str | None) -> dict[str, Any]:
     return found
 
 
-def write_card(directory: Path, model: str, source: Path, report: dict[str, Any], text: CalibrationText) -> None:
-    """Write the model card of a finished checkpoint. Equal inputs give equal bytes: no dates, hosts or paths.
+def write_card(directory: Path, model: str, source: Path, report: ModelReport, text: CalibrationText) -> None:
+    """Write the model card of a checkpoint. Equal inputs give equal bytes: it holds no dates, hosts or paths.
 
     Args:
         directory: the checkpoint.
-        model: the original, as the user named it.
-        source: its directory.
-        report: see `report.model_report`.
-        text: what it was calibrated on.
+        model: directory or Hub name of the original, from the user.
+        source: directory of the original.
+        report: of the run.
+        text: calibration text.
     """
     base, name = base_model(model, source)
     snapshot = hub_snapshot(source)
@@ -92,22 +95,22 @@ def write_card(directory: Path, model: str, source: Path, report: dict[str, Any]
 
 
 def _code(value: object) -> str:
-    """As code within a table's cell; names of files and directories may hold anything."""
+    """Inline code for a table's cell. Names of files and directories may hold any character."""
     shown = "".join(c if c.isprintable() else " " for c in str(value))
     return f"`{shown.replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 
 
-def _head(name: str, base: str | None, commit: str | None, report: dict[str, Any], total: int) -> list[str]:
-    experts = report["expert_bytes"]
+def _head(name: str, base: str | None, commit: str | None, report: ModelReport, total: int) -> list[str]:
+    experts = report.expert_bytes
     original = f"[{base}](https://huggingface.co/{base})" if base else _code(name)
-    others, dense_size = "nothing else is", []
-    if dense := report["dense_layers"]:
-        bits = " and ".join(map(str, dense["bits"]))
+    others, linear_size = "nothing else is", []
+    if (linear := report.dense_layers) is not None:
+        bits = " and ".join(map(str, linear.bits))
         others = f"the linear layers outside them are at {bits} bits"
-        dense_size = [f"| size of the linear layers outside the experts | {dense['bytes'] / 1e6:,.2f} MB |"]
-        total -= dense["bytes"]
+        linear_size = [f"| size of the linear layers outside the experts | {linear.bytes / 1e6:,.2f} MB |"]
+        total -= linear.bytes
     lines = [
-        f"# {_code(name.rpartition('/')[2])}, experts at {report['bpw']:.3f} bits per weight",
+        f"# {_code(name.rpartition('/')[2])}, experts at {report.bpw:.3f} bits per weight",
         "",
         f"The routed experts of this Mixture-of-Experts model are quantized with bitsmoe-vllm; {others}.",
         "",
@@ -115,23 +118,21 @@ def _head(name: str, base: str | None, commit: str | None, report: dict[str, Any
         "|---|---|",
         f"| original model | {original} |",
         *([f"| its commit | {_code(commit)} |"] if commit else []),
-        f"| bits per expert weight, scales, bases and metadata counted | {report['bpw']:.4f} |",
-        f"| expert weights | {report['expert_weights']:,} |",
+        f"| bits per expert weight, scales, bases and metadata counted | {report.bpw:.4f} |",
+        f"| expert weights | {report.expert_weights:,} |",
         f"| size of the experts | {experts / 1e6:,.2f} MB |",
-        *dense_size,
+        *linear_size,
         f"| size of everything else | {(total - experts) / 1e6:,.2f} MB |",
     ]
-    if (sanity := report["sanity"]) is not None:
-        tokens = f"{sanity['tokens']:,} tokens of the calibration text"
-        before, now = sanity["perplexity_original"], sanity["perplexity_quantized"]
+    if (sanity := report.sanity) is not None:
+        tokens = f"{sanity.tokens:,} tokens of the calibration text"
+        before, after = sanity.perplexity_original, sanity.perplexity_quantized
         lines += [
             f"| perplexity of the original on {tokens} | {before:.4g} |",
-            f"| perplexity of this model on them | {'infinite' if now is None else f'{now:.4g}'} |",
+            f"| perplexity of this model on them | {'infinite' if after is None else f'{after:.4g}'} |",
         ]
-        if (kl := sanity.get("kl")) is not None:
-            lines.append(f"| KL divergence to the original on them, nats per token | {kl:.4g} |")
-        if sanity["degenerate"]:
-            lines += ["", f"**This model is broken: {'; '.join(sanity['faults'])}.**"]
+        if sanity.degenerate:
+            lines += ["", f"**This model is broken: {'; '.join(sanity.faults)}.**"]
     return [*lines, ""]
 
 
@@ -149,7 +150,7 @@ def _serving(tool_version: str) -> list[str]:
     ]
 
 
-def _layers(report: dict[str, Any]) -> list[str]:
+def _layers(report: ModelReport) -> list[str]:
     lines = [
         "## Layers",
         "",
@@ -158,26 +159,24 @@ def _layers(report: dict[str, Any]) -> list[str]:
         "| layer | basis | bits per weight | predicted error | measured error |",
         "|---|---|---|---|---|",
     ]
-    for row in report["layers"]:
-        measured = "-" if row["measured_error"] is None else f"{row['measured_error']:.4f}"
-        lines.append(
-            f"| `{row['layer']}` | {row['basis']} | {row['bpw']:.4f} | {row['predicted_error']:.4f} | {measured} |"
-        )
+    for row in report.layers:
+        measured = "-" if row.measured_error is None else f"{row.measured_error:.4f}"
+        lines.append(f"| `{row.layer}` | {row.basis} | {row.bpw:.4f} | {row.predicted_error:.4f} | {measured} |")
     return [*lines, ""]
 
 
-def _making(name: str, report: dict[str, Any], text: CalibrationText, checkpoint: Checkpoint) -> list[str]:
+def _making(name: str, report: ModelReport, text: CalibrationText, checkpoint: Checkpoint) -> list[str]:
     lines = [
         "## How it was made",
         "",
-        f"`bitsmoe quantize` on {_code(name)}, {report['calibration_tokens']:,} tokens of calibration text "
+        f"`bitsmoe quantize` on {_code(name)}, {report.calibration_tokens:,} tokens of calibration text "
         f"({_code(text.description)}); bits for each block of components by an integer program under one budget, "
         "rounding with error feedback. Options as recorded in `config.json`, more figures in "
         f"`{REPORT_FILE}` and `{PAGE_FILE}`:",
         "",
         "| option | value |",
         "|---|---|",
-        *(f"| {key} | {_code(value)} |" for key, value in report["options"].items()),
+        *(f"| {key} | {_code(value)} |" for key, value in report.options.items()),
         "",
         f"bitsmoe-vllm {checkpoint.config.tool_version}, checkpoint format {checkpoint.config.format_version}, "
         f"torch {torch.__version__}, transformers {version('transformers')}.",

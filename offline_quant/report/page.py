@@ -1,4 +1,4 @@
-"""`report.html`: what a run decided and what came of it, for people. One file, with its pictures inside."""
+"""`report.html`: decisions and results of a run, for people. One file with its pictures inside."""
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,18 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitsmoe_kernels.format.schema import PROJECTION_NAMES
-from offline_quant.checkpoint.linear_layers import dense_line
-from offline_quant.report.collect import LayerPicture, basis_ranks
+from offline_quant.evaluation.sanity import SanityVerdict
 from offline_quant.report.rank_correlation import spearman
+from offline_quant.report.schema import LayerPicture, LayerReport, ModelReport
 
 MOST_MAPS = 8
-"""Layers whose bits are drawn; of more, these many evenly spaced."""
+"""Most layers whose bits are drawn. Of more layers, as many are drawn, evenly spaced."""
 NOTHING = "\N{EN DASH}"
 
 
 def write_page(
     path: Path,
-    report: dict[str, Any],
+    report: ModelReport,
     pictures: Mapping[str, LayerPicture],
     seconds: Mapping[str, float],
     peak_bytes: Mapping[str, int],
@@ -30,91 +30,90 @@ def write_page(
 
     Args:
         path: file to write.
-        report: see `report.model_report`.
+        report: of the run.
         pictures: of every layer, by its tensor prefix.
         seconds: wall time by stage.
         peak_bytes: largest memory by the end of each stage.
     """
     sections = [
         _summary(report),
-        _gate(report["sanity"]),
+        _sanity(report.sanity),
         _layers(report),
         _errors(report),
         _bit_maps(pictures),
         _spectra(pictures),
         _shares(pictures),
-        _widths(report["layers"]),
+        _widths(report.layers),
         _stages(seconds, peak_bytes),
-        _options(report["options"]),
+        _options(report.options),
     ]
     path.write_text(_HEAD + "\n".join(filter(None, sections)) + "\n</main>\n</body>\n</html>\n", encoding="utf-8")
 
 
-# ---- sections, in the order of the page; empty where there is nothing to say. Pictures are imported late: matplotlib
-# takes a while, and not every command draws ----
+# ---- sections in the order of the page; empty text where there is nothing to show. They import figures late ----
 
 
-def _summary(report: dict[str, Any]) -> str:
-    options = report["options"]
-    size, before = report["expert_bytes"], 2 * report["expert_weights"]
+def _summary(report: ModelReport) -> str:
+    options = report.options
+    size, before = report.expert_bytes, 2 * report.expert_weights
     facts = [
-        f"<strong>{report['bpw']:.4f} bits per weight</strong> all-in (codes, scales, metadata, basis)",
+        f"<strong>{report.bpw:.4f} bits per weight</strong> all-in (codes, scales, metadata, basis)",
         f"experts of {_bytes(size)}, {before / max(size, 1):.1f}x smaller than at 16 bits",
         f"objective <strong>{_text(options.get('objective', NOTHING))}</strong>",
-        f"calibrated on {report['calibration_tokens']:,} tokens of {_text(options.get('calib', NOTHING))}",
+        f"calibrated on {report.calibration_tokens:,} tokens of {_text(options.get('calib', NOTHING))}",
     ]
-    if report["dense_layers"] is not None:
-        facts.append(_text(dense_line(report["dense_layers"])))
-    if (shared := report["model_budget"]) is not None:
-        facts.append(f"one budget for the model, proven within {_percent(shared['solver_gap'])} of the optimum")
+    if report.dense_layers is not None:
+        facts.append(_text(report.dense_layers))
+    if report.model_budget is not None:
+        gap = _percent(report.model_budget.solver_gap)
+        facts.append(f"one budget for the model, proven within {gap} of the optimum")
     return f"<h1>Quantization report</h1>\n<p>{'; '.join(facts)}.</p>"
 
 
-def _gate(sanity: dict[str, Any] | None) -> str:
+def _sanity(sanity: SanityVerdict | None) -> str:
     if sanity is None:
         return '<p class="note">Plan only: nothing was quantized, so nothing was measured.</p>'
-    perplexity = sanity["perplexity_quantized"]
+    perplexity = sanity.perplexity_quantized
     figures = (
         f"perplexity {'infinite' if perplexity is None else f'{perplexity:.4g}'}, the original's "
-        f"{sanity['perplexity_original']:.4g}; likeliest token at "
-        f"{_percent(sanity['likeliest_token_share_quantized'])} of positions, the original's at "
-        f"{_percent(sanity['likeliest_token_share_original'])} ({sanity['tokens']:,} tokens of calibration text)"
+        f"{sanity.perplexity_original:.4g}; likeliest token at "
+        f"{_percent(sanity.likeliest_token_share_quantized)} of positions, the original's at "
+        f"{_percent(sanity.likeliest_token_share_original)} ({sanity.tokens:,} tokens of calibration text)"
     )
-    if not sanity["degenerate"]:
+    if not sanity.degenerate:
         return f'<p class="good"><strong>Sanity gate passed</strong>: {figures}.</p>'
-    faults = "".join(f"<li>{_text(fault)}</li>" for fault in sanity["faults"])
-    advice = f"<p><strong>What to do:</strong> {_text(sanity['advice'])}.</p>" if sanity["advice"] else ""
+    faults = "".join(f"<li>{_text(fault)}</li>" for fault in sanity.faults)
+    advice = f"<p><strong>What to do:</strong> {_text(sanity.advice)}.</p>" if sanity.advice else ""
     return (
         f'<div class="bad"><strong>This model is broken. Do not use it.</strong>\n<ul>{faults}</ul>\n'
         f"{advice}\n<p>Measured: {figures}.</p></div>"
     )
 
 
-def _layers(report: dict[str, Any]) -> str:
-    layers, shared = report["layers"], report["model_budget"]
+def _layers(report: ModelReport) -> str:
+    layers = report.layers
     # Losses of other objectives are in units of their own.
-    predicts = any(row["predicted_error_by_projection"] is not None for row in layers)
+    predicts = any(row.predicted_error_by_projection is not None for row in layers)
     head = ["layer", "basis", "bpw", "predicted error" if predicts else "objective's loss", "measured error"]
     head += ["output error", "solver gap", "tokens per expert", "unseen experts"]
-    sensitivity = (shared or {}).get("sensitivity") or {}
-    ranked = any(row["compensator_ranks"] is not None for row in layers)
+    sensitivity = report.model_budget.sensitivity if report.model_budget else {}
+    ranked = any(row.compensator_ranks is not None for row in layers)
     head += ["sensitivity"] * bool(sensitivity) + ["compensator ranks"] * ranked
     rows = []
     for row in layers:
-        tokens, unseen = row["tokens_per_expert"], row["unseen_experts"]
         cells = [
-            _number_of(row["layer"]),
+            _number_of(row.layer),
             _basis(row),
-            f"{row['bpw']:.4f}",
-            *(_number(row[key]) for key in ("predicted_error", "measured_error", "output_error")),
-            _percent(row["solver_gap"]),
-            _span(tokens["min"], tokens["max"]),
-            _few(unseen),
+            f"{row.bpw:.4f}",
+            *map(_number, (row.predicted_error, row.measured_error, row.output_error)),
+            _percent(row.solver_gap),
+            _span(row.tokens_per_expert.min, row.tokens_per_expert.max),
+            _few(row.unseen_experts),
         ]
         if sensitivity:
-            cells.append(_number(sensitivity.get(row["layer"])))
+            cells.append(_number(sensitivity.get(row.layer)))
         if ranked:
-            ranks = row["compensator_ranks"] or [0]
+            ranks = row.compensator_ranks or [0]
             cells.append(f"{_span(min(ranks), max(ranks))}, mean {sum(ranks) / len(ranks):.1f}")
         rows.append(cells)
     note = (
@@ -124,26 +123,25 @@ def _layers(report: dict[str, Any]) -> str:
     return f'<h2>Layers</h2>\n{_table(head, rows)}\n<p class="note">{note}</p>'
 
 
-def _basis(layer: dict[str, Any]) -> str:
-    """A layer's form, with the components that its shared bases keep."""
-    ranks = basis_ranks(layer)
-    return f"{layer['basis']}, rank {ranks}" if ranks else str(layer["basis"])
+def _basis(layer: LayerReport) -> str:
+    """A layer's form, with the ranks of its shared bases."""
+    ranks = layer.basis_ranks()
+    return f"{layer.basis}, rank {ranks}" if ranks else layer.basis
 
 
-def _errors(report: dict[str, Any]) -> str:
+def _errors(report: ModelReport) -> str:
     from offline_quant.report.figures import error_scatter
 
-    measured = [row for row in report["layers"] if row["measured_error_by_projection"] is not None]
+    measured = [
+        (row.predicted_error_by_projection or {}, row.measured_error_by_projection)
+        for row in report.layers
+        if row.measured_error_by_projection is not None
+    ]
     if not measured:
         return ""
     points: dict[str, NDArray[np.float64]] = {}
     for name in PROJECTION_NAMES:
-        pairs = [
-            (predicted[name], found[name])
-            for row in measured
-            if name in (predicted := row["predicted_error_by_projection"] or {})
-            and name in (found := row["measured_error_by_projection"])
-        ]
+        pairs = [(predicted[name], error[name]) for predicted, error in measured if name in predicted and name in error]
         if pairs:
             points[name] = np.array(pairs, dtype=np.float64)
     title = "Predicted against measured error"
@@ -211,13 +209,13 @@ def _shares(pictures: Mapping[str, LayerPicture]) -> str:
     return _section("Activation shares", _figure(activation_shares(_by_number(pictures)), caption))
 
 
-def _widths(layers: Sequence[dict[str, Any]]) -> str:
+def _widths(layers: Sequence[LayerReport]) -> str:
     from offline_quant.report.figures import width_bars
 
     weights: dict[str, dict[int, int]] = {}
     for name in PROJECTION_NAMES:
         for row in layers:
-            for width, count in row["weights_by_width"].get(name, {}).items():
+            for width, count in row.weights_by_width.get(name, {}).items():
                 mine = weights.setdefault(name, {})
                 mine[int(width)] = mine.get(int(width), 0) + count
     total = sum(sum(counts.values()) for counts in weights.values())
@@ -247,7 +245,7 @@ def _options(options: Mapping[str, Any]) -> str:
     return _section("Options", _table(["option", "value"], rows, "words"))
 
 
-# ---- pieces of HTML; what they are given is plain text unless named html ----
+# ---- pieces of HTML; arguments are plain text, except those named html ----
 
 
 def _section(title: str, html: str) -> str:
@@ -276,7 +274,7 @@ def _text(value: object) -> str:
     return escape(str(value), quote=True)
 
 
-# ---- numbers as people read them ----
+# ---- numbers for people ----
 
 
 def _number(value: float | None) -> str:
@@ -304,7 +302,7 @@ def _span(low: int, high: int) -> str:
 
 
 def _few(experts: Sequence[int]) -> str:
-    """How many, and which if they are few."""
+    """The number of experts; which ones, too, for up to six."""
     if not experts:
         return "none"
     return str(len(experts)) + (f" ({', '.join(map(str, experts))})" if len(experts) <= 6 else "")
@@ -321,7 +319,7 @@ def _value(value: object) -> str:
 
 
 def _number_of(prefix: str) -> str:
-    """The layer's number: there is no room for whole tensor prefixes."""
+    """Number of the decoder layer. The page has no room for whole tensor prefixes."""
     return next((part for part in prefix.split(".") if part.isdecimal()), prefix)
 
 

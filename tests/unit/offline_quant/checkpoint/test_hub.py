@@ -21,27 +21,31 @@ from offline_quant.calibration.sources.base import CalibrationText
 from offline_quant.checkpoint.dequantize import dequantize_checkpoint
 from offline_quant.checkpoint.hub import push
 from offline_quant.report.model_card import base_model, source_license, write_card
+from offline_quant.report.schema import ModelReport
 
 SANITY = {
-    "tokens": 8192, "perplexity_original": 43.96, "perplexity_quantized": 44.5, "degenerate": False, "faults": [],
-    "advice": None,
+    "tokens": 8192, "perplexity_original": 43.96, "perplexity_quantized": 44.5, "likeliest_token_share_original": 0.05,
+    "likeliest_token_share_quantized": 0.05, "degenerate": False, "faults": [], "advice": None,
 }  # fmt: skip
 
 
 def row(layer: int) -> dict[str, Any]:
     return {
-        "layer": f"model.layers.{layer}.mlp.experts", "basis": "whitened", "bpw": 2.125 + layer,
-        "predicted_error": 0.0123 * (layer + 1), "measured_error": 0.0234 * (layer + 1),
+        "layer": f"model.layers.{layer}.mlp.experts", "basis": "whitened", "basis_rank": {"gate_up": 48},
+        "bpw": 2.125 + layer, "predicted_error": 0.0123 * (layer + 1), "predicted_error_by_projection": None,
+        "measured_error": 0.0234 * (layer + 1), "measured_error_by_projection": None, "output_error": 0.03,
+        "solver_gap": 0.0, "tokens_per_expert": {"min": 1, "max": 2}, "extreme_experts": [], "unseen_experts": [],
+        "mean_bits_by_expert": {}, "weights_by_width": {}, "compensator_ranks": None,
     }  # fmt: skip
 
 
-def report(**changes: Any) -> dict[str, Any]:
-    return {
+def report(**changes: Any) -> ModelReport:
+    data = {
         "bpw": 2.1249, "expert_weights": 3_145_728, "expert_bytes": 30_000, "calibration_tokens": 65_536,
         "options": {"bits": 2.125, "objective": "bitsmoe", "calib": "my|text`.txt", "seed": 0}, "sanity": SANITY,
-        "dense_layers": None,
-        "layers": [row(0), row(1)],
+        "model_budget": None, "layers": [row(0), row(1)], "dense_layers": None,
     } | changes  # fmt: skip
+    return ModelReport.model_validate(data)
 
 
 @pytest.fixture(scope="module")
@@ -120,17 +124,17 @@ def test_a_card_has_the_reports_figures(checkpoint: Path, source: Path) -> None:
 
 
 def test_a_card_names_layers_outside_the_experts(checkpoint: Path, source: Path) -> None:
-    text = card_of(checkpoint, "me/model", source, dense_layers={"bits": [4], "bytes": 10_000}).text
+    linear = {"bits": [4], "matrices": 3, "weights": 18_000, "bytes": 10_000, "bits_per_weight": 4.4}
+    text = card_of(checkpoint, "me/model", source, dense_layers=linear).text
     total = sum(spec.nbytes for spec in Checkpoint(checkpoint).tensors.specs.values())
     assert "quantized with bitsmoe-vllm; the linear layers outside them are at 4 bits." in text
     assert "| size of the linear layers outside the experts | 0.01 MB |" in text
     assert f"| size of everything else | {(total - 40_000) / 1e6:.2f} MB |" in text
 
 
-def test_kl_where_it_was_measured_and_a_broken_model(checkpoint: Path, source: Path) -> None:
-    sanity = SANITY | {"kl": 0.01234, "perplexity_quantized": None, "degenerate": True, "faults": ["it stammers"]}
+def test_a_card_says_that_a_model_is_broken(checkpoint: Path, source: Path) -> None:
+    sanity = SANITY | {"perplexity_quantized": None, "degenerate": True, "faults": ["it stammers"]}
     text = card_of(checkpoint, "a/b", source, sanity=sanity).text
-    assert "| KL divergence to the original on them, nats per token | 0.01234 |" in text
     assert "| perplexity of this model on them | infinite |" in text
     assert "**This model is broken: it stammers.**" in text
 

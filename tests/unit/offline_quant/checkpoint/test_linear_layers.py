@@ -318,7 +318,7 @@ def test_evaluation_and_the_sanity_gate_see_the_rounding(quantized: Path, model:
 def test_without_the_option_nothing_changes(model: Path, calib: Path, tmp_path: Path) -> None:
     config = QuantizeConfig(bits=4.5, calib=str(calib), calib_samples=4, calib_length=64, refine=0)
     outcome = quantize_model(str(model), tmp_path / "q", config)
-    assert outcome.report["dense_layers"] is None
+    assert outcome.report.dense_layers is None
     checkpoint = Checkpoint(tmp_path / "q")
     assert checkpoint.dense() is None
     assert checkpoint.config.linear_quantization is None

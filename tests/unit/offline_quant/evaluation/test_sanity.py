@@ -25,28 +25,26 @@ WORKING = Tally(300.0, 100, counts((3, 20), (4, 30), (5, 50)))
 
 def test_a_working_model_is_sane():
     found = verdict(WORKING, Tally(310.0, 100, counts((3, 25), (4, 25), (5, 50))))
-    assert not found["degenerate"]
-    assert found["faults"] == []
-    assert found["advice"] is None
-    assert found["perplexity_original"] == pytest.approx(math.exp(3.0))
-    assert found["perplexity_quantized"] == pytest.approx(math.exp(3.1))
+    assert not found.degenerate
+    assert found.faults == []
+    assert found.advice is None
+    assert found.perplexity_original == pytest.approx(math.exp(3.0))
+    assert found.perplexity_quantized == pytest.approx(math.exp(3.1))
 
 
 @pytest.mark.parametrize("nll", [400.0, 1e9, float("nan"), float("inf")])
 def test_a_lost_model_is_broken(nll):
     found = verdict(WORKING, Tally(nll, 100, WORKING.likeliest))
-    assert found["degenerate"]
-    assert "perplexity on calibration text" in found["faults"][0]
-    assert "--bits" in found["advice"]
+    assert found.degenerate
+    assert "perplexity on calibration text" in found.faults[0]
+    assert "--bits" in found.advice
 
 
 def test_a_model_that_repeats_one_token_is_broken():
     varied = Tally(300.0, 100, torch.full((50,), 2))
     found = verdict(varied, Tally(320.0, 100, counts((0, 95), (1, 5))))
-    assert found["faults"] == [
-        "token 0 is the likeliest at 95% of positions, no token at more than 2% for the original"
-    ]
-    assert not verdict(WORKING, Tally(320.0, 100, counts((0, 60), (1, 40))))["degenerate"]  # 50% is usual there
+    assert found.faults == ["token 0 is the likeliest at 95% of positions, no token at more than 2% for the original"]
+    assert not verdict(WORKING, Tally(320.0, 100, counts((0, 60), (1, 40)))).degenerate  # 50% is usual there
 
 
 @pytest.fixture(scope="module")

@@ -43,8 +43,8 @@ def test_a_family_is_read_quantized_and_dequantized(architecture: str, tmp_path:
     layers = source.shape.layers
     assert torch.allclose(streamed_logits(source), whole_logits(model), atol=2e-4)
     outcome = quantize_model(str(model), tmp_path / "q", quick(calib))
-    assert len(outcome.report["layers"]) == len(layers)
-    assert all(0 < row["output_error"] < 0.02 for row in outcome.report["layers"])
+    assert len(outcome.report.layers) == len(layers)
+    assert all(0 < row.output_error < 0.02 for row in outcome.report.layers)
     dequantize_checkpoint(tmp_path / "q", tmp_path / "d", torch.float32)
     assert torch.allclose(streamed_logits(open_model(tmp_path / "q")), whole_logits(tmp_path / "d"), atol=2e-4)
 

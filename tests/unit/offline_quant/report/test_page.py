@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from offline_quant.report.collect import LayerPicture
 from offline_quant.report.figures import activation_shares, bit_map
 from offline_quant.report.page import MOST_MAPS, write_page
 from offline_quant.report.rank_correlation import spearman
+from offline_quant.report.schema import LayerPicture, ModelReport
 
 WIDTHS = np.array([0, 1, 2, 3, 4, 5, 6, 8], dtype=np.uint8)
 DASH = "\N{EN DASH}"
@@ -55,7 +55,7 @@ def make(
     degenerate: bool = False,
     seed: int = 0,
 ) -> tuple[dict[str, Any], dict[str, LayerPicture]]:
-    """A report and its pictures; fields as offline_quant.report fills them."""
+    """A report and its pictures; fields as in offline_quant.report.schema."""
     rng = np.random.default_rng(seed)
     components = components or {"gate_up": 256, "down": 128}
     pictures = {f"model.layers.{i}.mlp.experts": picture(rng, experts, components) for i in range(layers)}
@@ -77,6 +77,7 @@ def make(
                 "output_error": None if plan_only else 0.031 + i / 1000,
                 "solver_gap": 0.00025,
                 "tokens_per_expert": {"min": 71 + i, "max": 1234},
+                "extreme_experts": [],
                 "unseen_experts": [],
                 "mean_bits_by_expert": {n: b.mean(1).round(4).tolist() for n, b in drawn.bits.items()},
                 "weights_by_width": widths,
@@ -166,7 +167,7 @@ PEAKS = {"calibration": 1_250_000_000, "quantization": 1_900_000_000}
 
 def render(tmp_path: Path, report: dict[str, Any], pictures: dict[str, LayerPicture]) -> Page:
     path = tmp_path / "report.html"
-    write_page(path, report, pictures, SECONDS, PEAKS)
+    write_page(path, ModelReport.model_validate(report), pictures, SECONDS, PEAKS)
     html = path.read_text(encoding="utf-8")
     assert str(tmp_path) not in html
     assert "//" not in html.replace("image/png;base64,", "").split("</style>")[0]
