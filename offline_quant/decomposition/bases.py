@@ -114,8 +114,8 @@ def stored_basis(name: ProjectionName, axis: Axis, rows: Tensor, bits: int) -> D
     """
     if bits == 16:
         half = (rows / rows.abs().amax(1, keepdim=True)).half()
-        return Decomposition(name, axis, half.float(), {"basis": half}, Basis(rank=len(rows), bits=16))
+        return Decomposition(name, axis, half.float(), {"basis": half.contiguous()}, Basis(rank=len(rows), bits=16))
     scale = rows.abs().amax(1) / 127
     codes = (rows / scale[:, None]).round().to(torch.int8)
-    tensors = {"basis": codes, "basis_scale": scale}
+    tensors = {"basis": codes.contiguous(), "basis_scale": scale}
     return Decomposition(name, axis, codes.float() * scale[:, None], tensors, Basis(rank=len(rows), bits=8))
