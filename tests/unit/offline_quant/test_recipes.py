@@ -1,4 +1,4 @@
-"""docs/developing/objective.md and decomposition.md, followed to the letter in a copy of the quantizer."""
+"""docs/developing/objective.md, decomposition.md and calibration_source.md, followed to the letter in a copy of the quantizer."""
 
 import json
 import os
@@ -44,11 +44,11 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def quantized(tree: Path, model: Path, *options: str) -> dict:
+def quantized(tree: Path, model: Path, *options: str, calib: str = "calib.txt") -> dict:
     """The report of a model quantized by the copy."""
     (tree / "calib.txt").write_text("She opened the door, and there stood her brother with the lamp. " * 60)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tree), str(REPO / "kernels")))}
-    command = ("quantize", str(model), "--out", "q", "--calib", "calib.txt", *SMALL, *options)
+    command = ("quantize", str(model), "--out", "q", "--calib", calib, *SMALL, *options)
     done = subprocess.run(
         [sys.executable, "-m", "offline_quant.cli", *command],
         cwd=tree,
@@ -90,6 +90,14 @@ def test_a_decomposition(tree: Path) -> None:
         prefix = f"{row['layer']}.gate_up_basis"
         basis = stored[prefix].double() * stored[f"{prefix}_scale"].double()[:, None]
         assert torch.allclose(basis @ basis.T, torch.eye(len(basis), dtype=torch.float64), atol=0.05)
+
+
+def test_a_calibration_source(tree: Path) -> None:
+    model = make_model("Qwen3MoeForCausalLM", tree / "model")
+    follow("calibration_source.md", tree)
+    report = quantized(tree, model, "--bits", "4.5", "--plan", calib="count:5")
+    assert report["options"]["calib"] == "count:5"
+    assert report["calibration_tokens"] == 3 * 48
 
 
 def test_options_name_what_is_registered() -> None:

@@ -92,7 +92,7 @@ def quantized(directory: Path, calib: str) -> tuple[dict, str]:
     options = {"bits": 4.5, "calib_samples": 3, "calib_length": 24, "refine": 0, "calib": calib}
     source = make_model("Qwen3MoeForCausalLM", directory / "model")
     outcome = quantize_model(str(source), directory / "out", QuantizeConfig(**options))
-    assert outcome.report["calibration_tokens"] == 72
+    assert outcome.report.calibration_tokens == 72
     config = json.loads((directory / "out/config.json").read_text())
     card = (directory / "out" / model_card.CARD_FILE).read_text()
     (line,) = [line for line in card.splitlines() if "tokens of calibration text" in line]
