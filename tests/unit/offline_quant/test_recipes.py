@@ -1,4 +1,4 @@
-"""docs/developing/objective.md, decomposition.md and calibration_source.md, followed to the letter in a copy of the quantizer."""
+"""Recipes of docs/developing, followed to the letter in a copy of the quantizer."""
 
 import json
 import os
