@@ -26,8 +26,8 @@ _HEAD_TOKENS = 2048
 class Evaluation:
     """Figures of one model on one text.
 
-    The standard error of a figure says how far another text of this kind and length would be expected to move it.
-    Windows are taken as independent, tokens of one window are not. None of one window alone.
+    The standard error of a figure is the change to expect from another text of this kind and length. Windows count as
+    independent, tokens of one window do not. It is None where there is one window.
 
     Attributes:
         perplexity: exp of the mean negative log-likelihood of every token but each window's first.
@@ -56,7 +56,7 @@ class Evaluation:
     excess_stderr: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON data, without what was not measured."""
+        """The measured figures as JSON data."""
         return {k: v for k, v in asdict(self).items() if v is not None}
 
 
@@ -84,7 +84,7 @@ def evaluate(model: Path, text: Path | TextSource, reference: Path | None = None
 
 
 class Reference:
-    """A model that many others are compared with on one text: it is run once.
+    """A model that others are compared with on one text. It is run once.
 
     Args:
         model: checkpoint directory.
@@ -170,7 +170,7 @@ def _stderr(values: Tensor) -> float | None:
 
 @dataclass(frozen=True)
 class States:
-    """What leaves a model's last layer: hidden [n, L, H] on the CPU, its output embedding, and the model."""
+    """Hidden states [n, L, H] that leave a model's last layer, on the CPU, its output embedding, and the model."""
 
     hidden: Tensor
     head: Tensor

@@ -14,16 +14,16 @@ from offline_quant.model.streaming import StreamedModel
 TOKENS = 8_192
 """Tokens judged."""
 VOCABULARY_ROWS = 4096
-"""Of the output embedding that are used at a time: bounds the memory of it and of logits."""
+"""Rows of the output embedding that are used at a time: bounds its memory and that of logits."""
 PERPLEXITY_RATIO = 1.5
 """A quantized model this many times as perplexed is called degenerate."""
 REPEATED_SHARE, REPEATED_RATIO = 0.3, 2.0
-"""So is one that finds a single token most likely at this share of positions, and so much oftener than the original."""
+"""So is one that finds one token most likely at this share of positions, and this much oftener than the original."""
 
 
 @dataclass
 class Tally:
-    """What one model predicted.
+    """Predictions of one model.
 
     Attributes:
         nll: summed negative log-likelihood.
@@ -37,7 +37,7 @@ class Tally:
 
 
 def judged_tokens(tokens: int) -> int:
-    """How many of some tokens of calibration text are judged, at most."""
+    """Tokens that are judged, at most, of a number of tokens of calibration text."""
     return min(tokens, TOKENS)
 
 
@@ -51,7 +51,7 @@ def judging_bytes(sizes: RunSizes) -> int:
 
 @torch.no_grad()
 def tally(model: StreamedModel, windows: Tensor, hidden: Iterable[Tensor]) -> Tally:
-    """Predictions from what leaves the last layer, for a few rows of the head at a time.
+    """Count predictions from the hidden states that leave the last layer, for some rows of the head at a time.
 
     Args:
         model: for norm and head.
@@ -78,7 +78,7 @@ def tally(model: StreamedModel, windows: Tensor, hidden: Iterable[Tensor]) -> Ta
 
 
 def verdict(original: Tally, quantized: Tally) -> dict[str, Any]:
-    """Figures of both models and, where the quantized one degenerates, why and what to do."""
+    """Figures of both models; where the quantized one degenerates, with reasons and advice."""
     n = max(1, quantized.tokens)
     base, now = (math.exp(min(t.nll / n, 700.0)) if math.isfinite(t.nll) else math.inf for t in (original, quantized))
     token = int(quantized.likeliest.argmax())
