@@ -38,9 +38,7 @@ def load_tokenizer(directory: Path) -> Any:
         tokenizer("a", verbose=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as e:
         raise BitsmoeError(f"{directory}: no tokenizer can be loaded ({e})") from None
-    if set(tokenizer.get_vocab()) <= set(
-        tokenizer.all_special_tokens
-    ):  # without any file
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # without any file
         raise BitsmoeError(f"{directory}: no tokenizer can be loaded (its files are missing)")
     return tokenizer
 
