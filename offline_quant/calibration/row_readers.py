@@ -39,8 +39,8 @@ class Cursor:
     """Reads a file once, forwards.
 
     Attributes:
-        position: how far it has read.
-        start_at: what begins before this position is left out. The user of the cursor may raise it at any time.
+        position: the end of what was read.
+        start_at: rows that begin before this position are left out. The caller may raise it at any time.
         size: the position at the end.
     """
 
@@ -133,7 +133,7 @@ class _Lines(Cursor):
             pending = bytearray()
             while True:
                 if self.start_at > self.position + len(pending):
-                    # From one byte earlier on: what is left of a line there, or its end, is left out.
+                    # One byte earlier: the rest of a line there, or its end, is left out.
                     self.position = self.start_at - 1
                     stream.seek(self.position)
                     pending = bytearray()

@@ -1,8 +1,8 @@
-"""How much the model's predictions feel an error of each layer's experts, measured with gradients, layer by layer.
+"""Sensitivity of the model's predictions to errors of each layer's experts, measured with gradients.
 
 To second order, an error d of a layer's output costs KL = E[(g . d)^2] / 2, with g the gradient of the log-likelihood
 of a token drawn from the model's own prediction (the Fisher metric). With d spread evenly, an error of relative size r
-costs r * E|g|^2 * E|y|^2 / (2 H), y being what the routed experts put out: the factor of r is the layer's sensitivity.
+costs r * E|g|^2 * E|y|^2 / (2 H), y being the routed experts' output: the factor of r is the layer's sensitivity.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from offline_quant.model.sizes import FLOAT, RunSizes
 from offline_quant.model.streaming import Arguments, StreamedModel
 
 TOKENS = 8_192
-"""Tokens of calibration text used: bounds the memory of all layers' hidden states."""
+"""Tokens of calibration text that are used: bounds the memory of all layers' hidden states."""
 BATCH_TOKENS = 2_048
 LOGIT_COPIES = 3.5
 """Copies of logits while gradients of drawn tokens are taken: measured with the vocabulary of Qwen3-30B-A3B, where they

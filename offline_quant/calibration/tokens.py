@@ -1,4 +1,4 @@
-"""Tokens of documents of any length: slice by slice, cut where the cut does not change them."""
+"""Tokens of documents of any length: slice by slice, cut where a cut does not change tokens."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -7,9 +7,9 @@ from typing import Any
 from offline_quant.calibration.text_source import Document
 
 SLICE = 1 << 17
-"""Most characters tokenized at once: more takes more memory and no less time."""
+"""Most characters tokenized at once. More would take more memory and as much time."""
 SLICE_BYTES = 48 << 20
-"""That tokenizing a slice takes."""
+"""Bytes of memory that tokenizing a slice takes."""
 _LOOK_BACK = 4096
 # In this order. Byte-level BPE begins a word with the space before it, and ends one with a single line break.
 _JOINTS = [
@@ -19,11 +19,11 @@ _JOINTS = [
 
 
 class DocumentTokens:
-    """Makes a tokenizer's ids of documents, the same as of each as a whole.
+    """Tokenizes documents slice by slice, with the ids of the whole document.
 
-    They are the same for byte-level BPE, and for sentencepiece-like tokenizers that begin words with a space. Where a
-    text has no spaces and single line breaks, or the tokenizer treats the beginning of a text in a way of its own, one
-    or two tokens may differ where slices meet.
+    The ids are the same for byte-level BPE, and for sentencepiece-like tokenizers that begin words with a space. One or
+    two tokens may differ where slices meet: in a text without spaces and single line breaks, or with a tokenizer that
+    treats the beginning of a text specially.
 
     Args:
         tokenizer: of the model.
@@ -34,7 +34,7 @@ class DocumentTokens:
         whole, first = self._whole("a"), self._ids("a")
         at = next((i for i in range(len(whole)) if whole[i : i + len(first)] == first), 0)
         self._before, self._after = whole[:at], whole[at + len(first) :]
-        # Some tokenizers put a space before any text, also where there is one.
+        # Some tokenizers put a space before any text, even before a space.
         self._doubles = first + self._ids(" b") != self._ids("a b") == first + self._ids("b")
 
     def _whole(self, text: str) -> list[int]:
@@ -48,7 +48,7 @@ class DocumentTokens:
 
         Args:
             document: the text.
-            size: asked before each slice: how many characters it should have, at most SLICE.
+            size: called before each slice for its number of characters, at most SLICE.
         """
         first = True
         for text, last in _slices(document.pieces, size):

@@ -19,11 +19,11 @@ from offline_quant.calibration.tokens import SLICE, SLICE_BYTES, DocumentTokens
 from offline_quant.runtime.progress import bar, console
 
 WHOLE_BYTES, SPREAD_BYTES = 4 << 20, 16
-"""Bytes of a file, and for every token asked for, up to which all of the file is tokenized."""
+"""A file is tokenized as a whole up to this many bytes, or this many for every token asked for."""
 _LEAST_PIECE = 4096
-"""Bytes read at once at least: a line should begin in them."""
+"""Least bytes read at once: a line should begin in them."""
 _SLICE_CHARACTERS, _LEAST_SLICE = 6, 1024
-"""Characters tokenized for every token that is still missing, and at least."""
+"""Characters tokenized for every missing token, and the least number of them."""
 _GOLDEN = 0.6180339887498949
 
 
@@ -38,7 +38,7 @@ def load_tokenizer(directory: Path) -> Any:
         tokenizer("a", verbose=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as e:
         raise BitsmoeError(f"{directory}: no tokenizer can be loaded ({e})") from None
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of no file at all
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # without any file
         raise BitsmoeError(f"{directory}: no tokenizer can be loaded (its files are missing)")
     return tokenizer
 
@@ -95,7 +95,7 @@ def text_windows(tokenizer: Any, source: TextSource, length: int, limit: int | N
 
 
 def _all_tokens(reading: Reading, tokens: DocumentTokens) -> Iterator[NDArray[np.int32]]:
-    """Of all documents, slice by slice."""
+    """Token ids of all documents, slice by slice."""
     cursor = reading.cursor
     with bar("Tokenizing", cursor.size) as on_progress:
         done = 0
@@ -112,7 +112,7 @@ def _windows_at(
 ) -> tuple[list[list[int]], int]:
     """A window from each place of a cursor on, as far as there is text, and the number of tokens found.
 
-    Where one window has gone beyond the next place, the next window goes on there.
+    Where a window ends beyond the next place, the next window begins at its end.
     """
     cursor = reading.cursor
     if isinstance(cursor, PlainText):

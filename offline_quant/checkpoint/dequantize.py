@@ -1,4 +1,4 @@
-"""A bitsmoe checkpoint as an ordinary one, with the weights it stands for."""
+"""Writes a bitsmoe checkpoint as an ordinary one, with dequantized weights."""
 
 import json
 from pathlib import Path

@@ -13,9 +13,9 @@ from bitsmoe_kernels.errors import BitsmoeError
 
 REPORT_FILE = "bitsmoe_report.json"
 PAGE_FILE = "report.html"
-"""Both are written beside the checkpoint, or alone by `--plan`. The page holds times and memory too."""
+"""Written beside the checkpoint, or alone with `--plan`. The page also shows times and memory."""
 MAX_NAME = 230
-"""Bytes of a directory's name: file systems take 255, and scratch directories have longer names than the result."""
+"""Most bytes of a directory's name. File systems take 255; scratch directories have longer names than the result."""
 
 
 def existing_directory(directory: Path) -> Path:
@@ -63,27 +63,27 @@ def check_space(out: Path, needed: int) -> None:
 
 
 def unwritable(out: Path, reason: Exception) -> BitsmoeError:
-    """What to say when writing failed midway."""
+    """The error of a result whose writing failed midway."""
     free = shutil.disk_usage(next(p for p in out.absolute().parents if p.exists())).free
     return BitsmoeError(f"{out}: cannot be written ({reason}); {free / 1e6:.1f} MB are free there")
 
 
 def missing_parents(path: Path) -> list[Path]:
-    """Directories that making a path would make besides, the innermost first."""
+    """Parents of a path that do not exist, the innermost first."""
     return [p for p in path.parents if not p.exists()]
 
 
 def remove_empty(directories: list[Path]) -> None:
-    """Remove those of some directories that are there and empty, in order."""
+    """Remove directories that exist and are empty, in order."""
     for directory in directories:
         if directory.exists() and not any(directory.iterdir()):
             directory.rmdir()
 
 
 def move_into_place(made: Path, out: Path) -> None:
-    """Give a finished directory its place: renamed whole, or, where it was made inside `out`, file by file.
+    """Move a finished directory to `out`: renamed whole, or file by file where it was made inside `out`.
 
-    config.json comes last: with it a checkpoint is one.
+    config.json comes last: it makes a directory a checkpoint.
     """
     if out in made.parents:
         for path in sorted(made.iterdir(), key=lambda p: p.name == "config.json"):
@@ -95,7 +95,7 @@ def move_into_place(made: Path, out: Path) -> None:
 
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """A scratch directory whose files appear in `out` if the block succeeds, and which vanishes if it does not.
+    """A scratch directory. Its files appear in `out` if the block succeeds; it is removed if the block fails.
 
     An `out` that does not exist is renamed into place whole. An empty one (it may be a mount point, which cannot be
     replaced) holds the scratch directory, and receives its files at the end, config.json last.
@@ -106,7 +106,7 @@ def new_directory(out: Path) -> Iterator[Path]:
     check_output(out)
     out = out.absolute()
     made = missing_parents(out)
-    # Named before it is made, so that a signal in between leaves nothing.
+    # The name is known before the directory exists: a signal in between leaves nothing.
     scratch = (out if out.exists() else out.parent) / f".{out.name}.partial-{secrets.token_hex(4)}"
     done = False
     try:

@@ -18,11 +18,11 @@ from offline_quant.model.source import value_faults
 from offline_quant.runtime.progress import track
 
 _REPLACED = ["*.safetensors", INDEX_FILE]
-"""Files of an earlier push that go where the new one has none of that name: an index left over would be believed."""
+"""Files of an earlier push that are removed unless the new one has the same: readers would trust an old index."""
 
 
 def push_files(model: QuantizedModel) -> list[str]:
-    """Names of a checkpoint's files that belong on the Hub; whatever else lies in the directory stays there."""
+    """Names of a checkpoint's files that belong on the Hub; other files of the directory are not pushed."""
     own = ["config.json", INDEX_FILE, CARD_FILE, REPORT_FILE, PAGE_FILE]
     beside = (path.relative_to(model.directory).as_posix() for path in side_files(model.directory))
     names = {*own, *model.tensors.files, *beside}

@@ -1,4 +1,4 @@
-"""Linear layers outside the routed experts at 8 or 4 bits: which, with what scales, and the model that comes of it."""
+"""Linear layers outside the routed experts, quantized to 8 or 4 bits."""
 
 from collections.abc import Iterator, Mapping
 from typing import Literal
@@ -22,14 +22,14 @@ from bitsmoe_kernels.format.schema import TensorSpec
 from offline_quant.model.source import SourceModel, Tensors, WeightSource
 
 _SCALES = {4: torch.linspace(1.0, 0.5, 21), 8: torch.linspace(1.004, 0.96, 12)}
-"""Scales that are tried, relative to the one that clips nothing. At 4 bits clipping the few largest values pays; at 8
-bits it does not, but neighbouring scales in bfloat16 differ by chance, and the best of some is better than any."""
+"""Scales that are tried, relative to the one that clips nothing. At 4 bits, clipping the few largest values pays. At 8
+bits it does not; the best of some neighbouring scales in bfloat16 is still better than one."""
 _CHUNK = 1 << 21
-"""Weights worked on at once."""
+"""Weights that are quantized at a time."""
 
 
 def dense_plan(source: SourceModel, bits: Literal[4, 8, 16]) -> DenseConfig | None:
-    """Which matrices are stored how; None with 16 bits.
+    """Choose how every linear layer outside the experts is stored; None with 16 bits.
 
     Raises:
         BitsmoeError: lists all matrices of a shape that no engine's kernels take.
@@ -97,7 +97,7 @@ def _quantize_groups(x: Tensor, bits: DenseBits) -> tuple[Tensor, Tensor]:
         return (x / s[:, None]).round_().clamp_(low, high)
 
     def consider(s: Tensor) -> None:
-        # As it will be stored; a group of zeros, or of numbers too small for a scale, is all zeros with any.
+        # Scales are stored in bfloat16. A group of zeros, or of values too small for a scale, is zero with any.
         s = s.bfloat16().float()
         s = torch.where(s > 0, s, 1.0)
         error = (rounded(s) * s[:, None] - x).square_().sum(1)
@@ -106,16 +106,16 @@ def _quantize_groups(x: Tensor, bits: DenseBits) -> tuple[Tensor, Tensor]:
 
     for factor in _SCALES[bits].tolist():
         consider(widest * factor)
-    # The scale that fits the codes found best, as a last candidate.
+    # The last candidate is the scale that fits the best codes.
     q = rounded(scale)
     consider((q * x).sum(1) / q.square().sum(1).clamp(min=1))
     return rounded(scale).to(torch.int8), scale.bfloat16()
 
 
 class DenseTensors:
-    """A model's tensors with some matrices replaced by what their quantized form stands for.
+    """A model's tensors with some matrices replaced by their dequantized form.
 
-    Each is quantized anew whenever it is asked for, which takes a fraction of what a layer's experts take.
+    A matrix is quantized again whenever it is read: a fraction of the work on a layer's experts.
 
     Args:
         source: the tensors.
@@ -140,7 +140,7 @@ class DenseTensors:
         return dequantize(stored["weight_packed"], stored["weight_scale"], self.matrices[name.removesuffix(".weight")])
 
     def stored(self, name: str) -> dict[str, Tensor] | None:
-        """What stands for a matrix in the checkpoint, by part; None for a tensor that is kept as it is."""
+        """The stored tensors of a quantized matrix, by the last part of their names; None for any other tensor."""
         module, _, leaf = name.rpartition(".")
         if leaf != "weight" or module not in self.matrices:
             return None
@@ -155,7 +155,7 @@ class DenseTensors:
 
 
 class DenseModel:
-    """A model whose linear layers outside the experts are quantized: what calibration must see.
+    """A model whose linear layers outside the experts are quantized, for calibration.
 
     Args:
         source: the model.

@@ -65,7 +65,7 @@ class Tally:
 
 
 def judged_tokens(tokens: int) -> int:
-    """How many of some tokens of calibration text are judged, at most."""
+    """Tokens that are judged, at most, of a number of tokens of calibration text."""
     return min(tokens, TOKENS)
 
 

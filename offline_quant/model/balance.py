@@ -1,17 +1,17 @@
-"""Experts whose up and down matrices have sizes of the same order."""
+"""Brings up and down matrices of an expert to the same order of magnitude."""
 
 import torch
 from torch import Tensor
 
 UNBALANCED = 2.0**8
-"""Ratio of an expert's up to its down matrix from which the two are brought together, see `balance_up_and_down`."""
+"""Ratio of an expert's up to its down matrix from which `balance_up_and_down` changes an expert."""
 
 
 def balance_up_and_down(gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Experts that compute the same, without up and down of very different sizes.
+    """Experts of the same function, whose up and down do not differ much in size.
 
-    A power of two goes from one to the other. Errors of both are weighed together, and their scales are float16.
-    Ordinary experts stay as they are.
+    A power of two goes from one to the other: errors of both are weighed together, and their scales are float16.
+    Ordinary experts are not changed.
 
     Args:
         gate_up: [n, 2 I, H].

@@ -39,15 +39,15 @@ def hub_snapshot(directory: Path) -> HubSnapshot | None:
 
 
 def resolve_model(name: str, revision: str | None = None, option: str = "--revision") -> Path:
-    """A local directory, or a Hub name downloaded into the local cache.
+    """Find a model: a local directory, or a Hub name, whose files are downloaded into the local cache.
 
     Args:
-        name: either.
+        name: of the directory, or on the Hub.
         revision: branch, tag or commit of a Hub name; None: the main branch.
-        option: that gave it, for messages.
+        option: the command line's option of the revision, for messages.
 
     Raises:
-        BitsmoeError: neither.
+        BitsmoeError: no such directory, or the Hub does not give it.
     """
     path = Path(name)
     if path.is_dir():

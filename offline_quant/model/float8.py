@@ -1,4 +1,4 @@
-"""Checkpoints in block-wise float8, as DeepSeek-V3 ships: read as if they were bfloat16."""
+"""Reads checkpoints in block-wise float8 (DeepSeek-V3) as bfloat16."""
 
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class Float8Reader(ShardReader):
             return tensor
         scale = super().get(name + SCALE).float()
         for axis, block in enumerate(self.block):
-            # Not by repeating: a block may be larger than the matrix, and then of any size.
+            # A block may be larger than the matrix, and of any size: repeating the scale could take any memory.
             size = tensor.shape[axis]
             scale = scale.index_select(axis, torch.arange(size) // min(block, max(size, 1)))
         return (tensor.float() * scale).bfloat16()

@@ -17,7 +17,7 @@ class QuantizedModel:
     """A bitsmoe checkpoint as a source of ordinary weights.
 
     Raises:
-        BitsmoeError: whatever is wrong with the checkpoint; lists every fault.
+        BitsmoeError: the checkpoint is damaged; lists every fault.
     """
 
     def __init__(self, directory: Path):
@@ -33,7 +33,7 @@ class QuantizedModel:
         self._check_schema()
 
     def _check_schema(self) -> None:
-        """config.json and its quantization_config must speak of the same experts."""
+        """Refuse a config.json whose quantization_config describes other experts."""
         s, layers = self.shape, self.checkpoint.config.layers
         expected = {s.prefix(i) for i in s.layers}
         faults = [f"{p}: config.json has these experts, quantization_config does not" for p in expected - layers.keys()]
@@ -55,7 +55,8 @@ class QuantizedModel:
 
     def experts(self, layer: int, chunk: range | None = None) -> tuple[Tensor, Tensor]:
         """Dequantized experts of a layer, see `WeightSource`."""
-        if self._last is None or self._last[0] != layer:  # chunks of one layer come one after another
+        # Chunks of one layer are read one after another.
+        if self._last is None or self._last[0] != layer:
             prefix, config = self.shape.prefix(layer), self.checkpoint.config
             tensors = self.checkpoint.layer_tensors(prefix)
             self._last = layer, LayerWeights(config.layers[prefix], config.block_size, tensors)

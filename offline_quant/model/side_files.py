@@ -13,7 +13,7 @@ SIDE_FILES = (
     "video_preprocessor_config.json", "tekken.json", "additional_chat_templates/*.jinja", "custom_generate/*",
     "*LICENSE*", "*License*", "*license*", "COPYING*", "*NOTICE*", "*Notice*", "*USE_POLICY*",
 )  # fmt: skip
-"""What a checkpoint holds besides config.json and weights, as the original has it. Code comes along if it is named."""
+"""Files that the result has from the original, besides config.json. Code is copied if a JSON file names it."""
 CODE_FILES = "*.py"
 _RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import\b", re.MULTILINE)
 _NAMING_CODE = (
@@ -22,17 +22,17 @@ _NAMING_CODE = (
 )  # fmt: skip
 """Files whose `auto_map` names classes of the model's own code, as `module.Class`."""
 CARD_FILE = "README.md"
-"""The Hub's model card: every checkpoint has its own, so none is carried over."""
+"""The Hub's model card. Every checkpoint has its own; the original's is not copied."""
 
 
 def side_files(source: Path) -> list[Path]:
     """Tokenizer, chat templates, license and code of a model, in order of names."""
     found = {p for pattern in SIDE_FILES for p in source.glob(pattern)} | _code_files(source)
-    return sorted(p for p in found if p.is_file() or p.is_symlink())  # one that leads nowhere is refused
+    return sorted(p for p in found if p.is_file() or p.is_symlink())  # a broken link is refused later
 
 
 def missing_code(source: Path) -> list[str]:
-    """Files of code that config.json names, and that are not there."""
+    """Files of code that config.json names and the model lacks."""
     return [name for name in _named_code(source / "config.json") if not (source / name).is_file()]
 
 
@@ -48,7 +48,7 @@ def _named_code(path: Path) -> list[str]:
 
 
 def _code_files(source: Path) -> set[Path]:
-    """Code that the model's JSON files name, and what that imports from beside itself."""
+    """Code that the model's JSON files name, and the files beside it that it imports."""
     found: set[Path] = set()
     waiting = [source / name for file in _NAMING_CODE for name in _named_code(source / file)]
     while waiting:
@@ -74,7 +74,7 @@ def check_side_files(source: Path) -> None:
 
 
 def copy_side_files(source: Path, out: Path) -> None:
-    """Carry over what belongs to the model whatever its weights are."""
+    """Copy tokenizer, templates, licenses and code of a model."""
     for path in side_files(source):
         to = out / path.relative_to(source)
         to.parent.mkdir(exist_ok=True)

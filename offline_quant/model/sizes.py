@@ -102,7 +102,7 @@ class RunSizes:
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of a chunk of experts as it is read, float32, and of the chunk before it."""
+        """Bytes of a chunk of experts, float32, and of the chunk before it: both are in memory while one is read."""
         return FLOAT * 2 * self.chunk_experts * 3 * self.shape.hidden_size * self.shape.intermediate_size
 
     @cached_property

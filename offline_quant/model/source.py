@@ -18,11 +18,12 @@ from offline_quant.model.side_files import check_side_files
 from offline_quant.model.sizes import RunSizes
 
 CHECKED_VALUES = 1 << 24
-"""Of a tensor that are looked at together."""
+"""Values of a tensor that are checked at a time."""
 MAX_WEIGHT = 1e12
-"""Far beyond any trained weight, and about where squares of what such weights compute leave float32."""
+"""Largest weight that can be quantized: far beyond any trained weight. Squares of what larger ones compute leave
+float32."""
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
-"""Parts of names that modules around modules leave behind."""
+"""Parts of tensor names that wrappers of modules add."""
 _EXPERT_NUMBER = re.compile(r"(.*?\.experts\.)(\d+)\.")
 MAX_FAULTS = 1_000
 """Faults after which no more are looked for."""
@@ -52,7 +53,7 @@ class WeightSource(Protocol):
 
     @property
     def tensors(self) -> Tensors:
-        """The files' tensors; quantized ones outside the experts appear as the matrices they stand for."""
+        """The files' tensors; quantized ones outside the experts appear as dequantized matrices."""
 
     def experts(self, layer: int, chunk: range | None = None) -> tuple[Tensor, Tensor]:
         """Routed experts of a layer, float32: gate and up [n, 2 I, H], down [n, H, I]; of all, or of a chunk."""
@@ -61,7 +62,7 @@ class WeightSource(Protocol):
 class SourceModel:
     """An unquantized checkpoint directory: config, tensors, and its experts as stacked matrices.
 
-    Block-wise float8 counts as unquantized: it is how some models are published.
+    Block-wise float8 counts as unquantized: some models are published so.
 
     Raises:
         BitsmoeError: lists all missing or misshapen tensors and files.
@@ -136,7 +137,7 @@ class SourceModel:
         ]
 
     def _prefix_fault(self) -> str | None:
-        """Whether all names begin with something more, or with something less, than they should."""
+        """The fault of names that all have a part too many or too few in front; None where there is none."""
         layer = self.shape.layers[0]
         wanted = (self.shape.expert_names(layer, 0)[0], self._fused_names(layer)[0])
         if any(name in self.tensors for name in wanted):
@@ -172,7 +173,7 @@ class SourceModel:
         return found
 
     def check_finite(self, progress: Callable[[Sequence[str], str], Iterable[str]]) -> None:
-        """Read every tensor once and look for values that nothing can be computed with, see `value_faults`.
+        """Read every tensor once and refuse values that nothing can be computed with, see `value_faults`.
 
         Raises:
             BitsmoeError: names every tensor that has some.
@@ -192,7 +193,7 @@ def value_faults(
     progress: Callable[[Sequence[str], str], Iterable[str]],
     quantized: Callable[[str], bool] = lambda name: False,
 ) -> list[str]:
-    """Tensors that hold NaN or infinity, or are to be quantized and hold far too large values; reads all of them."""
+    """Faults of tensors that hold NaN, infinity or, to be quantized, far too large values. Reads all tensors."""
     faults = []
     for name in progress(list(tensors), "Checking weights"):
         tensor = tensors.get(name)
@@ -207,7 +208,7 @@ def value_faults(
 
 
 def _largest(tensor: Tensor) -> tuple[float, int]:
-    """The largest magnitude, and how many values are NaN or infinite; a few at a time, since torch makes copies."""
+    """The largest magnitude, and the number of values that are NaN or infinite. Reads in parts: torch makes copies."""
     largest, bad = 0.0, 0
     for part in tensor.view(-1).split(CHECKED_VALUES):
         known = part.float() if part.itemsize == 1 else part  # torch knows no extremes of float8

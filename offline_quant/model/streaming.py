@@ -28,15 +28,15 @@ from offline_quant.runtime.malloc import trim
 from offline_quant.runtime.progress import console
 
 Arguments = list[dict[str, Any]]
-"""What each decoder layer takes besides hidden states; layers of one kind share tensors."""
+"""Arguments of every decoder layer besides hidden states; layers of one kind share tensors."""
 Batches = list[tuple[Tensor, Arguments]]
 """Hidden states [n, L, H] and the layers' arguments."""
 COMPUTING_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
-"""What comes out of a model whose config.json cannot be."""
+"""Errors of a model whose config.json describes what cannot be computed."""
 TRIED_TOKENS = 4
-"""Of `StreamedModel.try_out`."""
+"""Tokens that `StreamedModel.try_out` runs."""
 TOGETHER = 8
 """Batches for which a layer's experts are read once."""
 SCORE_COPIES = 2.5
@@ -52,7 +52,7 @@ def _building(directory: Path) -> Iterator[None]:
 
 
 def transformers_config(config: Mapping[str, Any], directory: Path) -> Any:
-    """transformers' config of a config.json, without what says how weights are stored.
+    """transformers' config of a config.json, without the keys on how weights are stored.
 
     Raises:
         BitsmoeError: transformers refuses it.
@@ -88,7 +88,7 @@ class StreamedModel:
         self.decoder.rotary_emb = type(self.decoder.rotary_emb)(config=config).to(self.device)
 
     def _check_tensors(self) -> None:
-        """All tensors outside the routed experts, against the modules they go to. Tied ones count once."""
+        """Compare all tensors outside the routed experts with the modules they go to. Tied ones count once."""
         if faults := self.shape.other_faults(self.model, self.source.tensors.specs):
             raise BitsmoeError(fault_list(f"{self.source.directory}: tensors do not fit config.json", faults))
 
@@ -102,10 +102,10 @@ class StreamedModel:
             )
 
     def try_out(self) -> None:
-        """Run a few tokens through one layer of each kind, without its experts: config.json may say what cannot be.
+        """Run a few tokens through one layer of each kind, without its experts.
 
         Raises:
-            BitsmoeError: says what went wrong.
+            BitsmoeError: config.json describes a model that cannot be computed.
         """
         kinds = getattr(self.model.config, "layer_types", None) or [""] * self.num_layers
         firsts = {(index in self.shape.layers, kind): index for index, kind in reversed(list(enumerate(kinds)))}
@@ -148,7 +148,7 @@ class StreamedModel:
             )
 
     def _fill(self, module: nn.Module, prefix: str, but: str | None = None) -> None:
-        """Give a module its parameters and kept buffers from the checkpoint, but for those of one submodule."""
+        """Read a module's parameters and kept buffers from the checkpoint, but for those of one submodule."""
         for name, _ in kept_tensors(module):
             if but is None or not name.startswith(f"{but}."):
                 stored = self.shape.family.stored_name(f"{prefix}.{name}")
@@ -175,7 +175,7 @@ class StreamedModel:
                 _assign(module, name, torch.empty_like(value, device="meta"))
 
     def routed(self, index: int, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """What the routed experts of a layer add, [T, H], with gradients where they are enabled.
+        """Output of a layer's routed experts, [T, H], with gradients where they are enabled.
 
         Args:
             index: of the decoder layer.
@@ -188,7 +188,7 @@ class StreamedModel:
             called = [(topk_ids == e).nonzero(as_tuple=True) for e in chunk]
             if not any(len(token) for token, _ in called):
                 continue
-            trim(matrix_bytes(s.hidden_size, s.intermediate_size))  # what earlier experts took, and attention
+            trim(matrix_bytes(s.hidden_size, s.intermediate_size))  # memory of earlier experts and of attention
             gate_up, down = (w.to(self.device) for w in self.source.experts(index, chunk))
             for i, (token, slot) in enumerate(called):
                 gate, up = (x[token] @ gate_up[i].T).chunk(2, -1)
@@ -242,9 +242,9 @@ class StreamedModel:
 
     @torch.no_grad()
     def expert_inputs(self, module: nn.Module, hidden: Tensor, arguments: Arguments) -> tuple[ExpertInputs, Tensor]:
-        """What enters the routed experts of a decoder layer, and what leaves it without their share.
+        """Inputs of the routed experts of a decoder layer, and its output without them.
 
-        The experts do not run: their output is added to what is returned later, which saves a second attention.
+        The experts do not run. Their output is added later, which saves a second attention.
 
         Args:
             module: from `layer`.
@@ -278,7 +278,7 @@ class StreamedModel:
                 continue
             entering, rests = map(list, zip(*(self.expert_inputs(module, *batch) for batch in group), strict=True))
             lengths = [len(x.x) for x in entering]
-            # Each is let go as it is copied.
+            # Each is freed once it is copied.
             inputs = ExpertInputs.gathered((entering.pop(0) for _ in lengths), sum(lengths), self.device)
             share = self.routed(index, inputs.x, inputs.topk_ids, inputs.topk_weights).cpu()
             for rest, own in zip(rests, share.split(lengths), strict=True):
@@ -286,7 +286,7 @@ class StreamedModel:
 
     @property
     def _stored_head(self) -> Tensor:
-        # A head that is stored counts, whatever config.json says of tying: transformers and vLLM take it too.
+        # A stored head is used whatever config.json says of tying, as in transformers and vLLM.
         own = "lm_head.weight"
         return self.source.tensors.get(own if own in self.source.tensors else "model.embed_tokens.weight")
 
@@ -296,18 +296,18 @@ class StreamedModel:
         return self._stored_head.to(self.device, torch.float32)
 
     def head_rows(self, count: int) -> Iterator[Tensor]:
-        """`head`, so many rows at a time; the matrix itself stays in the checkpoint."""
+        """`head`, `count` rows at a time; the matrix itself stays in the checkpoint."""
         for rows in self._stored_head.split(count):
             yield rows.to(self.device, torch.float32)
 
     @torch.no_grad()
     def normed(self, hidden: Tensor) -> Tensor:
-        """What the head reads, from what leaves the last layer [..., H]."""
+        """Inputs of the head, from the hidden states [..., H] that leave the last layer."""
         return self.decoder.norm(hidden.to(self.device))
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, head: Tensor) -> Tensor:
-        """Logits [..., V] from what leaves the last layer; head as `self.head` returns it."""
+        """Logits [..., V] of hidden states that leave the last layer; head as `self.head` returns it."""
         return self.normed(hidden) @ head.T
 
     def materialize(self) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Memory and disk of a run, estimated before it starts: the maximum over what its stages state of themselves."""
+"""Memory and disk of a run, estimated before it starts. Every stage states its own; the peak is their maximum."""
 
 import re
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ LATER = 80 << 20
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes.
+    """Memory and disk that a run takes, in bytes.
 
     Attributes:
         peak: largest resident memory of one process.

@@ -28,12 +28,12 @@ from offline_quant.runtime.distributed import Workers
 
 @dataclass
 class QuantizationResult:
-    """What a run made.
+    """The result of a run.
 
     Attributes:
         report: content of `bitsmoe_report.json`.
         seconds: wall time by stage.
-        cpu_seconds: the same on all processors.
+        cpu_seconds: processor time of all threads by stage.
         peak_bytes: largest resident memory of the process by the end of each stage.
         memory: what was predicted.
     """
@@ -117,7 +117,7 @@ def quantize_model(
 
 
 def _started(inputs: RunInputs, config: QuantizeConfig, plan_only: bool) -> dict[str, Any]:
-    """What a run was started with; a run of other options or inputs does not resume it."""
+    """Options and inputs of a run. A run that resumes it must have the same."""
     return {
         **config.record(),
         "plan": plan_only,

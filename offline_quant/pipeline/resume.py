@@ -53,14 +53,14 @@ _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
 def state_directory(out: Path) -> Path:
-    """Where the state of a run that writes `out` is kept: beside it, or in it where it exists (a mount point, say)."""
+    """The state directory of a run that writes `out`: beside it, or in it where it exists (a mount point, say)."""
     out = out.absolute()
     beside = out.with_name(f".{out.name}.partial")
     return out / beside.name if out.exists() and not beside.exists() else beside
 
 
 def is_complete(out: Path) -> bool:
-    """Whether a run that writes `out` died after all of its work, while it left."""
+    """Whether a run that wrote `out` died after all of its work, while it put the result into its place."""
     directory = state_directory(out)
     state = read_json(directory / _STATE) if (directory / _STATE).exists() else {}
     return "complete" in state and ((directory / RESULT).exists() or (out / REPORT_FILE).exists())
@@ -94,11 +94,11 @@ class RunState:
     """The state of one run.
 
     Attributes:
-        concluded: an earlier run had made everything, and what it could not do any more is done: nothing is left to do.
+        concluded: an earlier run had made everything; the result is in its place now, and nothing is left to do.
 
     Args:
         out: the directory the run writes.
-        started: what the run was started with: names and values that JSON holds.
+        started: options and inputs of the run, as JSON data.
         resume: go on where an earlier run stopped; there may be none.
 
     Raises:
@@ -133,7 +133,7 @@ class RunState:
         self._lock = lock
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None}  # it stays with the process that took it
+        return {**self.__dict__, "_lock": None}  # the lock stays with the process that took it
 
     def _begin(self, resume: bool) -> None:
         earlier = read_json(self.directory / _STATE) if (self.directory / _STATE).exists() else None
@@ -178,7 +178,7 @@ class RunState:
         _write(self.directory / _STATE, json.dumps(data, indent=1))
 
     def finished(self) -> int:
-        """Layers that are complete."""
+        """The number of finished layers."""
         count = 0
         while (self._layer(count) / _LAYER).exists():
             count += 1
@@ -188,23 +188,23 @@ class RunState:
         return self.directory / f"layer-{index:05d}"
 
     def hidden_file(self, index: int, name: str) -> Path:
-        """Where hidden states that leave a layer are, finished or not; -1: those that enter the first."""
+        """The file of hidden states that leave a layer, finished or not; -1: that enter the first layer."""
         done = self._layer(index) if index >= 0 else self.directory / "embedded"
         return (done if done.exists() else done.with_suffix(".tmp")) / f"{name}.f32"
 
     def open_layer(self, index: int) -> None:
-        """Make room for the hidden states that leave a layer."""
+        """Make the directory for the hidden states that leave a layer."""
         self.hidden_file(index, "").parent.mkdir(exist_ok=True)
 
     def put_hidden(self, index: int, name: str, hidden: Tensor) -> None:
-        """Keep hidden states, float32."""
+        """Write hidden states, float32, and wait until they are on the disk."""
         with self.hidden_file(index, name).open("wb") as file:
             hidden.cpu().contiguous().numpy().tofile(file)
             file.flush()
             os.fsync(file.fileno())
 
     def hidden(self, index: int, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Hidden states that `put_hidden` kept."""
+        """Hidden states that `put_hidden` wrote, float32, in the given shape."""
         return torch.from_numpy(np.fromfile(self.hidden_file(index, name), np.float32)).view(shape)
 
     def drop_hidden(self, index: int) -> None:
@@ -267,7 +267,7 @@ class RunState:
         return _read_own(self.directory / name) if (self.directory / name).exists() else None
 
     def publish(self) -> None:
-        """Give the checkpoint in `result` its place and remove the state."""
+        """Move the checkpoint in `result` to its place and remove the state."""
         result = self.directory / RESULT
         for path in (*result.iterdir(), result):
             _sync(path)
@@ -287,7 +287,7 @@ class RunState:
         self.close(keep=False)
 
     def close(self, keep: bool) -> None:
-        """Let others work here; without `keep` nothing stays."""
+        """Release the lock; without `keep` remove the state too."""
         if not keep:
             shutil.rmtree(self.directory, ignore_errors=True)
             remove_empty(self._made)
@@ -297,7 +297,7 @@ class RunState:
 
 @contextmanager
 def run_state(out: Path, started: dict[str, Any], resume: bool, workers: Workers) -> Iterator[RunState]:
-    """The state of a run; one that is stopped leaves it behind if a layer was finished, and nothing otherwise.
+    """The state of a run. A run that stops keeps it if a layer was finished, and leaves nothing otherwise.
 
     Args:
         out, started, resume: see `RunState`.
@@ -340,7 +340,7 @@ def _read_own(path: Path) -> dict[str, Any]:
 
 
 def remove(path: Path) -> None:
-    """A file or a directory."""
+    """Remove a file or a directory."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -380,7 +380,7 @@ def _sync(path: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """All or nothing, and on the disk when it returns."""
+    """Write a file whole or not at all; it is on the disk when this returns."""
     part = path.with_name(f"{path.name}.tmp")
     part.write_text(text + "\n", encoding="utf-8")
     _sync(part)
