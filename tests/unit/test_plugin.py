@@ -12,6 +12,8 @@ from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_vllm import _compat
 from vllm_processes import Forks, forks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def vllm() -> Iterator[Forks]:

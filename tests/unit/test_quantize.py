@@ -417,6 +417,7 @@ def layer(*args, **options):
     return gate_up, down, quantizer.stats, plan, tensors, errors, config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("basis", ["natural", "whitened", "paper", "auto"])
 @pytest.mark.parametrize("block_size", [16, 32])
 @pytest.mark.parametrize("unseen", [None, 2])
@@ -574,6 +575,7 @@ def mixture(weights, data):
     return moe_forward(weights, data.x, data.topk_weights, data.topk_ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("basis", ["natural", "whitened", "paper"])
 def test_fitted_together_experts_come_nearer_to_a_target_of_the_whole_layer(basis):
     """The experts' own output, and that with an error of earlier layers, which they can only partly make up for."""

@@ -29,6 +29,8 @@ from offline_quant.state import RunState, fingerprint, state_directory
 from offline_quant.team import Team
 from offline_quant.workers import team_of
 
+pytestmark = pytest.mark.slow
+
 TEXT = "She opened the door, and there stood her brother with the lamp in his hand. " * 60
 
 
