@@ -20,20 +20,19 @@ ASKED = ((8, 64), (64, 64), (64, 512), (128, 512))
 """Windows, and tokens in each."""
 _ONE = """
 import json, sys
-from pathlib import Path
-from offline_quant.config import QuantizeConfig
-from offline_quant.pipeline import quantize_model
+import bitsmoe
 model, text, out, samples, length = sys.argv[1:]
-config = QuantizeConfig(bits=2.25, calib=text, calib_samples=int(samples), calib_length=int(length), refine=0)
-done = quantize_model(model, Path(out), config)
-print(json.dumps([done.needs.peak, max(done.peak_bytes.values()), done.seconds["calibration text"]]))
+result = bitsmoe.quantize(
+    model, out, bits=2.25, calib=text, calib_samples=int(samples), calib_length=int(length), refine=0
+)
+print(json.dumps([result.memory.peak, max(result.peak_bytes.values()), result.seconds["calibration text"]]))
 """
 
 
 def write_text(path: Path, size: int) -> None:
     """Paragraphs of the repository's documents with one word in eight replaced, up to `size` bytes."""
     draw = random.Random(0)
-    paragraphs = [p for d in sorted(ROOT.glob("docs/*.md")) for p in d.read_text(encoding="utf-8").split("\n\n")]
+    paragraphs = [p for d in sorted(ROOT.glob("docs/**/*.md")) for p in d.read_text(encoding="utf-8").split("\n\n")]
     words = [word for p in paragraphs for word in p.split()]
     written = 0
     with path.open("w", encoding="utf-8") as file:

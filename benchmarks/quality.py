@@ -33,18 +33,18 @@ from typing import Any
 import numpy as np
 import torch
 
+import bitsmoe
 from benchmarks.baselines.driver import run_baseline, write_windows
 from benchmarks.baselines.gguf import bits_of
 from benchmarks.record import ROOT, commit, gpu_name, gpu_peak, write_json
 from bitsmoe_kernels.errors import BitsmoeError
-from offline_quant.calibration import load_tokenizer, window_length, write_sampled_text
-from offline_quant.config import QuantizeConfig
-from offline_quant.evaluate import MAX_WINDOW, Reference
-from offline_quant.model_adapter import SourceModel
-from offline_quant.output import REPORT_FILE
-from offline_quant.pipeline import quantize_model
-from offline_quant.report_page import spearman
-from offline_quant.streaming import StreamedModel
+from offline_quant.calibration.sources.self_written import write_sampled_text
+from offline_quant.calibration.windows import load_tokenizer, window_length
+from offline_quant.checkpoint.directory import REPORT_FILE
+from offline_quant.evaluation.evaluate import MAX_WINDOW, Reference
+from offline_quant.model.source import SourceModel
+from offline_quant.model.streaming import StreamedModel
+from offline_quant.report.rank_correlation import spearman
 
 HELD_OUT_WINDOWS, HELD_OUT_SEED = 64, 1
 OURS = "bitsmoe"
@@ -194,18 +194,15 @@ def _quantize_apart(model: Path, out: Path, options: dict[str, Any]) -> dict[str
 
 def _quantize_here(model: Path, out: Path, options: dict[str, Any]) -> None:
     StreamedModel(SourceModel(model))  # what it imports is not counted, as for the baselines
-    config = QuantizeConfig(**options)
-    outcome = quantize_model(str(model), out, config)
-    layers = [
-        {k: v for k, v in layer.items() if k.startswith(("layer", "basis", "predicted", "measured", "output_error"))}
-        for layer in outcome.report["layers"]
-    ]
+    result, tuned = bitsmoe.quantize(model, out, **options), options.get("tune", False)
+    report, wanted = result.report, ("layer", "basis", "predicted", "measured", "output_error")
     figures = {
-        "bpw": outcome.report["bpw"], "seconds": _quantizing(outcome.seconds, config.tune),
-        "cpu_seconds": _quantizing(outcome.cpu_seconds, config.tune), "stages": outcome.seconds,
-        "peak_bytes": max(outcome.peak_bytes.values()), "threads": torch.get_num_threads(),
-        "solver_gap": max(layer["solver_gap"] for layer in outcome.report["layers"]), "layers": layers,
-        "model_budget": outcome.report["model_budget"], **gpu_peak(),
+        "bpw": report.bpw, "seconds": _quantizing(result.seconds, tuned),
+        "cpu_seconds": _quantizing(result.cpu_seconds, tuned), "stages": result.seconds,
+        "peak_bytes": max(result.peak_bytes.values()), "threads": torch.get_num_threads(),
+        "solver_gap": max(layer.solver_gap for layer in report.layers),
+        "layers": [{k: v for k, v in layer.model_dump().items() if k.startswith(wanted)} for layer in report.layers],
+        "model_budget": report.model_budget and report.model_budget.model_dump(), **gpu_peak(),
     }  # fmt: skip
     assert (out / REPORT_FILE).is_file()
     (out / FIGURES_FILE).write_text(json.dumps(figures), encoding="utf-8")

@@ -1,8 +1,9 @@
-"""The README's table of quality, from the committed results of both models.
+"""The table of docs/results.md, and the README's short one, from the committed results of both models.
 
-python -m benchmarks.quality_summary
+python -m benchmarks.quality_summary [--short]
 """
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 MODELS = ("tiny_moe", "wide_moe")
 LIBRARIES = ("llmcompressor", "auto-round", "llama_cpp_python", "hqq")
 """Whose version is named."""
+SHORT = {OURS: 2.125, "autoround": 2, "gptq": 2, "gguf": 2, "hqq": 2, "rtn": 2}
+"""Method -> the budget or code width that the short table shows."""
 
 
 def _picked() -> list[tuple[str, Row]]:
@@ -41,8 +44,11 @@ def _picked() -> list[tuple[str, Row]]:
     ]
 
 
-def table(results: Path = RESULTS) -> str:
-    """Bits per weight, KL divergence and excess perplexity on every model, with standard errors where measured."""
+def table(results: Path = RESULTS, short: bool = False) -> str:
+    """Bits per weight, KL divergence and excess perplexity on every model, with standard errors where measured.
+
+    The short table has the rows near 2 bits, without the other objectives.
+    """
     found = {}
     for model in MODELS:
         data = json.loads((results / f"quality-{model}.json").read_text(encoding="utf-8"))
@@ -50,6 +56,8 @@ def table(results: Path = RESULTS) -> str:
     head = ["method"] + [f"{model}: {figure}" for model in MODELS for figure in ("bpw", "KL", "excess")]
     lines = table_head(head)
     for name, row in _picked():
+        if short and row.bits != SHORT[row.method]:
+            continue
         cells = []
         for model in MODELS:
             r = found[model][row.key]
@@ -61,4 +69,6 @@ def table(results: Path = RESULTS) -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="the README's table")
+    print(table(short=parser.parse_args().short))

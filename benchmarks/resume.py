@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 from benchmarks.record import child_environment
-from offline_quant.output import PAGE_FILE
-from offline_quant.state import state_directory
+from offline_quant.checkpoint.directory import PAGE_FILE
+from offline_quant.pipeline.resume import state_directory
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -59,7 +59,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "examples" / "tiny_moe")
-    parser.add_argument("--calib", default=str(ROOT / "README.md"))
+    parser.add_argument("--calib", default=str(ROOT / "LICENSE"))
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("options", nargs="*", default=[], help="of bitsmoe quantize, after --")

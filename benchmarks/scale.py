@@ -23,18 +23,18 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import bitsmoe
 from benchmarks.baselines.driver import run_baseline, write_windows
 from benchmarks.record import commit, gpu_name, gpu_peak, write_json
-from bitsmoe_kernels.format.families import kept_tensors, moe_shape
+from bitsmoe_kernels.format.safetensors_io import ShardWriter
 from bitsmoe_kernels.format.schema import num_blocks
-from bitsmoe_kernels.format.shards import ShardWriter
-from offline_quant.allocation import allocate
+from bitsmoe_kernels.models.families import kept_tensors, moe_shape
+from offline_quant.allocation.solver import allocate
 from offline_quant.config import QuantizeConfig
-from offline_quant.distortion import kappa
-from offline_quant.output import copy_side_files
-from offline_quant.pipeline import quantize_model
-from offline_quant.progress import track
-from offline_quant.resident import peak_bytes
+from offline_quant.model.side_files import copy_side_files
+from offline_quant.rounding.gaussian import kappa
+from offline_quant.runtime.malloc import peak_bytes
+from offline_quant.runtime.progress import track
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "examples" / "tiny_moe"
@@ -142,19 +142,18 @@ def write_text(path: Path, words: int, seed: int = 0) -> None:
 def quantize(directory: Path, scratch: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Figures of one run; in this process, whose peak of memory it takes."""
     start = time.monotonic()
-    outcome = quantize_model(str(directory), scratch / "out", QuantizeConfig(**options))
-    assert outcome.needs is not None
+    result = bitsmoe.quantize(directory, scratch / "out", **options)
     return {
-        "peak_rss": max(outcome.peak_bytes.values()),
-        "predicted_peak": outcome.needs.peak,
-        "calibration_state": outcome.needs.calibration_state,
-        "predicted_disk": outcome.needs.disk,
-        "stages": outcome.seconds,
-        "peaks": outcome.peak_bytes,
+        "peak_rss": max(result.peak_bytes.values()),
+        "predicted_peak": result.memory.peak,
+        "calibration_state": result.memory.calibration_state,
+        "predicted_disk": result.memory.disk,
+        "stages": result.seconds,
+        "peaks": result.peak_bytes,
         "seconds": time.monotonic() - start,
-        "bpw": outcome.report["bpw"],
-        "basis": [layer["basis"] for layer in outcome.report["layers"]],
-        "calibration_tokens": outcome.report["calibration_tokens"],
+        "bpw": result.report.bpw,
+        "basis": [layer.basis for layer in result.report.layers],
+        "calibration_tokens": result.report.calibration_tokens,
         **gpu_peak(),
     }
 

@@ -21,7 +21,6 @@ from typing import Any, Final
 
 from benchmarks.record import ROOT, child_environment, commit, write_json
 from benchmarks.scale import MODELS
-from bitsmoe_kernels.format.families import moe_shape
 from bitsmoe_kernels.format.schema import (
     FORMAT_VERSION,
     QUANT_METHOD,
@@ -31,6 +30,7 @@ from bitsmoe_kernels.format.schema import (
     Projection,
     num_blocks,
 )
+from bitsmoe_kernels.models.families import moe_shape
 
 BLOCK: Final = 16
 FIGURES = "figures.json"

@@ -1,7 +1,7 @@
-"""How transformers loads a bitsmoe checkpoint: its loader reads the tensors as they are stored, into modules of ours.
+"""The quantization method `bitsmoe` for transformers.
 
-The routed experts stay as they are stored and are computed by the reference. Linear layers outside them that are stored
-at 8 or 4 bits become ordinary ones.
+The loader of transformers reads the stored tensors into modules of this file. Routed experts stay in their stored form;
+the torch reference computes them. Linear layers that are stored at 8 or 4 bits become ordinary ones after loading.
 """
 
 import copy
@@ -19,25 +19,25 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.checkpoint import WEIGHTS_KEY
-from bitsmoe_kernels.format.dense import DenseWeights, dequantize
-from bitsmoe_kernels.format.families import MODULE_EXPERTS
+from bitsmoe_kernels.format.linear_layers import DenseWeights, dequantize
 from bitsmoe_kernels.format.schema import QUANT_METHOD, Layer, TensorSpec
+from bitsmoe_kernels.models.families import MODULE_EXPERTS
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
-from offline_quant.model_adapter import QuantizedModel
+from offline_quant.model.quantized import QuantizedModel
 
 OLDEST = "5.5.3"
-"""transformers from which on a layer's experts are one module."""
+"""The oldest transformers that is supported: the first where the experts of a layer are one module."""
 COMPARED_VALUES = 4096
-"""Of every loaded tensor that are compared with the file."""
+"""Values of every loaded tensor that are compared with the file."""
 
-logger = logging.getLogger(f"transformers.{__name__}")  # shown as transformers' own messages are
+logger = logging.getLogger(f"transformers.{__name__}")  # the level and format of transformers' messages
 
 
 def register() -> None:
-    """Put the method `bitsmoe` into transformers' list. May be called any number of times.
+    """Register the method `bitsmoe` with transformers. Repeated calls do nothing.
 
     Raises:
-        BitsmoeError: a transformers that has no such list.
+        BitsmoeError: transformers is too old for methods of other packages.
     """
     from transformers.quantizers import auto
 
@@ -56,10 +56,10 @@ def _too_old() -> BitsmoeError:
 
 
 class BitsmoeConfig(QuantizationConfigMixin):
-    """`quantization_config` of a checkpoint's config.json, as transformers carries it about. Has no options.
+    """The `quantization_config` of a checkpoint's config.json. It has no options of its own.
 
     Args:
-        data: its keys.
+        data: keys of that object.
     """
 
     def __init__(self, **data: Any):
@@ -67,21 +67,21 @@ class BitsmoeConfig(QuantizationConfigMixin):
         self.data = data
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON data, as the checkpoint has it."""
+        """The object in the checkpoint's config.json."""
         return copy.deepcopy({**self.data, "quant_method": QUANT_METHOD})
 
 
 class _Stored(nn.Module):
-    """A module whose tensors are those of the file, in the file's dtypes, under the file's names.
+    """A module that holds tensors in their stored dtypes, under their stored names.
 
     Args:
-        plain: the ordinary module whose place it takes, without memory.
-        specs: its tensors.
+        plain: the ordinary module that it replaces, on the meta device.
+        specs: stored tensors by name.
     """
 
     def __init__(self, plain: nn.Module, specs: Mapping[str, TensorSpec]):
         super().__init__()
-        self._plain = (plain,)  # in a tuple, since it is no submodule
+        self._plain = (plain,)  # a tuple, so that it does not become a submodule
         self.names = tuple(specs)
         for name, spec in specs.items():
             empty = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
@@ -93,25 +93,25 @@ class _Stored(nn.Module):
         return {name: self.get_parameter(name) for name in self.names}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Stored":
-        # `.to(dtype)` of the model must not round what is stored; `.to(device)` moves it.
-        def moved(tensor: Tensor) -> Tensor:
+        # `.to(device)` of the model moves stored tensors; `.to(dtype)` must not round them.
+        def move(tensor: Tensor) -> Tensor:
             new = fn(tensor)
             return new if new.dtype == tensor.dtype else tensor.to(new.device)
 
-        return super()._apply(moved, recurse)
+        return super()._apply(move, recurse)
 
     def ordinary_weights(self) -> dict[str, Tensor]:
-        """Parameters of the ordinary module by name, float32."""
+        """Dequantized parameters of the ordinary module by name, float32."""
         raise NotImplementedError
 
     def to_plain(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """The ordinary module with the weights that are stored.
+        """Dequantize to the ordinary module.
 
         Args:
-            dtype: of the weights; None: the model's.
+            dtype: of its weights; None: the dtype of the model.
 
         Raises:
-            BitsmoeError: accelerate has moved the tensors to a disk or to the CPU.
+            BitsmoeError: accelerate keeps the stored tensors on a disk or on the CPU.
         """
         if any(tensor.is_meta for tensor in self.tensors.values()):
             raise BitsmoeError(
@@ -125,12 +125,12 @@ class _Stored(nn.Module):
 
 
 class BitsmoeExperts(_Stored):
-    """The routed experts of one layer, computed by the reference; gradients pass to its inputs.
+    """The routed experts of one layer, computed by the torch reference. Gradients pass to the inputs.
 
     Args:
-        plain: transformers' module for them.
-        layer: how they are stored.
-        block_size: G.
+        plain: module of transformers that it replaces.
+        layer: schema of the stored experts.
+        block_size: components that share a bit-width.
     """
 
     def __init__(self, plain: nn.Module, layer: Layer, block_size: int):
@@ -139,27 +139,33 @@ class BitsmoeExperts(_Stored):
 
     @property
     def weights(self) -> LayerWeights:
-        """The experts as the reference takes them; made anew, for tensors may have moved."""
+        """Input of the reference. Made at every access, since tensors may move between devices."""
         return LayerWeights(self.layer, self.block_size, self.tensors)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Routed experts' output [..., H] for hidden states [..., H], expert ids and their weights [T, top_k]."""
+        """Weighted sum of the routed experts' outputs [..., H].
+
+        Args:
+            hidden_states: [..., H], T tokens in all.
+            top_k_index: expert ids [T, top_k].
+            top_k_weights: their weights [T, top_k].
+        """
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         return moe_forward(self.weights, flat, top_k_weights, top_k_index).view_as(hidden_states)
 
     def ordinary_weights(self) -> dict[str, Tensor]:
-        """See `_Stored`."""
+        """Dequantized `gate_up_proj` [E, 2 I, H] and `down_proj` [E, H, I], float32."""
         gate_up, down = self.weights.experts(range(self.layer.num_experts))
         return {"gate_up_proj": gate_up, "down_proj": down}
 
     def extra_repr(self) -> str:
-        """What `repr` shows."""
+        """Shape and projections for `repr`."""
         E, H, I = self.layer.num_experts, self.layer.hidden_size, self.layer.intermediate_size  # noqa: E741
         return f"num_experts={E}, hidden_size={H}, intermediate_size={I}, projections={list(self.layer.projections)}"
 
 
 class _StoredLinear(_Stored):
-    """A linear layer stored at 8 or 4 bits, until transformers has loaded its tensors."""
+    """A linear layer stored at 8 or 4 bits. An ordinary one replaces it after loading."""
 
     def __init__(self, plain: nn.Linear, form: DenseWeights):
         super().__init__(plain, form.tensor_specs(plain.out_features, plain.in_features))
@@ -167,14 +173,14 @@ class _StoredLinear(_Stored):
         self.bias = plain.bias
 
     def ordinary_weights(self) -> dict[str, Tensor]:
-        """See `_Stored`."""
+        """Dequantized `weight` [N, K], float32, and the bias where there is one."""
         words, scale = self.tensors["weight_packed"], self.tensors["weight_scale"]
         bias = {} if self.bias is None else {"bias": self.bias}
         return {"weight": dequantize(words, scale, self.form), **bias}
 
 
 class BitsmoeQuantizer(HfQuantizer):
-    """transformers calls its methods in the course of `from_pretrained`."""
+    """Hooks that transformers calls during `from_pretrained`."""
 
     requires_calibration = True
 
@@ -185,7 +191,7 @@ class BitsmoeQuantizer(HfQuantizer):
         self._source: QuantizedModel | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Called first.
+        """Check the version of transformers; the first hook.
 
         Raises:
             BitsmoeError: transformers is too old.
@@ -194,21 +200,21 @@ class BitsmoeQuantizer(HfQuantizer):
             raise _too_old()
 
     def _without_note(self, config: Any) -> Any:
-        """The model's config without the entry that keeps a transformers that does not know bitsmoe from loading it."""
+        """Remove the entry that stops a transformers without bitsmoe from loading the model. Returns the config."""
         if hasattr(config, WEIGHTS_KEY):
             delattr(config, WEIGHTS_KEY)
         return config
 
-    # The methods that see the config before files are looked for: up to transformers 5.20, and from 5.18 on.
+    # Hooks that get the config before files are looked for: one up to transformers 5.20, the other from 5.18 on.
     update_tp_plan = update_attn_implementation = _without_note
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        """Check the checkpoint, and put modules of ours where its tensors are stored in another form.
+        """Check the checkpoint, and replace modules whose tensors are stored in another form.
 
         Raises:
-            BitsmoeError: lists every fault of the checkpoint, or what the model asks for and the checkpoint has not.
+            BitsmoeError: lists every fault of the checkpoint, and every tensor that the model needs and does not get.
         """
         _refuse_parallel(model)
         if not checkpoint_files:
@@ -225,14 +231,14 @@ class BitsmoeQuantizer(HfQuantizer):
             model.set_submodule(path, _stored_module(source, stored, plain))
         if faults:
             raise BitsmoeError(fault_list(f"{source.directory}: does not fit transformers' model", faults))
-        # While it loads: otherwise tensors whose names it changes would keep the file's dtype, and not get the model's.
+        # During loading only. If it were true, renamed tensors would keep the dtype of the file.
         self.pre_quantized = False
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        """Make sure that transformers loaded what is stored, and make stored linear layers ordinary ones.
+        """Compare what transformers loaded with the file, and make stored linear layers ordinary ones.
 
         Raises:
-            BitsmoeError: lists tensors that are not as the file has them.
+            BitsmoeError: lists tensors that differ from the file.
         """
         _refuse_parallel(model)
         self.pre_quantized = True
@@ -250,16 +256,16 @@ class BitsmoeQuantizer(HfQuantizer):
                 model.set_submodule(path, module.to_plain())
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        """`model.dequantize()`: transformers' own experts, with the weights that are stored, one layer at a time."""
+        """`model.dequantize()`: replace stored experts with transformers' modules, one layer at a time."""
         for path, module in list(model.named_modules()):
             if isinstance(module, BitsmoeExperts):
                 model.set_submodule(path, module.to_plain(dtype))
-        # By these save_pretrained would give tensors the names they had in the file; without, those of any such model.
+        # With these, save_pretrained would use the tensor names of the file instead of the ordinary ones.
         vars(model).pop("_weight_conversions", None)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether `save_pretrained` can write the quantized model: no, for it would leave out what guards it."""
+        """Whether `save_pretrained` can write the quantized model: no, it would drop the entry that guards it."""
         logger.warning(
             "save_pretrained does not write bitsmoe checkpoints: copy the checkpoint's directory, or call "
             "model.dequantize() first and save an ordinary model"
@@ -268,7 +274,7 @@ class BitsmoeQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Whether adapters can be trained on the model: gradients pass through the experts to what is before them."""
+        """Whether adapters can be trained on the model: yes, gradients pass through the experts."""
         return True
 
 
@@ -281,7 +287,7 @@ def _refuse_parallel(model: Any) -> None:
 
 
 def _places(model: Any, source: QuantizedModel) -> dict[str, str]:
-    """Stored name -> path in the model, of the modules that are not stored as transformers has them."""
+    """Modules that are stored in another form: stored name to path in the model."""
     base = "" if model.base_model is model else f"{model.base_model_prefix}."
     decoder = source.shape.family.decoder
     names = {source.shape.prefix(i): f"{decoder(i)}.{MODULE_EXPERTS}" for i in source.shape.layers}
@@ -300,25 +306,25 @@ def _stored_module(source: QuantizedModel, stored: str, plain: nn.Module) -> _St
 
 
 def _missing_tensors(model: Any, source: QuantizedModel) -> list[str]:
-    """Faults of the tensors that transformers would otherwise make up at random."""
+    """Tensors that the file lacks. Without this check transformers would initialize them at random."""
     with torch.device("meta"):
         whole = transformers.AutoModelForCausalLM.from_config(model.config)
-    for tied, kept in whole.all_tied_weights_keys.items():  # transformers ties them when all is loaded
+    for tied, kept in whole.all_tied_weights_keys.items():  # transformers ties them after loading
         path, _, name = tied.rpartition(".")
         setattr(whole.get_submodule(path), name, whole.get_parameter(kept))
     return source.shape.other_faults(whole, source.tensors.specs)
 
 
 def _faults(source: QuantizedModel, stored: str, module: _Stored) -> list[str]:
-    """What of a module's tensors is not in memory as the file has it; those that accelerate moved away are left out."""
+    """Tensors of a module that differ from the file. Those that accelerate moved away are not compared."""
     faults = []
     for name, got in module.tensors.items():
         if got.is_meta:
             continue
         want = source.checkpoint.tensors.get(f"{stored}.{name}")
-        is_, in_file = TensorSpec(got.dtype, tuple(got.shape)), TensorSpec(want.dtype, tuple(want.shape))
-        if is_ != in_file:
-            faults.append(f"tensor {stored}.{name} is {is_}, but {in_file} in the file")
+        loaded, in_file = TensorSpec(got.dtype, tuple(got.shape)), TensorSpec(want.dtype, tuple(want.shape))
+        if loaded != in_file:
+            faults.append(f"tensor {stored}.{name} is {loaded}, but {in_file} in the file")
         elif not torch.equal(*(t.flatten()[:COMPARED_VALUES].cpu() for t in (got, want))):
             faults.append(f"tensor {stored}.{name} has other values than in the file")
     return faults

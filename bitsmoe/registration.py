@@ -1,4 +1,4 @@
-"""Makes transformers know the quantization method `bitsmoe`, as soon as its list of methods is imported."""
+"""Registers the quantization method `bitsmoe` when transformers imports its list of methods."""
 
 import importlib.abc
 import sys
@@ -7,11 +7,11 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 METHODS = "transformers.quantizers.auto"
-"""The module that holds the list; whatever loads a model imports it."""
+"""Module with the list of methods. transformers imports it before it loads a model."""
 
 
 def register_with_transformers() -> None:
-    """Register now if transformers has its list already, or else when it is imported."""
+    """Register now if transformers has imported its list, or else when it does."""
     if METHODS in sys.modules:
         _register()
     elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
@@ -19,7 +19,7 @@ def register_with_transformers() -> None:
 
 
 class _Watch(importlib.abc.MetaPathFinder):
-    """Registers when the list has been imported; the import itself is left to the other finders."""
+    """Registers after the import of METHODS. The other finders do the import."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -20,22 +20,28 @@ import importlib.util
 import inspect
 import textwrap
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
-from bitsmoe_kernels.format.dense import DenseConfig, DenseWeights
-from bitsmoe_kernels.format.families import FAMILIES
+from bitsmoe_kernels.format.linear_layers import DenseConfig, DenseWeights
+from bitsmoe_kernels.models.families import FAMILIES
 
 OLDEST_VLLM = (0, 26)
 NEWEST_VLLM = (0, 33)
 
+OwnClasses = Callable[[], Sequence[type]]
+"""Imports the plugin's classes that vLLM calls, each derived from a class of vLLM's."""
 
-def check_vllm_version() -> None:
+
+def check_vllm_version(own_classes: OwnClasses) -> None:
     """Refuse a vLLM that this plugin does not fit. One newer than those tried has to have the same interfaces.
+
+    Args:
+        own_classes: see `interface_faults`.
 
     Raises:
         BitsmoeError: names the version found, those tried, and every interface that does not match.
@@ -53,7 +59,7 @@ def check_vllm_version() -> None:
         if found < OLDEST_VLLM:
             raise BitsmoeError(f"{installed}: {remedy}")
         return
-    if faults := interface_faults():
+    if faults := interface_faults(own_classes):
         raise BitsmoeError(fault_list(f"{installed}. It does not fit; {remedy}", faults))
     warn_once(
         "bitsmoe: %s. All interfaces that it uses match, so it starts, UNTRIED. If anything goes wrong: %s",
@@ -124,16 +130,19 @@ _USED: dict[str, dict[str, tuple[str, ...]]] = {
         "VerifyAndUpdateConfig": ("verify_and_update_config", "verify_and_update_model_config"),
     },
     "vllm.model_executor.models.utils": {"WeightsMapper": ("orig_to_new_regex", "apply_dict", "apply_list", "__or__")},
-    "vllm.platforms": {"current_platform": ("is_cpu", "is_cuda", "get_device_capability")},
+    "vllm.platforms": {"current_platform": ("is_cpu", "is_cuda", "device_type", "get_device_capability")},
     "vllm.scalar_type": {"scalar_types": ("uint4b8", "uint8b128")},
 }  # fmt: skip
 """What the plugin takes from vLLM: module, name in it, and the names of that which are read."""
 
 
-def interface_faults() -> list[str]:
+def interface_faults(own_classes: OwnClasses) -> list[str]:
     """Where the installed vLLM does not have what this plugin takes from it, or calls it otherwise; empty if nowhere.
 
     Names, fields and signatures are looked at; what they do is not.
+
+    Args:
+        own_classes: imports the plugin's classes that vLLM calls; needs vLLM to have the names that they import.
     """
     faults = []
     for module, names in _USED.items():
@@ -147,20 +156,14 @@ def interface_faults() -> list[str]:
                 faults.append(f"{module} has no {name}")
             elif missing := sorted(set(read) - _attributes(owner)):
                 faults.append(f"{module}.{name} has no {', '.join(missing)}")
-    # The plugin's own classes need the above to be imported at all.
-    return faults or list(_override_faults())
+    return faults or list(_override_faults(own_classes()))
 
 
-def _override_faults() -> Iterator[str]:
+def _override_faults(own_classes: Sequence[type]) -> Iterator[str]:
     """Where the plugin's classes do not fill the place of the vLLM classes that they derive from."""
-    from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
-    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-
-    from bitsmoe_vllm.config import BitsmoeConfig
-    from bitsmoe_vllm.moe_method import BitsmoeMoEMethod
-
-    for ours, theirs in ((BitsmoeConfig, QuantizationConfig), (BitsmoeMoEMethod, FusedMoEMethodBase)):
-        for name in sorted(theirs.__abstractmethods__ - vars(ours).keys()):
+    for ours in own_classes:
+        theirs = ours.__mro__[1]
+        for name in sorted(getattr(theirs, "__abstractmethods__", frozenset()) - vars(ours).keys()):
             yield f"{theirs.__name__}.{name} is abstract, and {ours.__name__} does not have it"
         for name in vars(ours):
             if name.startswith("_"):

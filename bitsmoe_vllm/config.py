@@ -7,7 +7,7 @@ import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from bitsmoe_kernels.errors import BitsmoeError
-from bitsmoe_kernels.format.dense import DenseConfig
+from bitsmoe_kernels.format.linear_layers import DenseConfig
 from bitsmoe_kernels.format.schema import PARTS, PROJECTION_NAMES, QUANT_METHOD, CheckpointConfig, Layer
 from bitsmoe_vllm import _compat, startup
 from bitsmoe_vllm.weight_loading import LayerLoader
@@ -28,7 +28,7 @@ class BitsmoeConfig(QuantizationConfig):
 
     def __init__(self, data: dict[str, Any] | None = None):
         super().__init__()
-        _compat.check_vllm_version()
+        _compat.check_vllm_version(own_classes)
         if data is None:
             raise BitsmoeError(
                 "--quantization bitsmoe was given, but the model's config.json has no quantization_config: "
@@ -163,3 +163,10 @@ class BitsmoeConfig(QuantizationConfig):
     def __getstate__(self) -> dict[str, Any]:
         # vLLM sends its configuration between processes; loaders belong to the process that loads.
         return {**self.__dict__, "loaders": []}
+
+
+def own_classes() -> tuple[type, ...]:
+    """The plugin's classes that vLLM calls."""
+    from bitsmoe_vllm.moe_method import BitsmoeMoEMethod
+
+    return BitsmoeConfig, BitsmoeMoEMethod

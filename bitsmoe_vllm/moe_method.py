@@ -1,6 +1,6 @@
 """How vLLM computes the routed experts of a bitsmoe checkpoint."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,17 +9,15 @@ from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-from vllm.platforms import current_platform
 
+from bitsmoe_kernels.backends.base import Prepared
+from bitsmoe_kernels.backends.select import select
 from bitsmoe_kernels.errors import BitsmoeError, FormatError
+from bitsmoe_kernels.expert_mlp import HIDDEN_ACT
 from bitsmoe_kernels.format.schema import Layer
-from bitsmoe_kernels.layout import to_kernel_layout
-from bitsmoe_kernels.ops import kernel_key, layout_key, moe_forward_op, moe_kernels_op
 from bitsmoe_kernels.reference import LayerWeights
-from bitsmoe_kernels.select import why_not_kernels
-from bitsmoe_kernels.tiles import kwidth_of
 from bitsmoe_vllm import _compat
-from bitsmoe_vllm.startup import cuda_capability
+from bitsmoe_vllm.startup import compute_target
 from bitsmoe_vllm.weight_loading import LayerLoader
 
 logger = init_logger(f"vllm.{__name__}")
@@ -43,7 +41,7 @@ class BitsmoeMoEMethod(FusedMoEMethodBase):
         self.prefix, self.schema, self.block_size, self._loaders = prefix, schema, block_size, loaders
         self._own_routing = _compat.needs_own_routing()
         self._names: list[str] = []
-        """The layer's parameters in the order in which the op takes them; none before loading."""
+        """The layer's parameters in the order in which the backend takes them; none before loading."""
 
     @property
     def is_monolithic(self) -> bool:
@@ -51,7 +49,7 @@ class BitsmoeMoEMethod(FusedMoEMethodBase):
         return self._own_routing
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
-        """None: for kernels of vLLM's own."""
+        """None: this describes weights to vLLM's own kernels, which do not compute these experts."""
 
     def create_weights(
         self,
@@ -95,8 +93,8 @@ class BitsmoeMoEMethod(FusedMoEMethodBase):
     def _refuse_unsupported(self, layer: Any) -> None:
         parallel = self.moe.moe_parallel_config
         faults = []
-        if layer.activation != MoEActivation.SILU:
-            faults.append(f"activation {layer.activation.value!r} (only 'silu')")
+        if layer.activation != MoEActivation(HIDDEN_ACT):
+            faults.append(f"activation {layer.activation.value!r} (only {HIDDEN_ACT!r})")
         if layer.apply_router_weight_on_input:
             faults.append("routing weights applied to the input")
         if self.moe.has_bias:
@@ -122,69 +120,49 @@ class BitsmoeMoEMethod(FusedMoEMethodBase):
             return
         shard = self.loader.shard
         assert shard is not None
-        names = list(shard.tensor_specs(self.block_size))
-        capability = cuda_capability()
-        reason = why_not_kernels(shard, self._dtype, capability)
-        if reason is None:
-            assert capability is not None
-            self._use_kernels(layer, shard, names, kwidth_of(capability))
-            logger.info_once(
-                "bitsmoe: routed experts are computed by Triton kernels: mixed-bit grouped GEMM for sm_%d, %s",
-                capability,
-                str(self._dtype).removeprefix("torch."),
-            )
-            return
-        self._op, self._names, self._key = moe_forward_op, names, layout_key(shard, self.block_size)
-        self._reload_into(layer, lambda part, tensors: (layout_key(part, self.block_size), tensors))
-        if current_platform.is_cpu():
-            logger.info_once("bitsmoe: routed experts are computed by the torch reference path, on the CPU")
-        else:
-            logger.warning_once(
-                "bitsmoe: routed experts are computed by the torch REFERENCE path: right, but very slow. "
-                "The GPU kernels cannot be used: %s. Do not judge speed by this.",
-                reason,
-            )
+        self._target = compute_target(self._dtype)
+        choice = select(shard, self._target)
+        self._backend = choice.backend
+        self._use(layer, shard)
+        (logger.warning_once if choice.loud else logger.info_once)("%s", choice.message)
 
-    def _use_kernels(self, layer: Any, shard: Layer, names: list[str], kwidth: int) -> None:
-        """Trade the parameters of the file's layout for those of the kernels'."""
+    def _prepare(self, shard: Layer, tensors: Mapping[str, Tensor]) -> Prepared:
+        return self._backend.prepare(LayerWeights(shard, self.block_size, tensors), self._target)
 
-        def pack(part: Layer, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
-            packed = to_kernel_layout(LayerWeights(part, self.block_size, tensors), self._dtype, kwidth)
-            return kernel_key(packed), {f"kernel_{name}": tensor for name, tensor in packed.tensors().items()}
+    def _use(self, layer: Any, shard: Layer) -> None:
+        """Replace the parameters that hold the file's tensors by those that the backend computes with."""
+        stored = {name: getattr(layer, name).data for name in shard.tensor_specs(self.block_size)}
+        prepared = self._prepare(shard, stored)
+        for name, tensor in stored.items():
+            if prepared.tensors.get(name) is not tensor:
+                delattr(layer, name)
+        for name, tensor in prepared.tensors.items():
+            if tensor is not stored.get(name):
+                layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+        self._names, self._key = list(prepared.tensors), prepared.key
+        parameters = {name: getattr(layer, name) for name in self._names}
+        self.loader.reload_into(lambda part, tensors: self._replace(parameters, part, tensors))
 
-        self._key, packed = pack(shard, {name: getattr(layer, name).data for name in names})
-        for name in names:
-            delattr(layer, name)
-        self._op, self._names = moe_kernels_op, list(packed)
-        for name, tensor in packed.items():
-            layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
-        self._reload_into(layer, pack)
-
-    def _reload_into(
-        self, layer: Any, pack: Callable[[Layer, dict[str, Tensor]], tuple[str, dict[str, Tensor]]]
-    ) -> None:
-        """Have the loader write what arrives from now on into the layer's parameters.
-
-        In place: CUDA graphs hold their addresses.
+    def _replace(self, parameters: Mapping[str, Tensor], shard: Layer, tensors: Mapping[str, Tensor]) -> None:
+        """Write reloaded weights into the memory of the layer's parameters: CUDA graphs hold their addresses.
 
         Args:
-            layer: vLLM's RoutedExperts.
-            pack: from a shard's schema and tensors to the key of their layout and the parameters' values.
+            parameters: the layer's, as the backend named them.
+            shard: schema of this rank's part of the new weights.
+            tensors: the new weights, on the CPU.
+
+        Raises:
+            BitsmoeError: the new weights need other memory.
         """
-        kept = {name: getattr(layer, name) for name in self._names}
-
-        def replace(part: Layer, tensors: dict[str, Tensor]) -> None:
-            device = next(iter(kept.values())).device
-            key, values = pack(part, {name: tensor.to(device) for name, tensor in tensors.items()})
-            if key != self._key or any(values[name].shape != kept[name].shape for name in kept):
-                raise BitsmoeError(
-                    f"{self.prefix}: the weights to be loaded have other bit-widths than those they replace, which "
-                    "takes other memory: start the server anew with them"
-                )
-            for name, parameter in kept.items():
-                parameter.data.copy_(values[name])
-
-        self.loader.reload_into(replace)
+        device = next(iter(parameters.values())).device
+        new = self._prepare(shard, {name: tensor.to(device) for name, tensor in tensors.items()})
+        if new.key != self._key or any(new.tensors[name].shape != p.shape for name, p in parameters.items()):
+            raise BitsmoeError(
+                f"{self.prefix}: the weights to be loaded have other bit-widths than those they replace, which "
+                "takes other memory: start the server anew with them"
+            )
+        for name, parameter in parameters.items():
+            parameter.data.copy_(new.tensors[name])
 
     def apply(
         self,
@@ -202,14 +180,14 @@ class BitsmoeMoEMethod(FusedMoEMethodBase):
             x: [T, H].
             topk_weights: [T, top_k].
             topk_ids: [T, top_k], global expert ids.
-            shared_experts: vLLM computes them.
-            shared_experts_input: likewise.
+            shared_experts: unused; vLLM computes them.
+            shared_experts_input: unused.
 
         Returns:
             [T, H] in x's dtype.
         """
         tensors = [getattr(layer, name) for name in self._names]
-        return self._op(x, topk_weights, topk_ids, layer.expert_map, tensors, self._key)
+        return self._backend.compute(x, topk_weights, topk_ids, layer.expert_map, tensors, self._key)
 
     def apply_monolithic(self, layer: Any, x: Tensor, router_logits: Tensor, input_ids: Tensor | None = None) -> Tensor:
         """As `apply`, where this vLLM leaves the routing to the method."""

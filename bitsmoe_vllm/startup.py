@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
+from bitsmoe_kernels.backends.base import Target
+from bitsmoe_kernels.backends.select import select
 from bitsmoe_kernels.errors import BitsmoeError, FormatError, fault_list
+from bitsmoe_kernels.expert_mlp import HIDDEN_ACT
 from bitsmoe_kernels.format.checkpoint import Checkpoint
-from bitsmoe_kernels.format.dense import DenseConfig, Linear, dense_linears, plain_specs
-from bitsmoe_kernels.format.families import EXPERT_COUNT_KEYS, moe_shape
+from bitsmoe_kernels.format.linear_layers import DenseConfig, Linear, dense_linears, plain_specs
+from bitsmoe_kernels.format.safetensors_io import SINGLE_FILE, read_index
 from bitsmoe_kernels.format.schema import CheckpointConfig, TensorSpec
-from bitsmoe_kernels.format.shards import SINGLE_FILE, read_index
-from bitsmoe_kernels.select import why_not_kernels
+from bitsmoe_kernels.models.families import EXPERT_COUNT_KEYS, moe_shape
 from bitsmoe_kernels.sharding import parallel_sizes
 from bitsmoe_vllm import _compat
 from bitsmoe_vllm.options import option_faults
@@ -91,7 +93,7 @@ def _check_draft(checkpoint: Checkpoint, vllm_config: Any) -> None:
 
 
 def is_draft_layer(name: str, num_layers: int) -> bool:
-    """Whether a tensor or module belongs to a layer for multi-token prediction, which quantizing leaves as it is.
+    """Whether a tensor or module belongs to a layer for multi-token prediction, which is not quantized.
 
     Args:
         name: of the tensor or module.
@@ -240,11 +242,16 @@ _SIZES = {
 """Our names of a layer's sizes and those of config.json, by architecture."""
 
 
-def cuda_capability() -> int | None:
-    """Compute capability of this process's GPU, such as 90; None without CUDA."""
-    from vllm.platforms import current_platform
+def compute_target(dtype: torch.dtype) -> Target:
+    """What this process computes layers on.
 
-    return current_platform.get_device_capability().to_int() if current_platform.is_cuda() else None
+    Args:
+        dtype: of activations.
+    """
+    from vllm.platforms import current_platform as platform
+
+    capability = platform.get_device_capability().to_int() if platform.is_cuda() else None
+    return Target(platform.device_type, capability, dtype)
 
 
 def check_options(checkpoint: CheckpointConfig, text_config: Any, vllm_config: Any) -> None:
@@ -272,20 +279,27 @@ def check_options(checkpoint: CheckpointConfig, text_config: Any, vllm_config: A
     faults += _parallel_faults(checkpoint, {} if text_config is None else text_config.to_dict(), parallel)
     if fault := _compat.cpu_parallel_fault(parallel, vllm_config.model_config.enforce_eager):
         faults.append(fault)
-    capability = cuda_capability()
-    if capability is not None and not vllm_config.model_config.enforce_eager:
-        for prefix, layer in checkpoint.layers.items():
-            if reason := why_not_kernels(layer, vllm_config.model_config.dtype, capability):
-                faults.append(
-                    f"{prefix}: the GPU kernels cannot compute these experts ({reason}), and CUDA graphs cannot "
-                    "capture the torch reference path: add --enforce-eager (very slow, for trying out only)"
-                )
-                break  # the other layers are as a rule alike
-    activation = getattr(text_config, "hidden_act", "silu")
-    if activation != "silu":
-        faults.append(f"hidden_act of config.json is {activation!r}; only 'silu' is supported")
+    faults += _graph_faults(checkpoint, vllm_config.model_config)
+    activation = getattr(text_config, "hidden_act", HIDDEN_ACT)
+    if activation != HIDDEN_ACT:
+        faults.append(f"hidden_act of config.json is {activation!r}; only {HIDDEN_ACT!r} is supported")
     if faults:
         raise BitsmoeError("\n".join(dict.fromkeys(faults)))
+
+
+def _graph_faults(checkpoint: CheckpointConfig, model: Any) -> list[str]:
+    """Why CUDA graphs cannot capture the experts, of the first layer only: the other layers are usually alike."""
+    target = compute_target(model.dtype)
+    if target.capability is None or model.enforce_eager:
+        return []
+    for prefix, layer in checkpoint.layers.items():
+        choice = select(layer, target)
+        if not choice.backend.cuda_graphs:
+            return [
+                f"{prefix}: {'; '.join(choice.refusals)}; CUDA graphs cannot capture {choice.backend.name}: "
+                f"add --enforce-eager{' (very slow, for trying out only)' * choice.backend.slow}"
+            ]
+    return []
 
 
 def _parallel_faults(checkpoint: CheckpointConfig, model_config: dict[str, Any], parallel: Any) -> list[str]:

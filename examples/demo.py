@@ -7,25 +7,21 @@ calibration text, and, from another seed, the text its perplexity is measured on
 """
 
 import json
-import os
 import shutil
 import sys
 import time
 from pathlib import Path
 
-# Before torch loads: see offline_quant/cli.py.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parent))
 
 from rich.console import Console
 from rich.table import Table
 
-from offline_quant.calibration import load_tokenizer, write_sampled_text
-from offline_quant.config import QuantizeConfig
-from offline_quant.evaluate import evaluate
-from offline_quant.model_adapter import SourceModel
-from offline_quant.pipeline import quantize_model
-from offline_quant.streaming import StreamedModel
+import bitsmoe
+from offline_quant.calibration.sources.self_written import write_sampled_text
+from offline_quant.calibration.windows import load_tokenizer
+from offline_quant.model.source import SourceModel
+from offline_quant.model.streaming import StreamedModel
 from vllm_server import serve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,21 +63,19 @@ def main() -> None:
     quantized = OUT / "tiny_moe-bitsmoe"
 
     step(f"bitsmoe quantize examples/tiny_moe --bits {BITS} --calib self --calib-samples {CALIB_SAMPLES}")
-    outcome = quantize_model(
-        str(MODEL), quantized, QuantizeConfig(bits=BITS, calib="self", calib_samples=CALIB_SAMPLES)
-    )
+    result = bitsmoe.quantize(MODEL, quantized, bits=BITS, calib="self", calib_samples=CALIB_SAMPLES)
 
     step("bitsmoe eval, on text the model wrote with another seed")
     held_out = OUT / "held_out.txt"
     original = StreamedModel(SourceModel(MODEL))
     write_sampled_text(original, load_tokenizer(MODEL), held_out, HELD_OUT_WINDOWS, 512, HELD_OUT_SEED)
-    figures = evaluate(quantized, held_out, MODEL)
+    figures = bitsmoe.evaluate(quantized, held_out, MODEL)
 
     step("vllm serve, both models")
     answers = {name: completion(path, name) for name, path in (("original", MODEL), ("quantized", quantized))}
 
     report = {
-        "bpw": outcome.report["bpw"],
+        "bpw": result.report.bpw,
         "size_original": size(MODEL),
         "size_quantized": size(quantized),
         "perplexity_original": figures.perplexity_reference,

@@ -1,75 +1,158 @@
-"""Options of `bitsmoe quantize`, checked together before any work."""
+"""Options of `bitsmoe quantize`: types, defaults, choices and texts. The help and the docs are made from here."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from offline_quant.text_source import HUB, SELF, recorded_name
+from bitsmoe_kernels.errors import BitsmoeError
+
+SELF, HUB = "self", "hf:"
+"""Calibration text that the model writes itself, and the prefix of a dataset's name."""
+
+
+def recorded_name(spec: str) -> str:
+    """A calibration source as a checkpoint records it: only the last part of a path."""
+    if spec == SELF or (spec.startswith(HUB) and not _is_path(spec.removeprefix(HUB))):
+        return spec
+    return (HUB if spec.startswith(HUB) else "") + Path(spec.removeprefix(HUB)).name
+
+
+def _is_path(name: str) -> bool:
+    """Whether a dataset's name is a local path: no name on the Hub looks like one."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
 
 BasisForm = Literal["auto", "natural", "whitened", "paper"]
 ObjectiveName = Literal["bitsmoe", "alphaq", "bt-moe", "frequency", "uniform"]
 Scope = Literal["layer", "model"]
-_PARTS = ("calib_config", "calib_split", "calib_column")
+Ablation = Literal["output-weights", "correction", "trial", "trim"]
+_DATASET_OPTIONS = ("calib_config", "calib_split", "calib_column")
+_BASES: dict[ObjectiveName, tuple[BasisForm, ...]] = {"alphaq": ("auto",), "bt-moe": ("auto", "natural")}
+"""Values of `basis` for objectives that work on whole matrices. The other objectives take all."""
+
+
+class Panel(StrEnum):
+    """Groups of options in the help and in the docs. A field without a panel is not on the command line."""
+
+    FIRST = "Options"
+    """Ten options that people use first, counting `--out` and `--workers`. The help shows this panel on top."""
+    ALLOCATION = "Allocation of bits"
+    DECOMPOSITION = "Decomposition and storage"
+    ROUNDING = "Rounding"
+    CALIBRATION = "Calibration text"
+    RUN = "Running"
 
 
 class QuantizeConfig(BaseModel):
-    """Everything that decides the bytes of a checkpoint, besides the model and the calibration text."""
+    """Options that decide the bytes of a checkpoint, besides the model and the calibration text.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Raises:
+        pydantic.ValidationError: a value that is not allowed, or options that contradict each other.
+    """
 
-    bits: float = Field(gt=0, le=16, allow_inf_nan=False)
-    """All-in bits per weight of the routed experts: codes, scales, metadata and basis."""
-    objective: ObjectiveName = "bitsmoe"
-    """What the bits are spent for; see `objectives`."""
-    budget: Scope | None = None
-    """One budget for each layer, or one for the model; None: as the objective's authors have it."""
-    gamma: float = Field(default=1.0, ge=0, le=10, allow_inf_nan=False)
-    """How much AlphaQ's exponents count."""
-    ranks: tuple[Annotated[int, Field(ge=0)], ...] = (0, 8, 16, 32, 64, 128)
-    """Ranks of BT-MoE's compensators to choose from."""
-    basis: BasisForm = "auto"
-    basis_bits: Literal[8, 16] = 8
-    block_size: Literal[16, 32] = 16
-    dense_bits: Literal[4, 8, 16] = 16
-    """Bits of the linear layers outside the routed experts; 16: they stay as they are."""
-    widths: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 8)
-    """Bit-widths the allocation may choose from."""
-    feedback: bool = True
-    """Hand rounding errors on to components not yet rounded; without, rounding takes a fraction of the time."""
-    refine: int = Field(default=2, ge=0, le=20)
-    """Rounds of scale refit and coordinate descent after the feedback."""
-    tune: bool = False
-    """Aim every layer at the original model's hidden states: down matrices of its experts are fitted together (see
-    `joint`), then scales and codes tuned by gradients (see `tune`). Several times as slow."""
-    without: tuple[Literal["output-weights", "correction", "trial", "trim"], ...] = ()
-    """Parts left out, to measure what they bring: weights of gate and up outputs and of tokens; the correction of
-    down; the first pass that measures row norms and chooses the form; leaving out basis rows no expert uses."""
-    calib: str | None = None
-    """`self`, a file of text or of rows, or `hf:DATASET`; None: the default dataset, else `self`."""
-    calib_config: str | None = None
-    """Configuration of the dataset."""
-    calib_split: str | None = None
-    """Split of the dataset; None: `train`, or the only one."""
-    calib_column: str | None = None
-    """Column or key of a row's text, or of its messages; None: the first usual one."""
-    calib_samples: int = Field(default=128, ge=1)
-    calib_length: int = Field(default=2048, ge=8)
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    device: str = "cpu"
+    # The order of fields is the order in config.json.
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True)
+
+    bits: Annotated[float, Panel.FIRST] = Field(
+        gt=0,
+        le=16,
+        allow_inf_nan=False,
+        description="All-in bits per weight of the routed experts: codes, scales, metadata and basis.",
+    )
+    objective: Annotated[ObjectiveName, Panel.ALLOCATION] = Field(
+        default="bitsmoe", description="What bits are spent for."
+    )
+    budget: Annotated[Scope | None, Panel.ALLOCATION] = Field(
+        default=None,
+        description="One budget for each layer, or one for the whole model. Default: model for alphaq and bt-moe, else "
+        "layer. With one for the model, the other objectives weigh layers by measured sensitivities.",
+    )
+    gamma: Annotated[float, Panel.ALLOCATION] = Field(
+        default=1.0, ge=0, le=10, allow_inf_nan=False, description="alphaq: power of the heavy-tail exponents."
+    )
+    ranks: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Panel.ALLOCATION] = Field(
+        default=(0, 8, 16, 32, 64, 128),
+        description="bt-moe: ranks of compensators to choose from, separated by commas.",
+    )
+    basis: Annotated[BasisForm, Panel.DECOMPOSITION] = Field(
+        default="auto",
+        description="Shared basis; auto takes whitened where a first pass finds it clearly better than natural.",
+    )
+    basis_bits: Annotated[Literal[8, 16], Panel.DECOMPOSITION] = Field(default=8, description="Bits of the basis.")
+    block_size: Annotated[Literal[16, 32], Panel.DECOMPOSITION] = Field(
+        default=16, description="Components that share a bit-width."
+    )
+    dense_bits: Annotated[Literal[4, 8, 16], Panel.FIRST] = Field(
+        default=16,
+        description="Bits of attention, shared experts, dense layers and lm_head; 16 leaves them unchanged. vLLM "
+        "serves 8 bits on GPUs only.",
+    )
+    widths: tuple[int, ...] = Field(
+        default=(0, 1, 2, 3, 4, 5, 6, 8), description="Bit-widths the allocation may choose from."
+    )
+    feedback: Annotated[bool, Panel.ROUNDING] = Field(
+        default=True,
+        description="Pass rounding errors on to components that are not rounded yet. Takes most of the rounding time.",
+    )
+    refine: Annotated[int, Panel.ROUNDING] = Field(
+        default=2, ge=0, le=20, description="Rounds of scale refit and re-rounding after the feedback."
+    )
+    tune: Annotated[bool, Panel.FIRST] = Field(
+        default=False,
+        description="Fit the experts of a layer together to the original model's hidden states, and tune scales and "
+        "codes by gradients: clearly better, and several times as slow. In one process only.",
+    )
+    ablations: tuple[Ablation, ...] = Field(
+        default=(),
+        alias="without",
+        description="Parts to leave out, to measure their effect. output-weights: weights of gate and up outputs and "
+        "of tokens. correction: correction of the down projection. trial: first pass that measures row norms and "
+        "chooses the basis. trim: removal of basis rows that no expert uses.",
+    )
+    calib: Annotated[str | None, Panel.FIRST] = Field(
+        default=None,
+        description="Calibration text: self (sampled from the model), FILE (text, JSON lines or array, parquet, also "
+        "in gzip) or hf:DATASET. Default: hf:allenai/c4, or self where it cannot be reached.",
+    )
+    calib_config: Annotated[str | None, Panel.CALIBRATION] = Field(
+        default=None, description="Configuration of the dataset, where it has several."
+    )
+    calib_split: Annotated[str | None, Panel.CALIBRATION] = Field(
+        default=None, description="Split of the dataset. Default: train, or the only one."
+    )
+    calib_column: Annotated[str | None, Panel.CALIBRATION] = Field(
+        default=None,
+        description="Column, or key of JSON rows, that holds the text, or messages for the model's chat template. "
+        "Default: the first of text, content, messages, conversations, prompt.",
+    )
+    calib_samples: Annotated[int, Panel.FIRST] = Field(default=128, ge=1, description="Windows of calibration text.")
+    calib_length: Annotated[int, Panel.CALIBRATION] = Field(
+        default=2048, ge=8, description="Tokens in a window; at most the model's maximum is used."
+    )
+    seed: Annotated[int, Panel.RUN] = Field(
+        default=0,
+        ge=0,
+        lt=2**63,
+        description="Selects the windows of a longer text, and random draws. Equal inputs and seed give equal bytes.",
+    )
+    device: Annotated[str, Panel.FIRST] = Field(default="cpu", description="cpu or cuda.")
 
     @model_validator(mode="after")
-    def _fit(self) -> Self:
-        allowed = {"alphaq": ("auto",), "bt-moe": ("auto", "natural")}.get(self.objective)
-        if allowed and self.basis not in allowed:
+    def _check_together(self) -> Self:
+        if self.basis not in _BASES.get(self.objective, (self.basis,)):
             raise ValueError(
                 f"--objective {self.objective} works on whole matrices without a basis, not with --basis {self.basis}; "
                 "leave --basis out"
             )
         if 0 not in self.ranks or list(self.ranks) != sorted(set(self.ranks)):
             raise ValueError(f"--ranks {','.join(map(str, self.ranks))}: must begin with 0 and ascend")
-        named = [f"--{name.replace('_', '-')}" for name in self._given_parts()]
-        if named and self.calib in (None, SELF):
-            raise ValueError(f"{', '.join(named)}: for --calib FILE or hf:DATASET only")
+        given = [f"--{name.replace('_', '-')}" for name in self._given_dataset_options()]
+        if given and self.calib in (None, SELF):
+            raise ValueError(f"{', '.join(given)}: for --calib FILE or hf:DATASET only")
         if (self.calib_config or self.calib_split) and not str(self.calib).startswith(HUB):
             raise ValueError(
                 f"--calib {self.calib}: only hf:DATASET has configurations and splits; leave out --calib-config and "
@@ -77,12 +160,53 @@ class QuantizeConfig(BaseModel):
             )
         return self
 
-    def _given_parts(self) -> list[str]:
-        return [name for name in _PARTS if getattr(self, name) is not None]
+    def _given_dataset_options(self) -> list[str]:
+        return [name for name in _DATASET_OPTIONS if getattr(self, name) is not None]
 
     def record(self) -> dict[str, object]:
-        """What the checkpoint's config.json keeps: no paths, so that equal inputs give equal bytes anywhere."""
-        data = self.model_dump(mode="json", exclude={"device", *_PARTS} - {*self._given_parts()})
+        """Options as config.json keeps them. Without paths, so that equal inputs give equal bytes anywhere."""
+        left_out = {"device", *_DATASET_OPTIONS} - {*self._given_dataset_options()}
+        data = self.model_dump(mode="json", by_alias=True, exclude=left_out)
         if self.calib:
             data["calib"] = recorded_name(self.calib)
         return data
+
+
+class RunOptions(QuantizeConfig):
+    """All options of one run: those of the checkpoint, and those that do not change its bytes."""
+
+    revision: Annotated[str | None, Panel.RUN] = Field(
+        default=None, description="Branch, tag or commit of the model on the Hub. Default: its main branch."
+    )
+    resume: Annotated[bool, Panel.FIRST] = Field(
+        default=False, description="Go on after the last finished layer of a run of the same options that stopped."
+    )
+    max_memory: Annotated[str | int | None, Panel.RUN] = Field(
+        default=None, description="Refuse to begin if a process would take more, such as 24GB."
+    )
+    plan: Annotated[bool, Panel.FIRST] = Field(
+        default=False, description="Stop after the allocation and write the report only."
+    )
+
+    def config(self) -> QuantizeConfig:
+        """The options of the checkpoint alone."""
+        return QuantizeConfig(**self.model_dump(include=set(QuantizeConfig.model_fields)))
+
+
+@contextmanager
+def named_options() -> Iterator[None]:
+    """Options are checked inside the block.
+
+    Raises:
+        BitsmoeError: instead of pydantic's error; one line for each option at fault, named as on the command line.
+    """
+    try:
+        yield
+    except ValidationError as e:
+        faults = [
+            f"--{str(fault['loc'][0]).replace('_', '-')} {fault['input']!r}: {fault['msg']}"
+            if fault["loc"]
+            else fault["msg"].removeprefix("Value error, ")
+            for fault in e.errors()
+        ]
+        raise BitsmoeError("\n".join(faults)) from None

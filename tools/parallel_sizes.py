@@ -5,7 +5,7 @@ python -m tools.parallel_sizes
 
 from typing import Any
 
-from bitsmoe_kernels.format.families import FAMILIES
+from bitsmoe_kernels.models.families import FAMILIES
 from bitsmoe_kernels.sharding import parallel_sizes
 from offline_quant.config import QuantizeConfig
 

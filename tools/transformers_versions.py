@@ -1,12 +1,12 @@
 """Try versions of transformers on bitsmoe checkpoints: without this package, and with it.
 
-    PYTHONPATH=tests python -m tools.transformers_versions 5.16.1 5.19.0 5.24.0
+    PYTHONPATH=tests/support python -m tools.transformers_versions 5.16.1 5.19.0 5.24.0
 
 Each version is installed by pip into a folder of its own, with what it requires; torch comes from this environment. In
-each, `tests/transformers_alone.py` must fail to load a checkpoint in every way it knows, with an error that names
-bitsmoe. Then, with `import bitsmoe`, a random model of every family must have the logits of the dequantized checkpoint:
-stored in one file, in shards, and with its linear layers at 4 bits; likewise what `model.dequantize()` makes and saves.
-Prints the table of docs/transformers.md and exits with 1 where something failed.
+each, `tests/support/transformers_alone.py` must fail to load a checkpoint in every way it knows, with an error that
+names bitsmoe. Then, with `import bitsmoe`, a random model of every family must have the logits of the dequantized
+checkpoint: stored in one file, in shards, and with its linear layers at 4 bits. What `model.dequantize()` makes and
+saves must have them too. Prints the table of docs/transformers.md and exits with 1 where something failed.
 """
 
 import argparse
@@ -27,10 +27,10 @@ def make_checkpoints(root: Path) -> None:
     """Quantized checkpoints, and the dequantized one of each beside it, named `...-plain`."""
     import torch
 
-    from bitsmoe_kernels.format.families import FAMILIES
+    from bitsmoe_kernels.models.families import FAMILIES
     from builders import FORMS, store_dense
     from families import make_quantized
-    from offline_quant.dequantize import dequantize_checkpoint
+    from offline_quant.checkpoint.dequantize import dequantize_checkpoint
 
     for i, architecture in enumerate(FAMILIES):
         form = FORMS[i % len(FORMS)]
@@ -70,7 +70,7 @@ def differences(root: Path) -> Iterator[tuple[str, float]]:
 
 def run(folder: Path, *command: str) -> tuple[str, str]:
     """Run Python with a folder's packages first; returns the last line it prints, and what it says on stderr."""
-    path = os.pathsep.join(map(str, (folder, REPO, REPO / "kernels", REPO / "tests")))
+    path = os.pathsep.join(map(str, (folder, REPO, REPO / "kernels", REPO / "tests" / "support")))
     done = subprocess.run(
         [sys.executable, *command], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, cwd=folder
     )
@@ -83,7 +83,7 @@ def try_version(version: str, folder: Path, root: Path) -> tuple[str, bool]:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder)]
         subprocess.run([*pip, f"transformers=={version}"], check=True)
     example = root / "Qwen3MoeForCausalLM-shards"
-    out, err = run(folder, str(REPO / "tests" / "transformers_alone.py"), str(example))
+    out, err = run(folder, str(REPO / "tests" / "support" / "transformers_alone.py"), str(example))
     refused: dict[str, str | None] = json.loads(out)[0] if out.startswith("[") else {"start": err[-500:]}
     loaded = [name for name, error in refused.items() if error is None or "bitsmoe" not in error.replace(str(root), "")]
     out, err = run(folder, "-m", "tools.transformers_versions", "--differences", str(root))

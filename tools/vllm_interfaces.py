@@ -26,8 +26,13 @@ def main() -> int:
     import bitsmoe_vllm
     from bitsmoe_vllm import _compat
 
+    def own_classes() -> tuple[type, ...]:
+        from bitsmoe_vllm import config
+
+        return config.own_classes()
+
     bitsmoe_vllm.register()
-    faults = _compat.interface_faults()
+    faults = _compat.interface_faults(own_classes)
     print(f"vLLM {vllm.__version__} of {vllm.__file__}: {'all interfaces match' if not faults else ''}")
     print(*faults, sep="\n", end="\n" if faults else "")
     return bool(faults)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import benchmarks.baselines
+import bitsmoe
 from benchmarks.baselines.driver import BASELINES, check_request, run_baseline, write_windows
 from bitsmoe_kernels.errors import BitsmoeError
-from offline_quant.evaluate import evaluate
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         check_request(args.name, windows, args.bits, settings)
         result = run_baseline(args.name, args.model, windows, args.bits, args.out, args.device, **settings)
     if args.text:
-        result["evaluation"] = evaluate(args.out, args.text, args.model).as_dict()
+        result["evaluation"] = bitsmoe.evaluate(args.out, args.text, args.model).as_dict()
     return result
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
-from bitsmoe_kernels.format.shards import ShardWriter
-from offline_quant.model_adapter import SourceModel
-from offline_quant.output import copy_side_files, new_directory
+from bitsmoe_kernels.format.safetensors_io import ShardWriter
+from offline_quant.checkpoint.directory import new_directory
+from offline_quant.model.side_files import copy_side_files
+from offline_quant.model.source import SourceModel
 
 
 def write_checkpoint(model: Path, out: Path, experts: Mapping[str, Tensor]) -> None:

@@ -18,10 +18,11 @@ from benchmarks.baselines.checkpoint import write_checkpoint
 from benchmarks.baselines.environments import interpreter, packages
 from benchmarks.baselines.job import EXPERTS_FILE, JOB_FILE, RESULT_FILE, WINDOWS
 from bitsmoe_kernels.errors import BitsmoeError
-from offline_quant.calibration import load_tokenizer, text_windows, window_length
+from offline_quant.calibration.sources.registry import open_text
+from offline_quant.calibration.windows import load_tokenizer, text_windows, window_length
+from offline_quant.checkpoint.directory import check_output
 from offline_quant.config import QuantizeConfig
-from offline_quant.model_adapter import SourceModel
-from offline_quant.output import check_output
+from offline_quant.model.source import SourceModel
 
 BASELINES = {"gptq": True, "autoround": True, "gguf": True, "hqq": False, "rtn": False}
 """Each baseline's module in this package, and whether it calibrates."""
@@ -47,7 +48,9 @@ def write_windows(
     """
     defaults = QuantizeConfig.model_fields
     length = window_length(SourceModel(model).config, length or defaults["calib_length"].default)
-    windows = text_windows(load_tokenizer(model), calib, length, count or defaults["calib_samples"].default, seed)
+    windows = text_windows(
+        load_tokenizer(model), open_text(calib), length, count or defaults["calib_samples"].default, seed
+    )
     save_file({WINDOWS: windows.contiguous()}, path)
     return windows
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.kernels.experts import GROUP, Experts
 from benchmarks.kernels.grouped import PER_WORD, grouped_forward, silu_and_mul
 from benchmarks.kernels.shapes import Shape
-from bitsmoe_kernels import moe
+from bitsmoe_kernels.backends import triton_launch as moe
 
 UINT4B8 = 4 << 8 | 8 << 17 | 1 << 50
 """vLLM's number for unsigned 4-bit codes that stand for code - 8."""

@@ -9,7 +9,7 @@ from typing import Any
 import triton
 
 from benchmarks.kernels.machine_code import rows
-from bitsmoe_kernels.tiles import DECODE, PREFILL, TILES
+from bitsmoe_kernels.backends.launch_config import DECODE, PREFILL, TILES
 
 Job = tuple[int, bool, str]
 """Architecture, float16 or not, regime."""

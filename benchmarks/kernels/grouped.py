@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from benchmarks.kernels.experts import GROUP
-from bitsmoe_kernels import moe
 from bitsmoe_kernels._triton.codes import product, rounded
+from bitsmoe_kernels.backends import triton_launch as moe
 
 PER_WORD = 8
 """Codes of 4 bits in an int32."""

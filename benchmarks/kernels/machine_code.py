@@ -19,8 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bitsmoe_kernels._triton import gemm, prepare
-from bitsmoe_kernels.fields import CLASSES, TILE
-from bitsmoe_kernels.tiles import DECODE, PREFILL, TILES, Tile, kwidth_of
+from bitsmoe_kernels.backends.launch_config import DECODE, PREFILL, TILES, Tile, kwidth_of
+from bitsmoe_kernels.layout.fields import CLASSES, TILE
 
 MATRIX = {"HGMMA", "HMMA", "QGMMA", "IMMA"}
 NOT_ALU = MATRIX | {

@@ -14,7 +14,7 @@ from benchmarks.kernels.experts import LIMITS, Experts, compulsory_bytes, refere
 from benchmarks.kernels.routing import route
 from benchmarks.kernels.shapes import Shape
 from benchmarks.kernels.synthetic import NATURAL, WHITENED, BitsmoeExperts, fewer_experts, format_layer
-from bitsmoe_kernels import moe
+from bitsmoe_kernels.backends import triton_launch as moe
 
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parent.parent / "kernels" / "bitsmoe_kernels"

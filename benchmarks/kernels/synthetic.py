@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.shapes import Shape
-from bitsmoe_kernels import moe
-from bitsmoe_kernels.fields import CLASSES, DENSE, TILE
+from bitsmoe_kernels.backends import triton_launch as moe
+from bitsmoe_kernels.backends.launch_config import Tile, kwidth_of
 from bitsmoe_kernels.format.schema import Basis, Layer, Projection, order_dtype
-from bitsmoe_kernels.layout import KernelLayer, Matrices, to_kernel_layout
+from bitsmoe_kernels.layout.fields import CLASSES, DENSE, TILE
+from bitsmoe_kernels.layout.matrices import Matrices
+from bitsmoe_kernels.layout.pack import KernelLayer, to_kernel_layout
 from bitsmoe_kernels.reference import LayerWeights
-from bitsmoe_kernels.tiles import Tile, kwidth_of
 
 BLOCK = 16
 WHITENED, NATURAL = "whitened", "natural"

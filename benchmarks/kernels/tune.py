@@ -19,7 +19,7 @@ from benchmarks.kernels.methods import BITSMOE, Setting, build, source_of, token
 from benchmarks.kernels.routing import REALISTIC, route
 from benchmarks.kernels.shapes import Shape
 from benchmarks.kernels.synthetic import BitsmoeExperts
-from bitsmoe_kernels.tiles import Tile
+from bitsmoe_kernels.backends.launch_config import Tile
 
 METHOD = next(iter(BITSMOE))
 GATE_UP_OUTPUTS = 128

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from bitsmoe_kernels.expert_mlp import gated
 from bitsmoe_kernels.format.packing import unpack_codes
 from bitsmoe_kernels.format.schema import Layer, Part, Projection, ProjectionName
 
@@ -92,7 +92,7 @@ class ProjectionWeights:
         return self.part("lowrank_in")[rows].float(), self.part("lowrank_out")[rows].float()
 
     def weight(self, expert: int) -> Tensor:
-        """The weight this expert stands for, float32 [N, K], as `torch.nn.functional.linear` takes it."""
+        """The dequantized weight of one expert, float32 [N, K], as `torch.nn.functional.linear` takes it."""
         if expert in self.spec.kept_experts:
             return self.part("kept")[self.spec.kept_experts.index(expert)].float()
         m = self._ordered(expert)
@@ -104,7 +104,7 @@ class ProjectionWeights:
         return w.contiguous()
 
     def project(self, x: Tensor) -> Tensor:
-        """What all experts share: z = basis @ x for an input-side basis, else x itself. [T, K] -> [T, C or K]."""
+        """The step that all experts share: basis @ x for an input-side basis, else x. [T, K] -> [T, C or K]."""
         if self.basis is not None and self.spec.component_axis == "input":
             return x @ self.basis.T
         return x
@@ -196,7 +196,7 @@ def moe_forward(
     topk_ids: Tensor,
     expert_map: Tensor | None = None,
 ) -> Tensor:
-    """Routed experts of one layer: sum over a token's experts of weight * down(silu(gate x) * (up x)).
+    """Routed experts of one layer: sum over a token's experts of weight * down(act(gate x) * (up x)).
 
     Dequantizes the experts that were routed to, one after another, and no others. Computes in float32.
 
@@ -225,7 +225,7 @@ def moe_forward(
         token, slot = (ids == expert).nonzero(as_tuple=True)
         hidden = [w.forward(expert, xf[token], z[token]) for w, z in zip(inputs, shared, strict=True)]
         gate, up = hidden[0].chunk(2, -1) if len(hidden) == 1 else hidden
-        h = F.silu(gate) * up
+        h = gated(gate, up)
         y = down.forward(expert, h, down.project(h))
         out.index_add_(0, token, y * topk_weights[token, slot, None].float())
     return out.to(x.dtype)

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bitsmoe_kernels.format.packing import pack_codes
+from bitsmoe_kernels.format.safetensors_io import ShardWriter
 from bitsmoe_kernels.format.schema import (
     Basis,
     CheckpointConfig,
@@ -31,7 +32,6 @@ from bitsmoe_kernels.format.schema import (
     num_blocks,
     order_dtype,
 )
-from bitsmoe_kernels.format.shards import ShardWriter
 from bruteforce import expert_weights
 
 HERE = Path(__file__).resolve().parent / "v1"

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitsmoe_kernels import moe
 from bitsmoe_kernels._triton import gemm, prepare
-from bitsmoe_kernels.layout import KernelLayer, to_kernel_layout
+from bitsmoe_kernels.backends import triton_launch as moe
+from bitsmoe_kernels.layout.pack import KernelLayer, to_kernel_layout
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
 from bitsmoe_kernels.sharding import shard_layer
 from builders import REPO

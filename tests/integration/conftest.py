@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from builders import TINY_MOE
-from offline_quant.dequantize import dequantize_checkpoint
+from offline_quant.checkpoint.dequantize import dequantize_checkpoint
 from vllm_processes import Generator
 
 

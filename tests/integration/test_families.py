@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bitsmoe_kernels.format.families import FAMILIES
+from bitsmoe_kernels.models.families import FAMILIES
 from builders import TINY_MOE
 from families import make_model
+from offline_quant.checkpoint.dequantize import dequantize_checkpoint
 from offline_quant.config import QuantizeConfig
-from offline_quant.dequantize import dequantize_checkpoint
-from offline_quant.pipeline import quantize_model
+from offline_quant.pipeline.quantize import quantize_model
 from vllm_processes import Completions, Generator
 
 TOKENS = 24

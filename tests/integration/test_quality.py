@@ -2,7 +2,7 @@
 
 from benchmarks.quality import Row, measure, write_held_out_text
 from builders import TINY_MOE
-from offline_quant.evaluate import Reference
+from offline_quant.evaluation.evaluate import Reference
 
 
 def test_two_and_a_half_bits_beat_round_to_nearest_at_three(tmp_path):

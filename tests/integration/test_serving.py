@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bitsmoe_kernels.format.checkpoint import Checkpoint
-from bitsmoe_kernels.format.shards import ShardReader, read_json
+from bitsmoe_kernels.format.safetensors_io import ShardReader, read_json
 from bitsmoe_vllm.options import LORA_TARGETS
 from builders import TINY_MOE, build_form, write_checkpoint, write_first_layers
+from offline_quant.checkpoint.dequantize import dequantize_checkpoint
 from offline_quant.config import QuantizeConfig
-from offline_quant.dequantize import dequantize_checkpoint
-from offline_quant.pipeline import quantize_model
+from offline_quant.pipeline.quantize import quantize_model
 from vllm_processes import Completions, Generator, Step
 from vllm_server import serve
 

@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bitsmoe_kernels.format.shards import read_json
+from bitsmoe_kernels.format.safetensors_io import read_json
 from families import make_model
+from offline_quant.checkpoint.dequantize import dequantize_checkpoint
 from offline_quant.config import QuantizeConfig
-from offline_quant.dequantize import dequantize_checkpoint
-from offline_quant.pipeline import quantize_model
+from offline_quant.pipeline.quantize import quantize_model
 from vllm_processes import Generator
 
 TOKENS = 48

@@ -1,7 +1,9 @@
-"""The import directions: bitsmoe -> offline_quant -> bitsmoe_kernels <- bitsmoe_vllm, read from the source."""
+"""The import directions, read from the source: between packages, between the stages of one, and no circle."""
 
 import ast
+import re
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,59 @@ NEEDS = {
     "bitsmoe_vllm": {"bitsmoe_kernels", "vllm"},
     "bitsmoe": {"bitsmoe_kernels", "offline_quant", "transformers"},
 }
+
+
+ARCHITECTURE = (REPO / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+def floors_of(package: str) -> list[set[str]]:
+    """Stages that docs/architecture.md lists for a package, those that import nothing first."""
+    section = ARCHITECTURE.split(f"## Floors of `{package}`", 1)[1]
+    block = re.search(r"```text\n(.*?)```", section, re.DOTALL)
+    assert block is not None
+    return [set(line.split()) for line in block[1].splitlines()]
+
+
+def inner_imports(folder: Path) -> dict[str, set[str]]:
+    """What every module of a package imports of it, by dotted names without the package's own."""
+    names = {}
+    for path in folder.rglob("*.py"):
+        parts = path.relative_to(folder).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    found: dict[str, set[str]] = {}
+    for name, path in names.items():
+        found[name] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == folder.name:
+                module = node.module.partition(".")[2]
+                for alias in node.names:
+                    below = f"{module}.{alias.name}".lstrip(".")
+                    found[name].add(below if below in names else module)
+        found[name] -= {name}
+    return found
+
+
+def climbs(folder: Path, floors: list[set[str]]) -> list[str]:
+    """Imports of a package that go to another stage of the same floor, or to a later one."""
+    floor = {stage: i for i, stages in enumerate(floors) for stage in stages}
+    return [
+        f"{name} imports {target}"
+        for name, targets in sorted(inner_imports(folder).items())
+        for target in sorted(targets)
+        if name and target and (a := name.partition(".")[0]) != (b := target.partition(".")[0])
+        if floor[a] <= floor[b]
+    ]
+
+
+def circle(folder: Path) -> list[str]:
+    """Modules of a package that import one another in a circle; a package's `__init__` counts as a module."""
+    graph = inner_imports(folder)
+    graph.pop("", None)  # its version, which anything may read
+    try:
+        TopologicalSorter({name: targets - {""} for name, targets in graph.items()}).prepare()
+    except CycleError as e:
+        return list(e.args[1])
+    return []
 
 
 def imports(source: str) -> Iterator[tuple[int, str]]:
@@ -77,6 +132,43 @@ def test_kernels_is_no_package() -> None:
     """An __init__.py there would shadow the PyPI package `kernels`, which transformers imports."""
     assert (REPO / "kernels" / "bitsmoe_kernels" / "__init__.py").is_file()
     assert not (REPO / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("package", ["offline_quant", "bitsmoe_kernels"])
+def test_stages_import_downwards_only(package: str) -> None:
+    folder = REPO / RULES[package][0]
+    floors = floors_of(package)
+    stages = {p.stem for p in folder.iterdir() if (p / "__init__.py").exists() or p.suffix == ".py"} - {"__init__"}
+    assert set().union(*floors) == stages
+    assert climbs(folder, floors) == []
+
+
+def test_the_quantizers_top_level_holds_stages() -> None:
+    assert {p.name for p in (REPO / "offline_quant").glob("*.py")} == {"__init__.py", "config.py", "linalg.py"}
+
+
+@pytest.mark.parametrize("package", RULES)
+def test_no_modules_import_one_another(package: str) -> None:
+    assert circle(REPO / RULES[package][0]) == []
+
+
+@pytest.mark.parametrize("line", ["from house.attic import a", "def f():\n    from house.attic.box import b"])
+def test_a_planted_climb_and_a_planted_circle_are_found(tmp_path: Path, line: str) -> None:
+    folder = tmp_path / "house"
+    for stage in ("cellar", "attic"):
+        (folder / stage).mkdir(parents=True)
+        (folder / stage / "__init__.py").write_text("")
+    (folder / "__init__.py").write_text("")
+    (folder / "attic" / "box.py").write_text("from house.cellar import tools\n")
+    (folder / "cellar" / "tools.py").write_text("import torch\n")
+    floors = [{"cellar"}, {"attic"}]
+    assert climbs(folder, floors) == []
+    assert circle(folder) == []
+    (folder / "cellar" / "tools.py").write_text(f"{line}\n")
+    (climb,) = climbs(folder, floors)
+    assert climb.startswith("cellar.tools imports attic")
+    (folder / "attic" / "__init__.py").write_text("from house.attic.box import b\n")
+    assert "cellar.tools" in circle(folder)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import rich.box
 from rich.console import Console
 from rich.table import Table
 
-from offline_quant import progress
+from offline_quant.runtime import progress
 from tools.fuzz import mutations
 from tools.fuzz.bases import all_bases
 from tools.fuzz.worker import Result, fuzz, make_case, run_case

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.format.safetensors_io import INDEX_FILE
 from bitsmoe_kernels.format.schema import CheckpointConfig
-from bitsmoe_kernels.format.shards import INDEX_FILE
 
 CONFIG_FILE = "config.json"
 

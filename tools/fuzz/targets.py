@@ -18,16 +18,18 @@ from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.checkpoint import Checkpoint
+from bitsmoe_kernels.format.safetensors_io import INDEX_FILE, ShardReader, read_json
 from bitsmoe_kernels.format.schema import CheckpointConfig, Layer, num_blocks
-from bitsmoe_kernels.format.shards import INDEX_FILE, ShardReader, read_json
-from bitsmoe_kernels.layout import matrix_rows, to_kernel_layout, unsupported
+from bitsmoe_kernels.layout.matrices import matrix_rows
+from bitsmoe_kernels.layout.pack import to_kernel_layout, unsupported
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
 from bitsmoe_kernels.sharding import shard_layer
 from bitsmoe_vllm.startup import check_checkpoint, check_model
 from bitsmoe_vllm.weight_loading import LayerLoader
-from offline_quant.dequantize import dequantize_checkpoint
-from offline_quant.model_adapter import QuantizedModel, SourceModel, open_model
-from offline_quant.report import inspect_checkpoint
+from offline_quant.checkpoint.dequantize import dequantize_checkpoint
+from offline_quant.model.quantized import QuantizedModel, open_model
+from offline_quant.model.source import SourceModel
+from offline_quant.report.inspect import inspect_checkpoint
 from tools.fuzz.mutations import SIZES
 
 MESSAGE_LIMIT = 20_000

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from offline_quant import progress
+from offline_quant.runtime import progress
 from tools.fuzz import mutations, targets
 from tools.fuzz.bases import Base, all_bases
 

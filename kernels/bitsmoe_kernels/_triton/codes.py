@@ -6,7 +6,7 @@ ASM picks the machine instruction; without it the same is said in Triton's own o
 import triton
 import triton.language as tl
 
-from bitsmoe_kernels.fields import CLASSES, PAIRS, field_place, field_shift
+from bitsmoe_kernels.layout.fields import CLASSES, PAIRS, field_place, field_shift
 
 # Triton functions see constants only: tables of [float16?][bits - 1][a], flattened.
 _ALL = [(bits, a, fp16) for fp16 in (False, True) for bits in CLASSES for a in range(PAIRS)]

@@ -1,9 +1,9 @@
 """The mixed-bit grouped GEMM: weights are the left operand, a block of tokens of one expert the right one.
 
     name          shape                dtype        meaning
-    act           [rows, KMAX]         fp16/bf16    scaled activations of each row, see `layout.py`
+    act           [rows, KMAX]         fp16/bf16    scaled activations of each row, see `layout/matrices.py`
     corr          [rows, NCORR]        fp32         partial sums of act * offset
-    codes32, codes16, dense, start, tiles, columns, scale: `layout.Matrices`
+    codes32, codes16, dense, start, tiles, columns, scale: `layout/matrices.py`
     block_expert  [blocks]             int32        expert of each block of rows
     block_slot    [blocks, BT]         int32        slots (token * top_k + choice) of each block; -1: none
     num_blocks    [1]                  int32        blocks in use
@@ -124,6 +124,12 @@ def _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, row, KMAX,
 
 
 @triton.jit
+def silu(gate):
+    """The activation that `expert_mlp.ACTIVATIONS` names."""
+    return gate * tl.sigmoid(gate)
+
+
+@triton.jit
 def gate_up_kernel(act, corr, codes32, codes16, dense, start, tiles, columns, scale,
                    block_expert, block_slot, num_blocks,
                    down_factor, down_offset, out, out_corr,
@@ -163,7 +169,7 @@ def gate_up_kernel(act, corr, codes32, codes16, dense, start, tiles, columns, sc
                      n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, BN, BT, KWIDTH, FP16, ASM, True, DENSE, WIDTHS,
                      UNROLL, STAGES)  # fmt: skip
         gate, up = tl.split(tl.permute(tl.reshape(y, (HALF, 2, BT)), (0, 2, 1)))
-    h = gate * tl.sigmoid(gate) * up
+    h = silu(gate) * up
     pout = out + row[None, :] * OUT_STRIDE + at[:, None]
     if FUSED:
         where = expert.to(tl.int64) * KDOWN + at

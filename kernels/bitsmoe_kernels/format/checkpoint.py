@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError, FormatError
-from bitsmoe_kernels.format.dense import DenseConfig, DenseReader
+from bitsmoe_kernels.format.linear_layers import DenseConfig, DenseReader
+from bitsmoe_kernels.format.safetensors_io import ShardReader, read_json
 from bitsmoe_kernels.format.schema import QUANT_METHOD, CheckpointConfig
-from bitsmoe_kernels.format.shards import ShardReader, read_json
 from bitsmoe_kernels.format.validate import check_bits, check_headers, check_values
 
 WEIGHTS_KEY = "transformers_weights"
@@ -57,7 +57,7 @@ class Checkpoint:
         return None if data is None else DenseConfig.parse(data, str(self.directory / "config.json"))
 
     def plain_tensors(self) -> ShardReader:
-        """All tensors, quantized linear layers outside the routed experts as the matrices they stand for.
+        """All tensors; quantized linear layers outside the routed experts appear as dequantized matrices.
 
         Raises:
             FormatError: lists every fault of those layers.

@@ -1,0 +1,256 @@
+"""The launches of the Triton kernels for one layer: which, in what order, with which buffers.
+
+Sizes, grids and tiles follow from shapes alone, so a call is free of synchronization, and can be captured in a CUDA
+graph and replayed under another routing. Launches: routing, basis (with one), scaled activations, gate and up, down;
+for a layer whose down has compensators, its scaled activations too.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitsmoe_kernels._triton import gemm, prepare
+from bitsmoe_kernels.backends.launch_config import Tile, pick_tile
+from bitsmoe_kernels.errors import BitsmoeError, fault_list
+from bitsmoe_kernels.layout.fields import TILE
+from bitsmoe_kernels.layout.matrices import Matrices
+from bitsmoe_kernels.layout.pack import KernelLayer
+from bitsmoe_kernels.reference import expert_of_slots
+
+SCALE_CHUNK = 512
+"""Components of one program of the scaling kernel."""
+ROUTE_CHUNK = 64
+ROUTED_SLOTS = 2_048
+"""Largest number of slots that one program routes; torch routes more."""
+TOKENS_AT_ONCE = 2_048
+"""Tokens of one pass. Longer inputs are cut, which bounds the buffers."""
+ALIGNED = 4
+"""int32 in the 16 bytes whose multiples Triton's variants of a kernel tell apart."""
+
+Launch = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Device:
+    """What runs the kernels.
+
+    Attributes:
+        capability: such as 90.
+        asm: whether kernels may use machine instructions; not under Triton's interpreter.
+    """
+
+    capability: int
+    asm: bool
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Device":
+        """The device that holds `x`; on a CPU the interpreter acts as sm_90."""
+        if x.is_cuda:
+            major, minor = torch.cuda.get_device_capability(x.device)
+            return cls(10 * major + minor, True)
+        return cls(90, False)
+
+
+def _launch(name: str, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Every kernel goes through here, under its name: tests and profiles count them."""
+    kernel[grid](*args, **options)
+
+
+def moe_forward(
+    layer: KernelLayer,
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None = None,
+    device: Device | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """As `reference.moe_forward`, by kernels.
+
+    Args:
+        layer: E local experts.
+        x: [T, H], float16 or bfloat16 as the layer was made for.
+        topk_weights: [T, top_k].
+        topk_ids: [T, top_k], global ids where `expert_map` is given; ids of no expert are skipped.
+        expert_map: int32 [global experts] -> local index or -1.
+        device: what runs them; None: where x lies.
+        tile: configuration; None: by the table.
+
+    Returns:
+        [T, H] in x's dtype.
+
+    Raises:
+        BitsmoeError: the tensors lie on more than one device.
+    """
+    _check_one_device(layer, x, topk_weights, topk_ids, expert_map)
+    device = device or Device.of(x)
+    T = len(x)
+    if T == 0:
+        return torch.empty_like(x)
+    # Kernels go to the current device, wherever their arguments lie.
+    with torch.cuda.device_of(x):
+        if T <= TOKENS_AT_ONCE:
+            return _forward(layer, x, topk_weights, topk_ids, expert_map, device, tile)
+        parts = [
+            _forward(layer, xs, weights, ids, expert_map, device, tile)
+            for xs, weights, ids in zip(*(v.split(TOKENS_AT_ONCE) for v in (x, topk_weights, topk_ids)), strict=True)
+        ]
+        return torch.cat(parts)
+
+
+def _check_one_device(
+    layer: KernelLayer, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None
+) -> None:
+    here = x.device
+    weights = (*vars(layer.inputs).values(), *vars(layer.down).values(), layer.basis, layer.basis_scale)
+    # Names of all of them take longer to make than a small kernel to run.
+    if all(t is None or t.device == here for t in (topk_weights, topk_ids, expert_map, *weights)):
+        return
+    given = {"topk_weights": topk_weights, "topk_ids": topk_ids, "expert_map": expert_map, **layer.tensors()}
+    faults = [f"{name} is on {t.device}" for name, t in given.items() if t is not None and t.device != here]
+    raise BitsmoeError(fault_list(f"activations are on {here}, but not all tensors: move these there", faults))
+
+
+def _forward(
+    layer: KernelLayer,
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    device: Device,
+    tile: Tile | None,
+) -> Tensor:
+    """`moe_forward` of at most TOKENS_AT_ONCE tokens, on the current device."""
+    x = x.contiguous()
+    T, H = x.shape
+    top_k = topk_ids.shape[1]
+    S, E = T * top_k, len(layer.down.columns)
+    tile = tile or pick_tile(device.capability, S, E if expert_map is None else len(expert_map))
+    fp16 = x.dtype == torch.float16
+    common = {
+        "KWIDTH": layer.kwidth, "FP16": fp16, "ASM": device.asm, "UNROLL": tile.unroll, "STAGES": tile.stages,
+        "num_warps": tile.warps,
+    }  # fmt: skip
+    down_tiles = -(-H // tile.outputs)
+    route = _route(topk_ids, expert_map, E, tile.tokens, down_tiles)
+
+    # What gate and up contract: the token, or its coordinates in the shared basis.
+    source = x
+    if layer.basis is not None:
+        R = len(layer.basis)
+        source = x.new_empty(T, R, dtype=torch.float32)
+        BN, BT = (32, 16) if T <= 64 else (64, 64)
+        _launch("basis", prepare.basis_kernel, (-(-R // BN), -(-T // BT)),
+                x, layer.basis, layer.basis_scale, source, T, H, R,
+                BN=BN, BT=BT, BK=128, STAGES=3, ASM=device.asm, num_warps=4)  # fmt: skip
+    out = torch.empty_like(x)
+    act, corr = _scaled(layer.inputs, source, route.local, S, top_k, 2 if layer.split else 1, out, H, device.asm)
+
+    k_down = layer.down.index.shape[1]
+    if layer.fused:
+        hidden = x.new_empty(S, k_down)
+        hidden_corr = x.new_empty(S, k_down // TILE, dtype=torch.float32)
+    else:
+        hidden = x.new_empty(S, layer.inputs.scale.shape[1] // (1 if layer.split else 2), dtype=torch.float32)
+        hidden_corr = corr
+    widest = layer.inputs.scale.shape[1] * (2 if layer.split else 1)
+    _launch("gate_up", gemm.gate_up_kernel, (-(-widest // (2 * TILE)), route.max_blocks),
+            act, corr, *_codes(layer.inputs), route.block_expert, route.block_slot, route.num_blocks,
+            layer.down.factor, layer.down.offset, hidden, hidden_corr,
+            act.shape[-1], layer.inputs.scale.shape[1], k_down, hidden.shape[1],
+            NCORR=corr.shape[-1], NCORR_POW2=_pow2(corr.shape[-1]), CORR_CHUNK=SCALE_CHUNK,
+            OUT_NCORR=hidden_corr.shape[-1], BN=2 * TILE, BT=tile.tokens, SPLIT=layer.split, FUSED=layer.fused,
+            DENSE=layer.inputs.dense.numel() > 1, WIDTHS=layer.input_widths, **common)  # fmt: skip
+    chunk = TILE
+    if not layer.fused:
+        hidden, hidden_corr = _scaled(layer.down, hidden, route.local, S, 1, 1, out, 0, device.asm)
+        chunk = SCALE_CHUNK
+
+    partial = x.new_empty(S, H, dtype=torch.float32)
+    _launch("down", gemm.down_kernel, (down_tiles, route.max_blocks),
+            hidden, hidden_corr, *_codes(layer.down), route.block_expert, route.block_slot, route.num_blocks,
+            topk_weights.float().contiguous(), route.local, partial, route.arrived, out, k_down, H,
+            NCORR=hidden_corr.shape[-1], NCORR_POW2=_pow2(hidden_corr.shape[-1]), CORR_CHUNK=chunk, TOP_K=top_k,
+            BN=tile.outputs, BT=tile.tokens, EVEN=H % tile.outputs == 0, DENSE=layer.down.dense.numel() > 1,
+            WIDTHS=layer.down_widths, **common)  # fmt: skip
+    return out
+
+
+@dataclass(frozen=True)
+class _Route:
+    """Blocks of slots; see `prepare.route_kernel`."""
+
+    local: Tensor
+    block_expert: Tensor
+    block_slot: Tensor
+    num_blocks: Tensor
+    arrived: Tensor
+    max_blocks: int
+
+
+def _route(topk_ids: Tensor, expert_map: Tensor | None, E: int, tokens: int, down_tiles: int) -> _Route:
+    ids = topk_ids.contiguous().flatten()
+    S = len(ids)
+    most = min(S, S // tokens + E)
+    # Each begins at a multiple of ALIGNED: Triton compiles a kernel once more for pointers that do not.
+    sizes = [v for n in (S, 1, most, most * tokens, len(topk_ids) * down_tiles) for v in (n, -n % ALIGNED)]
+    empty = torch.empty(sum(sizes), dtype=torch.int32, device=ids.device)
+    local, num_blocks, block_expert, block_slot, arrived = empty.split(sizes)[::2]
+    if S <= ROUTED_SLOTS:
+        _launch("route", prepare.route_kernel, (1,), ids, local, block_expert, block_slot, num_blocks, arrived, S,
+                len(arrived), E=E, E_POW2=_pow2(E), BT=tokens, CHUNK=ROUTE_CHUNK,
+                EXPERTS=E if expert_map is None else len(expert_map), EXPERT_MAP=expert_map is not None,
+                expert_map=ids if expert_map is None else expert_map,
+                num_warps=4)  # fmt: skip
+        return _Route(local, block_expert, block_slot, num_blocks, arrived, most)
+    expert = expert_of_slots(ids, E, expert_map)
+    local.copy_(expert)
+    expert = torch.where(expert >= 0, expert, E)
+    counts = torch.zeros(E + 1, dtype=torch.int64, device=ids.device)
+    counts.scatter_add_(0, expert, torch.ones_like(expert))
+    blocks = -(-counts // tokens)
+    blocks[E] = 0
+    ends = blocks.cumsum(0)
+    order = expert.argsort(stable=True)
+    mine = expert[order]
+    rank = torch.arange(S, device=ids.device) - (counts.cumsum(0) - counts)[mine]
+    place = (ends - blocks)[mine] * tokens + rank
+    spare = torch.empty(most * tokens + 1, dtype=torch.int32, device=ids.device).fill_(-1)
+    spare.scatter_(0, torch.where(mine < E, place, most * tokens), order.int())
+    block_slot.copy_(spare[:-1])
+    at = torch.arange(most, device=ids.device)
+    block_expert.copy_(torch.searchsorted(ends, at, right=True).clamp(max=E - 1))
+    num_blocks.copy_(ends[-1:])
+    arrived.zero_()
+    return _Route(local, block_expert, block_slot, num_blocks, arrived, most)
+
+
+def _scaled(
+    m: Matrices, source: Tensor, local: Tensor, S: int, rows_per: int, per: int, out: Tensor, clear: int, asm: bool
+) -> tuple[Tensor, Tensor]:
+    """Activations of every slot as the GEMM wants them, and their partial corrections.
+
+    Clears the first `clear` columns, all or none, of rows of `out` that no expert here writes.
+    """
+    dtype = out.dtype
+    K = m.index.shape[1]
+    chunks = -(-K // SCALE_CHUNK)
+    act = torch.empty(S * per, K, dtype=dtype, device=source.device)
+    corr = torch.empty(S * per, chunks, dtype=torch.float32, device=source.device)
+    _launch("scale", prepare.scale_kernel, (S, chunks, per),
+            source, local, m.index, m.factor, m.offset, m.tiles, act, corr, m.rank, m.lowrank, m.lowrank_start, out,
+            source.shape[1], m.lowrank.shape[1], K, chunks, clear,
+            ROWS_PER=rows_per, PER=per, CHUNK=SCALE_CHUNK, FP16=dtype == torch.float16,
+            LOWRANK=len(m.lowrank) > 0, ASM=asm, num_warps=4)  # fmt: skip
+    return act, corr
+
+
+def _codes(m: Matrices) -> tuple[Tensor, ...]:
+    return m.codes32, m.codes16, m.dense, m.start, m.tiles, m.columns, m.scale
+
+
+def _pow2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()

@@ -1,0 +1,1 @@
+"""Weights as the Triton kernels read them."""

@@ -1,0 +1,1 @@
+"""Model families: which tensors of which architecture are experts."""

@@ -1,0 +1,324 @@
+"""Which tensors of a model are routed experts: one table. An architecture outside it is refused, never guessed.
+
+Names are those of checkpoint files, which vLLM follows. transformers' modules differ in a few; `module_names` says how.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from bitsmoe_kernels.errors import BitsmoeError, fault_list
+from bitsmoe_kernels.expert_mlp import HIDDEN_ACT
+from bitsmoe_kernels.format.schema import TensorSpec
+
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""What a weight may be stored in."""
+_CODE_DTYPES = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
+_CODE_PARTS = (
+    "weight_scale", "weight_zero_point", "weight_packed", "weight_shape", "weight_global_scale", "weight_bitmask",
+    "qweight", "qzeros", "scales", "g_idx", "absmax", "quant_map", "quant_state", "SCB", "bitmask",
+)  # fmt: skip
+"""How tensors begin that lie beside codes, in the forms other quantizers write."""
+_LAYER_NUMBER = re.compile(r"model\.layers\.(\d+)\.")
+_CODES = "codes of some quantization, not weights; quantize the 16-bit model instead"
+MODULE_EXPERTS = "mlp.experts"
+"""transformers' experts module within a decoder layer, in every family."""
+EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Names of the number of routed experts in config.json; a config without any is no MoE model."""
+TOP_K_KEY = "num_experts_per_tok"
+"""How many experts a token is routed to; transformers knows the family's own number where it is left out."""
+
+
+MAX_LAYERS, MAX_SIZE, MAX_SCALING = 10_000, 2**31 - 1, 1000
+"""Beyond any model. Sizes are met by tensors or refused, but layers and experts are counted through before that."""
+
+
+def _qwen_layers(config: dict[str, Any]) -> list[int]:
+    step = config.get("decoder_sparse_step") or 1
+    dense = config.get("mlp_only_layers") or []
+    return [i for i in range(config["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0]
+
+
+def _all_layers(config: dict[str, Any]) -> list[int]:
+    return list(range(config["num_hidden_layers"]))
+
+
+def _after_the_first(config: dict[str, Any]) -> list[int]:
+    return list(range(config.get("first_k_dense_replace") or 0, config["num_hidden_layers"]))
+
+
+_SIZES = ("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Tensor and configuration names of one architecture.
+
+    Attributes:
+        architecture: as config.json names it.
+        model_type: as config.json names it.
+        title: of the models, for people.
+        num_experts_key: E in config.json.
+        intermediate_size_key: I of a routed expert in config.json.
+        moe_layers: indices of the decoder layers that have routed experts, from config.json.
+        experts: the experts within a decoder layer.
+        projections: names of gate, up and down of one expert.
+        module_names: (in files, in transformers' modules) parts of names that differ.
+        optional_sizes: further keys of config.json that must be whole numbers above 0 where present.
+        fixed: keys of config.json that must have this value where present.
+    """
+
+    architecture: str
+    model_type: str
+    title: str
+    num_experts_key: str
+    intermediate_size_key: str
+    moe_layers: Callable[[dict[str, Any]], list[int]]
+    experts: str = "mlp.experts"
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    module_names: tuple[tuple[str, str], ...] = ()
+    optional_sizes: tuple[str, ...] = _SIZES
+    fixed: tuple[tuple[str, Any], ...] = ()
+
+    def decoder(self, layer: int) -> str:
+        """Tensor prefix of a decoder layer."""
+        return f"model.layers.{layer}"
+
+    def stored_name(self, name: str) -> str:
+        """The name in files of a parameter of transformers' model."""
+        for stored, module in self.module_names:
+            name = name.replace(module, stored)
+        return name
+
+
+_QWEN: dict[str, Any] = {
+    "num_experts_key": "num_experts",
+    "intermediate_size_key": "moe_intermediate_size",
+    "moe_layers": _qwen_layers,
+    "optional_sizes": (*_SIZES, "decoder_sparse_step"),
+}
+_DEEPSEEK: dict[str, Any] = {
+    "num_experts_key": "n_routed_experts",
+    "intermediate_size_key": "moe_intermediate_size",
+    "moe_layers": _after_the_first,
+    "optional_sizes": (*(key for key in _SIZES if key != "head_dim"), "n_group", "topk_group"),
+    "fixed": (("moe_layer_freq", 1),),
+}
+
+FAMILIES: dict[str, Family] = {
+    f.architecture: f
+    for f in (
+        Family("Qwen3MoeForCausalLM", "qwen3_moe", "Qwen3-MoE", **_QWEN),
+        Family("Qwen2MoeForCausalLM", "qwen2_moe", "Qwen1.5-MoE, Qwen2-MoE", **_QWEN),
+        Family("Qwen3NextForCausalLM", "qwen3_next", "Qwen3-Next", **_QWEN),
+        Family(
+            "MixtralForCausalLM",
+            "mixtral",
+            "Mixtral",
+            num_experts_key="num_local_experts",
+            intermediate_size_key="intermediate_size",
+            moe_layers=_all_layers,
+            experts="block_sparse_moe.experts",
+            projections=("w1", "w3", "w2"),
+            module_names=((".block_sparse_moe.", ".mlp."),),
+        ),
+        Family(
+            "OlmoeForCausalLM",
+            "olmoe",
+            "OLMoE",
+            num_experts_key="num_experts",
+            intermediate_size_key="intermediate_size",
+            moe_layers=_all_layers,
+        ),
+        Family("DeepseekV2ForCausalLM", "deepseek_v2", "DeepSeek-V2, V2-Lite", **_DEEPSEEK),
+        Family("DeepseekV3ForCausalLM", "deepseek_v3", "DeepSeek-V3, R1", **_DEEPSEEK),
+        Family("Glm4MoeForCausalLM", "glm4_moe", "GLM-4.5, GLM-4.6", **_DEEPSEEK),
+    )
+}
+
+REFUSED = {
+    "GptOssForCausalLM": "its experts have biases and a clamped activation, which the checkpoint format does not hold",
+}
+"""MoE architectures that were looked at, and why they cannot be quantized."""
+
+
+@dataclass(frozen=True)
+class MoEShape:
+    """Where a model's routed experts are and how large: E experts of gate, up [I, H] and down [H, I]."""
+
+    family: Family
+    layers: tuple[int, ...]
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+
+    def prefix(self, layer: int) -> str:
+        """Tensor prefix of the experts of one decoder layer."""
+        return f"{self.family.decoder(layer)}.{self.family.experts}"
+
+    def expert_names(self, layer: int, expert: int) -> tuple[str, str, str]:
+        """Names of gate, up and down of one expert, per-expert form."""
+        gate, up, down = (f"{self.prefix(layer)}.{expert}.{n}.weight" for n in self.family.projections)
+        return gate, up, down
+
+    def is_expert_tensor(self, name: str) -> bool:
+        """Whether a stored tensor belongs to routed experts."""
+        start = name.find(f".{self.family.experts}.")
+        return start >= 0 and name[: start + 1 + len(self.family.experts)] in self._prefixes
+
+    @cached_property
+    def _prefixes(self) -> frozenset[str]:
+        return frozenset(map(self.prefix, self.layers))
+
+    @property
+    def num_weights(self) -> int:
+        """Weights in all routed experts."""
+        return 3 * len(self.layers) * self.num_experts * self.hidden_size * self.intermediate_size
+
+    def other_faults(self, model: Any, specs: Mapping[str, TensorSpec]) -> list[str]:
+        """Faults of the tensors outside the routed experts: missing, misshapen, or codes in the place of weights.
+
+        Args:
+            model: transformers' model; its tensors may be without memory.
+            specs: the file's tensors.
+        """
+        faults = []
+        kept = {self.family.stored_name(name) for name, _ in kept_tensors(model)}
+        known = self._model_tensors(model)
+        for name, tensor in known.items():
+            shape = tuple(tensor.shape)
+            if self.is_expert_tensor(name):
+                continue
+            if (found := specs.get(name)) is None:
+                if name in kept:  # a tied one need not be there, but counts if it is
+                    faults.append(f"tensor {name} is missing (expected shape {list(shape)})")
+            elif found.shape != shape:
+                faults.append(f"tensor {name} is {found}, but the model needs shape {list(shape)}")
+            elif tensor.is_floating_point() and found.dtype not in WEIGHT_DTYPES:
+                faults.append(f"tensor {name} is {found}: {_CODES}")
+        modules = {name.rpartition(".")[0] for name in known}
+        for name in self._unread(known, specs):
+            module, _, part = name.rpartition(".")
+            if "lora_A" in name.split(".") or "base_layer" in name.split("."):
+                faults.append(f"tensor {name} belongs to a LoRA adapter: merge it into the model first")
+            elif module in modules and part.startswith(_CODE_PARTS):
+                faults.append(f"tensor {name} lies beside {module}: {_CODES}")
+            elif len(specs[name].shape) > 1 and specs[name].dtype in _CODE_DTYPES:  # of a part that is only copied, say
+                faults.append(f"tensor {name} is {specs[name]}: {_CODES}")
+        return faults
+
+    def ignored(self, model: Any, specs: Mapping[str, TensorSpec]) -> list[str]:
+        """Tensors that the model does not read, such as a bias that config.json rules out.
+
+        Layers for multi-token prediction are left out: they are known to be there for others.
+        """
+        layers = model.config.num_hidden_layers
+        return [
+            name
+            for name in self._unread(self._model_tensors(model), specs)
+            if not name.startswith("mtp.") and not ((number := _LAYER_NUMBER.match(name)) and int(number[1]) >= layers)
+        ]
+
+    def _model_tensors(self, model: Any) -> dict[str, Any]:
+        """All tensors of transformers' model, tied ones too, by their names in files."""
+        return {self.family.stored_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+
+    def _unread(self, known: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> list[str]:
+        """Stored tensors outside the routed experts that the model does not have, in order of names."""
+        return sorted(name for name in specs.keys() - known.keys() if not self.is_expert_tensor(name))
+
+
+def kept_tensors(module: Any) -> list[tuple[str, Any]]:
+    """Parameters and those buffers that belong in files, of a torch module; tied ones once, under the first name."""
+    own = module.state_dict(keep_vars=True)
+    return list({id(tensor): (name, tensor) for name, tensor in reversed(own.items())}.values())[::-1]
+
+
+def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
+    """Find a model's experts from its config.json.
+
+    Raises:
+        BitsmoeError: not a MoE model, or an architecture outside the table.
+    """
+    architectures = config.get("architectures")
+    named = [a for a in architectures if isinstance(a, str)] if isinstance(architectures, list) else []
+    family = next((FAMILIES[a] for a in named if a in FAMILIES), None)
+    if family is None:
+        known, shown = ", ".join(sorted(FAMILIES)), f"{named!s:.200}"
+        if not any(k for k in config if "expert" in k):
+            raise BitsmoeError(
+                f"{subject}: {shown if named else 'a config without architectures'} is not a Mixture-of-Experts model "
+                f"(its config names no experts); bitsmoe quantizes routed experts only. Supported: {known}"
+            )
+        why = "".join(f" ({REFUSED[a]})" for a in named if a in REFUSED)
+        raise BitsmoeError(f"{subject}: architecture {shown} is not supported{why}. Supported: {known}")
+    # transformers 5 may save the number of experts under another family's name.
+    counts = [k for k in EXPERT_COUNT_KEYS if k in config] or [family.num_experts_key]
+    sizes = (*counts, family.intermediate_size_key, "hidden_size", "num_hidden_layers", "vocab_size")
+    if missing := [k for k in (*sizes, "hidden_act", "model_type") if k not in config]:
+        raise BitsmoeError(f"{subject}: config.json lacks {missing}")
+    most = {"num_hidden_layers": MAX_LAYERS}
+    faults = [
+        f"{key} is {config[key]!r:.80}, but must be a whole number above 0, at most {most.get(key, MAX_SIZE)}"
+        for key in (*sizes, *(k for k in family.optional_sizes if config.get(k) is not None))
+        if type(config[key]) is not int or not 1 <= config[key] <= most.get(key, MAX_SIZE)
+    ]
+    dense = config.get("mlp_only_layers")
+    if dense is not None and not (isinstance(dense, list) and all(type(i) is int for i in dense)):
+        faults.append(f"mlp_only_layers is {dense!r:.80}, but must be a list of layer numbers")
+    first = config.get("first_k_dense_replace")
+    if first is not None and (type(first) is not int or first < 0):
+        faults.append(f"first_k_dense_replace is {first!r:.80}, but must be a whole number, 0 or more")
+    faults += [
+        f"{key} is {config[key]!r}, but {counts[0]} {config[counts[0]]!r}"
+        for key in counts[1:]
+        if config[key] != config[counts[0]]
+    ]
+    if TOP_K_KEY in config:
+        top_k, most_experts = config[TOP_K_KEY], config[counts[0]]
+        if type(top_k) is not int or top_k < 1 or (type(most_experts) is int and top_k > most_experts):
+            faults.append(
+                f"{TOP_K_KEY} is {top_k!r:.80}, but must be a whole number from 1 to {counts[0]}, "
+                f"which is {most_experts!r:.80}"
+            )
+    scaling = config.get("routed_scaling_factor")
+    if scaling is not None and not (type(scaling) in (int, float) and 0 < scaling <= MAX_SCALING):
+        faults.append(f"routed_scaling_factor is {scaling!r:.80}, but must be a number above 0, at most {MAX_SCALING}")
+    groups, chosen = config.get("n_group"), config.get("topk_group")
+    if type(groups) is int and type(config[counts[0]]) is int and groups > 0:
+        if config[counts[0]] % groups:
+            faults.append(f"n_group is {groups}, which does not divide {counts[0]}, {config[counts[0]]}")
+        if type(chosen) is int and chosen > groups:
+            faults.append(f"topk_group is {chosen}, more than n_group, {groups}")
+    unsupported = [
+        f"{key} is {config[key]!r:.80}, but only {value!r} is supported"
+        for key, value in (("hidden_act", HIDDEN_ACT), *family.fixed)
+        if config.get(key, value) != value
+    ]
+    if config["model_type"] != family.model_type:
+        found, known = config["model_type"], family.model_type
+        unsupported.append(f"model_type is {found!r:.80}, but {family.architecture} is supported with {known!r}")
+    if faults:
+        raise BitsmoeError(fault_list(f"{subject}: config.json cannot be right", faults + unsupported))
+    if unsupported:
+        raise BitsmoeError(fault_list(f"{subject}: this model is not supported", unsupported))
+    layers = tuple(family.moe_layers(config))
+    if not layers:
+        raise BitsmoeError(f"{subject}: the model has no Mixture-of-Experts layers (config.json)")
+    return MoEShape(family, layers, config[counts[0]], config["hidden_size"], config[family.intermediate_size_key])
+
+
+def models_table() -> str:
+    """The table as docs/quantizing.md shows it."""
+    lines = ["| models | architecture | sizes of experts in config.json |", "|---|---|---|"]
+    for f in FAMILIES.values():
+        lines.append(f"| {f.title} | `{f.architecture}` | `{f.num_experts_key}`, `{f.intermediate_size_key}` |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(models_table())

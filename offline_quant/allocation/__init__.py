@@ -1,0 +1,1 @@
+"""Bit-widths under one budget: tables of choices, objectives, the knapsack solver."""

@@ -1,0 +1,1 @@
+"""Calibration text and the second moments measured on it."""

@@ -1,0 +1,1 @@
+"""The sources of calibration text, one a file; `registry` lists them."""

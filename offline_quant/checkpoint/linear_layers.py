@@ -1,0 +1,185 @@
+"""Linear layers outside the routed experts at 8 or 4 bits: which, with what scales, and the model that comes of it."""
+
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bitsmoe_kernels.errors import BitsmoeError, fault_list
+from bitsmoe_kernels.format.linear_layers import (
+    GROUP,
+    DenseBits,
+    DenseConfig,
+    DenseGroup,
+    DenseWeights,
+    dense_linears,
+    dequantize,
+    pack,
+)
+from bitsmoe_kernels.format.safetensors_io import ShardWriter
+from bitsmoe_kernels.format.schema import TensorSpec
+from offline_quant.model.source import SourceModel, Tensors, WeightSource
+
+_SCALES = {4: torch.linspace(1.0, 0.5, 21), 8: torch.linspace(1.004, 0.96, 12)}
+"""Scales that are tried, relative to the one that clips nothing. At 4 bits clipping the few largest values pays; at 8
+bits it does not, but neighbouring scales in bfloat16 differ by chance, and the best of some is better than any."""
+_CHUNK = 1 << 21
+"""Weights worked on at once."""
+
+
+def dense_plan(source: SourceModel, bits: Literal[4, 8, 16]) -> DenseConfig | None:
+    """Which matrices are stored how; None with 16 bits.
+
+    Raises:
+        BitsmoeError: lists all matrices of a shape that no engine's kernels take.
+    """
+    if bits == 16:
+        return None
+    specs, per_word = source.tensors.specs, 32 // bits
+    targets: dict[str, list[str]] = {"group": [], "channel": []}
+    faults = []
+    for linear in dense_linears(source.config, specs):
+        for name in linear.names:
+            spec = specs[f"{name}.weight"]
+            columns = spec.shape[-1]
+            if len(spec.shape) != 2 or columns % per_word:
+                faults.append(
+                    f"tensor {name}.weight is {spec}; a matrix with a multiple of {per_word} columns is needed"
+                )
+            # One group is a row: as such it can be divided among ranks.
+            targets["group" if columns % GROUP == 0 and columns > GROUP else "channel"].append(name)
+    if faults:
+        raise BitsmoeError(fault_list(f"--dense-bits {bits}: cannot store, so use --dense-bits 16", faults))
+    groups = {}
+    for strategy in ("group", "channel"):
+        if named := targets[strategy]:
+            weights = DenseWeights(num_bits=bits, strategy=strategy, group_size=GROUP if strategy == "group" else None)
+            groups[strategy] = DenseGroup(targets=tuple(named), weights=weights)
+    if not groups:
+        raise BitsmoeError(f"--dense-bits {bits}: {source.directory} has no linear layers outside its routed experts")
+    return DenseConfig(quant_method="compressed-tensors", format="pack-quantized", config_groups=groups)
+
+
+@torch.no_grad()
+def quantize_matrix(weight: Tensor, bits: DenseBits, group_size: int | None) -> tuple[Tensor, Tensor]:
+    """Round a matrix, each group with the scale of least squared error among those tried.
+
+    Args:
+        weight: [N, K], K a multiple of the group size.
+        bits: of a code.
+        group_size: columns that share a scale; None: whole rows.
+
+    Returns:
+        Codes int8 [N, K] and scales bfloat16 [N, groups].
+    """
+    rows, columns = weight.shape
+    size = group_size or columns
+    codes = torch.empty(rows, columns, dtype=torch.int8)
+    scale = torch.empty(rows, columns // size, dtype=torch.bfloat16)
+    step = max(1, _CHUNK // columns)
+    for at in range(0, rows, step):
+        part = weight[at : at + step].float().reshape(-1, size)
+        q, s = _quantize_groups(part, bits)
+        codes[at : at + step] = q.view(-1, columns)
+        scale[at : at + step] = s.view(-1, columns // size)
+    return codes, scale
+
+
+def _quantize_groups(x: Tensor, bits: DenseBits) -> tuple[Tensor, Tensor]:
+    """Codes int8 [n, size] and scales bfloat16 [n] of groups [n, size]."""
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    widest = x.abs().amax(1) / high
+    best = torch.full_like(widest, torch.inf)
+    scale = torch.ones_like(widest)
+
+    def rounded(s: Tensor) -> Tensor:
+        return (x / s[:, None]).round_().clamp_(low, high)
+
+    def consider(s: Tensor) -> None:
+        # As it will be stored; a group of zeros, or of numbers too small for a scale, is all zeros with any.
+        s = s.bfloat16().float()
+        s = torch.where(s > 0, s, 1.0)
+        error = (rounded(s) * s[:, None] - x).square_().sum(1)
+        better = error < best
+        best[better], scale[better] = error[better], s[better]
+
+    for factor in _SCALES[bits].tolist():
+        consider(widest * factor)
+    # The scale that fits the codes found best, as a last candidate.
+    q = rounded(scale)
+    consider((q * x).sum(1) / q.square().sum(1).clamp(min=1))
+    return rounded(scale).to(torch.int8), scale.bfloat16()
+
+
+class DenseTensors:
+    """A model's tensors with some matrices replaced by what their quantized form stands for.
+
+    Each is quantized anew whenever it is asked for, which takes a fraction of what a layer's experts take.
+
+    Args:
+        source: the tensors.
+        dense: which are replaced.
+    """
+
+    def __init__(self, source: Tensors, dense: DenseConfig):
+        self.source, self.matrices = source, dense.matrices
+        self.specs: Mapping[str, TensorSpec] = source.specs
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.source
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.source)
+
+    def get(self, name: str) -> Tensor:
+        """One tensor, on the CPU; replaced ones in float32."""
+        stored = self.stored(name)
+        if stored is None:
+            return self.source.get(name)
+        return dequantize(stored["weight_packed"], stored["weight_scale"], self.matrices[name.removesuffix(".weight")])
+
+    def stored(self, name: str) -> dict[str, Tensor] | None:
+        """What stands for a matrix in the checkpoint, by part; None for a tensor that is kept as it is."""
+        module, _, leaf = name.rpartition(".")
+        if leaf != "weight" or module not in self.matrices:
+            return None
+        form = self.matrices[module]
+        weight = self.source.get(name)
+        codes, scale = quantize_matrix(weight, form.num_bits, form.group_size)
+        return {
+            "weight_packed": pack(codes, form.num_bits),
+            "weight_scale": scale,
+            "weight_shape": torch.tensor(weight.shape),
+        }
+
+
+class DenseModel:
+    """A model whose linear layers outside the experts are quantized: what calibration must see.
+
+    Args:
+        source: the model.
+        dense: which layers.
+    """
+
+    def __init__(self, source: SourceModel, dense: DenseConfig):
+        self.directory, self.config, self.shape = source.directory, source.config, source.shape
+        self.tensors = DenseTensors(source.tensors, dense)
+        self._source: WeightSource = source
+
+    def experts(self, layer: int, chunk: range | None = None) -> tuple[Tensor, Tensor]:
+        """The original's routed experts of a layer, see `WeightSource`."""
+        return self._source.experts(layer, chunk)
+
+
+def write_other_tensors(source: SourceModel, dense: DenseConfig | None, writer: ShardWriter) -> None:
+    """Write everything but the routed experts, quantized where `dense` says so."""
+    tensors = None if dense is None else DenseTensors(source.tensors, dense)
+    for name in source.tensors:
+        if source.shape.is_expert_tensor(name):
+            continue
+        if tensors is None or (stored := tensors.stored(name)) is None:
+            writer.add(name, source.tensors.get(name))
+            continue
+        for part, tensor in stored.items():
+            writer.add(f"{name.removesuffix('.weight')}.{part}", tensor)

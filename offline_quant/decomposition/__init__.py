@@ -1,0 +1,1 @@
+"""Shared bases, and the components of every expert in order of importance."""

@@ -1,0 +1,1 @@
+"""Perplexity, KL divergence and the sanity check of a quantized model."""

@@ -1,0 +1,98 @@
+"""What all steps of one layer work with: its weights, calibration moments, options and workers."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from bitsmoe_kernels.models.families import MoEShape
+from offline_quant.calibration.moments import LayerMoments, MeasuredExpert
+from offline_quant.config import QuantizeConfig
+from offline_quant.layer.cache import LayerCache
+from offline_quant.model.balance import balance_up_and_down
+from offline_quant.runtime.chunks import chunks_of, matrix_bytes
+from offline_quant.runtime.distributed import Workers
+from offline_quant.runtime.malloc import trim
+
+Result = TypeVar("Result")
+Experts = tuple[Tensor, Tensor]
+"""Float32 gate and up [n, 2 I, H], and down [n, H, I], of n experts."""
+
+
+def _ignore(experts: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """One layer and what works on it.
+
+    Attributes:
+        load: loads experts of the layer.
+        moments: of the layer's calibration inputs.
+        shape: sizes of the model's experts.
+        config: options.
+        prefix: the layer's tensor prefix, for messages.
+        workers: processes that share the work.
+        cache: keeps tensors between passes.
+        on_progress: called after every chunk of every pass with its number of experts, see `pass_count`.
+    """
+
+    load: Callable[[range], Experts]
+    moments: LayerMoments
+    shape: MoEShape
+    config: QuantizeConfig
+    prefix: str
+    workers: Workers = field(default_factory=Workers)
+    cache: LayerCache = field(default_factory=LayerCache)
+    on_progress: Callable[[int], None] = _ignore
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer is worked on."""
+        return self.moments.inputs.x.device
+
+    @cached_property
+    def chunks(self) -> Sequence[range]:
+        """Experts that are worked on together. They depend on sizes alone, so any number of workers cuts alike."""
+        s = self.shape
+        return chunks_of(s.num_experts, s.hidden_size, s.intermediate_size, self.device)
+
+    @property
+    def local_experts(self) -> list[int]:
+        """Experts of this process."""
+        return [e for i, chunk in enumerate(self.chunks) if self.workers.is_local(i) for e in chunk]
+
+    def each(self, work: Callable[[range], Result], counted: bool = True) -> Iterator[Result]:
+        """One pass over the experts: `work` of every chunk, shared by the workers; results in the order of chunks.
+
+        Args:
+            work: of a chunk.
+            counted: whether the pass counts as progress.
+        """
+        matrix = matrix_bytes(self.shape.hidden_size, self.shape.intermediate_size)
+
+        def worked(chunk: range) -> Result:
+            result = work(chunk)
+            trim(matrix)
+            return result
+
+        for chunk, result in zip(self.chunks, self.workers.map(self.chunks, worked), strict=True):
+            yield result
+            if counted:
+                self.on_progress(len(chunk))
+
+    def load_balanced(self, chunk: range) -> Experts:
+        """Experts that compute what the model's do, up and down of sizes of the same order."""
+        return balance_up_and_down(*self.load(chunk))
+
+    def measure_expert(self, expert: int, gate_up: Tensor, down: Tensor) -> MeasuredExpert:
+        """See `LayerMoments.measure_expert`; all outputs and tokens alike with the ablation `output-weights`."""
+        measured = self.moments.measure_expert(expert, gate_up, down)
+        if "output-weights" in self.config.ablations:
+            plain = self.moments.plain_moments(expert)
+            return MeasuredExpert(plain, torch.ones_like(measured.output_weights), measured.down, measured.activations)
+        return measured

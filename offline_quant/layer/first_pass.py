@@ -1,0 +1,149 @@
+"""The first pass over a layer's experts: what an error of each weight costs at the layer's output."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bitsmoe_kernels.errors import BitsmoeError
+from offline_quant.allocation.objectives import forms_of
+from offline_quant.calibration.output_sample import OutputSample, SlotOutputs, sampled_output
+from offline_quant.decomposition.bases import natural
+from offline_quant.decomposition.forms.base import Grams, MeasuredWeights, add_grams
+from offline_quant.decomposition.ranking import Components, RankedProjection, rank_components
+from offline_quant.layer.context import LayerContext
+from offline_quant.linalg import CholeskyFactor
+
+DOWN = "down"
+"""Key of the moments of down without a basis, which several forms share."""
+LEAST_ROOT = 1e-6
+"""Least root of an output's weight, relative to the layer's mean: scales of an expert that adds next to nothing must
+fit float16 too."""
+EXTREME = 100.0
+"""Output energy, relative to the layer's median expert, from which an expert is reported as extreme."""
+
+
+@dataclass(frozen=True)
+class LayerMeasurements:
+    """What the first pass finds.
+
+    Attributes:
+        output_unit: mean weight of a gate or up output.
+        sqrt_output_weight: float32 [E, 2 I], root of the weight of every gate and up output relative to that mean,
+            channels sorted.
+        channel_order: int64 [E, I], the model's intermediate channel at each place, by ascending importance.
+        down: the components of down without a basis, in that order.
+        grams: sums by form, what shared bases are found from.
+        output: float32 [n, H], the layer's output at the tokens of `calibration.output_sample`.
+    """
+
+    output_unit: float
+    sqrt_output_weight: Tensor
+    channel_order: Tensor
+    down: RankedProjection
+    grams: dict[str, Grams]
+    output: Tensor
+
+    def extreme_experts(self) -> list[int]:
+        """Experts whose mean output energy is EXTREME times the layer's median ('super experts').
+
+        Nothing treats them specially: their weight in the program earns them more bits.
+        """
+        energy = self.down.components.total
+        return (energy > EXTREME * energy.median()).nonzero()[:, 0].tolist()
+
+
+@dataclass(frozen=True)
+class _ChunkMeasurements:
+    """Of some experts, on the CPU; attributes as those of `LayerMeasurements`."""
+
+    sqrt_output_weight: Tensor
+    channel_order: Tensor
+    channels: Components
+    ridge: Tensor
+    grams: dict[str, Grams]
+    output: list[SlotOutputs]
+
+
+def measure_layer(ctx: LayerContext) -> LayerMeasurements:
+    """Measure all experts of a layer; their moments and activations are kept in the context's cache.
+
+    Raises:
+        BitsmoeError: what an expert computes is beyond float32.
+    """
+    parts: list[_ChunkMeasurements] = []
+    grams: dict[str, Grams] = {form.name: {} for form in forms_of(ctx.config)}
+    sample = OutputSample(ctx.moments)
+    for found in ctx.each(lambda chunk: _measure_chunk(ctx, chunk)):
+        for form, total in grams.items():
+            add_grams(total, found.grams[form])
+        sample.add(found.output)
+        parts.append(replace(found, grams={}, output=[]))
+    roots = torch.cat([p.sqrt_output_weight for p in parts]).to(ctx.device)
+    output_unit = float(roots.square().mean())
+    return LayerMeasurements(
+        output_unit=output_unit,
+        sqrt_output_weight=(roots / output_unit**0.5).clamp(min=LEAST_ROOT),
+        channel_order=torch.cat([p.channel_order for p in parts]).to(ctx.device),
+        down=RankedProjection(
+            natural("down"),
+            Components.concatenate([p.channels for p in parts], ctx.device),
+            DOWN,
+            torch.cat([p.ridge for p in parts]).to(ctx.device),
+        ),
+        grams={form: {name: gram.to(ctx.device) for name, gram in total.items()} for form, total in grams.items()},
+        output=sample.output(),
+    )
+
+
+def _measure_chunk(ctx: LayerContext, chunk: range) -> _ChunkMeasurements:
+    """Measure some experts, and sort their intermediate channels by ascending importance."""
+    gate_up, down = ctx.load_balanced(chunk)
+    intermediate_size = down.shape[2]
+    weights, moments, outputs = gate_up.new_empty(gate_up.shape[:2]), [], []
+    forms = forms_of(ctx.config)
+    grams: dict[str, Grams] = {form.name: {} for form in forms}
+    for i, e in enumerate(chunk):
+        measured = ctx.measure_expert(e, gate_up[i], down[i])
+        if not measured.is_finite:
+            raise BitsmoeError(_overflow(ctx, e, gate_up[i], down[i]))
+        weights[i] = measured.output_weights
+        moments.append(measured.down)
+        ctx.cache.activations.put_original(e, measured.activations)
+        ctx.cache.input_moments.put(e, measured.inputs)
+        outputs.append(sampled_output(ctx.moments, e, measured.activations, down[i]))
+        expert = MeasuredWeights(gate_up[i], down[i], weights[i], float(ctx.moments.routing_frequency[e]))
+        for form in forms:
+            add_grams(grams[form.name], form.grams(expert))
+    channels, M, factor = rank_components(down.mT, torch.stack(moments), "input", feedback=ctx.config.feedback)
+    keep_moments(ctx, DOWN, chunk, M, factor)
+    # Sorted by now: the components of down are its channels in their new order.
+    order = torch.arange(intermediate_size, device=down.device).expand_as(channels.order)
+    roots = weights.gather(1, torch.cat([channels.order, channels.order + intermediate_size], 1)).sqrt()
+    return _ChunkMeasurements(
+        sqrt_output_weight=roots.cpu(),
+        channel_order=channels.order.cpu(),
+        channels=replace(channels, order=order).cpu(),
+        ridge=factor.ridge.cpu(),
+        grams={form: {name: gram.cpu() for name, gram in total.items()} for form, total in grams.items()},
+        output=[(slots.cpu(), y.cpu()) for slots, y in outputs],
+    )
+
+
+def keep_moments(ctx: LayerContext, key: str, chunk: range, M: Tensor | None, factor: CholeskyFactor) -> None:
+    """Keep moments and their factor, rows in stored order, as far as there is room."""
+    if M is not None:
+        ctx.cache.moments(key).put_all(chunk, M)
+    if ctx.config.feedback:
+        ctx.cache.factors(key).put_all(chunk, factor.U)
+
+
+def _overflow(ctx: LayerContext, expert: int, gate_up: Tensor, down: Tensor) -> str:
+    """What to say of an expert whose weights are finite, but not what they compute."""
+    gate, up = gate_up.chunk(2)
+    matrices = {"gate": gate, "up": up, "down": down}
+    sizes = ", ".join(f"{name} {float(w.abs().max()):.3g}" for name, w in matrices.items())
+    return (
+        f"{ctx.prefix}: what expert {expert} computes on the calibration text is beyond float32 (largest weights: "
+        f"{sizes}); no model is trained to such values: mend the expert's weights, or set them to zero"
+    )

@@ -1,0 +1,75 @@
+"""What a layer's experts give, before and after they are quantized."""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from bitsmoe_kernels.format.schema import Layer
+from bitsmoe_kernels.reference import LayerWeights, moe_forward
+from offline_quant.calibration.output_sample import (
+    OutputSample,
+    SlotOutputs,
+    routed_output,
+    sample_step,
+    sampled_output,
+)
+from offline_quant.layer.context import LayerContext
+from offline_quant.layer.view import LayerView
+
+
+def original_output(ctx: LayerContext) -> Iterator[Tensor]:
+    """What the experts give before they are quantized, as `routed_output`. To be read before `quantize_layer`."""
+    return routed_output(
+        ctx.moments,
+        ctx.workers,
+        ctx.local_experts,
+        ctx.cache.activations.original,
+        lambda e: ctx.load_balanced(range(e, e + 1))[1][0],
+    )
+
+
+def quantized_output(ctx: LayerContext) -> Iterator[Tensor]:
+    """The same after `quantize_layer`."""
+    return routed_output(
+        ctx.moments,
+        ctx.workers,
+        ctx.local_experts,
+        ctx.cache.activations.quantized,
+        lambda e: ctx.cache.quantized_down.get(e).to(ctx.device),
+    )
+
+
+def output_of(ctx: LayerContext, layer: Layer, tensors: dict[str, Tensor]) -> Tensor:
+    """What the experts give with other tensors than `quantize_layer` made, float32 [T, H]."""
+    inputs = ctx.moments.inputs
+    weights = LayerWeights(layer, ctx.config.block_size, {k: v.to(ctx.device) for k, v in tensors.items()})
+    return moe_forward(weights, inputs.x, inputs.topk_weights, inputs.topk_ids)
+
+
+def output_error(view: LayerView, output: Tensor | None = None) -> float:
+    """Relative error of the layer's output, on a sample of the tokens.
+
+    Args:
+        view: the layer, quantized.
+        output: float32 [T, H]; None: what the experts give after `quantize_layer`.
+    """
+    ctx, original = view.ctx, view.measurements.output
+
+    def sampled(chunk: range) -> list[SlotOutputs]:
+        outputs = (
+            sampled_output(
+                ctx.moments, e, ctx.cache.activations.quantized(e), ctx.cache.quantized_down.get(e).to(ctx.device)
+            )
+            for e in chunk
+        )
+        return [(slots.cpu(), y.cpu()) for slots, y in outputs]
+
+    if output is None:
+        sample = OutputSample(ctx.moments)
+        for outputs in ctx.each(sampled, counted=False):
+            sample.add(outputs)
+        quantized = sample.output()
+    else:
+        quantized = output[:: sample_step(ctx.moments)]
+    lost, total = (y.double().square().sum() for y in (quantized - original, original))
+    return float(lost) / max(float(total), 1e-300)

@@ -1,0 +1,182 @@
+"""A measured layer as planning and quantizing see it: channels sorted, outputs weighed, moments in stored order."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from bitsmoe_kernels.format.schema import ProjectionName
+from bitsmoe_kernels.models.families import MoEShape
+from offline_quant.calibration.moments import MeasuredExpert
+from offline_quant.config import QuantizeConfig
+from offline_quant.decomposition.ranking import RankedProjection
+from offline_quant.layer.context import Experts, LayerContext
+from offline_quant.layer.first_pass import LayerMeasurements
+from offline_quant.linalg import CholeskyFactor, factorize, on_diagonal, permute
+from offline_quant.rounding.error_feedback import Quantized, RoundingMode, quantize
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class RoundingProblem:
+    """One projection of some experts, as it is rounded. Rows are in stored order.
+
+    Attributes:
+        projection: decomposition and order of components.
+        chunk: the experts.
+        F: float32 [n, K, N], spectral factors of the weights, rows scaled by the root of the weight of their outputs.
+        M: float32 [n, K, K], moments of what enters the contraction.
+        factor: of M, where it is known.
+        sqrt_output_weight: float32 [n, N], those roots; None for down, whose outputs all weigh the same.
+    """
+
+    projection: RankedProjection
+    chunk: range
+    F: Tensor
+    M: Tensor
+    factor: CholeskyFactor | None
+    sqrt_output_weight: Tensor | None
+
+    @property
+    def order(self) -> Tensor:
+        """Component of every row, or of every column where components are outputs, int64 [n, C]."""
+        return self.projection.components.order[self.chunk.start : self.chunk.stop]
+
+    @property
+    def on_input(self) -> bool:
+        """Whether components are on the side of the inputs."""
+        return self.projection.decomposition.component_axis == "input"
+
+    def round(self, width: Tensor, mode: RoundingMode) -> Quantized:
+        """Codes and scales.
+
+        Args:
+            width: uint8, of every component, [n, K, 1] or [n, 1, N].
+            mode: how much work it takes.
+        """
+        return quantize(self.F, self.M, width.flatten(1), "K" if self.on_input else "N", mode, self.factor)
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """A layer after the first pass; what objectives ask of it is `allocation.objectives.base.ValuedLayer`.
+
+    Errors of gate and up are weighed by what the layer's output feels of them: rows of their weights are scaled by the
+    root of that weight before quantization, and feature scales divided by it afterwards. Intermediate channels of every
+    expert are sorted by ascending importance, which costs the file nothing.
+
+    Attributes:
+        ctx: the layer.
+        measurements: of the first pass.
+    """
+
+    ctx: LayerContext
+    measurements: LayerMeasurements
+
+    @property
+    def config(self) -> QuantizeConfig:
+        """Options."""
+        return self.ctx.config
+
+    @property
+    def shape(self) -> MoEShape:
+        """Sizes of the model's experts."""
+        return self.ctx.shape
+
+    @property
+    def routing_frequency(self) -> Tensor:
+        """See `LayerMoments.routing_frequency`."""
+        return self.ctx.moments.routing_frequency
+
+    def each(self, work: Callable[[range], Result]) -> Iterator[Result]:
+        """See `LayerContext.each`."""
+        return self.ctx.each(work)
+
+    def load(self, chunk: range) -> Experts:
+        """Experts of a chunk, their intermediate channels sorted."""
+        gate_up, down = self.ctx.load_balanced(chunk)
+        order = self.measurements.channel_order[chunk.start : chunk.stop]
+        rows = torch.cat([order, order + self.shape.intermediate_size], 1)
+        gate_up = gate_up.gather(1, rows[:, :, None].expand_as(gate_up))
+        return gate_up, down.gather(2, order[:, None].expand_as(down))
+
+    def weights(self, name: ProjectionName, experts: Experts) -> Tensor:
+        """W [n, N, K] of a projection."""
+        gate_up, down = experts
+        gate, up = gate_up.chunk(2, 1)
+        return {"gate_up": gate_up, "gate": gate, "up": up, "down": down}[name]
+
+    def sqrt_output_weight(self, name: ProjectionName, chunk: range) -> Tensor | None:
+        """Roots of the weights of outputs [n, N]; None for down, whose outputs all weigh the same."""
+        roots = self.measurements.sqrt_output_weight[chunk.start : chunk.stop]
+        gate, up = roots.chunk(2, 1)
+        return {"gate_up": roots, "gate": gate, "up": up}.get(name)
+
+    def scaled_weights(self, name: ProjectionName, chunk: range, experts: Experts) -> Tensor:
+        """W [n, N, K] of a projection, rows scaled by the root of the weight of their outputs."""
+        W, roots = self.weights(name, experts), self.sqrt_output_weight(name, chunk)
+        return W if roots is None else W * roots[:, :, None]
+
+    def problem(self, projection: RankedProjection, chunk: range, experts: Experts) -> RoundingProblem:
+        """One projection of some experts, to be rounded for its original inputs."""
+        M = self.moments(projection, chunk)
+        W = self.scaled_weights(projection.name, chunk, experts)
+        return self.problem_of(projection, chunk, W, M, self.factor(projection, chunk, M))
+
+    def problem_of(
+        self, projection: RankedProjection, chunk: range, W: Tensor, M: Tensor, factor: CholeskyFactor | None = None
+    ) -> RoundingProblem:
+        """The same for other weights or moments.
+
+        Args:
+            projection: decomposition and order of components.
+            chunk: experts.
+            W: [n, N, K], rows scaled.
+            M: [n, K, K], in stored order.
+            factor: of M, where it is known.
+        """
+        order = projection.components.order[chunk.start : chunk.stop]
+        F = projection.decomposition.factors(W)
+        if projection.decomposition.component_axis == "input":
+            F = F.gather(1, order[:, :, None].expand_as(F))
+        else:
+            F = F.gather(2, order[:, None].expand_as(F))
+        return RoundingProblem(projection, chunk, F, M, factor, self.sqrt_output_weight(projection.name, chunk))
+
+    def unit_energy(self, name: ProjectionName) -> float:
+        """Energy at the layer's output of one unit of a projection's error."""
+        return 1.0 if name == "down" else self.measurements.output_unit
+
+    def moments(self, projection: RankedProjection, chunk: range) -> Tensor:
+        """Moments [n, K, K] of what enters the original projection's contraction, rows in stored order.
+
+        What there was no room to keep is computed again, to the same bits.
+        """
+        if (kept := self.ctx.cache.moments(projection.key).stacked(chunk, self.ctx.device)) is not None:
+            return kept
+        decomposition, own = projection.decomposition, slice(chunk.start, chunk.stop)
+        if projection.name == "down":
+            down = self._measure_again(chunk, lambda measured: measured.down)
+            return permute(down, self.measurements.channel_order[own])
+        M = decomposition.moments(self.input_moments(chunk))
+        return permute(M, projection.components.order[own]) if decomposition.component_axis == "input" else M
+
+    def factor(self, projection: RankedProjection, chunk: range, M: Tensor) -> CholeskyFactor:
+        """Factor of `moments`, or independent components where errors are not handed on."""
+        if not self.config.feedback:
+            return on_diagonal(M)
+        U = self.ctx.cache.factors(projection.key).stacked(chunk, self.ctx.device)
+        return factorize(M) if U is None else CholeskyFactor(projection.ridge[chunk.start : chunk.stop], U)
+
+    def input_moments(self, chunk: range) -> Tensor:
+        """Moments [n, H, H] of what enters gate and up."""
+        kept = self.ctx.cache.input_moments.stacked(chunk, self.ctx.device)
+        return self._measure_again(chunk, lambda measured: measured.inputs) if kept is None else kept
+
+    def _measure_again(self, chunk: range, picked: Callable[[MeasuredExpert], Tensor]) -> Tensor:
+        """What the first pass found of some experts, stacked; channels are not sorted."""
+        gate_up, down = self.ctx.load_balanced(chunk)
+        return torch.stack([picked(self.ctx.measure_expert(e, gate_up[i], down[i])) for i, e in enumerate(chunk)])

@@ -1,0 +1,56 @@
+"""Inputs of the routed experts of one layer."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offline_quant.model.sizes import FLOAT, INT, RunSizes
+
+
+@dataclass(frozen=True)
+class ExpertInputs:
+    """Tokens that entered the routed experts of one layer, and their routing.
+
+    Attributes:
+        x: float32 [T, H].
+        topk_ids: int64 [T, top_k].
+        topk_weights: float32 [T, top_k].
+    """
+
+    x: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+
+    @classmethod
+    def gathered(cls, parts: "Iterable[ExpertInputs]", tokens: int, device: torch.device) -> "ExpertInputs":
+        """Concatenate several on a device. Each part is freed before the next one is made.
+
+        Args:
+            parts: at least one.
+            tokens: T of all parts together.
+            device: of the result.
+        """
+        whole: ExpertInputs | None = None
+        at = 0
+        for part in parts:
+            if whole is None:
+                like = (part.x, part.topk_ids, part.topk_weights)
+                whole = cls(*(torch.empty(tokens, t.shape[1], dtype=t.dtype, device=device) for t in like))
+            end = at + len(part.x)
+            whole.x[at:end], whole.topk_ids[at:end], whole.topk_weights[at:end] = (
+                part.x, part.topk_ids, part.topk_weights
+            )  # fmt: skip
+            at = end
+        assert whole is not None
+        return whole
+
+    def cpu(self) -> "ExpertInputs":
+        """The same in the CPU's memory."""
+        return ExpertInputs(self.x.cpu(), self.topk_ids.cpu(), self.topk_weights.cpu())
+
+
+def expert_input_bytes(sizes: RunSizes) -> int:
+    """Bytes of one layer's `ExpertInputs` for all of the calibration text, with an order of its slots."""
+    return sizes.tokens * (FLOAT * sizes.shape.hidden_size + sizes.top_k * (FLOAT + 3 * INT))

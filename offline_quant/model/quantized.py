@@ -1,0 +1,68 @@
+"""Weights of a bitsmoe checkpoint, dequantized as they are read."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from bitsmoe_kernels.errors import FormatError
+from bitsmoe_kernels.format.checkpoint import Checkpoint, is_bitsmoe
+from bitsmoe_kernels.format.safetensors_io import read_json
+from bitsmoe_kernels.models.families import moe_shape
+from bitsmoe_kernels.reference import LayerWeights
+from offline_quant.model.side_files import check_side_files
+from offline_quant.model.source import SourceModel
+
+
+class QuantizedModel:
+    """A bitsmoe checkpoint as a source of ordinary weights.
+
+    Raises:
+        BitsmoeError: whatever is wrong with the checkpoint; lists every fault.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.checkpoint = Checkpoint(directory)
+        self.checkpoint.check()
+        self.config = self.checkpoint.model_config
+        self.shape = moe_shape(self.config, str(directory))
+        self.dense = self.checkpoint.dense()
+        self.tensors = self.checkpoint.plain_tensors()
+        self._last: tuple[int, LayerWeights] | None = None
+        check_side_files(directory)
+        self._check_schema()
+
+    def _check_schema(self) -> None:
+        """config.json and its quantization_config must speak of the same experts."""
+        s, layers = self.shape, self.checkpoint.config.layers
+        expected = {s.prefix(i) for i in s.layers}
+        faults = [f"{p}: config.json has these experts, quantization_config does not" for p in expected - layers.keys()]
+        faults += [
+            f"{p}: quantization_config has these experts, config.json does not" for p in layers.keys() - expected
+        ]
+        quantized = self.checkpoint.config.tensor_specs()
+        faults += [
+            f"tensor {name} belongs to experts, but is not part of the schema"
+            for name in self.tensors
+            if s.is_expert_tensor(name) and name not in quantized
+        ]
+        for prefix, layer in layers.items():
+            for name in ("num_experts", "hidden_size", "intermediate_size"):
+                if getattr(layer, name) != getattr(s, name):
+                    faults.append(f"{prefix}: {name} is {getattr(layer, name)}, config.json says {getattr(s, name)}")
+        if faults:
+            raise FormatError(str(self.directory), sorted(faults))
+
+    def experts(self, layer: int, chunk: range | None = None) -> tuple[Tensor, Tensor]:
+        """Dequantized experts of a layer, see `WeightSource`."""
+        if self._last is None or self._last[0] != layer:  # chunks of one layer come one after another
+            prefix, config = self.shape.prefix(layer), self.checkpoint.config
+            tensors = self.checkpoint.layer_tensors(prefix)
+            self._last = layer, LayerWeights(config.layers[prefix], config.block_size, tensors)
+        return self._last[1].experts(range(self.shape.num_experts) if chunk is None else chunk)
+
+
+def open_model(directory: Path) -> "SourceModel | QuantizedModel":
+    """Open an ordinary or a quantized checkpoint, whichever it is."""
+    config = read_json(directory / "config.json")
+    return QuantizedModel(directory) if is_bitsmoe(config) else SourceModel(directory)

@@ -1,0 +1,224 @@
+"""A model's weights from its files, ordinary or quantized: routed experts as stacked matrices, the rest by name."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bitsmoe_kernels.errors import BitsmoeError, fault_list
+from bitsmoe_kernels.format.safetensors_io import ShardReader, read_json
+from bitsmoe_kernels.format.schema import TensorSpec
+from bitsmoe_kernels.models.families import MoEShape, moe_shape
+from offline_quant.model.float8 import Float8Reader
+from offline_quant.model.side_files import check_side_files
+from offline_quant.model.sizes import RunSizes
+
+CHECKED_VALUES = 1 << 24
+"""Of a tensor that are looked at together."""
+MAX_WEIGHT = 1e12
+"""Far beyond any trained weight, and about where squares of what such weights compute leave float32."""
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
+"""Parts of names that modules around modules leave behind."""
+_EXPERT_NUMBER = re.compile(r"(.*?\.experts\.)(\d+)\.")
+MAX_FAULTS = 1_000
+"""Faults after which no more are looked for."""
+
+
+class Tensors(Protocol):
+    """Tensors by name, as `ShardReader` has them."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Dtype and shape of each."""
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def get(self, name: str) -> Tensor:
+        """One tensor, on the CPU."""
+
+
+class WeightSource(Protocol):
+    """A model's weights, ordinary or quantized."""
+
+    directory: Path
+    config: dict[str, Any]
+    shape: MoEShape
+
+    @property
+    def tensors(self) -> Tensors:
+        """The files' tensors; quantized ones outside the experts appear as the matrices they stand for."""
+
+    def experts(self, layer: int, chunk: range | None = None) -> tuple[Tensor, Tensor]:
+        """Routed experts of a layer, float32: gate and up [n, 2 I, H], down [n, H, I]; of all, or of a chunk."""
+
+
+class SourceModel:
+    """An unquantized checkpoint directory: config, tensors, and its experts as stacked matrices.
+
+    Block-wise float8 counts as unquantized: it is how some models are published.
+
+    Raises:
+        BitsmoeError: lists all missing or misshapen tensors and files.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.config = read_json(directory / "config.json")
+        quantization = self.config.pop("quantization_config", None)
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        if quantization is not None and not (isinstance(quantization, dict) and method in (None, "fp8")):
+            raise BitsmoeError(f"{directory}: is already quantized ({method!r:.80}); quantize the 16-bit model instead")
+        self.shape = moe_shape(self.config, str(directory))
+        check_side_files(directory)
+        if isinstance(quantization, dict) and method == "fp8":
+            self.tensors: ShardReader = Float8Reader(directory, quantization)
+        else:
+            self.tensors = ShardReader(directory)
+        self._check_experts()
+
+    def _fused_names(self, layer: int) -> tuple[str, str]:
+        prefix = self.shape.prefix(layer)
+        return f"{prefix}.gate_up_proj", f"{prefix}.down_proj"
+
+    def _check_experts(self) -> None:
+        s = self.shape
+        E, H, I = s.num_experts, s.hidden_size, s.intermediate_size  # noqa: E741
+        if fault := self._prefix_fault():
+            raise BitsmoeError(f"{self.directory}: {fault}")
+        faults = self._count_faults()
+        known: set[str] = set()
+        for layer in s.layers:
+            if len(faults) > MAX_FAULTS:
+                break  # config.json may claim any number of layers and experts
+            expected: dict[str, tuple[int, ...]] = {}
+            gate_up, down = self._fused_names(layer)
+            if gate_up in self.tensors:
+                expected = {gate_up: (E, 2 * I, H), down: (E, H, I)}
+            else:
+                for e in range(min(E, len(self.tensors.specs) + 1)):
+                    gate, up, down = s.expert_names(layer, e)
+                    expected |= {gate: (I, H), up: (I, H), down: (H, I)}
+            known |= expected.keys()
+            for name, shape in expected.items():
+                spec = self.tensors.specs.get(name)
+                if spec is None:
+                    faults.append(f"tensor {name} is missing")
+                elif spec.shape != shape:
+                    faults.append(f"tensor {name} has shape {list(spec.shape)}, config.json says {list(shape)}")
+                elif spec.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+                    faults.append(f"tensor {name} is {spec.dtype}; bfloat16, float16 or float32 is needed")
+        if not faults:
+            left = sorted(name for name in self.tensors if s.is_expert_tensor(name) and name not in known)
+            faults = [f"tensor {name} belongs to experts, but is no gate, up or down matrix of theirs" for name in left]
+        if faults:
+            raise BitsmoeError(fault_list(f"{self.directory}: experts are not as config.json describes them", faults))
+
+    def _count_faults(self) -> list[str]:
+        """Layers that hold another number of experts than config.json says."""
+        s = self.shape
+        stored: dict[str, set[int]] = {f"{s.prefix(layer)}.": set() for layer in s.layers}
+        for name in self.tensors:
+            if (match := _EXPERT_NUMBER.match(name)) and match[1] in stored:
+                stored[match[1]].add(int(match[2]))
+        # Experts missing in the middle are missing tensors, and named so.
+        counts = {prefix: len(found) for prefix, found in stored.items() if found == set(range(len(found))) and found}
+        unequal = "; layers with unequal numbers of experts are not supported" if len(set(counts.values())) > 1 else ""
+        return [
+            f"{prefix[:-1]}: {count} experts are stored, config.json says {s.num_experts}{unequal}"
+            for prefix, count in counts.items()
+            if count != s.num_experts
+        ]
+
+    def _prefix_fault(self) -> str | None:
+        """Whether all names begin with something more, or with something less, than they should."""
+        layer = self.shape.layers[0]
+        wanted = (self.shape.expert_names(layer, 0)[0], self._fused_names(layer)[0])
+        if any(name in self.tensors for name in wanted):
+            return None
+        bare = [(name, name.removeprefix("model.")) for name in wanted]
+        for found in self.tensors:
+            inner = ".".join(part for part in found.split(".") if part not in _WRAPPERS)
+            if inner != found and inner in wanted:
+                return f"tensor {found} should be called {inner}: rename it, and all others likewise"
+            for name, end in bare:
+                if found == end or found.endswith(f".{end}"):
+                    return f"tensor {found} should be called {name}: rename it, and all others likewise"
+        return None
+
+    def experts(self, layer: int, chunk: range | None = None) -> tuple[Tensor, Tensor]:
+        """Routed experts of a layer, see `WeightSource`."""
+        s = self.shape
+        chunk = range(s.num_experts) if chunk is None else chunk
+        gate_up, down = self._fused_names(layer)
+        if gate_up in self.tensors:
+            part = slice(chunk.start, chunk.stop)
+            found = self.tensors.get(gate_up)[part].float(), self.tensors.get(down)[part].float()
+        else:
+            found = (
+                torch.empty(len(chunk), 2 * s.intermediate_size, s.hidden_size),
+                torch.empty(len(chunk), s.hidden_size, s.intermediate_size),
+            )
+            for i, e in enumerate(chunk):
+                names = s.expert_names(layer, e)
+                found[0][i, : s.intermediate_size] = self.tensors.get(names[0])
+                found[0][i, s.intermediate_size :] = self.tensors.get(names[1])
+                found[1][i] = self.tensors.get(names[2])
+        return found
+
+    def check_finite(self, progress: Callable[[Sequence[str], str], Iterable[str]]) -> None:
+        """Read every tensor once and look for values that nothing can be computed with, see `value_faults`.
+
+        Raises:
+            BitsmoeError: names every tensor that has some.
+        """
+        if faults := value_faults(self.tensors, progress, self.shape.is_expert_tensor):
+            raise BitsmoeError(
+                fault_list(
+                    f"{self.directory}: weights that nothing can be computed with; if they are not meant to be so, "
+                    "download the model again",
+                    faults,
+                )
+            )
+
+
+def value_faults(
+    tensors: Tensors,
+    progress: Callable[[Sequence[str], str], Iterable[str]],
+    quantized: Callable[[str], bool] = lambda name: False,
+) -> list[str]:
+    """Tensors that hold NaN or infinity, or are to be quantized and hold far too large values; reads all of them."""
+    faults = []
+    for name in progress(list(tensors), "Checking weights"):
+        tensor = tensors.get(name)
+        if not tensor.is_floating_point():
+            continue
+        largest, bad = _largest(tensor)
+        if bad:
+            faults.append(f"tensor {name}: {bad} of {tensor.numel()} values are NaN or infinite")
+        elif largest > MAX_WEIGHT and quantized(name):
+            faults.append(f"tensor {name}: holds values up to {largest:.3g}; up to {MAX_WEIGHT:.0e} can be quantized")
+    return faults
+
+
+def _largest(tensor: Tensor) -> tuple[float, int]:
+    """The largest magnitude, and how many values are NaN or infinite; a few at a time, since torch makes copies."""
+    largest, bad = 0.0, 0
+    for part in tensor.view(-1).split(CHECKED_VALUES):
+        known = part.float() if part.itemsize == 1 else part  # torch knows no extremes of float8
+        found = max(abs(float(v)) for v in known.aminmax()) if len(known) else 0.0
+        if math.isfinite(found):
+            largest = max(largest, found)
+        else:
+            bad += len(known) - int(known.isfinite().count_nonzero())
+    return largest, bad
+
+
+def checking_bytes(sizes: RunSizes) -> int:
+    """Bytes of memory that `SourceModel.check_finite` takes: the largest tensor is read as a whole."""
+    return sizes.whole_tensor_bytes

@@ -1,0 +1,353 @@
+"""Run a causal language model decoder layer by decoder layer, with one layer's weights in memory at a time.
+
+The modules are transformers' own, built without memory ("meta") and filled from a checkpoint when their turn comes, in
+float32. Calibration and evaluation both run on this, for ordinary and for quantized checkpoints.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from bitsmoe_kernels.errors import BitsmoeError, fault_list, one_line
+from bitsmoe_kernels.expert_mlp import gated
+from bitsmoe_kernels.format.checkpoint import plain_config
+from bitsmoe_kernels.models.families import MODULE_EXPERTS, kept_tensors
+from offline_quant.model.expert_inputs import ExpertInputs
+from offline_quant.model.sizes import FLOAT, RunSizes
+from offline_quant.model.source import WeightSource
+from offline_quant.runtime.chunks import chunks_of, matrix_bytes
+from offline_quant.runtime.malloc import trim
+from offline_quant.runtime.progress import console
+
+Arguments = list[dict[str, Any]]
+"""What each decoder layer takes besides hidden states; layers of one kind share tensors."""
+Batches = list[tuple[Tensor, Arguments]]
+"""Hidden states [n, L, H] and the layers' arguments."""
+COMPUTING_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+"""What comes out of a model whose config.json cannot be."""
+TRIED_TOKENS = 4
+"""Of `StreamedModel.try_out`."""
+TOGETHER = 8
+"""Batches for which a layer's experts are read once."""
+SCORE_COPIES = 2.5
+"""Copies of attention scores where they are computed as a whole: measured on DeepSeek-V3's shapes."""
+
+
+@contextmanager
+def _building(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except (*COMPUTING_ERRORS, ImportError, StrictDataclassError) as e:
+        raise BitsmoeError(f"{directory}: transformers cannot build the model from config.json ({e})") from None
+
+
+def transformers_config(config: Mapping[str, Any], directory: Path) -> Any:
+    """transformers' config of a config.json, without what says how weights are stored.
+
+    Raises:
+        BitsmoeError: transformers refuses it.
+    """
+    with _building(directory):
+        return AutoConfig.for_model(**plain_config(config))
+
+
+class StreamedModel:
+    """A model whose layers are filled on demand.
+
+    Args:
+        source: the weights.
+        device: where layers run.
+    """
+
+    def __init__(self, source: WeightSource, device: str = "cpu"):
+        self.source = source
+        self.shape = source.shape
+        self.device = torch.device(device)
+        config = transformers_config(source.config, source.directory)
+        with _building(source.directory), torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        self.decoder = self.model.get_decoder()
+        self.num_layers = len(self.decoder.layers)
+        self._place = {module: index for index, module in enumerate(self.decoder.layers)}
+        self._arguments: dict[torch.Size, Arguments] = {}
+        self.vocabulary: int = self.decoder.embed_tokens.num_embeddings
+        self._check_tensors()
+        self.decoder.embed_tokens.forward = self._embedding
+        self._fill(self.decoder.norm, "model.norm")
+        # Rotary tables are buffers computed at construction; "meta" left them empty.
+        self.decoder.rotary_emb = type(self.decoder.rotary_emb)(config=config).to(self.device)
+
+    def _check_tensors(self) -> None:
+        """All tensors outside the routed experts, against the modules they go to. Tied ones count once."""
+        if faults := self.shape.other_faults(self.model, self.source.tensors.specs):
+            raise BitsmoeError(fault_list(f"{self.source.directory}: tensors do not fit config.json", faults))
+
+    def warn_of_ignored(self) -> None:
+        """Say which stored tensors the model's own modules do not read."""
+        if names := self.shape.ignored(self.model, self.source.tensors.specs):
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            console.print(
+                f"{self.source.directory}: stored, but not part of the model that config.json describes: {shown}; "
+                "passed over, as transformers and vLLM do"
+            )
+
+    def try_out(self) -> None:
+        """Run a few tokens through one layer of each kind, without its experts: config.json may say what cannot be.
+
+        Raises:
+            BitsmoeError: says what went wrong.
+        """
+        kinds = getattr(self.model.config, "layer_types", None) or [""] * self.num_layers
+        firsts = {(index in self.shape.layers, kind): index for index, kind in reversed(list(enumerate(kinds)))}
+        try:
+            hidden, arguments = self.embed(torch.zeros(1, TRIED_TOKENS, dtype=torch.int64))
+            for (moe, _), index in firsts.items():
+                with self.layer(index) as module:
+                    out = (
+                        self.expert_inputs(module, hidden, arguments)[1] if moe else self.run(module, hidden, arguments)
+                    )
+                    whole = all(bool(t.isfinite().all()) for _, t in kept_tensors(module) if not t.is_meta)
+                    if whole and not bool(out.isfinite().all()):  # weights that are not finite are named later
+                        raise ArithmeticError(
+                            f"decoder layer {index} computes NaN or infinity from finite weights; look at its rope and "
+                            "scaling options"
+                        )
+        except torch.OutOfMemoryError:
+            raise
+        except COMPUTING_ERRORS as e:
+            raise BitsmoeError(
+                f"{self.source.directory}: the model that config.json describes cannot be computed "
+                f"({type(e).__name__}: {one_line(e)[:300]})"
+            ) from None
+
+    def _embedding(self, ids: Tensor) -> Tensor:
+        """Rows of the embedding, float32; the matrix itself stays in the checkpoint."""
+        rows = self.source.tensors.get("model.embed_tokens.weight")[ids.cpu()]
+        return rows.to(self.device, torch.float32)
+
+    def check_ids(self, ids: Tensor) -> None:
+        """Refuse token ids beyond the vocabulary.
+
+        Raises:
+            BitsmoeError: names the id and vocab_size.
+        """
+        if int(ids.max()) >= self.vocabulary:
+            raise BitsmoeError(
+                f"{self.source.directory}: the tokenizer gives token id {int(ids.max())}, but the model's vocab_size "
+                f"is {self.vocabulary}; tokenizer and weights are not of one model"
+            )
+
+    def _fill(self, module: nn.Module, prefix: str, but: str | None = None) -> None:
+        """Give a module its parameters and kept buffers from the checkpoint, but for those of one submodule."""
+        for name, _ in kept_tensors(module):
+            if but is None or not name.startswith(f"{but}."):
+                stored = self.shape.family.stored_name(f"{prefix}.{name}")
+                _assign(module, name, self.source.tensors.get(stored).to(self.device, torch.float32))
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Decoder layer `index` with its weights, released afterwards.
+
+        Its routed experts stay in the checkpoint: they are read chunk by chunk whenever the layer runs.
+        """
+        module = self.decoder.layers[index]
+        moe = index in self.shape.layers
+        self._fill(module, self.shape.family.decoder(index), MODULE_EXPERTS if moe else None)
+        experts: Any = module.get_submodule(MODULE_EXPERTS) if moe else None
+        if moe:
+            experts.forward = partial(self.routed, index)
+        try:
+            yield module
+        finally:
+            if moe:
+                del experts.forward
+            for name, value in kept_tensors(module):
+                _assign(module, name, torch.empty_like(value, device="meta"))
+
+    def routed(self, index: int, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """What the routed experts of a layer add, [T, H], with gradients where they are enabled.
+
+        Args:
+            index: of the decoder layer.
+            x: [T, H].
+            topk_ids: [T, top_k].
+            topk_weights: [T, top_k].
+        """
+        y, s = torch.zeros_like(x), self.shape
+        for chunk in chunks_of(s.num_experts, s.hidden_size, s.intermediate_size, self.device):
+            called = [(topk_ids == e).nonzero(as_tuple=True) for e in chunk]
+            if not any(len(token) for token, _ in called):
+                continue
+            trim(matrix_bytes(s.hidden_size, s.intermediate_size))  # what earlier experts took, and attention
+            gate_up, down = (w.to(self.device) for w in self.source.experts(index, chunk))
+            for i, (token, slot) in enumerate(called):
+                gate, up = (x[token] @ gate_up[i].T).chunk(2, -1)
+                out = gated(gate, up) @ down[i].T
+                y.index_add_(0, token, out * topk_weights[token, slot, None])
+        return y
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor) -> tuple[Tensor, Arguments]:
+        """Hidden states [n, L, H] that enter the first layer, and the arguments every layer takes besides them.
+
+        Raises:
+            BitsmoeError: token ids beyond the model's vocabulary.
+        """
+        self.check_ids(ids)
+        entered: list[Tensor] = []
+        arguments: Arguments = []
+
+        def catch(hidden_states: Tensor, **kwargs: Any) -> Tensor:
+            entered.append(hidden_states)
+            arguments.append(kwargs)
+            return hidden_states
+
+        for module in self.decoder.layers:
+            module.forward = catch
+        try:
+            self.decoder(input_ids=ids.to(self.device), use_cache=False)
+        finally:
+            for module in self.decoder.layers:
+                del module.forward
+        return entered[0], arguments
+
+    def arguments(self, ids: Tensor) -> Arguments:
+        """The layers' arguments for windows [n, L], which their shape decides."""
+        if ids.shape not in self._arguments:
+            self._arguments[ids.shape] = self.embed(ids)[1]
+        return self._arguments[ids.shape]
+
+    def embed_windows(self, windows: Tensor, batch_tokens: int) -> Batches:
+        """`embed` of windows [n, L] in batches of about `batch_tokens`, hidden states on the CPU."""
+        batches = []
+        for ids in windows.split(max(1, batch_tokens // windows.shape[1])):
+            hidden, arguments = self.embed(ids)
+            batches.append((hidden.cpu(), arguments))
+        return batches
+
+    def run(self, module: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
+        """One decoder layer on [n, L, H], with gradients where they are enabled."""
+        out = module(hidden.to(self.device), **arguments[self._place[module]])
+        return out[0] if isinstance(out, tuple) else out
+
+    @torch.no_grad()
+    def expert_inputs(self, module: nn.Module, hidden: Tensor, arguments: Arguments) -> tuple[ExpertInputs, Tensor]:
+        """What enters the routed experts of a decoder layer, and what leaves it without their share.
+
+        The experts do not run: their output is added to what is returned later, which saves a second attention.
+
+        Args:
+            module: from `layer`.
+            hidden: [n, L, H].
+            arguments: of the layers.
+
+        Returns:
+            The experts' inputs, and the layer's output [n, L, H] with zeros from the experts, on the CPU.
+        """
+        seen: list[ExpertInputs] = []
+
+        def catch(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            seen.append(ExpertInputs(x.reshape(-1, x.shape[-1]).float(), ids.long(), weights.float()))
+            return torch.zeros_like(x)
+
+        experts: Any = module.get_submodule(MODULE_EXPERTS)
+        usual, experts.forward = experts.forward, catch
+        try:
+            rest = self.run(module, hidden, arguments).cpu()
+        finally:
+            experts.forward = usual
+        return seen[0], rest
+
+    @torch.no_grad()
+    def through(self, module: nn.Module, batches: Iterable[tuple[Tensor, Arguments]]) -> Iterator[Tensor]:
+        """`run` of every batch, results on the CPU one after another. Experts are read once for several batches."""
+        index, waiting = self._place[module], iter(batches)
+        while group := list(islice(waiting, TOGETHER)):
+            if index not in self.shape.layers:
+                yield from (self.run(module, *batch).cpu() for batch in group)
+                continue
+            entering, rests = map(list, zip(*(self.expert_inputs(module, *batch) for batch in group), strict=True))
+            lengths = [len(x.x) for x in entering]
+            # Each is let go as it is copied.
+            inputs = ExpertInputs.gathered((entering.pop(0) for _ in lengths), sum(lengths), self.device)
+            share = self.routed(index, inputs.x, inputs.topk_ids, inputs.topk_weights).cpu()
+            for rest, own in zip(rests, share.split(lengths), strict=True):
+                yield rest + own.view_as(rest)
+
+    @property
+    def _stored_head(self) -> Tensor:
+        # A head that is stored counts, whatever config.json says of tying: transformers and vLLM take it too.
+        own = "lm_head.weight"
+        return self.source.tensors.get(own if own in self.source.tensors else "model.embed_tokens.weight")
+
+    @property
+    def head(self) -> Tensor:
+        """Output embedding [V, H], float32."""
+        return self._stored_head.to(self.device, torch.float32)
+
+    def head_rows(self, count: int) -> Iterator[Tensor]:
+        """`head`, so many rows at a time; the matrix itself stays in the checkpoint."""
+        for rows in self._stored_head.split(count):
+            yield rows.to(self.device, torch.float32)
+
+    @torch.no_grad()
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What the head reads, from what leaves the last layer [..., H]."""
+        return self.decoder.norm(hidden.to(self.device))
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor, head: Tensor) -> Tensor:
+        """Logits [..., V] from what leaves the last layer; head as `self.head` returns it."""
+        return self.normed(hidden) @ head.T
+
+    def materialize(self) -> nn.Module:
+        """The whole model in memory, for generation."""
+        for index in range(self.num_layers):
+            module, prefix = self.decoder.layers[index], self.shape.family.decoder(index)
+            if index not in self.shape.layers:
+                self._fill(module, prefix)
+                continue
+            self._fill(module, prefix, MODULE_EXPERTS)
+            for name, weights in zip(("gate_up_proj", "down_proj"), self.source.experts(index), strict=True):
+                _assign(module.get_submodule(MODULE_EXPERTS), name, weights.to(self.device))
+        del self.decoder.embed_tokens.forward
+        self._fill(self.decoder.embed_tokens, "model.embed_tokens")
+        _assign(self.model, "lm_head.weight", self.head)
+        return self.model
+
+
+def forward_bytes(sizes: RunSizes, tokens: int) -> int:
+    """Bytes of memory that `StreamedModel.through` takes for one layer.
+
+    Args:
+        sizes: of the run.
+        tokens: tokens that pass through the layer, in batches of `sizes.batch_tokens`.
+    """
+    # Of several batches at once: hidden states, inputs and outputs of the experts, and the layer's output without them.
+    together = FLOAT * 4 * sizes.shape.hidden_size * min(TOGETHER * sizes.batch_tokens, tokens)
+    # Where queries and values differ in size (DeepSeek), torch computes attention scores as a whole.
+    whole = sizes.query_size != sizes.value_size
+    scores = int(SCORE_COPIES * sizes.heads * sizes.batch_tokens * sizes.length) if whole else 0
+    attention = FLOAT * (sizes.batch_tokens * sizes.attention_values + scores)
+    # On a CPU, results of a chunk take as much again.
+    experts = sizes.chunk_bytes * (1 if sizes.device.type == "cuda" else 2)
+    return sizes.mapped_bytes + sizes.decoder_bytes + together + max(attention, experts)
+
+
+def _assign(root: nn.Module, name: str, value: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    parent = root.get_submodule(path)
+    if leaf in parent._buffers:
+        parent._buffers[leaf] = value
+    else:
+        setattr(parent, leaf, nn.Parameter(value, requires_grad=False))

@@ -1,0 +1,1 @@
+"""`bitsmoe quantize` from options to checkpoint."""

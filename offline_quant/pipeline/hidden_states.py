@@ -1,0 +1,153 @@
+"""Hidden states between decoder layers, on disk: those of the calibration text and those of the original model."""
+
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from offline_quant.model.expert_inputs import ExpertInputs
+from offline_quant.model.sizes import FLOAT, RunSizes
+from offline_quant.model.streaming import StreamedModel
+from offline_quant.pipeline.resume import RunState
+from offline_quant.runtime.distributed import Workers
+
+BATCH_TOKENS, BATCH_VALUES = 16_384, 1 << 23
+"""Most tokens, and values of hidden states, that pass through a layer together."""
+EMBEDDED = -1
+"""In place of a layer's index: the hidden states that enter the first layer."""
+
+
+class Stream(StrEnum):
+    """A set of hidden states; files are named after it and the batch: `batch-3.f32`."""
+
+    CALIBRATION = "batch"
+    ORIGINAL = "original"
+
+
+class HiddenStates:
+    """Hidden states of some windows, as they leave one decoder layer after another.
+
+    Attributes:
+        batches: windows int64 [n, L] that pass together.
+        local: batches whose hidden states this process keeps.
+
+    Args:
+        stream: names the files.
+        model: the layers that `propagate` runs.
+        batches: see above.
+        state: of the run, which holds the files.
+        local: see above.
+    """
+
+    def __init__(
+        self, stream: Stream, model: StreamedModel, batches: Sequence[Tensor], state: RunState, local: Sequence[int]
+    ):
+        self.batches, self.local = batches, local
+        self._stream, self._model, self._state = stream, model, state
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all batches."""
+        return sum(batch.numel() for batch in self.batches)
+
+    def read(self, layer: int, batch: int) -> Tensor:
+        """Hidden states [n, L, H] of a batch that leave a layer; EMBEDDED: that enter the first."""
+        shape = (*self.batches[batch].shape, self._model.shape.hidden_size)
+        return self._state.hidden(layer, self._name(batch), shape)
+
+    def read_all(self, layer: int) -> Iterator[Tensor]:
+        """`read` of one batch after another."""
+        return (self.read(layer, batch) for batch in range(len(self.batches)))
+
+    def _write(self, layer: int, batch: int, hidden: Tensor) -> None:
+        self._state.put_hidden(layer, self._name(batch), hidden)
+
+    def _name(self, batch: int) -> str:
+        return f"{self._stream}-{batch}"
+
+    def embed(self) -> None:
+        """Write the hidden states that enter the first layer."""
+        self._state.open_layer(EMBEDDED)
+        for i in self.local:
+            self._write(EMBEDDED, i, self._model.embed(self.batches[i])[0])
+
+    def propagate(self, layer: int) -> None:
+        """Take the hidden states through a layer, experts included."""
+        if not self.local:
+            return
+        with self._model.layer(layer) as module:
+            entering = ((self.read(layer - 1, i), self._model.arguments(self.batches[i])) for i in self.local)
+            for i, out in zip(self.local, self._model.through(module, entering), strict=True):
+                self._write(layer, i, out)
+
+    def enter_experts(self, layer: int, workers: Workers) -> ExpertInputs:
+        """Take the hidden states through a layer without its routed experts; `add_expert_output` completes them.
+
+        Args:
+            layer: index of the decoder layer.
+            workers: each of them takes its own batches.
+
+        Returns:
+            The inputs of the experts, of all batches, on the model's device.
+        """
+        with self._model.layer(layer) as module:
+
+            def enter(i: int) -> ExpertInputs:
+                arguments = self._model.arguments(self.batches[i])
+                inputs, rest = self._model.expert_inputs(module, self.read(layer - 1, i), arguments)
+                self._write(layer, i, rest)
+                return inputs.cpu()
+
+            entered = workers.map(range(len(self.batches)), enter)
+            return ExpertInputs.gathered(entered, self.tokens, self._model.device)
+
+    def add_expert_output(self, layer: int, routed: Iterator[Tensor], windows: int) -> None:
+        """Complete the hidden states of a layer with the output of its experts.
+
+        Args:
+            layer: index of the decoder layer.
+            routed: the output [n, H] of some tokens, one after another.
+            windows: complete the batches of this many windows; no more of `routed` is computed.
+        """
+        pieces: list[Tensor] = []
+        for i, tokens in enumerate(self.batches[: -(-windows // len(self.batches[0]))]):
+            while sum(map(len, pieces)) < tokens.numel():
+                pieces.append(next(routed).cpu())
+            output, *pieces = torch.cat(pieces).tensor_split([tokens.numel()])
+            if i in self.local:
+                hidden = self.read(layer, i)
+                self._write(layer, i, hidden + output.view_as(hidden))
+
+
+def target_output(original: HiddenStates, calibration: HiddenStates, layer: int) -> Tensor:
+    """The experts' output that would make a layer's hidden states those of the original model.
+
+    Args:
+        original: hidden states of the original model; of the same windows.
+        calibration: those of the quantized model, after `enter_experts`.
+        layer: index of the decoder layer.
+
+    Returns:
+        float32 [T, H], on the CPU.
+    """
+    target: Tensor | None = None
+    start = 0
+    for wanted, rest in zip(original.read_all(layer), calibration.read_all(layer), strict=True):
+        if target is None:
+            target = torch.empty(calibration.tokens, wanted.shape[-1])
+        part = target[start : start + wanted[..., 0].numel()]
+        torch.sub(wanted.view_as(part), rest.view_as(part), out=part)
+        start += len(part)
+    assert target is not None
+    return target
+
+
+def batch_windows(length: int, hidden_size: int) -> int:
+    """Windows of calibration text that pass through a layer together."""
+    return max(1, min(BATCH_TOKENS, BATCH_VALUES // hidden_size) // length)
+
+
+def hidden_disk_bytes(sizes: RunSizes) -> int:
+    """Bytes on disk of the hidden states of a run: those that enter a layer, that leave it, and of the original."""
+    return 3 * FLOAT * sizes.tokens * sizes.shape.hidden_size

@@ -1,0 +1,94 @@
+"""The layer loop: hidden states pass from layer to layer, and every MoE layer is planned and quantized.
+
+A layer is calibrated on the output of the quantized layers before it, so that it can make up for their error. A few
+windows pass through the original layers too, to judge the result by.
+"""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from bitsmoe_kernels.format.schema import Layer
+from offline_quant.evaluation import sanity
+from offline_quant.pipeline.context import RunContext
+from offline_quant.pipeline.moe_layer import LayerProgress, layer_bar, quantize_moe_layer
+from offline_quant.pipeline.records import DividedBudget, LayerRecord, MoELayerRecord
+from offline_quant.report.schema import LayerPicture, LayerReport
+
+
+@dataclass(frozen=True)
+class FinishedLayers:
+    """The results of all MoE layers, but for their tensors, in order.
+
+    Attributes:
+        schemas: by tensor prefix.
+        reports: of each.
+        pictures: what the report page draws, by tensor prefix.
+    """
+
+    schemas: dict[str, Layer] = field(default_factory=dict)
+    reports: list[LayerReport] = field(default_factory=list)
+    pictures: dict[str, LayerPicture] = field(default_factory=dict)
+
+
+def quantize_layers(run: RunContext, budget: DividedBudget | None) -> FinishedLayers:
+    """Quantize every MoE layer, and pass dense ones. Layers that an earlier run finished are read from the disk.
+
+    Args:
+        run: the run.
+        budget: one for the model; None: `--bits` holds for each layer.
+
+    Raises:
+        BitsmoeError: activations or weights beyond float32, or an impossible budget.
+    """
+    layers = FinishedLayers()
+    finished = run.workers.broadcast_from_first(run.state.finished)
+    if finished == 0 and budget is None:  # dividing a budget has written them already
+        run.embed()
+    run.workers.barrier()
+    with layer_bar(run, "Quantizing") as progress:
+        for index in range(run.num_layers):
+            progress.describe(f"Quantizing layer {index + 1}/{run.num_layers}")
+            if index >= finished:
+                _finish_layer(run, index, budget, progress)
+            record = run.state.layer_record(index)
+            if index == finished - 1:
+                run.clock.restore(record.figures)
+            if record.moe:
+                prefix = run.shape.prefix(index)
+                layers.schemas[prefix] = record.moe.schema
+                layers.reports.append(record.moe.report)
+                layers.pictures[prefix] = record.moe.picture
+            progress.round_off(index + 1)
+    return layers
+
+
+def _finish_layer(run: RunContext, index: int, budget: DividedBudget | None, progress: LayerProgress) -> None:
+    """Take hidden states through a layer, quantize its experts if it has any, and keep the result."""
+    run.state.open_layer(index)
+    tensors: dict[str, Tensor] = {}
+    moe: MoELayerRecord | None = None
+    if index in run.shape.layers:
+        bits = None if budget is None else budget.bits[run.shape.prefix(index)]
+        tensors, moe = quantize_moe_layer(run, index, bits, progress)
+    else:
+        run.calibration.propagate(index)
+        run.originals.propagate(index)
+        run.clock.lap("calibration")
+    run.workers.barrier()  # hidden states of all processes are kept now
+    if run.workers.rank == 0:
+        run.state.close_layer(index, tensors, LayerRecord(run.clock.figures, moe))
+    run.workers.barrier()
+    run.clock.lap("write")
+
+
+def sanity_check(run: RunContext) -> sanity.SanityVerdict | None:
+    """The verdict on the quantized model, see `sanity.verdict`; None where nothing was quantized."""
+    if run.plan_only:
+        return None
+    last = run.num_layers - 1
+    original = sanity.tally(run.original, run.judged, run.originals.read_all(last))
+    quantized = sanity.tally(run.streamed, run.judged, run.calibration.read_all(last))
+    verdict = sanity.verdict(original, quantized)
+    run.clock.lap("sanity")
+    return verdict

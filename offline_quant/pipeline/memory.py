@@ -1,0 +1,103 @@
+"""Memory and disk of a run, estimated before it starts: the maximum over what its stages state of themselves."""
+
+import re
+from dataclasses import dataclass
+
+from bitsmoe_kernels.errors import BitsmoeError
+from offline_quant.allocation.objectives import OBJECTIVES, may_share_bases
+from offline_quant.calibration.sensitivity import sensitivity_bytes
+from offline_quant.checkpoint.writer import result_bytes, writing_bytes
+from offline_quant.config import QuantizeConfig
+from offline_quant.evaluation.sanity import judged_tokens, judging_bytes
+from offline_quant.layer.memory import kept_bytes, layer_bytes, offload_disk_bytes
+from offline_quant.model.expert_inputs import expert_input_bytes
+from offline_quant.model.sizes import RunSizes
+from offline_quant.model.source import checking_bytes
+from offline_quant.model.streaming import forward_bytes
+from offline_quant.pipeline.hidden_states import hidden_disk_bytes
+
+LATER = 80 << 20
+"""Bytes of libraries that are loaded when they are needed: the solver, the plots."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes.
+
+    Attributes:
+        peak: largest resident memory of one process.
+        calibration_state: the part of it that the calibration set takes while a layer is quantized: inputs of its
+            experts and their routing.
+        disk: besides the result, while the run goes on.
+        result: of all tensors of the result, about.
+    """
+
+    peak: int
+    calibration_state: int
+    disk: int
+    result: int
+
+
+def estimate_memory(
+    sizes: RunSizes, baseline: int, text: int = 0, tune: bool = False, bases: bool = True, sensitive: bool = False
+) -> MemoryEstimate:
+    """Estimate what a run takes.
+
+    Args:
+        sizes: of the run.
+        baseline: resident bytes of the process before the run.
+        text: bytes that getting the calibration text takes, see `CalibrationSource.memory_bytes`.
+        tune: whether scales and codes are tuned.
+        bases: whether a decomposition with shared bases may be chosen.
+        sensitive: whether sensitivities of all layers are measured, with gradients.
+    """
+    stages = (
+        text,
+        checking_bytes(sizes),
+        sensitivity_bytes(sizes) if sensitive else 0,
+        # The original model runs while a layer is calibrated.
+        kept_bytes(sizes) + forward_bytes(sizes, sizes.tokens if tune else judged_tokens(sizes.tokens)),
+        layer_bytes(sizes, tune, bases),
+        judging_bytes(sizes),
+        writing_bytes(sizes),
+    )
+    return MemoryEstimate(
+        peak=baseline + LATER + max(stages),
+        calibration_state=expert_input_bytes(sizes),
+        disk=hidden_disk_bytes(sizes) + offload_disk_bytes(sizes),
+        result=result_bytes(sizes),
+    )
+
+
+def estimate_run(sizes: RunSizes, config: QuantizeConfig, baseline: int, text: int) -> MemoryEstimate:
+    """`estimate_memory` of a run with some options."""
+    objective = OBJECTIVES[config.objective]
+    sensitive = objective.sensitive and (config.budget or objective.scope) == "model"
+    return estimate_memory(sizes, baseline, text, config.tune, may_share_bases(config), sensitive)
+
+
+def check_memory(found: MemoryEstimate, limit: int | None) -> None:
+    """Refuse a run that would take more memory than is allowed.
+
+    Raises:
+        BitsmoeError: names both figures and what to do.
+    """
+    if limit is not None and found.peak > limit:
+        raise BitsmoeError(
+            f"--max-memory {limit / 1e9:.2f} GB: this run would take about {found.peak / 1e9:.2f} GB, "
+            f"{found.calibration_state / 1e9:.2f} GB of it for calibration text; allow more, or give less of it "
+            "(--calib-samples, --calib-length)"
+        )
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from a number with a unit: 24GB, 24 GiB, 800MB.
+
+    Raises:
+        BitsmoeError: not of this form.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise BitsmoeError(f"--max-memory {text!r}: must be a size such as 24GB or 900MB")
+    step = 1024 if match[3] else 1000
+    return int(float(match[1]) * step ** (" KMGT".index(match[2].upper() or " ")))

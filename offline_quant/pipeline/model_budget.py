@@ -1,0 +1,83 @@
+"""One budget for the whole model: a program over all layers divides it among them."""
+
+import numpy as np
+
+from offline_quant.allocation.choices import ChoiceTable
+from offline_quant.allocation.objectives import OBJECTIVES
+from offline_quant.allocation.solver import allocate
+from offline_quant.calibration.sensitivity import layer_sensitivities
+from offline_quant.pipeline.context import RunContext
+from offline_quant.pipeline.moe_layer import layer_bar, moe_layer_choices
+from offline_quant.pipeline.records import DividedBudget
+from offline_quant.report.schema import ModelBudget
+from offline_quant.runtime.progress import bar
+
+
+def share_budget(run: RunContext) -> DividedBudget:
+    """Divide the budget, on the original model's activations; an earlier run's division is taken where there is one.
+
+    Raises:
+        BitsmoeError: activations or weights beyond float32, or an impossible budget.
+    """
+    if (earlier := run.state.model_budget) is not None:
+        return earlier
+    sensitivity = _sensitivities(run)
+    tables = _all_choices(run)
+    run.clock.lap("calibration")
+    budget = _divided(run, tables, sensitivity)
+    if run.workers.rank == 0:
+        run.state.keep_model_budget(budget)
+    run.clock.lap("allocation")
+    return budget
+
+
+def _sensitivities(run: RunContext) -> dict[int, float]:
+    """Weights of the layers' losses, by layer index; empty where the objective's losses can be compared already."""
+    if not OBJECTIVES[run.config.objective].sensitive:
+        return {}
+    with bar("Measuring sensitivities", 2 * run.num_layers) as on_progress:
+        found = layer_sensitivities(run.streamed, run.windows, run.config.seed, on_progress)
+    run.clock.lap("sensitivities")
+    return found
+
+
+def _all_choices(run: RunContext) -> dict[int, ChoiceTable]:
+    """The choices of every MoE layer, by layer index."""
+    tables = {}
+    run.embed()
+    with layer_bar(run, "Planning") as progress:
+        for index in range(run.num_layers):
+            run.state.open_layer(index)
+            if index in run.shape.layers:
+                tables[index] = moe_layer_choices(run, index, progress)
+            else:
+                run.calibration.propagate(index)
+            run.workers.barrier()  # nobody may drop hidden states that another process reads
+            if index and run.workers.rank == 0:  # the quantized layers begin with what enters the first
+                run.state.drop_hidden(index - 1)
+            progress.round_off(index + 1)
+    return tables
+
+
+def _divided(run: RunContext, tables: dict[int, ChoiceTable], sensitivity: dict[int, float]) -> DividedBudget:
+    """Solve one program over the choices of all layers."""
+    shape = run.shape
+    loss = np.concatenate([table.loss * sensitivity.get(index, 1.0) for index, table in tables.items()])
+    cost = np.concatenate([table.cost for table in tables.values()])
+    codes = int(run.config.bits * shape.num_weights) - sum(table.overhead for table in tables.values())
+    result = run.workers.broadcast_from_first(lambda: allocate(loss, cost, codes))
+    bits: dict[str, int] = {}
+    start = 0
+    for index, table in tables.items():
+        choice = result.choice[start : start + len(table.loss)]
+        bits[shape.prefix(index)] = table.overhead + int(table.cost[np.arange(len(choice)), choice].sum())
+        start += len(choice)
+    each = shape.num_weights / len(tables)
+    return DividedBudget(
+        bits,
+        ModelBudget(
+            solver_gap=result.gap,
+            sensitivity={shape.prefix(index): value for index, value in sorted(sensitivity.items())},
+            bits_per_weight={prefix: layer_bits / each for prefix, layer_bits in bits.items()},
+        ),
+    )

@@ -1,0 +1,158 @@
+"""One layer with routed experts: calibrate, plan, quantize. All uses of `layer/` in a run are here."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bitsmoe_kernels.errors import BitsmoeError
+from offline_quant.allocation.choices import ChoiceTable
+from offline_quant.calibration.moments import LayerMoments
+from offline_quant.layer.cache import LayerCache
+from offline_quant.layer.context import Experts, LayerContext
+from offline_quant.layer.first_pass import measure_layer
+from offline_quant.layer.outputs import original_output, output_error, output_of, quantized_output
+from offline_quant.layer.planner import pass_count, plan_layer
+from offline_quant.layer.quantizer import quantize_layer
+from offline_quant.layer.view import LayerView
+from offline_quant.pipeline.context import RunContext
+from offline_quant.pipeline.hidden_states import target_output
+from offline_quant.pipeline.records import MoELayerRecord
+from offline_quant.report.collect import layer_picture, layer_report
+from offline_quant.rounding.tuning import tune
+from offline_quant.runtime.chunks import gpu_share
+from offline_quant.runtime.offload import OffloadCache
+from offline_quant.runtime.progress import Bar, bar
+
+
+def moe_layer_choices(run: RunContext, index: int, on_progress: "LayerProgress") -> ChoiceTable:
+    """The choices of a layer for one budget over the model; its hidden states go on as the original model has them.
+
+    Raises:
+        BitsmoeError: activations or weights beyond float32, or an impossible budget.
+    """
+    with _finite_or_refuse(run.shape.prefix(index)):
+        view = _measured_layer(run, index, on_progress)
+        table = replace(plan_layer(view, trim=False).table, projections={})
+    run.calibration.add_expert_output(index, original_output(view.ctx), run.windows_read_after(index))
+    view.ctx.cache.clear()
+    return table
+
+
+def quantize_moe_layer(
+    run: RunContext, index: int, budget: int | None, on_progress: "LayerProgress"
+) -> tuple[dict[str, Tensor], MoELayerRecord]:
+    """Plan and quantize a layer; its hidden states go on as the quantized experts make them.
+
+    With `run.plan_only` nothing is quantized, and hidden states go on as in the original model.
+
+    Args:
+        run: the run.
+        index: of the decoder layer.
+        budget: all-in bits of the layer; None: `--bits` for each of its weights.
+        on_progress: called after every chunk of every pass.
+
+    Returns:
+        Tensors by their names in the checkpoint, none with `plan_only`; and the record.
+
+    Raises:
+        BitsmoeError: activations or weights beyond float32, or an impossible budget.
+    """
+    prefix = run.shape.prefix(index)
+    with _finite_or_refuse(prefix):
+        view = _measured_layer(run, index, on_progress)
+        plan = plan_layer(view, budget)
+        run.clock.lap("allocation")
+        run.originals.propagate(index)
+        run.clock.lap("original model")
+        tensors: dict[str, Tensor] = {}
+        errors = error = None
+        if run.plan_only:
+            output = original_output(view.ctx)
+        elif not run.config.tune:
+            quantized = quantize_layer(view, plan)
+            tensors, errors = quantized.tensors, quantized.errors
+            run.clock.lap("quantization")
+            error, output = output_error(view), quantized_output(view.ctx)
+        else:
+            inputs = view.ctx.moments.inputs
+            target = target_output(run.originals, run.calibration, index).to(run.streamed.device)
+            quantized = quantize_layer(view, plan, target.clone())
+            errors = quantized.errors
+            run.clock.lap("quantization")
+            given = {name: tensor.to(target.device) for name, tensor in quantized.tensors.items()}
+            tensors = tune(plan.layer, run.config.block_size, given, inputs, target, run.config.seed)
+            run.clock.lap("tuning")
+            tuned = output_of(view.ctx, plan.layer, tensors)
+            error, output = output_error(view, tuned), iter([tuned])
+        run.calibration.add_expert_output(index, output, run.windows_read_after(index))
+        view.ctx.cache.clear()
+        run.clock.lap("calibration")
+        counts, extreme = view.ctx.moments.counts, view.measurements.extreme_experts()
+        report = layer_report(prefix, plan, counts, run.config, errors, error, extreme)
+        record = MoELayerRecord(plan.layer, report, layer_picture(plan, counts))
+        return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}, record
+
+
+def _measured_layer(run: RunContext, index: int, on_progress: "LayerProgress") -> LayerView:
+    """A layer after its first pass, calibrated on the hidden states that enter it."""
+    prefix, device = run.shape.prefix(index), run.streamed.device
+    inputs = run.calibration.enter_experts(index, run.workers)
+    if not bool(inputs.x.isfinite().all()):
+        raise BitsmoeError(
+            f"{prefix}: activations on the calibration text are beyond float32; weights before them are far too "
+            "large, or config.json is wrong, so look at both, or download the model again"
+        )
+    run.clock.lap("calibration")
+    offload = OffloadCache(run.state.directory, device_bytes=gpu_share(device))
+    moments = LayerMoments(inputs, run.shape.num_experts)
+
+    def load(chunk: range) -> Experts:
+        gate_up, down = run.source.experts(index, chunk)
+        return gate_up.to(device), down.to(device)
+
+    ctx = LayerContext(load, moments, run.shape, run.config, prefix, run.workers, LayerCache(offload), on_progress)
+    return LayerView(ctx, measure_layer(ctx))
+
+
+@contextmanager
+def _finite_or_refuse(prefix: str) -> Iterator[None]:
+    """Turn a failure of linear algebra into a refusal: finite weights were too large for what is computed."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as e:
+        raise BitsmoeError(
+            f"{prefix}: its experts' weights are too large to be computed with in float32 ({e})"
+        ) from None
+
+
+class LayerProgress:
+    """A bar that counts experts in every pass of a layer; a layer may need fewer passes than were planned.
+
+    Args:
+        inner: the bar.
+        each: experts of a layer, times its passes.
+    """
+
+    def __init__(self, inner: Bar, each: int):
+        self._inner, self._each, self._done = inner, each, 0
+        self.describe = inner.describe
+
+    def __call__(self, experts: int) -> None:
+        """Advance by experts of one pass."""
+        self._done += experts
+        self._inner(experts)
+
+    def round_off(self, layers: int) -> None:
+        """Advance to the end of a number of layers."""
+        self(layers * self._each - self._done)
+
+
+@contextmanager
+def layer_bar(run: RunContext, description: str) -> Iterator[LayerProgress]:
+    """A bar over all layers."""
+    each = run.shape.num_experts * pass_count(run.config)
+    with bar(description, run.num_layers * each) as inner:
+        yield LayerProgress(inner, each)

@@ -1,0 +1,1 @@
+"""Reports of runs and checkpoints: data, page, figures, model card."""

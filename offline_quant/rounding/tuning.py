@@ -1,0 +1,188 @@
+"""Tuning of a quantized layer by gradients: scales and codes, all experts together, against one target for its output.
+
+Closed-form steps see one expert's matrix at a time; gradients of the layer's output see all of them, silu included.
+Codes are rounded from hidden real values, and gradients pass the rounding as if it were not there; the values start on
+the codes, so that a code changes only when many batches agree on it (compare AutoRound, arXiv 2309.05516).
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from bitsmoe_kernels.expert_mlp import gated
+from bitsmoe_kernels.format.packing import code_dtype, pack_codes
+from bitsmoe_kernels.format.schema import Layer, ProjectionName
+from bitsmoe_kernels.reference import LayerWeights, ProjectionWeights, moe_forward
+from offline_quant.model.expert_inputs import ExpertInputs
+
+STEPS = 96
+BATCH_TOKENS = 2_048
+LEAST_BATCHES = 16
+"""Batches that the tokens make at least: a code changes where batches agree, and there must be some to agree."""
+CODE_RATE, CODE_RATE_BITS = 0.06, 2.0
+"""Levels that a code's hidden value moves in one step at most, at the start, where gate and up have so many bits on
+average; half as many for every bit more, since what a change can win falls faster than the noise of gradients. It falls
+to zero linearly."""
+SCALE_RATE = 0.002
+"""Relative change of a scale in one step at most, at the start."""
+DOWN_RATE = 0.3
+"""Rates of down, relative to those of gate and up: down was fitted last, to just this target."""
+JUDGED_SHARE = 16
+"""One token in so many judges the result. They are among those tuned on, as they are among those quantized on: tokens
+only one side has seen would favour the other."""
+
+
+class _TunedProjection(nn.Module):
+    """One projection of every expert with its scales and codes as parameters."""
+
+    def __init__(self, weights: ProjectionWeights, experts: int):
+        super().__init__()
+        self.weights = weights
+        bits, codes = weights.part("bits"), weights.layer.components(weights.name)
+        width = bits.repeat_interleave(weights.block_size, 1)[:, :codes, None].float()
+        self.top = torch.exp2(width) - 1
+        """Highest code of every row, [E, C, 1]; 0 where nothing is stored."""
+        self.levels = nn.ParameterList(weights.levels(e) for e in range(experts))
+        self.components = nn.ParameterList(torch.zeros(codes, device=bits.device) for _ in range(experts))
+        features = weights.part("feature_scale").shape[1]
+        self.features = nn.ParameterList(torch.zeros(features, device=bits.device) for _ in range(experts))
+
+    def codes(self, expert: int) -> Tensor:
+        """Codes as they are rounded now, float32 [C, F]."""
+        top = self.top[expert]
+        return (self.levels[expert].detach() + top / 2).round().clamp(min=torch.zeros_like(top), max=top)
+
+    def scales(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Component scales [C] and feature scales [F]."""
+        s, t = self.weights.part("component_scale")[expert], self.weights.part("feature_scale")[expert]
+        return s.float() * (1 + self.components[expert]), t.float() * (1 + self.features[expert])
+
+    def forward(self, expert: int, x: Tensor, z: Tensor) -> Tensor:
+        """As `ProjectionWeights.forward`, with gradients."""
+        w = self.weights
+        if expert in w.spec.kept_experts:
+            return w.forward(expert, x, z)
+        hidden, top = self.levels[expert], self.top[expert]
+        level = (hidden + (self.codes(expert) - top / 2 - hidden).detach()) * (top > 0)
+        return w.product(expert, x, z, level, *self.scales(expert))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parts that may have changed, as the file stores them, on the CPU."""
+        w, bits = self.weights, self.weights.part("bits").cpu()
+        codes = [
+            pack_codes(self.codes(e).to(torch.uint8).cpu(), bits[e], w.block_size) for e in range(len(self.levels))
+        ]
+        scales = [self.scales(e) for e in range(len(self.levels))]
+        return {
+            f"{w.name}_codes": torch.cat(codes).to(code_dtype(w.block_size)),
+            f"{w.name}_component_scale": torch.stack([s.detach() for s, _ in scales]).half().cpu(),
+            f"{w.name}_feature_scale": torch.stack([t.detach() for _, t in scales]).half().cpu(),
+        }
+
+
+class _TunedLayer:
+    """The routed experts of a layer with parameters."""
+
+    def __init__(self, weights: LayerWeights):
+        experts = weights.layer.num_experts
+        self.parts = {n: _TunedProjection(p, experts) for n, p in weights.projections.items()}
+
+    def groups(self) -> list[dict[str, object]]:
+        """Parameters by their rates."""
+        found = []
+        widths = torch.cat([part.weights.part("bits").flatten() for n, part in self.parts.items() if n != "down"])
+        codes = CODE_RATE * 2 ** (CODE_RATE_BITS - float(widths.float().mean()))
+        for name, part in self.parts.items():
+            down = DOWN_RATE if name == "down" else 1.0
+            found.append({"params": list(part.levels), "rate": codes * down})
+            found.append({"params": [*part.components, *part.features], "rate": SCALE_RATE * down})
+        return found
+
+    def expert(self, expert: int, x: Tensor, z: Mapping[ProjectionName, Tensor]) -> Tensor:
+        """One expert on its tokens, [n, H]."""
+        outputs = [part(expert, x, z[n]) for n, part in self.parts.items() if n != "down"]
+        gate, up = torch.cat(outputs, -1).chunk(2, -1)
+        h = gated(gate, up)
+        down = self.parts["down"]
+        return down(expert, h, down.weights.project(h))
+
+    def backward(self, inputs: ExpertInputs, target: Tensor) -> None:
+        """Gradients of the mean squared error against the target [n, H], one expert at a time.
+
+        Each expert runs twice, first to learn the error of the sum and then with gradients: what is kept for gradients
+        is that of one expert, however many there are.
+        """
+        x, ids = inputs.x, inputs.topk_ids
+        z = {n: p.weights.project(x) for n, p in self.parts.items() if n != "down"}
+        experts = ids.unique().tolist()
+        places = [(ids == e).nonzero(as_tuple=True) for e in experts]
+        error = -target
+        with torch.no_grad():
+            for e, (token, slot) in zip(experts, places, strict=True):
+                y = self.expert(e, x[token], {n: part[token] for n, part in z.items()})
+                error = error.index_add(0, token, y * inputs.topk_weights[token, slot, None])
+        error /= target.square().mean().clamp(min=1e-30).sqrt() * len(x)
+        for e, (token, slot) in zip(experts, places, strict=True):
+            y = self.expert(e, x[token], {n: part[token] for n, part in z.items()})
+            if y.requires_grad:
+                y.backward(error[token] * inputs.topk_weights[token, slot, None])
+
+
+def tune(
+    layer: Layer,
+    block_size: int,
+    tensors: Mapping[str, Tensor],
+    inputs: ExpertInputs,
+    target: Tensor,
+    seed: int = 0,
+    steps: int = STEPS,
+) -> dict[str, Tensor]:
+    """Tune scales and codes of a quantized layer.
+
+    Widths, orders, bases and compensators stay as they are, and so do names, dtypes and shapes.
+
+    Args:
+        layer: schema.
+        block_size: G.
+        tensors: the layer's tensors, `{projection}_{part}`, on the device of the inputs.
+        inputs: calibration activations of the layer and their routing.
+        target: float32 [T, H], what the experts should add to the layer's output.
+        seed: of the order of tokens.
+        steps: batches.
+
+    Returns:
+        All tensors, on the CPU. The given ones, where tuning did not lower the error on a sample of the tokens.
+    """
+    given = dict(tensors)
+    device = inputs.x.device
+    sample = torch.arange(0, len(target), JUDGED_SHARE, device=device)
+    judged, wanted = _take(inputs, sample), target[sample]
+
+    def lost(of: Mapping[str, Tensor]) -> float:
+        weights = LayerWeights(layer, block_size, {k: v.to(device) for k, v in of.items()})
+        found = moe_forward(weights, judged.x, judged.topk_weights, judged.topk_ids)
+        return float((found - wanted).double().square().sum())
+
+    tuned = _TunedLayer(LayerWeights(layer, block_size, given))
+    optimizer = torch.optim.Adam(tuned.groups(), lr=0.0, betas=(0.9, 0.99), eps=1e-20)
+    generator = torch.Generator().manual_seed(seed)
+    batch = min(BATCH_TOKENS, -(-len(target) // LEAST_BATCHES))
+    shuffled = torch.empty(0, dtype=torch.int64)
+    for step in range(steps if batch else 0):
+        if len(shuffled) < batch:
+            shuffled = torch.randperm(len(target), generator=generator)
+        rows, shuffled = shuffled[:batch].to(device), shuffled[batch:]
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * (1 - step / steps)
+        optimizer.zero_grad()
+        tuned.backward(_take(inputs, rows), target[rows])
+        optimizer.step()
+    result = {k: v.cpu() for k, v in given.items()}
+    for part in tuned.parts.values():
+        result |= part.tensors()
+    return result if lost(result) < lost(given) else {k: v.cpu() for k, v in given.items()}
+
+
+def _take(inputs: ExpertInputs, rows: Tensor) -> ExpertInputs:
+    return ExpertInputs(inputs.x[rows], inputs.topk_ids[rows], inputs.topk_weights[rows])

@@ -1,0 +1,1 @@
+"""Processes, memory, devices and progress; knows nothing of models."""

@@ -1,0 +1,128 @@
+"""Small random models of every architecture in the table, with the demo model's tokenizer."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from bitsmoe_kernels.models.families import FAMILIES, moe_shape
+from builders import TINY_MOE, build_form, write_checkpoint
+from offline_quant.model.source import WeightSource
+from offline_quant.model.streaming import StreamedModel
+
+_ALL = {
+    "vocab_size": 4096, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "max_position_embeddings": 512, "tie_word_embeddings": False, "num_experts_per_tok": 2, "bos_token_id": None,
+    "eos_token_id": 0, "pad_token_id": None,
+}  # fmt: skip
+_MLA = {  # the sizes vLLM's attention for them insists on
+    "num_key_value_heads": 2, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32,
+    "n_group": 4, "topk_group": 2,
+}  # fmt: skip
+_DENSE_FIRST = {
+    "intermediate_size": 128, "moe_intermediate_size": 96, "n_routed_experts": 8, "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+}  # fmt: skip
+_QWEN = {"intermediate_size": 128, "moe_intermediate_size": 96, "num_experts": 8}
+_DELTA_NET = {
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+}  # fmt: skip
+CONFIGS: dict[str, dict[str, Any]] = {
+    "Qwen3MoeForCausalLM": _QWEN | {"head_dim": 32, "norm_topk_prob": True},
+    "Qwen2MoeForCausalLM": _QWEN | {"shared_expert_intermediate_size": 64, "mlp_only_layers": [0]},
+    "Qwen3NextForCausalLM": _QWEN
+    | _DELTA_NET
+    | {"head_dim": 32, "shared_expert_intermediate_size": 64, "num_hidden_layers": 4},
+    "MixtralForCausalLM": {"intermediate_size": 96, "num_local_experts": 8},
+    "OlmoeForCausalLM": {"intermediate_size": 96, "num_experts": 8},
+    "DeepseekV2ForCausalLM": _DENSE_FIRST
+    | _MLA
+    | {"q_lora_rank": None, "n_shared_experts": 2, "topk_method": "group_limited_greedy"},
+    "DeepseekV3ForCausalLM": _DENSE_FIRST
+    | _MLA
+    | {"q_lora_rank": 48, "n_shared_experts": 1, "topk_method": "noaux_tc", "norm_topk_prob": True},
+    "Glm4MoeForCausalLM": _DENSE_FIRST | {"head_dim": 32, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+}
+
+
+def make_model(architecture: str, directory: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Write a random model; returns its directory."""
+    config = AutoConfig.for_model(FAMILIES[architecture].model_type, **_ALL | CONFIGS[architecture])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim > 1:
+                p.normal_(std=1.0 if "embed" in name else 0.12)
+        for name, b in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                b.normal_(std=0.05)
+    model.to(dtype).save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copyfile(TINY_MOE / name, directory / name)
+    return directory
+
+
+def make_quantized(architecture: str, directory: Path, form: str = "natural", max_shard_bytes: int = 10**9) -> Path:
+    """Write a bitsmoe checkpoint of a random model with random experts of a form (`form_plans`); no quantizer runs."""
+    make_model(architecture, directory)
+    config, tensors = json.loads((directory / "config.json").read_text()), load_file(directory / "model.safetensors")
+    shape = moe_shape(config, architecture)
+    others = {name: tensor for name, tensor in tensors.items() if not shape.is_expert_tensor(name)}
+    experts = {
+        shape.prefix(i): build_form(
+            form,
+            num_experts=shape.num_experts,
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.intermediate_size,
+            seed=i,
+        )
+        for i in shape.layers
+    }
+    (directory / "model.safetensors").unlink()
+    write_checkpoint(directory, experts, other_tensors=others, model_config=config, max_shard_bytes=max_shard_bytes)
+    return directory
+
+
+def to_float8(directory: Path, block: int = 32) -> dict[str, torch.Tensor]:
+    """Store every matrix of the experts and of attention as block-wise float8; returns what they stand for."""
+    file = directory / "model.safetensors"
+    tensors, meaning = load_file(file), {}
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        w = tensors[name].float()
+        rows, columns = (-(-size // block) for size in w.shape)
+        padded = torch.nn.functional.pad(w, (0, columns * block - w.shape[1], 0, rows * block - w.shape[0]))
+        tiles = padded.view(rows, block, columns, block)
+        scale = tiles.abs().amax((1, 3)).clamp(min=1e-12) / 448
+        codes = (tiles / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+        back = (codes.float() * scale[:, None, :, None]).view(padded.shape)
+        meaning[name] = back[: w.shape[0], : w.shape[1]].bfloat16()
+        tensors[name] = codes.view(padded.shape)[: w.shape[0], : w.shape[1]].contiguous()
+        tensors[f"{name}_scale_inv"] = scale
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [block, block]}
+    (directory / "config.json").write_text(json.dumps(config))
+    return meaning
+
+
+IDS = torch.randint(0, 4096, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def whole_logits(directory: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def streamed_logits(source: WeightSource) -> torch.Tensor:
+    model = StreamedModel(source)
+    batches = model.embed_windows(IDS, 24)
+    for index in range(model.num_layers):
+        with model.layer(index) as module:
+            batches = [(h, batch[1]) for h, batch in zip(model.through(module, batches), batches, strict=True)]
+    return model.logits(torch.cat([h for h, _ in batches]), model.head)

@@ -1,0 +1,85 @@
+"""The kernels compiled ahead of time for GPUs nobody needs to have: what their main loops cost, held to exact limits.
+
+In a process of its own, with Triton's interpreter off.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from bitsmoe_kernels.backends.launch_config import DECODE, PREFILL, TILES
+from builders import REPO
+
+pytestmark = pytest.mark.slow
+
+LIMITS = {
+    ("float16", 1): (0.72, 1.40),
+    ("float16", 2): (0.72, 1.20),
+    ("float16", 3): (1.02, 1.75),
+    ("float16", 4): (0.80, 1.40),
+    ("bfloat16", 1): (0.78, 1.46),
+    ("bfloat16", 2): (0.78, 1.24),
+    ("bfloat16", 3): (1.16, 1.88),
+    ("bfloat16", 4): (1.04, 1.60),
+}
+"""(activations, bits): most instructions per weight on sm_90 at the decode tile, arithmetic ones and all; what was
+measured, rounded up. Issue 4 asks for at most 1.0 and 1.4 at 2 bits, 1.7 and 2.2 at 3, 1.2 and 1.8 at 4."""
+
+
+def measured(code: str) -> Any:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, env=env, timeout=1200, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout)
+
+
+@pytest.fixture(scope="module")
+def hopper() -> list[dict[str, Any]]:
+    """Rows of the decode tile on sm_90."""
+    return measured(
+        "import json; from benchmarks.kernels.machine_code import rows\n"
+        f"print(json.dumps([r.as_dict() for fp16 in (True, False) for r in rows(90, fp16, ({DECODE!r},))]))"
+    )
+
+
+@pytest.mark.parametrize(("dtype", "bits"), LIMITS)
+def test_instructions_per_weight(dtype: str, bits: int, hopper: list[dict[str, Any]]) -> None:
+    found = [r for r in hopper if (r["dtype"], r["bits"]) == (dtype, bits)]
+    assert {r["kernel"] for r in found} == {"gate_up", "down"}
+    alu, everything = LIMITS[dtype, bits]
+    for row in found:
+        # At least two codes come out of one instruction, and there are 16 weights for each matrix instruction.
+        assert 0.5 <= row["alu_per_weight"] <= alu, row
+        assert row["alu_per_weight"] < row["instructions_per_weight"] <= everything, row
+        assert row["i2f"] == 0
+        assert row["spill_bytes"] == 0
+
+
+@pytest.mark.parametrize("capability", TILES)
+def test_every_tile_compiles_without_spills(capability: int) -> None:
+    """All widths in one kernel, as layers have them, and the kernels around it; both activation types."""
+    found = measured(
+        "import json; from benchmarks.kernels.machine_code import *\n"
+        "out = []\n"
+        "for fp16 in (True, False):\n"
+        f"    for regime, tiles in TILES[{capability}].items():\n"
+        "        for tile in tiles:\n"
+        f"            for name, kernel in gemm_kernels({capability}, tile, fp16, 15):\n"
+        "                out.append([name, regime, tile.tokens, resources(kernel)])\n"
+        f"    for name, kernel in other_kernels({capability}, fp16):\n"
+        "        out.append([name, '', 0, resources(kernel)])\n"
+        "print(json.dumps(out))"
+    )
+    regimes = {(name, regime, tokens) for name, regime, tokens, _ in found}
+    for regime in (DECODE, PREFILL):
+        for tile in TILES[capability][regime]:
+            assert {("gate_up", regime, tile.tokens), ("down", regime, tile.tokens)} <= regimes
+    for name, regime, tokens, used in found:
+        assert used["spill_bytes"] == 0, (name, regime, tokens, used)
+        assert used["shared_bytes"] <= 99 * 1024  # what a program may have on the smallest of them, sm_86 and sm_120

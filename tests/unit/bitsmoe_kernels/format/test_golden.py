@@ -1,0 +1,88 @@
+"""Files written by format version 1 stay readable, and are still what the writer makes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bitsmoe_kernels.format.checkpoint import Checkpoint
+from bitsmoe_kernels.format.packing import pack_codes, unpack_codes
+from bitsmoe_kernels.format.safetensors_io import INDEX_FILE
+from bitsmoe_kernels.format.schema import PARTS
+from bitsmoe_kernels.reference import LayerWeights
+from builders import ALL_BITS, REPO
+from tests.golden import make_v1
+
+V1 = REPO / "tests" / "golden" / "v1"
+BLOCK_SIZES = [16, 32]
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_reads_exactly(block_size: int) -> None:
+    checkpoint = Checkpoint(V1 / f"block{block_size}")
+    checkpoint.check()
+    expected = load_file(V1 / f"block{block_size}.expected.safetensors")
+    assert len(expected) == 3 * len(checkpoint.config.layers)
+    for prefix, layer in checkpoint.config.layers.items():
+        weights = LayerWeights(layer, block_size, checkpoint.layer_tensors(prefix))
+        for expert in range(layer.num_experts):
+            for name, got in zip(("gate", "up", "down"), weights.expert_weights(expert), strict=True):
+                assert torch.equal(got, expected[f"{prefix}.{name}"][expert])
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_schema_comes_back_as_it_was_written(block_size: int) -> None:
+    checkpoint = Checkpoint(V1 / f"block{block_size}")
+    assert checkpoint.config.dump() == checkpoint.model_config["quantization_config"]
+
+
+def test_writes_the_same_bytes(tmp_path: Path) -> None:
+    make_v1.write(tmp_path, 16)
+    make_v1.write(tmp_path, 32)
+    ours, golden = files(tmp_path), files(V1)
+    assert ours.keys() == golden.keys()
+    assert [name for name in golden if ours[name] != golden[name]] == []
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_packs_the_same_words(block_size: int) -> None:
+    checkpoint = Checkpoint(V1 / f"block{block_size}")
+    for prefix, layer in checkpoint.config.layers.items():
+        tensors = checkpoint.layer_tensors(prefix)
+        for name in layer.projections:
+            words, bits = tensors[f"{name}_codes"], tensors[f"{name}_bits"]
+            C, row = layer.components(name), 0
+            for widths in bits:
+                part = words[row : (row := row + int(widths.sum()))]
+                assert torch.equal(pack_codes(unpack_codes(part, widths, C, block_size), widths, block_size), part)
+
+
+def test_every_feature_of_the_format_is_in_the_files() -> None:
+    parts: set[str] = set()
+    widths: set[int] = set()
+    choices: set[object] = set()
+    for block_size in BLOCK_SIZES:
+        checkpoint = Checkpoint(V1 / f"block{block_size}")
+        for prefix, layer in checkpoint.config.layers.items():
+            for name, tensor in checkpoint.layer_tensors(prefix).items():
+                parts |= {part for part in PARTS if name.endswith(f"_{part}")}
+                if name.endswith("_bits"):
+                    widths |= set(tensor.flatten().tolist())
+            for name, p in layer.projections.items():
+                assert layer.components(name) % block_size  # a partial last block
+                choices |= {name, p.component_axis, p.order, p.basis and p.basis.bits}
+                choices |= {p.kept_dtype} if p.kept_experts else set()
+    assert parts == set(PARTS)
+    assert widths == set(ALL_BITS)
+    assert choices == {
+        "gate_up", "gate", "up", "down", "input", "output", "none", "shared", "expert", None, 8, 16,
+        "bfloat16", "float16",
+    }  # fmt: skip
+    assert (V1 / "block16" / INDEX_FILE).is_file()
+    assert not (V1 / "block32" / INDEX_FILE).exists()
+    assert sum(map(len, files(V1).values())) < 100_000

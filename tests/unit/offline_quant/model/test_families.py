@@ -1,0 +1,211 @@
+"""Every architecture of the table, on a small random model of it, against transformers' own model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.models.families import FAMILIES, REFUSED, models_table, moe_shape
+from builders import REPO
+from families import CONFIGS, make_model, streamed_logits, to_float8, whole_logits
+from offline_quant.checkpoint.dequantize import dequantize_checkpoint
+from offline_quant.config import QuantizeConfig
+from offline_quant.model.float8 import Float8Reader
+from offline_quant.model.quantized import open_model
+from offline_quant.model.source import SourceModel
+from offline_quant.pipeline.quantize import quantize_model
+
+TEXT = "She opened the door, and there stood her brother with the lamp in his hand. " * 40
+
+
+@pytest.fixture
+def calib(tmp_path: Path) -> str:
+    path = tmp_path / "calib.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return str(path)
+
+
+def quick(calib: str) -> QuantizeConfig:
+    return QuantizeConfig(bits=4.5, calib=calib, calib_samples=4, calib_length=64, refine=0)
+
+
+def test_every_family_is_tried() -> None:
+    assert CONFIGS.keys() == FAMILIES.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_family_is_read_quantized_and_dequantized(architecture: str, tmp_path: Path, calib: str) -> None:
+    model = make_model(architecture, tmp_path / "model")
+    source = SourceModel(model)
+    layers = source.shape.layers
+    assert torch.allclose(streamed_logits(source), whole_logits(model), atol=2e-4)
+    outcome = quantize_model(str(model), tmp_path / "q", quick(calib))
+    assert len(outcome.report.layers) == len(layers)
+    assert all(0 < row.output_error < 0.02 for row in outcome.report.layers)
+    dequantize_checkpoint(tmp_path / "q", tmp_path / "d", torch.float32)
+    assert torch.allclose(streamed_logits(open_model(tmp_path / "q")), whole_logits(tmp_path / "d"), atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_other_source_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = make_model("MixtralForCausalLM", tmp_path / "model", dtype)
+    assert torch.allclose(streamed_logits(SourceModel(model)), whole_logits(model), atol=2e-4)
+
+
+@pytest.mark.slow
+def test_float8_sources_are_read_as_what_they_stand_for(tmp_path: Path, calib: str) -> None:
+    model = make_model("DeepseekV3ForCausalLM", tmp_path / "model")
+    plain = make_model("DeepseekV3ForCausalLM", tmp_path / "plain")
+    meaning = to_float8(model)
+    save_file(load_file(plain / "model.safetensors") | meaning, plain / "model.safetensors", metadata={"format": "pt"})
+    source = SourceModel(model)
+    assert not [name for name in source.tensors if name.endswith("_scale_inv")]
+    assert all(torch.equal(source.tensors.get(name), value) for name, value in meaning.items())
+    quantize_model(str(model), tmp_path / "q", quick(calib))
+    quantize_model(str(plain), tmp_path / "q2", quick(calib))
+    assert (tmp_path / "q" / "model.safetensors").read_bytes() == (tmp_path / "q2" / "model.safetensors").read_bytes()
+    config, other = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("q", "q2"))
+    assert config == other
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda t: t.pop("model.layers.1.mlp.experts.3.up_proj.weight_scale_inv"), "up_proj.weight is float8_e4m3fn"),
+        (lambda t: t.pop("model.layers.1.mlp.experts.3.up_proj.weight"), "has no float8 matrix"),
+        (
+            lambda t: t.update({"model.layers.1.mlp.experts.3.up_proj.weight_scale_inv": torch.ones(2, 2)}),
+            r"is float32\[2, 2\], but .* of \[96, 64\] needs \[3, 2\]",
+        ),
+    ],
+    ids=["no scale", "no weight", "scale of another shape"],
+)
+def test_broken_float8_is_refused(damage, said: str, tmp_path: Path) -> None:
+    model = make_model("DeepseekV3ForCausalLM", tmp_path / "model")
+    to_float8(model)
+    tensors = load_file(model / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BitsmoeError, match=said):
+        SourceModel(model)
+
+
+def test_float8_without_blocks_is_refused(tmp_path: Path) -> None:
+    model = make_model("DeepseekV3ForCausalLM", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BitsmoeError, match="weight_block_size None"):
+        SourceModel(model)
+
+
+@pytest.mark.parametrize("quantization", ["fp8", ["fp8"], 8, True])
+def test_a_quantization_config_that_is_none(quantization: object, tmp_path: Path) -> None:
+    model = make_model("OlmoeForCausalLM", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {"quantization_config": quantization}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BitsmoeError, match="is already quantized"):
+        SourceModel(model)
+
+
+@pytest.mark.parametrize("block", [[64, 64], [2**70, 64], [2**40, 2**40]])
+def test_float8_blocks_larger_than_the_matrix(block: list[int], tmp_path: Path) -> None:
+    """One factor for all: nothing of the block's size may be made."""
+    weight = torch.arange(6.0).view(2, 3)
+    tensors = {"w": weight.to(torch.float8_e4m3fn), "w_scale_inv": torch.full((1, 1), 0.5)}
+    tensors |= {"empty": torch.empty(0, 3).to(torch.float8_e4m3fn), "empty_scale_inv": torch.empty(0, 1)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    reader = Float8Reader(tmp_path, {"weight_block_size": block})
+    assert torch.equal(reader.get("w"), (weight / 2).bfloat16())
+    assert reader.get("empty").shape == (0, 3)
+
+
+@pytest.mark.parametrize(("value", "fine"), [(448.0, True), (float("nan"), False)])
+def test_float8_outside_the_experts_is_looked_at(value: float, fine: bool, tmp_path: Path) -> None:
+    model = make_model("OlmoeForCausalLM", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] = torch.full((64,), value).to(torch.float8_e4m3fn)
+    save_file(tensors, model / "model.safetensors")
+    source = SourceModel(model)
+    if fine:
+        source.check_finite(lambda names, _: names)
+    else:
+        with pytest.raises(BitsmoeError, match=r"model\.norm\.weight: 64 of 64 values are NaN"):
+            source.check_finite(lambda names, _: names)
+
+
+DEEPSEEK = {
+    "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "hidden_act": "silu", "hidden_size": 8,
+    "num_hidden_layers": 2, "vocab_size": 9, "moe_intermediate_size": 4, "n_routed_experts": 6,
+}  # fmt: skip
+QWEN = DEEPSEEK | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (QWEN | {"mlp_only_layers": 3}, "mlp_only_layers is 3, but must be a list of layer numbers"),
+        (QWEN | {"mlp_only_layers": [[0]]}, "mlp_only_layers is .*list of layer numbers"),
+        (QWEN | {"mlp_only_layers": "0"}, "mlp_only_layers is '0', but must be a list"),
+        (QWEN | {"decoder_sparse_step": 0}, "decoder_sparse_step is 0, but must be a whole number above 0"),
+        (QWEN | {"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000, but must be .* at most 10000"),
+        (QWEN | {"n_routed_experts": 2**31}, "n_routed_experts is 2147483648, but must be a whole number"),
+        (QWEN | {"hidden_size": True}, "hidden_size is True, but must be a whole number"),
+        (DEEPSEEK | {"first_k_dense_replace": "1"}, "first_k_dense_replace is '1', but must be a whole number, 0 or"),
+        (DEEPSEEK | {"first_k_dense_replace": -1}, "first_k_dense_replace is -1, but must be"),
+        (DEEPSEEK | {"first_k_dense_replace": 2}, "no Mixture-of-Experts layers"),
+        (DEEPSEEK | {"architectures": ["x" * 10**5]}, "architecture .{200} is not supported"),
+    ],
+)
+def test_a_config_that_cannot_be_right(config: dict[str, object], said: str) -> None:
+    with pytest.raises(BitsmoeError, match=said):
+        moe_shape(config, "here")
+
+
+def test_null_means_left_out() -> None:
+    nothing = {"mlp_only_layers": None, "decoder_sparse_step": None, "first_k_dense_replace": None}
+    assert moe_shape(QWEN | nothing, "here").layers == (0, 1)
+    assert moe_shape(DEEPSEEK | nothing, "here").layers == (0, 1)
+
+
+def test_more_experts_than_any_file_holds(tmp_path: Path) -> None:
+    """config.json is not believed: no list of all that is missing, layers times experts long."""
+    config = QWEN | {"num_hidden_layers": 10_000, "n_routed_experts": 2**31 - 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"model.norm.weight": torch.ones(8)}, tmp_path / "model.safetensors")
+    with pytest.raises(BitsmoeError, match=r"layers\.0\.mlp\.experts\.0\.gate_proj\.weight is missing"):
+        SourceModel(tmp_path)
+
+
+def test_the_number_of_experts_may_have_another_familys_name() -> None:
+    """As transformers 5 saves Qwen3-MoE; two names must agree."""
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_act": "silu", "hidden_size": 8,
+        "num_hidden_layers": 1, "vocab_size": 9, "moe_intermediate_size": 4, "num_local_experts": 6,
+    }  # fmt: skip
+    assert moe_shape(config, "here").num_experts == 6
+    with pytest.raises(BitsmoeError, match="num_local_experts is 6, but num_experts 7"):
+        moe_shape(config | {"num_experts": 7}, "here")
+
+
+@pytest.mark.parametrize("architecture", REFUSED)
+def test_what_cannot_be_quantized_says_why(architecture: str) -> None:
+    with pytest.raises(BitsmoeError, match=REFUSED[architecture]):
+        moe_shape({"architectures": [architecture], "num_local_experts": 8}, "here")
+
+
+def test_moe_layers_at_every_other_place_are_refused() -> None:
+    config = {
+        "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "hidden_act": "silu", "hidden_size": 8,
+        "num_hidden_layers": 4, "vocab_size": 9, "moe_intermediate_size": 4, "n_routed_experts": 6, "moe_layer_freq": 2,
+    }  # fmt: skip
+    with pytest.raises(BitsmoeError, match="moe_layer_freq is 2, but only 1 is supported"):
+        moe_shape(config, "here")
+
+
+def test_the_docs_have_the_table() -> None:
+    """`python -m bitsmoe_kernels.format.families` prints it."""
+    assert models_table() in (REPO / "docs" / "quantizing.md").read_text(encoding="utf-8")

@@ -1,0 +1,492 @@
+"""A run that dies goes on after its last finished layer and ends in the same bytes; several processes give them too."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitsmoe_kernels.errors import BitsmoeError
+from builders import REPO
+from families import make_model
+from offline_quant.calibration.sources import base as sources
+from offline_quant.checkpoint.directory import PAGE_FILE, REPORT_FILE
+from offline_quant.config import QuantizeConfig
+from offline_quant.pipeline import calibrate, layer_loop
+from offline_quant.pipeline import quantize as pipeline
+from offline_quant.pipeline import resume as state_module
+from offline_quant.pipeline.memory import check_memory, parse_bytes
+from offline_quant.pipeline.quantize import quantize_model
+from offline_quant.pipeline.resume import RunState, fingerprint, state_directory
+from offline_quant.runtime.distributed import Workers
+from offline_quant.runtime.launch import launch_workers
+from offline_quant.runtime.offload import OffloadCache
+
+pytestmark = pytest.mark.slow
+
+TEXT = "She opened the door, and there stood her brother with the lamp in his hand. " * 60
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen2-MoE of three layers, the first dense, with shared experts."""
+    folder = tmp_path_factory.mktemp("resume")
+    (folder / "calib.txt").write_text(TEXT)
+    return make_model("Qwen2MoeForCausalLM", folder / "model")
+
+
+def options(source: Path, **changed: object) -> QuantizeConfig:
+    base = {"bits": 4.5, "calib": str(source.parent / "calib.txt"), "calib_samples": 6, "calib_length": 64, "refine": 0}
+    return QuantizeConfig.model_validate(base | changed)
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path) -> Path:
+    """What an undisturbed run writes."""
+    quantize_model(str(source), source.parent / "whole", options(source))
+    return source.parent / "whole"
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """All files but the page, which holds times."""
+    return {p.name: p.read_bytes() for p in directory.iterdir() if p.name != PAGE_FILE}
+
+
+class Died(BaseException):
+    """Stands for a signal."""
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("when", ["close_layer", "put_hidden", "publish"])
+def test_a_run_that_dies_goes_on(source, whole, tmp_path, monkeypatch, layer, when):
+    """Whether a layer was being worked on, just being closed, or the result was being put into its place."""
+    out, usual = tmp_path / "q", getattr(RunState, when)
+
+    def die(self, *args):
+        if when == "publish" or args[0] == layer:
+            raise Died
+        usual(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, when, die)
+        with pytest.raises(Died) as stopped:
+            quantize_model(str(source), out, options(source))
+    finished = 3 if when == "publish" else layer
+    assert stopped.value.__notes__ == [
+        f"{finished} finished layer(s) are kept in {state_directory(out)}: the same command with --resume goes on"
+    ]
+    assert not out.exists()
+    worked = []
+    layer_before = layer_loop._finish_layer
+    monkeypatch.setattr(
+        layer_loop, "_finish_layer", lambda run, index, *more: worked.append(index) or layer_before(run, index, *more)
+    )
+    quantize_model(str(source), out, options(source), resume=True)
+    assert worked == list(range(finished, 3))
+    assert contents(out) == contents(whole)
+    assert [p.name for p in tmp_path.iterdir()] == ["q"]
+
+
+def test_a_disk_that_fails_costs_no_finished_layer(source, whole, tmp_path, monkeypatch):
+    """It is no fault of the input, after which nothing would be worth keeping."""
+    out, usual = tmp_path / "q", Path.read_text
+
+    def fail(self, *args, **kwargs):
+        if self.name == "layer.json" and self.parent.name == "layer-00001":
+            raise OSError(5, "Input/output error", str(self))
+        return usual(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", fail)
+        with pytest.raises(BitsmoeError, match="Input/output error") as stopped:
+            quantize_model(str(source), out, options(source))
+    assert stopped.value.__notes__[0].startswith("2 finished layer(s) are kept")
+    quantize_model(str(source), out, options(source), resume=True)
+    assert contents(out) == contents(whole)
+
+
+def test_a_run_goes_on_without_the_dataset_it_has_read(source, tmp_path, monkeypatch):
+    dataset, usual = tmp_path / "set", RunState.close_layer
+    dataset.mkdir()
+    (dataset / "validation.jsonl").write_text(json.dumps({"text": TEXT}))
+    wanted = options(source, calib=f"hf:{dataset}", calib_split="validation")
+    quantize_model(str(source), tmp_path / "whole", wanted)
+
+    def die(self, index, *args):
+        usual(self, index, *args)
+        raise Died
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "close_layer", die)
+        with pytest.raises(Died):
+            quantize_model(str(source), tmp_path / "q", wanted)
+    shutil.rmtree(dataset)
+    quantize_model(str(source), tmp_path / "q", wanted, resume=True)
+    assert contents(tmp_path / "q") == contents(tmp_path / "whole")
+    record = json.loads((tmp_path / "q/config.json").read_text())["quantization_config"]["run"]
+    assert (record["calib"], record["calib_split"]) == ("hf:set", "validation")
+    assert str(tmp_path) not in "".join(p.read_text(errors="replace") for p in (tmp_path / "q").glob("*[nd]"))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("where", ["before it leaves", "half moved", "moved", "half removed", "all but removed"])
+def test_a_run_that_dies_while_it_leaves_is_concluded(source, whole, tmp_path, monkeypatch, where, inside):
+    """Everything was made: nothing is done again, whether the output is renamed whole or filled in its place."""
+    out = tmp_path / "q"
+    if inside:
+        out.mkdir()
+    moved, close = state_module.move_into_place, RunState.close
+
+    def die(*args):
+        raise Died
+
+    def half_moved(made, place):
+        if not inside:
+            raise Died  # one rename: there is no half
+        first = sorted(made.iterdir())[0]
+        os.replace(first, place / first.name)
+        raise Died
+
+    def removed(path):
+        if where == "moved" or (where == "half removed" and path.name == "layer-00001"):
+            raise Died
+        remove(path)
+
+    remove = state_module.remove
+    with monkeypatch.context() as patch:
+        if where == "before it leaves":
+            patch.setattr(RunState, "_leave", die)
+        elif where == "half moved":
+            patch.setattr(state_module, "move_into_place", half_moved)
+        else:
+            patch.setattr(state_module, "move_into_place", moved)
+            patch.setattr(state_module, "remove", removed)
+        if where == "all but removed":
+            patch.setattr(RunState, "close", lambda run, keep: close(run, keep) if keep else die())
+        with pytest.raises(Died):
+            quantize_model(str(source), out, options(source))
+    monkeypatch.setattr(layer_loop, "_finish_layer", None)
+    if where == "before it leaves":
+        with pytest.raises(BitsmoeError, match=r"bits was 4\.5, now 5\.0"):
+            quantize_model(str(source), out, options(source, bits=5.0), resume=True)
+    outcome = quantize_model(str(source), out, options(source), resume=True)
+    assert contents(out) == contents(whole)
+    assert outcome.report.model_dump() == json.loads((whole / REPORT_FILE).read_text())
+    assert [p.name for p in tmp_path.iterdir()] == ["q"]
+
+
+def test_resume_without_an_earlier_run_begins_one(source, whole, tmp_path):
+    quantize_model(str(source), tmp_path / "q", options(source), resume=True)
+    assert contents(tmp_path / "q") == contents(whole)
+
+
+@pytest.fixture
+def stopped(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The output of a run that died in its last layer."""
+
+    def die(*args: object) -> None:
+        raise Died
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "sanity_check", die)
+        with pytest.raises(Died):
+            quantize_model(str(source), tmp_path / "q", options(source))
+    return tmp_path / "q"
+
+
+def test_finished_layers_are_not_thrown_away_unasked(source, stopped):
+    with pytest.raises(BitsmoeError, match=r"stopped after 3 layer\(s\), kept in .*add --resume to go on, or remove"):
+        quantize_model(str(source), stopped, options(source))
+    assert state_directory(stopped).exists()
+
+
+def test_other_options_are_refused_with_all_differences(source, stopped):
+    with pytest.raises(BitsmoeError) as refused:
+        quantize_model(str(source), stopped, options(source, bits=5.0, seed=3), resume=True)
+    assert "  - bits was 4.5, now 5.0\n  - seed was 0, now 3" in str(refused.value)
+    assert state_directory(stopped).exists()
+
+
+def test_another_text_of_the_same_name_is_refused(source, stopped, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "calib.txt").write_text(TEXT[1:])
+    with pytest.raises(BitsmoeError, match=r"calibration text was '[0-9a-f]{64}', now '[0-9a-f]{64}'"):
+        quantize_model(str(source), stopped, options(source, calib=str(tmp_path / "other" / "calib.txt")), resume=True)
+
+
+def test_another_version_is_refused(source, stopped):
+    path = state_directory(stopped) / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 99}))
+    with pytest.raises(
+        BitsmoeError,
+        match=rf"left by another version of bitsmoe \(state 99, this one has {state_module.STATE_VERSION}\)",
+    ):
+        quantize_model(str(source), stopped, options(source), resume=True)
+
+
+def test_two_runs_cannot_write_one_output(source, tmp_path):
+    held = RunState(tmp_path / "q", {}, resume=False)
+    with pytest.raises(BitsmoeError, match="another run is writing it"):
+        quantize_model(str(source), tmp_path / "q", options(source))
+    held.close(keep=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fingerprint_feels_weights_config_and_size(source, tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(source, copy)
+    before = fingerprint(copy)
+    assert before == fingerprint(source)
+    weights = copy / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    assert fingerprint(copy) != before
+    shutil.copy(source / "model.safetensors", weights)
+    config = copy / "config.json"
+    config.write_text(config.read_text() + " ")
+    assert fingerprint(copy) != before
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "offline_quant.cli", "quantize", *map(str, arguments)]
+
+
+def run(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """`bitsmoe quantize` in a process of its own."""
+    return subprocess.run(
+        command(*arguments), cwd=REPO, capture_output=True, text=True, timeout=300, env=env, check=False
+    )
+
+
+FAST = ("--bits", "4.5", "--calib-samples", "6", "--calib-length", "64", "--refine", "0")
+
+
+def test_a_killed_process_resumes_and_two_workers_give_the_bytes_of_one(source, whole, tmp_path):
+    """Real processes: two workers are killed with SIGKILL once a layer is finished; two more go on."""
+    out = tmp_path / "q"
+    arguments = (source, "--out", out, "--calib", source.parent / "calib.txt", *FAST, "--workers", "2", "--resume")
+    process = subprocess.Popen(command(*arguments), cwd=REPO, start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (state_directory(out) / "layer-00001").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert contents(out) == contents(whole)
+    assert [p.name for p in tmp_path.iterdir()] == ["q"]
+
+
+def test_torchrun_starts_workers_too(source, whole, tmp_path):
+    out = tmp_path / "q"
+    arguments = command(source, "--out", out, "--calib", source.parent / "calib.txt", *FAST)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments[1:]]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(torchrun, cwd=REPO, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert contents(out) == contents(whole)
+
+
+def run_two_workers(source: Path, tmp_path: Path, second: str) -> subprocess.CompletedProcess[str]:
+    """Two workers, of which the second begins with some code of its own."""
+    prelude = tmp_path / "site"
+    prelude.mkdir()
+    only = "import os\nif os.environ.get('RANK') == '1':\n"
+    (prelude / "sitecustomize.py").write_text(only + textwrap.indent(second, "    "))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(prelude), os.environ.get("PYTHONPATH", "")])}
+    arguments = (source, "--out", tmp_path / "q", "--calib", source.parent / "calib.txt", *FAST, "--workers", "2")
+    return run(*arguments, env=environment)
+
+
+def test_a_worker_that_dies_is_reported(source, tmp_path):
+    done = run_two_workers(source, tmp_path, "import sys\nsys.stderr.write('out of luck')\nos._exit(1)\n")
+    assert done.returncode == 2, done.stderr
+    assert "worker 1 ended with status 1: out of luck" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_worker_is_heard_though_it_is_quiet_and_leaves_nothing(source, tmp_path):
+    """Of the processes only the first prints, but what is wrong with another is said."""
+    fault = """
+from bitsmoe_kernels.errors import BitsmoeError
+from offline_quant.pipeline import preflight
+def check_device(device):
+    raise BitsmoeError("--device: this one has none")
+preflight.check_device = check_device
+"""
+    done = run_two_workers(source, tmp_path, fault)
+    assert done.returncode == 2, done.stderr
+    assert "worker 1 ended with status 2: Error: --device: this one has none" in " ".join(done.stderr.split())
+    assert [p.name for p in tmp_path.iterdir()] == ["site"]
+
+
+def test_two_workers_share_one_budget_for_the_model(source, tmp_path):
+    config = options(source, objective="alphaq")
+    quantize_model(str(source), tmp_path / "one", config)
+    arguments = (source, "--out", tmp_path / "two", "--calib", source.parent / "calib.txt", *FAST)
+    done = run(*arguments, "--objective", "alphaq", "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_hidden_states_go_once_everybody_has_read_them(source, tmp_path, monkeypatch):
+    events, usual = [], RunState.drop_hidden
+
+    class Watched(Workers):
+        def barrier(self):
+            events.append("wait")
+
+    def drop(self, index):
+        events.append(f"drop {index}")
+        usual(self, index)
+
+    monkeypatch.setattr(RunState, "drop_hidden", drop)
+    quantize_model(str(source), tmp_path / "q", options(source, objective="alphaq"), workers=Watched())
+    dropped = [(before, now) for before, now in pairwise(events) if now.startswith("drop")]
+    assert {now for _, now in dropped} >= {"drop -1", "drop 0", "drop 1"}
+    assert {before for before, _ in dropped} == {"wait"}
+
+
+def test_an_output_directory_that_fills_up_costs_no_work(source, whole, tmp_path, monkeypatch):
+    out, usual = tmp_path / "q", RunState.publish
+
+    def publish(self):
+        out.mkdir()
+        (out / "note.txt").write_text("mine")
+        usual(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "publish", publish)
+        with pytest.raises(BitsmoeError, match="not an empty directory") as stopped:
+            quantize_model(str(source), out, options(source))
+    assert stopped.value.__notes__ == ["everything was made: the same command with --resume puts it in its place"]
+    with pytest.raises(BitsmoeError, match="not an empty directory"):  # still
+        quantize_model(str(source), out, options(source), resume=True)
+    (out / "note.txt").unlink()
+    assert quantize_model(str(source), out, options(source), resume=True).report
+    assert contents(out) == contents(whole)
+    assert [p.name for p in tmp_path.iterdir()] == ["q"]
+
+
+def test_tuning_resumes_too_and_wants_one_process(source, tmp_path, monkeypatch):
+    config, reference = options(source, tune=True), tmp_path / "reference"
+    quantize_model(str(source), reference, config)
+    usual = RunState.close_layer
+
+    def die(self, index, *args):
+        if index == 2:
+            raise Died
+        usual(self, index, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "close_layer", die)
+        with pytest.raises(Died):
+            quantize_model(str(source), tmp_path / "q", config)
+    quantize_model(str(source), tmp_path / "q", config, resume=True)
+    assert contents(tmp_path / "q") == contents(reference)
+    with pytest.raises(BitsmoeError, match="--tune: experts are fitted one after another, in one process"):
+        quantize_model(str(source), tmp_path / "other", config, workers=Half(0))
+
+
+class Half(Workers):
+    """A process of two, whose other half is computed here as well."""
+
+    size = 2
+
+    def __init__(self, rank: int):
+        self.rank = rank
+
+
+def test_every_item_has_one_owner():
+    owners = [[i for i in range(7) if Half(rank).is_local(i)] for rank in (0, 1)]
+    assert sorted(owners[0] + owners[1]) == list(range(7))
+
+
+def test_a_spool_keeps_little_in_memory_and_the_rest_on_disk(tmp_path):
+    offload = OffloadCache(tmp_path, memory_bytes=90)
+    values = {f"t{i}": torch.randn(4, i + 1) for i in range(4)}
+    for name, value in values.items():
+        offload.put(name, value)
+    assert {p.name for p in offload.directory.iterdir()} == {"t2", "t3"}  # 16 + 32 bytes fit, 48 more do not
+    for name, value in values.items():
+        assert torch.equal(offload.get(name), value)
+    offload.put("t3", values["t0"])  # smaller now, so it fits
+    assert torch.equal(offload.get("t3"), values["t0"])
+    offload.drop("t0", "unknown")
+    assert "t0" not in offload
+    offload.clear()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_there_is_no_room_for_is_computed_again(source, whole, tmp_path, monkeypatch):
+    """No room for anything that can be: the same bytes."""
+    usual = OffloadCache.put
+
+    def put(self, name, tensor, if_room=False):
+        self.drop(name)
+        if not if_room:
+            usual(self, name, tensor)
+
+    monkeypatch.setattr(OffloadCache, "put", put)
+    quantize_model(str(source), tmp_path / "q", options(source))
+    assert contents(tmp_path / "q") == contents(whole)
+
+
+def test_a_model_that_must_write_its_own_text_is_held_to_the_limit_of_memory(source, tmp_path, monkeypatch):
+    """Nobody knew before that the default dataset would not be reached."""
+
+    def unreachable(*args):
+        raise BitsmoeError("the dataset cannot be reached")
+
+    monkeypatch.setattr(sources, "text_windows", unreachable)
+    monkeypatch.setattr(calibrate, "sampling_bytes", lambda sizes: 2 * 10**12)
+    with pytest.raises(BitsmoeError, match=r"--max-memory 1000.00 GB: this run would take about 200\d.\d\d GB"):
+        quantize_model(str(source), tmp_path / "q", options(source, calib=None), max_memory=10**12)
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_workers_than_processors_are_refused(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    with (
+        pytest.raises(BitsmoeError, match="--workers 5: this machine has 4 processors; use at most 4"),
+        launch_workers(5),
+    ):
+        pass
+
+
+def test_workers_are_not_asked_for_twice(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    expected = "--workers 4: this is one of 2 processes that torchrun has started"
+    with pytest.raises(BitsmoeError, match=expected), launch_workers(4):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("24GB", 24 * 10**9), ("1.5 GiB", 3 << 29), ("800m", 8 * 10**8), ("12", 12)]
+)
+def test_sizes_are_read(text, expected):
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "much", "-3GB", "0", "3XB", "GB"])
+def test_sizes_that_are_none_are_refused(text):
+    with pytest.raises(BitsmoeError, match="must be a size such as 24GB"):
+        parse_bytes(text)
+
+
+def test_more_memory_than_allowed_is_refused_before_the_work(source, tmp_path):
+    with pytest.raises(BitsmoeError, match=r"--max-memory 0.01 GB: this run would take about \d+\.\d\d GB"):
+        quantize_model(str(source), tmp_path / "q", options(source), max_memory=10_000_000)
+    assert list(tmp_path.iterdir()) == []
+    outcome = quantize_model(str(source), tmp_path / "q", options(source), max_memory=10**12)
+    check_memory(outcome.memory, None)
