@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo quick test lint style docs wheel clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -20,6 +20,13 @@ $(STAMP): pyproject.toml tools/setup.sh tools/vllm-metadata/pyproject.toml
 demo: $(STAMP) ## quantize the demo model, serve it with vLLM, get a completion
 	@$(PY) examples/demo.py
 
+# The types are checked beside the tests: two cores finish both in little more than the longer one.
+quick: style ## lint, types and the quick tests, in about a minute
+	@mkdir -p build; export OMP_NUM_THREADS=1; \
+	$(PY) -m mypy > build/mypy.log 2>&1 & types=$$!; \
+	$(PY) -m pytest tests/unit -q -m "not slow"; tests=$$?; \
+	wait $$types; types=$$?; cat build/mypy.log; exit $$((types | tests))
+
 # Two halves side by side, one thread for each: two cores finish both in little more than the longer one.
 test: lint ## lint and run every test that needs no GPU
 	@mkdir -p build; export OMP_NUM_THREADS=1; \
@@ -27,10 +34,19 @@ test: lint ## lint and run every test that needs no GPU
 	$(PY) -m pytest tests/integration; integration=$$?; \
 	wait $$unit; unit=$$?; cat build/unit-tests.log; exit $$((unit | integration))
 
-lint: $(STAMP) ## ruff and mypy
-	$(PY) -m ruff check
-	$(PY) -m ruff format --check
+lint: style ## ruff, codespell and mypy
 	$(PY) -m mypy
 
+style: $(STAMP)
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(VENV)/bin/codespell
+
+docs: $(STAMP) ## build the documentation site in site/ and check its links
+	$(PY) -m mkdocs build --strict
+
+wheel: $(STAMP) ## build wheel and source distribution in dist/ and try them in an empty environment
+	$(PY) -m tools.try_wheel
+
 clean: ## remove .venv and everything built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

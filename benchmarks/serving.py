@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from benchmarks.record import ROOT, child_environment, commit, write_json
 from benchmarks.scale import MODELS
@@ -32,7 +32,7 @@ from bitsmoe_kernels.format.schema import (
 )
 from bitsmoe_kernels.models.families import moe_shape
 
-BLOCK = 16
+BLOCK: Final = 16
 FIGURES = "figures.json"
 """What a method's process leaves beside config.json."""
 BITSMOE, GPTQ, PLAIN = "bitsmoe", "GPTQ 4-bit g128", "16-bit"

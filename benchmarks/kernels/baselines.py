@@ -11,7 +11,7 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class _Tensors:
         """See `Experts`."""
         return sum(t.nbytes for t in self.tensors.values())
 
-    def copy(self) -> "_Tensors":
+    def copy(self) -> Self:
         """See `Experts`."""
         other = object.__new__(type(self))
         other.__dict__ |= self.__dict__ | {"tensors": {k: v.clone() for k, v in self.tensors.items()}}
@@ -276,10 +276,9 @@ class HummingExperts(_Tensors):
         module.locks = torch.zeros(1024, dtype=torch.int32, device=some.device)
         return module
 
-    def copy(self) -> "HummingExperts":
+    def copy(self) -> Self:
         """See `Experts`."""
         other = super().copy()
-        assert isinstance(other, HummingExperts)
         other.__dict__.pop("module", None)
         return other
 

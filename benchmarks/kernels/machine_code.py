@@ -188,7 +188,8 @@ def rows(capability: int, fp16: bool, regimes: tuple[str, ...] = (DECODE, PREFIL
             for c, bits in enumerate(CLASSES):
                 for name, kernel in gemm_kernels(capability, tile, fp16, 1 << c):
                     bodies = loops(machine_code(kernel))
-                    body = Counter(max(bodies, key=len))
+                    longest = max(bodies, key=len)
+                    body = Counter(longest)
                     outputs = 2 * TILE if name == "gate_up" else tile.outputs
                     weights = outputs * TILE * tile.unroll / (tile.warps * WARP)
                     yield Row(

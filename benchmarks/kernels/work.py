@@ -102,7 +102,8 @@ def measured(plan: Plan, method: str, done: set[tuple[Any, ...]]) -> Iterator[di
 
 def serve(job: dict[str, Any]) -> None:
     """What a process of its own does: print rows as lines of JSON, or only compile."""
-    plan = Plan(**{k: tuple(v) if isinstance(v, list) else v for k, v in job["plan"].items()})
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in job["plan"].items()}
+    plan = Plan(**fields)
     if job["prepare"]:
         for model in plan.models:
             methods.prepare(

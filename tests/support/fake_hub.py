@@ -89,12 +89,12 @@ class FakeHub:
                 files = repository.branches[branch]
                 return 200, [{"type": "file", "path": p, "size": len(c), "oid": "0"} for p, c in files.items()]
             case "preupload":
-                files = [
+                modes = [
                     {"path": f["path"], "shouldIgnore": False,
                      "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular"}
                     for f in json.loads(body)["files"]
                 ]  # fmt: skip
-                return 200, {"files": files}
+                return 200, {"files": modes}
             case "commit":
                 assert branch is not None
                 return self._commit(match[1], repository, branch, body)

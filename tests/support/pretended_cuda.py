@@ -43,7 +43,7 @@ class PretendedTensor(torch.Tensor):
     """Says that it lies on `cuda:0`; `held` is what it really is."""
 
     held: torch.Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> "PretendedTensor":
@@ -54,11 +54,13 @@ class PretendedTensor(torch.Tensor):
     def __init__(self, held: torch.Tensor):
         self.held = held
 
-    def __repr__(self) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"PretendedTensor({self.held})"
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _run(function, args, kwargs or {})
 
     def tolist(self) -> Any:
@@ -69,7 +71,7 @@ class PretendedTensor(torch.Tensor):
         torch.Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
         self.held = other.held  # type: ignore[attr-defined]
 
-    data = property(torch.Tensor.data.__get__, _set_data)  # type: ignore[assignment, attr-defined]
+    data = property(torch.Tensor.data.__get__, _set_data)  # type: ignore[attr-defined]
 
     def backward(self, *_: Any, **__: Any) -> None:
         """Ones for every leaf."""
@@ -201,7 +203,7 @@ def pretended_cuda(memory: int = 80_000_000_000) -> Iterator[Callable[[], int]]:
         return before
 
     class Generator(generator):  # type: ignore[misc, valid-type]
-        def __new__(cls, device: Any = "cpu") -> torch.Generator:
+        def __new__(cls, device: Any = "cpu") -> torch.Generator:  # type: ignore[misc]
             return generator("cpu")
 
     with (

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitsmoe_kernels.format.safetensors_io import ShardWriter
 from bitsmoe_kernels.models.families import FAMILIES, moe_shape
-from tests.support.builders import FORMS, build_form, write_checkpoint
+from builders import FORMS, build_form, write_checkpoint
 
 E, H, I, LAYERS, VOCAB = 3, 40, 56, 2, 8  # noqa: E741 - the format's symbols
 SHARD_BYTES = 9_000

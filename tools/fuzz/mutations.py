@@ -363,7 +363,7 @@ def tensor_names(rng: random.Random, files: Files, name: str, header: dict[str, 
 def header_text(rng: random.Random, files: Files, name: str, header: dict[str, Any], data: bytes) -> str | None:
     """The header as text: spaces, wrong types, NaN, deep nesting, no UTF-8, metadata."""
     text = json.dumps(header)
-    metadata = rng.choice((None, [], "x", {"a": 1}, {"a": None}, {"a": "b" * 10**5}, {"é": "\x00"}, nested(200)))
+    metadata: Any = rng.choice((None, [], "x", {"a": 1}, {"a": None}, {"a": "b" * 10**5}, {"é": "\x00"}, nested(200)))
     made = rng.choice(
         (
             text + " " * rng.choice((1, 3, 8, 4096)), " " + text, "\ufeff" + text, text[:-1], text + "}",
@@ -690,7 +690,8 @@ def file_kinds(rng: random.Random, files: Files) -> str | None:
     else:  # harmless: the file itself elsewhere in the directory
         files["moved"] = files[name]
         files[name] = Link("moved")
-    return f"{name}, way {how}: {files.get(name) if not isinstance(files.get(name), bytes) else ''}"
+    entry = files.get(name)
+    return f"{name}, way {how}: {'' if isinstance(entry, bytes) else entry}"
 
 
 def write(files: Files, directory: Path) -> None:

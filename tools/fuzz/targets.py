@@ -86,7 +86,7 @@ def examine(directory: Path, scratch: Path) -> dict[str, str]:
         FindingError: see above.
     """
     outcome = {}
-    readers: dict[str, Callable[[], None]] = {
+    readers: dict[str, Callable[[], object]] = {
         "shards": lambda: _read_shards(directory),
         "checkpoint": lambda: _use_checkpoint(directory),
         "startup": lambda: check_checkpoint(directory),

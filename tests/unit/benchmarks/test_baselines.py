@@ -127,6 +127,7 @@ def test_loose_requirements_are_refused(tmp_path):
         pins(path)
 
 
+@pytest.mark.slow
 def test_an_environment_that_cannot_be_made_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv(environments.ROOT_VARIABLE, str(tmp_path))
     # pip as it is where there is neither a network nor a folder of packages
@@ -212,6 +213,7 @@ def test_experts_that_do_not_fit_are_all_named(tmp_path, model):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_round_to_nearest_goes_the_whole_way(tmp_path, model):
     result = run_baseline("rtn", model, None, 3, tmp_path / "out", group_size=8)
     assert result["baseline"] == "rtn"
@@ -227,6 +229,7 @@ def test_round_to_nearest_goes_the_whole_way(tmp_path, model):
         assert torch.equal(after[name], round_to_nearest(weight, 3, 8)), name
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_shows_its_last_lines(tmp_path, model):
     with pytest.raises(BitsmoeError, match="baseline rtn: ended with status 1") as e:
         run_baseline("rtn", model, None, 3, tmp_path / "out", group_size=7)

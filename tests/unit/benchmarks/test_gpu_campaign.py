@@ -154,6 +154,7 @@ def test_every_command_runs_and_is_reported(tmp_path: Path, monkeypatch: pytest.
     assert [line for line in log.splitlines() if not line.startswith("$")] == ["first", "second", "third"]
 
 
+@pytest.mark.slow
 def test_time_that_is_up_stops_what_runs_and_begins_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "LEAST_SECONDS", 0.5)
     commands = [script("print('begun', flush=True); import time; time.sleep(60)"), script("print('never')")]
@@ -183,6 +184,7 @@ def test_a_trained_model_is_handed_over_in_pieces(tmp_path: Path, monkeypatch: p
     assert (out / "m-config.json").read_text() == "{}"
 
 
+@pytest.mark.slow
 def test_tests_for_a_gpu_are_found(tmp_path: Path) -> None:
     """As the first step finds them, from sources that are not installed."""
     s = setting(tmp_path)

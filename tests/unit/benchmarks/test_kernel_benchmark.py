@@ -213,6 +213,7 @@ def test_results_go_on_where_they_stopped(tmp_path: Path):
     assert not list(tmp_path.glob("*.new"))
 
 
+@pytest.mark.slow
 def test_table_and_picture(tmp_path: Path):
     rows = [row(tokens=t, microseconds=float(t)) for t in (8, 64)]
     rows += [
@@ -231,6 +232,7 @@ def test_table_and_picture(tmp_path: Path):
     assert (tmp_path / "p.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_without_a_gpu():
     done = command()
     assert done.returncode != 0
@@ -240,6 +242,7 @@ def test_without_a_gpu():
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -256,6 +259,7 @@ def test_wrong_options(args: tuple[str, ...], said: str):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_rehearsal(tmp_path: Path):
     """Our layer, a baseline and two that need a GPU, through processes, checks, files and table."""
     asked = (

@@ -54,6 +54,7 @@ def test_forms_are_compared_draw_by_draw():
     assert found[3][-1] == f"-0.175 ± {error:.3f}"
 
 
+@pytest.mark.slow
 def test_types_of_one_kind_are_one_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     rows = [r for r in GROUPS["main"] if r.method in ("gguf", "bitsmoe") and not r.options.get("tune")]
     drawn = {}

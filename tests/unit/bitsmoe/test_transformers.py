@@ -74,6 +74,7 @@ def edit(directory: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 def test_transformers_alone_refuses_it(quantized: Path, tmp_path: Path) -> None:
     sharded = tmp_path / "sharded"
     write_tiny_qwen3_moe(sharded, max_shard_bytes=100_000)
@@ -105,6 +106,7 @@ def test_the_dequantized_checkpoint_is_ordinary(plain: Path) -> None:
     assert not {WEIGHTS_KEY, "quantization_config"} & json.loads((plain / "config.json").read_text()).keys()
 
 
+@pytest.mark.slow
 def test_import_loads_nothing_heavy_and_registers_later() -> None:
     code = """
 import sys, bitsmoe
@@ -127,6 +129,7 @@ def test_registered_at_once_where_transformers_is_there() -> None:
     assert AUTO_QUANTIZATION_CONFIG_MAPPING["bitsmoe"] is BitsmoeConfig
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_logits_of_every_family(architecture: str, tmp_path: Path) -> None:
     directory = make_quantized(architecture, tmp_path / "q")
@@ -138,6 +141,7 @@ def test_logits_of_every_family(architecture: str, tmp_path: Path) -> None:
         assert got == want
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [f for f in FORMS if f not in ("natural", "shared_basis")])
 def test_logits_of_every_form(form: str, tmp_path: Path) -> None:
     write_tiny_qwen3_moe(tmp_path / "q", form=form, block_size=32, max_shard_bytes=100_000)
@@ -146,6 +150,7 @@ def test_logits_of_every_form(form: str, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "bits"), [(QWEN, 8), ("Qwen2MoeForCausalLM", 4), (MIXTRAL, 4), ("DeepseekV3ForCausalLM", 8)]
 )
@@ -275,6 +280,7 @@ def test_save_pretrained_is_refused(
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", [QWEN, MIXTRAL])
 def test_dequantized_it_is_an_ordinary_model(architecture: str, tmp_path: Path) -> None:
     directory = make_quantized(architecture, tmp_path / "q", "extras")

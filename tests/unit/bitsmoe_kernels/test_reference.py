@@ -218,6 +218,7 @@ def test_the_expert_of_any_id(dtype: torch.dtype, mapped: bool) -> None:
     assert got.tolist() == [want, want[::-1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_a_layer_on_a_gpu_is_computed_there(form: str) -> None:
     made = build_form(form)

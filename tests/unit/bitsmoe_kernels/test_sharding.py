@@ -71,6 +71,7 @@ def check_sum(made: MadeLayer, tp_size: int, expert_sets: Sequence[Sequence[int]
     assert_close(total, whole(made, x, topk_weights, topk_ids), 2e-5, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("block_size", "intermediate_size"), SIZES)
 def test_all_tensor_parallel_sizes(form: str, block_size: int, intermediate_size: int) -> None:
@@ -98,6 +99,7 @@ def test_tensor_and_expert_parallelism_together(form: str) -> None:
     check_sum(build_form(form), 3, [[2, 0], [1, 3]])
 
 
+@pytest.mark.slow
 @given(made=layers(max_experts=3, max_side=50), tp=st.integers(1, 4), split=st.integers(0, 3))
 def test_any_layer(made: MadeLayer, tp: int, split: int) -> None:
     E = made.layer.num_experts
@@ -145,6 +147,7 @@ def test_a_rank_holds_slices_of_the_weights(form: str, tp_size: int) -> None:
                 torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("part", [(0, 1, None), (1, 2, None), (0, 1, (3, 0)), (1, 3, (2, 1))])
 def test_a_layer_on_a_gpu_is_split_there(form: str, part: tuple[int, int, Sequence[int] | None]) -> None:

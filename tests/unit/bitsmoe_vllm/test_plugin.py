@@ -13,6 +13,8 @@ from bitsmoe_vllm import _compat
 from bitsmoe_vllm.config import own_classes
 from vllm_processes import Forks, forks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def vllm() -> Iterator[Forks]:

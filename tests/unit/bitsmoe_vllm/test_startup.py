@@ -212,6 +212,7 @@ def test_batch_invariance_is_not_promised(checkpoint: CheckpointConfig, monkeypa
         startup.check_options(checkpoint, TEXT, options())
 
 
+@pytest.mark.slow
 def test_experts_are_not_quantized_anew(checkpoint: CheckpointConfig) -> None:
     from vllm.config.quantization import QuantizationConfigArgs
 
@@ -329,6 +330,7 @@ def routed_experts(prefix: str, config: Any) -> Any:
     return config.get_quant_method(layer, prefix)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", ["0.gate_proj.weight", "gate_up_proj"])
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_experts_stored_plainly_are_vllms_own(draft: str, stored: str, tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ def test_parameters_outlive_the_file(tmp_path: Path) -> None:
     assert all(p.numel() and p.data_ptr() not in places for p in module.parameters())
 
 
+@pytest.mark.slow
 def test_tensors_may_arrive_on_the_gpu() -> None:
     """As fastsafetensors and instanttensor hand them over."""
     made = build_form("extras", block_size=G)

@@ -43,6 +43,7 @@ def examine(directory: Path) -> dict[str, str]:
     return targets.examine(directory, scratch)
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints() -> None:
     results = worker.fuzz(200, seed=1)
     assert [(r.case, r.done, r.finding) for r in results if r.finding] == []

@@ -14,6 +14,8 @@ import pytest
 from bitsmoe_kernels.backends.launch_config import DECODE, PREFILL, TILES
 from builders import REPO
 
+pytestmark = pytest.mark.slow
+
 LIMITS = {
     ("float16", 1): (0.72, 1.40),
     ("float16", 2): (0.72, 1.20),

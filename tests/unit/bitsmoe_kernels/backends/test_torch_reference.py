@@ -65,6 +65,7 @@ def test_layers_are_told_apart_by_their_layout() -> None:
         assert torch.equal(got, direct(made, x, topk_weights, topk_ids, None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["natural", "paper", "extras"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_opcheck(form: str, dtype: torch.dtype) -> None:
@@ -82,6 +83,7 @@ def test_opcheck_of_strided_and_empty_inputs() -> None:
     torch.library.opcheck(moe_forward_op, (x[:0], topk_weights[:0], topk_ids[:0], None, tensors, key))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_without_a_graph_break(backend: str) -> None:
     made = build_form("shared_basis")

@@ -47,6 +47,7 @@ def call(T: int, H: int, ids: list[list[int]] | Tensor, dtype: torch.dtype = tor
     return x, torch.rand(ids.shape, generator=gen), ids
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("name", CASES)
@@ -55,6 +56,7 @@ def test_case(name: str, dtype: torch.dtype) -> None:
         check(name, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_nobody_routed_gives_zeros(dtype: torch.dtype) -> None:
@@ -64,6 +66,7 @@ def test_nobody_routed_gives_zeros(dtype: torch.dtype) -> None:
     assert not y.any()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("name", ["blocks without codes", "gate and up apart", "compensators of down"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -75,6 +78,7 @@ def test_results_beyond_the_dtype_stay_finite(name: str, dtype: torch.dtype, mon
     assert float(y.abs().max()) > 1e4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["all tokens to one expert", "compensators of down", "8-bit basis"])
@@ -110,6 +114,7 @@ def with_fault(source: ModuleType, right: str, wrong: str, folder: Path) -> Any:
     return faulty
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("name", ["an expert twice for a token", "compensators of down", "routed by torch"])
 def test_bits_do_not_depend_on_the_order_of_programs(name: str) -> None:
@@ -124,6 +129,7 @@ def test_bits_do_not_depend_on_the_order_of_programs(name: str) -> None:
             assert sorted(order) == [*product(*map(range, sizes))]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("poisoned_memory")
 def test_a_kernel_that_trusts_in_an_order_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Down summed up by the token's block that comes last in the grid, whether or not the others have arrived."""
@@ -327,6 +333,7 @@ def test_every_slot_is_in_one_block_of_its_expert(
         check_route(ids.to(ids_dtype), expert_map, 5, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("poisoned_memory")
 @routed_by_both
 @both_ids
@@ -394,6 +401,7 @@ def variants(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize(
     ("form", "experts", "top_k", "mapped"),
@@ -445,6 +453,7 @@ def test_a_rank_of_experts_takes_the_tile_of_them_all(launches: list[Any]) -> No
     assert pick_tile(90, 200, 2).tokens > tile.tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routed_slots", [0, moe.ROUTED_SLOTS])
 def test_kernels_are_launched_on_the_device_of_their_arguments(
     routed_slots: int, monkeypatch: pytest.MonkeyPatch

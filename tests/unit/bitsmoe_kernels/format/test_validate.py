@@ -29,6 +29,7 @@ def headers(made: dict[str, MadeLayer]) -> dict[str, TensorSpec]:
     return specs | {"model.embed_tokens.weight": TensorSpec(torch.bfloat16, (10, 40))}
 
 
+@pytest.mark.slow
 @given(made=layers())
 def test_built_layers_have_no_faults(made: MadeLayer) -> None:
     assert check_headers(make_config({A: made}), headers({A: made})) == []
@@ -225,6 +226,7 @@ def test_all_value_faults_at_once() -> None:
     assert set(check_values(A, made.layer, 16, made.tensors)) == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_every_flipped_bit_of_the_block_bits_is_found(form: str) -> None:
     made = build_form(form)

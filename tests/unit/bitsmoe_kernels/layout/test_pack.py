@@ -213,6 +213,7 @@ PLANS: dict[str, dict[ProjectionName, Plan]] = {
 }
 
 
+@pytest.mark.slow
 @both_dtypes
 @both_kwidths
 @pytest.mark.parametrize("name", PLANS)
@@ -237,6 +238,7 @@ def supported_layers(draw: st.DrawFn) -> MadeLayer:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(made=supported_layers(), dtype=st.sampled_from(DTYPES), kwidth=st.sampled_from(KWIDTHS))
 def test_any_file_comes_back(made: MadeLayer, dtype: torch.dtype, kwidth: int) -> None:
@@ -266,6 +268,7 @@ def test_a_layer_is_its_tensors_and_its_constants(form: str) -> None:
     assert all(again.tensors()[k] is v for k, v in layer.tensors().items())
 
 
+@pytest.mark.slow
 @both_dtypes
 @both_kwidths
 @pytest.mark.parametrize("name", PLANS)

@@ -510,6 +510,7 @@ WORDS = ["the", "bits", "Expert", "a", "x1", "\u00fc"]
 SEPARATORS = [" ", "\n", "\n\n", "  ", ", ", ".\n", " \n ", "\t", " 12", "\n  ", "'s ", " \u00e9", "\n\n\n", " - "]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_tokens_of_slices_are_those_of_the_whole(kind):
     tokenizer = TOKENIZERS[kind]()
@@ -558,6 +559,7 @@ class Counting:
         return self._inner(text, **options)
 
 
+@pytest.mark.slow
 def test_a_text_of_several_slices_gives_the_windows_of_the_whole(tmp_path, tokenizer):
     text = "\n\n".join(f.read_text(encoding="utf-8") for f in sorted((REPO / "docs").glob("*.md"))) * 5
     assert len(text) > 2 * SLICE
@@ -582,6 +584,7 @@ def places(size, limit, seed):
     return [math.floor((i + start) * size / (limit + 1)) for i in range(limit)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 def test_windows_of_a_large_text_begin_at_evenly_spread_lines(tmp_path, tokenizer, spread, end, mark):
@@ -619,6 +622,7 @@ def test_windows_of_a_text_of_one_line_begin_at_characters(tmp_path, tokenizer, 
 LARGE = [f"{i}: {TEXT[: 20 + 13 * (i % 60)]}" for i in range(400)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_windows_of_many_rows_begin_at_evenly_spread_rows(tmp_path, tokenizer, spread, end):
     data = lines(LARGE, end)

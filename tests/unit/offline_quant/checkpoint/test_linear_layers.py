@@ -242,12 +242,14 @@ def quantized(
     return out
 
 
+@pytest.mark.slow
 def test_the_quantized_model_is_its_dequantized_one(quantized: Path, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     dequantize_checkpoint(quantized, plain, torch.float32)
     assert torch.allclose(streamed_logits(open_model(quantized)), whole_logits(plain), atol=2e-4)
 
 
+@pytest.mark.slow
 def test_each_matrix_is_what_compressed_tensors_reads(quantized: Path, model: Path, tmp_path: Path) -> None:
     """Everything else is the original's, bit for bit."""
     dequantize_checkpoint(quantized, tmp_path / "plain", torch.float32)
@@ -272,6 +274,7 @@ def test_each_matrix_is_what_compressed_tensors_reads(quantized: Path, model: Pa
         assert error < (0.12 if bits == 4 else 0.007)
 
 
+@pytest.mark.slow
 def test_inspect_and_report_count_the_bytes_of_the_files(quantized: Path) -> None:
     data = json.loads(succeed("inspect", quantized, "--json"))
     stored = load_file(quantized / "model.safetensors")
@@ -305,6 +308,7 @@ def calibration_perplexity(directory: Path, calib: Path) -> float:
     return math.exp(found.nll / found.tokens)
 
 
+@pytest.mark.slow
 def test_evaluation_and_the_sanity_gate_see_the_rounding(quantized: Path, model: Path, calib: Path) -> None:
     """The gate's two perplexities are those of the model before and of the checkpoint as it was written."""
     report = json.loads((quantized / "bitsmoe_report.json").read_text())["sanity"]
@@ -315,6 +319,7 @@ def test_evaluation_and_the_sanity_gate_see_the_rounding(quantized: Path, model:
     assert 0 < found.kl < (0.5 if quantized.name == "at4" else 0.1)
 
 
+@pytest.mark.slow
 def test_without_the_option_nothing_changes(model: Path, calib: Path, tmp_path: Path) -> None:
     config = QuantizeConfig(bits=4.5, calib=str(calib), calib_samples=4, calib_length=64, refine=0)
     outcome = quantize_model(str(model), tmp_path / "q", config)
@@ -544,6 +549,7 @@ FORMS_CHANNEL = DenseWeights(num_bits=8, strategy="channel")
 TEXT_CONFIG = PretrainedConfig(hidden_act="silu", num_attention_heads=2, num_hidden_layers=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_four_bits_are_served_on_a_cpu(dtype: torch.dtype, checkpoint: Path) -> None:
     config = vllm_config(dtype)

@@ -28,6 +28,8 @@ from offline_quant.calibration.windows import load_tokenizer
 from offline_quant.cli.__main__ import main
 from offline_quant.model.source import SourceModel
 
+pytestmark = pytest.mark.slow
+
 FAST = ("--calib-samples", "6", "--calib-length", "64")
 TEXT = "She opened the door, and there stood her brother with the lamp in his hand. " * 60
 

@@ -52,6 +52,7 @@ def tiny():
     return StreamedModel(SourceModel(TINY_MOE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1000, 5000])
 def test_tally_is_the_models_own_loss(tiny, monkeypatch, rows):
     monkeypatch.setattr(sanity, "VOCABULARY_ROWS", rows)
@@ -70,6 +71,7 @@ def test_tally_is_the_models_own_loss(tiny, monkeypatch, rows):
     assert torch.equal(found.likeliest, torch.bincount(logits.argmax(-1).flatten(), minlength=4096))
 
 
+@pytest.mark.slow
 def test_sensitivities_equal_autograd_through_the_whole_model(tiny):
     """Against one backward pass with gradients at every layer's output, tokens drawn by the same generator."""
     windows = torch.randint(0, 4096, (2, 24), generator=torch.Generator().manual_seed(1))

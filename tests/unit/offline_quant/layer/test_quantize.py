@@ -414,6 +414,7 @@ def layer(*args, **options):
     return gate_up, down, view.ctx.moments, plan, quantized.tensors, quantized.errors, config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("basis", ["natural", "whitened", "paper", "auto"])
 @pytest.mark.parametrize("block_size", [16, 32])
 @pytest.mark.parametrize("unseen", [None, 2])
@@ -573,6 +574,7 @@ def mixture(weights, data):
     return moe_forward(weights, data.x, data.topk_weights, data.topk_ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("basis", ["natural", "whitened", "paper"])
 def test_fitted_together_experts_come_nearer_to_a_target_of_the_whole_layer(basis):
     """The experts' own output, and that with an error of earlier layers, which they can only partly make up for."""

@@ -18,6 +18,8 @@ from offline_quant.evaluation.evaluate import evaluate
 from offline_quant.model.balance import balance_up_and_down
 from offline_quant.pipeline.quantize import quantize_model
 
+pytestmark = pytest.mark.slow
+
 Change = Callable[[dict[str, Tensor]], None]
 TEXT = "The old man looked at the sea, and the sea was grey and quiet as the morning came up behind the hills. " * 40
 EXPERTS = "model.layers.0.mlp.experts"

@@ -36,6 +36,7 @@ def test_every_family_is_tried() -> None:
     assert CONFIGS.keys() == FAMILIES.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_a_family_is_read_quantized_and_dequantized(architecture: str, tmp_path: Path, calib: str) -> None:
     model = make_model(architecture, tmp_path / "model")
@@ -55,6 +56,7 @@ def test_other_source_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     assert torch.allclose(streamed_logits(SourceModel(model)), whole_logits(model), atol=2e-4)
 
 
+@pytest.mark.slow
 def test_float8_sources_are_read_as_what_they_stand_for(tmp_path: Path, calib: str) -> None:
     model = make_model("DeepseekV3ForCausalLM", tmp_path / "model")
     plain = make_model("DeepseekV3ForCausalLM", tmp_path / "plain")

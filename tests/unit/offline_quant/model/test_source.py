@@ -204,6 +204,7 @@ def test_tensors_of_experts_that_are_no_matrix_of_theirs(
     assert f"tensor {name} belongs to experts, but is no gate, up or down matrix" in refusal(directory, monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.int32])
 @pytest.mark.parametrize("part", ["self_attn.q_proj.weight", "mlp.gate.weight", "input_layernorm.weight"])
 def test_codes_in_the_place_of_weights(
@@ -230,6 +231,7 @@ def test_codes_in_a_layer_that_is_copied(model: Callable[..., Path], monkeypatch
     assert f"tensor {name} is int8[96, 64]: codes" in refusal(directory, monkeypatch)
 
 
+@pytest.mark.slow
 def test_tensors_that_are_passed_over_are_named(model: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     """A bias that config.json rules out: transformers and vLLM do not read it, so it is no fault; but it is said."""
     directory, name = model(), "model.layers.0.self_attn.q_proj.bias"
@@ -243,6 +245,7 @@ def test_tensors_that_are_passed_over_are_named(model: Callable[..., Path], caps
     assert "passed over, as transformers and vLLM do" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", ["other", "same", "none"])
 def test_a_stored_head_counts_whatever_config_json_says_of_tying(stored: str, model: Callable[..., Path]) -> None:
     directory = model(tie_word_embeddings=True)
@@ -273,6 +276,7 @@ def test_a_tied_head_of_another_shape(model: Callable[..., Path], monkeypatch: p
     assert "tensor lm_head.weight is bfloat16[4095, 64], but the model needs" in refusal(directory, monkeypatch)
 
 
+@pytest.mark.slow
 def test_code_that_is_named_comes_along(model: Callable[..., Path]) -> None:
     directory = model("DeepseekV2ForCausalLM", auto_map={"AutoConfig": "configuration_own.OwnConfig"})
     (directory / "configuration_own.py").write_text(
@@ -293,6 +297,7 @@ def test_code_that_is_named_comes_along(model: Callable[..., Path]) -> None:
     assert json.loads((out / "config.json").read_text())["auto_map"] == {"AutoConfig": "configuration_own.OwnConfig"}
 
 
+@pytest.mark.slow
 def test_code_that_is_named_and_not_there(model: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     out = quantize(model(auto_map={"AutoConfig": "configuration_own.OwnConfig"}))
     assert "auto_map" not in json.loads((out / "config.json").read_text())
@@ -321,6 +326,7 @@ def test_code_that_leads_elsewhere(model: Callable[..., Path], tmp_path: Path) -
         open_model(directory)
 
 
+@pytest.mark.slow
 def test_named_chat_templates_and_licenses_come_along(model: Callable[..., Path]) -> None:
     directory = model()
     (directory / "additional_chat_templates").mkdir()
@@ -334,6 +340,7 @@ def test_named_chat_templates_and_licenses_come_along(model: Callable[..., Path]
     assert {name: (out / name).read_text() for name in files} == files
 
 
+@pytest.mark.slow
 def test_a_revision_of_a_model_on_the_hub(
     model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

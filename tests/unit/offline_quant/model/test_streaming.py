@@ -105,6 +105,7 @@ def test_a_materialized_model_generates_like_the_whole_one(whole, streamed):
         assert torch.allclose(streamed.materialize()(ids).logits, whole(ids).logits, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_perplexity_and_divergence_equal_a_plain_computation(whole, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
@@ -124,6 +125,7 @@ def test_perplexity_and_divergence_equal_a_plain_computation(whole, tmp_path):
     assert result.bpw == 16
 
 
+@pytest.mark.slow
 def test_standard_errors_are_those_of_means_over_independent_windows(whole, tmp_path):
     path, other = tmp_path / "text.txt", tmp_path / "other"
     words, generator = TEXT.split()[:14], np.random.default_rng(0)
@@ -169,6 +171,7 @@ def test_one_window_has_no_standard_error(tmp_path):
     assert not [name for name in figures if name.endswith("_stderr")]
 
 
+@pytest.mark.slow
 def test_sampled_text_is_the_models_own_and_repeats_with_its_seed(whole):
     tokenizer = load_tokenizer(TINY_MOE)
 
@@ -211,6 +214,7 @@ def test_freed_memory_is_given_back_from_between_blocks_in_use():
     assert len(kept) == 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("matrix", "size"),
     [(0, 28_000_000), (1_000_000, 28_000_000), (100_000_000, 28_000_000), (768 * 2048 * 4, 768 * 2048 * 4)],
@@ -238,6 +242,7 @@ print(full, resident() - before, len(kept))
     assert kept >= 4
 
 
+@pytest.mark.slow
 def test_a_chunk_of_experts_leaves_nothing_behind_for_the_next_one():
     trim()
     before, kept, found = resident(), [], []

@@ -20,6 +20,8 @@ from offline_quant.runtime.chunks import chunks_of
 from offline_quant.runtime.offload import OffloadCache
 from pretended_cuda import pretended_cuda
 
+pytestmark = pytest.mark.slow
+
 TEXT = "She opened the door, and there stood her brother with the lamp in his hand. " * 40
 QUICK = {"bits": 4.5, "calib_samples": 3, "calib_length": 48, "refine": 1}
 SAME_BYTES: list[tuple[str, dict[str, Any]]] = [

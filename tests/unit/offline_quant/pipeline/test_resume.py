@@ -30,6 +30,8 @@ from offline_quant.runtime.distributed import Workers
 from offline_quant.runtime.launch import launch_workers
 from offline_quant.runtime.offload import OffloadCache
 
+pytestmark = pytest.mark.slow
+
 TEXT = "She opened the door, and there stood her brother with the lamp in his hand. " * 60
 
 

@@ -264,6 +264,7 @@ def test_a_sane_model_gets_a_green_line(page: Page) -> None:
         assert said in page.boxes["good"]
 
 
+@pytest.mark.slow
 def test_a_broken_model_is_called_so_in_red(tmp_path: Path) -> None:
     page = render(tmp_path, *make(layers=1, experts=2, degenerate=True))
     assert set(page.boxes) == {"bad"}
@@ -272,6 +273,7 @@ def test_a_broken_model_is_called_so_in_red(tmp_path: Path) -> None:
     assert page.texts["li"] == [FAULT, "token 7 everywhere"]
 
 
+@pytest.mark.slow
 def test_a_plan_measured_nothing(tmp_path: Path) -> None:
     page = render(tmp_path, *make(layers=2, plan_only=True))
     assert page.boxes == {}
@@ -281,6 +283,7 @@ def test_a_plan_measured_nothing(tmp_path: Path) -> None:
     assert len(page.pngs) == 2 + 3
 
 
+@pytest.mark.slow
 def test_odd_text_stays_text(tmp_path: Path) -> None:
     report, pictures = make(layers=2, experts=4)
     report["options"]["calib"] = report["layers"][0]["basis"] = ODD
@@ -295,6 +298,7 @@ def test_odd_text_stays_text(tmp_path: Path) -> None:
     assert any(ODD in caption for caption in page.captions)
 
 
+@pytest.mark.slow
 def test_many_layers_and_experts(tmp_path: Path) -> None:
     report, pictures = make(layers=60, experts=256, components={"gate": 512, "up": 512, "down": 256})
     page = render(tmp_path, report, pictures)
@@ -335,6 +339,7 @@ def test_nothing_but_zeros(tmp_path: Path) -> None:
     assert page.tables[0][1][-1] == "4 (0, 1, 2, 3)"
 
 
+@pytest.mark.slow
 def test_some_points_cannot_be_drawn(tmp_path: Path) -> None:
     report, pictures = make(layers=3, experts=4)
     report["layers"][0]["measured_error_by_projection"]["down"] = 0.0
@@ -411,6 +416,7 @@ def test_spearman_with_ties(seed: int) -> None:
     assert spearman(x, y) == pytest.approx(correlation(list(zip(x.tolist(), y.tolist(), strict=True))), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_the_users_plot_settings_neither_matter_nor_change(tmp_path: Path) -> None:
     report, pictures = make(layers=1, experts=2)
     plain = render(tmp_path, report, pictures)
@@ -419,6 +425,7 @@ def test_the_users_plot_settings_neither_matter_nor_change(tmp_path: Path) -> No
         assert matplotlib.rcParams["text.usetex"] is True
 
 
+@pytest.mark.slow
 def test_matplotlib_waits_until_something_is_drawn() -> None:
     code = "import sys, offline_quant.report_page; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(filter(None, sys.path))})

@@ -88,6 +88,7 @@ def test_an_expert_without_tokens_stays_and_one_with_few_moves_little():
     assert float(moved.norm()) < 0.1 * float((found - down).norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("basis", ["natural", "whitened", "paper"])
 def test_a_layer_follows_its_target(basis):
     """What earlier layers went wrong by is made up for, on tokens that calibration did not see."""
@@ -98,6 +99,7 @@ def test_a_layer_follows_its_target(basis):
     assert errors[1] < 0.9 * errors[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("basis", ["natural", "whitened", "paper"])
 def test_tuning_lowers_the_error_on_tokens_it_did_not_see(basis):
     bits = {"natural": 2.75, "whitened": 4.75, "paper": 6.0}[basis]
@@ -131,6 +133,7 @@ def test_tuning_is_repeatable():
     assert any(not torch.equal(other[k], first[k]) for k in first)
 
 
+@pytest.mark.slow
 def test_compensators_stay_and_are_part_of_what_is_tuned():
     data, fresh = tokens(1500, 5), tokens(300, 6)
     gate_up, down = experts()
@@ -143,6 +146,7 @@ def test_compensators_stay_and_are_part_of_what_is_tuned():
     assert all(torch.equal(tuned[k], tensors[k]) for k in tensors if "lowrank" in k)
 
 
+@pytest.mark.slow
 def test_tuning_that_does_not_help_is_undone(monkeypatch):
     data = tokens(400, 5)
     gate_up, down = experts()
@@ -152,6 +156,7 @@ def test_tuning_that_does_not_help_is_undone(monkeypatch):
     assert all(torch.equal(tuned[k], tensors[k]) for k in tensors)
 
 
+@pytest.mark.slow
 def test_an_expert_that_no_token_reaches_is_not_tuned():
     data = tokens(400, 5, unseen=1)
     gate_up, down = experts()
