@@ -1,7 +1,4 @@
-"""Options of `bitsmoe quantize` from the fields of a config class, and their table for the docs.
-
-python -m offline_quant.cli.options     # prints the table
-"""
+"""Options of a command from the fields of a config class."""
 
 import inspect
 from collections.abc import Callable
@@ -53,25 +50,6 @@ def split_lists(options: dict[str, Any], config: type[BaseModel]) -> dict[str, A
     }
 
 
-def options_table() -> str:
-    """All options of `bitsmoe quantize` as a Markdown table, grouped by panel."""
-    from offline_quant.cli.commands import app
-
-    command: Any = typer.main.get_command(app)
-    options = [p for p in command.commands["quantize"].params if p.param_type_name == "option"]
-    lines = ["| option | default | |", "|---|---|---|"]
-    for panel in Panel:
-        lines.append(f"| **{panel}** | | |")
-        for option in options:
-            if (option.rich_help_panel or Panel.FIRST) == panel:
-                names = " ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts))
-                default = "required" if option.required else f"`{option.default}`" if option.show_default else ""
-                if isinstance(option.default, bool):
-                    default = "on" if option.default else "off"
-                lines.append(f"| {names} | {default} | {option.help.replace('|', chr(92) + '|')} |")
-    return "\n".join(lines)
-
-
 def _panel(field: FieldInfo) -> Panel | None:
     return next((item for item in field.metadata if isinstance(item, Panel)), None)
 
@@ -106,7 +84,3 @@ def _type(annotation: Any) -> Any:
     elif parts := [part for part in get_args(annotation) if part is not NoneType]:
         annotation = parts[0]
     return annotation
-
-
-if __name__ == "__main__":
-    print(options_table())

@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 
 from bitsmoe_kernels.errors import BitsmoeError
 from offline_quant.cli.commands import app
-from offline_quant.cli.options import options_table, split_lists
+from offline_quant.cli.options import split_lists
+from offline_quant.cli.options_table import options_table
 from offline_quant.config import QuantizeConfig, RunOptions, named_options
 
 FIRST = {
@@ -75,7 +76,7 @@ def test_help_and_table_say_what_the_fields_say(panels: dict[str, str]) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_module("offline_quant.cli.options", run_name="__main__")
+    runpy.run_module("offline_quant.cli.options_table", run_name="__main__")
     assert capsys.readouterr().out == options_table() + "\n"
 
 
