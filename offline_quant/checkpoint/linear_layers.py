@@ -19,6 +19,7 @@ from bitsmoe_kernels.format.linear_layers import (
 )
 from bitsmoe_kernels.format.safetensors_io import ShardWriter
 from bitsmoe_kernels.format.schema import TensorSpec
+from offline_quant.model.expert_weights import ExpertWeights
 from offline_quant.model.source import SourceModel, Tensors, WeightSource
 
 _SCALES = {4: torch.linspace(1.0, 0.5, 21), 8: torch.linspace(1.004, 0.96, 12)}
@@ -167,7 +168,7 @@ class DenseModel:
         self.tensors = DenseTensors(source.tensors, dense)
         self._source: WeightSource = source
 
-    def experts(self, layer: int, chunk: range | None = None) -> tuple[Tensor, Tensor]:
+    def experts(self, layer: int, chunk: range | None = None) -> ExpertWeights:
         """The original's routed experts of a layer, see `WeightSource`."""
         return self._source.experts(layer, chunk)
 

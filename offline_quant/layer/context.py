@@ -12,14 +12,12 @@ from bitsmoe_kernels.models.families import MoEShape
 from offline_quant.calibration.moments import LayerMoments, MeasuredExpert
 from offline_quant.config import QuantizeConfig
 from offline_quant.layer.cache import LayerCache
-from offline_quant.model.balance import balance_up_and_down
+from offline_quant.model.expert_weights import ExpertWeights
 from offline_quant.runtime.chunks import chunks_of, matrix_bytes
 from offline_quant.runtime.distributed import Workers
 from offline_quant.runtime.malloc import trim
 
 Result = TypeVar("Result")
-Experts = tuple[Tensor, Tensor]
-"""Float32 gate and up [n, 2 I, H], and down [n, H, I], of n experts."""
 
 
 def _ignore(experts: int) -> None:
@@ -41,7 +39,7 @@ class LayerContext:
         on_progress: called after every chunk of every pass with its number of experts, see `pass_count`.
     """
 
-    load: Callable[[range], Experts]
+    load: Callable[[range], ExpertWeights]
     moments: LayerMoments
     shape: MoEShape
     config: QuantizeConfig
@@ -85,9 +83,9 @@ class LayerContext:
             if counted:
                 self.on_progress(len(chunk))
 
-    def load_balanced(self, chunk: range) -> Experts:
+    def load_balanced(self, chunk: range) -> ExpertWeights:
         """Experts that compute what the model's do, up and down of sizes of the same order."""
-        return balance_up_and_down(*self.load(chunk))
+        return self.load(chunk).balanced()
 
     def measure_expert(self, expert: int, gate_up: Tensor, down: Tensor) -> MeasuredExpert:
         """See `LayerMoments.measure_expert`; all outputs and tokens alike with the ablation `output-weights`."""

@@ -24,7 +24,7 @@ def original_output(ctx: LayerContext) -> Iterator[Tensor]:
         ctx.workers,
         ctx.local_experts,
         ctx.cache.activations.original,
-        lambda e: ctx.load_balanced(range(e, e + 1))[1][0],
+        lambda e: ctx.load_balanced(range(e, e + 1)).down[0],
     )
 
 

@@ -14,10 +14,10 @@ from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.packing import code_dtype, pack_codes
 from bitsmoe_kernels.format.schema import Projection, ProjectionName, order_dtype
 from bitsmoe_kernels.reference import LayerWeights
-from offline_quant.layer.context import Experts
 from offline_quant.layer.plan import LayerPlan
 from offline_quant.layer.view import LayerView, RoundingProblem
 from offline_quant.linalg import add_damping, output_energy
+from offline_quant.model.expert_weights import ExpertWeights
 from offline_quant.rounding import compensator
 from offline_quant.rounding.correction import correct_down
 from offline_quant.rounding.error_feedback import Quantized, RoundingMode, quantize
@@ -104,7 +104,7 @@ def quantize_chunk(view: LayerView, plan: LayerPlan, chunk: range) -> QuantizedC
     """Some experts, each on its own."""
     experts = view.load(chunk)
     inputs = _quantize_inputs(view, plan, chunk, experts)
-    return _quantize_down(view, plan, chunk, inputs, *_down_targets(view, plan, chunk, experts[1], inputs))
+    return _quantize_down(view, plan, chunk, inputs, *_down_targets(view, plan, chunk, experts.down, inputs))
 
 
 def _quantize_jointly(view: LayerView, plan: LayerPlan, target: Tensor) -> Iterator[QuantizedChunk]:
@@ -114,7 +114,7 @@ def _quantize_jointly(view: LayerView, plan: LayerPlan, target: Tensor) -> Itera
     for chunk in ctx.chunks:
         experts = view.load(chunk)
         inputs.append(_quantize_inputs(view, plan, chunk, experts))
-        W, M = _down_targets(view, plan, chunk, experts[1], inputs[-1])
+        W, M = _down_targets(view, plan, chunk, experts.down, inputs[-1])
         cache.down_targets.put_all(chunk, W)
         cache.down_target_moments.put_all(chunk, M)
     fit_jointly(
@@ -135,7 +135,7 @@ def _quantize_jointly(view: LayerView, plan: LayerPlan, target: Tensor) -> Itera
         ctx.on_progress(len(chunk))
 
 
-def _quantize_inputs(view: LayerView, plan: LayerPlan, chunk: range, experts: Experts) -> QuantizedChunk:
+def _quantize_inputs(view: LayerView, plan: LayerPlan, chunk: range, experts: ExpertWeights) -> QuantizedChunk:
     """Everything but down."""
     quantized = QuantizedChunk({}, {})
     for name, projection in plan.projections.items():

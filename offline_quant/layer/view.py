@@ -12,9 +12,10 @@ from bitsmoe_kernels.models.families import MoEShape
 from offline_quant.calibration.moments import MeasuredExpert
 from offline_quant.config import QuantizeConfig
 from offline_quant.decomposition.ranking import RankedProjection
-from offline_quant.layer.context import Experts, LayerContext
+from offline_quant.layer.context import LayerContext
 from offline_quant.layer.first_pass import LayerMeasurements
 from offline_quant.linalg import CholeskyFactor, factorize, on_diagonal, permute
+from offline_quant.model.expert_weights import ExpertWeights
 from offline_quant.rounding.error_feedback import Quantized, RoundingMode, quantize
 
 Result = TypeVar("Result")
@@ -95,19 +96,9 @@ class LayerView:
         """See `LayerContext.each`."""
         return self.ctx.each(work)
 
-    def load(self, chunk: range) -> Experts:
+    def load(self, chunk: range) -> ExpertWeights:
         """Experts of a chunk, their intermediate channels sorted."""
-        gate_up, down = self.ctx.load_balanced(chunk)
-        order = self.measurements.channel_order[chunk.start : chunk.stop]
-        rows = torch.cat([order, order + self.shape.intermediate_size], 1)
-        gate_up = gate_up.gather(1, rows[:, :, None].expand_as(gate_up))
-        return gate_up, down.gather(2, order[:, None].expand_as(down))
-
-    def weights(self, name: ProjectionName, experts: Experts) -> Tensor:
-        """W [n, N, K] of a projection."""
-        gate_up, down = experts
-        gate, up = gate_up.chunk(2, 1)
-        return {"gate_up": gate_up, "gate": gate, "up": up, "down": down}[name]
+        return self.ctx.load_balanced(chunk).permuted(self.measurements.channel_order[chunk.start : chunk.stop])
 
     def sqrt_output_weight(self, name: ProjectionName, chunk: range) -> Tensor | None:
         """Roots of the weights of outputs [n, N]; None for down, whose outputs all weigh the same."""
@@ -115,12 +106,12 @@ class LayerView:
         gate, up = roots.chunk(2, 1)
         return {"gate_up": roots, "gate": gate, "up": up}.get(name)
 
-    def scaled_weights(self, name: ProjectionName, chunk: range, experts: Experts) -> Tensor:
+    def scaled_weights(self, name: ProjectionName, chunk: range, experts: ExpertWeights) -> Tensor:
         """W [n, N, K] of a projection, rows scaled by the root of the weight of their outputs."""
-        W, roots = self.weights(name, experts), self.sqrt_output_weight(name, chunk)
+        W, roots = experts.projection(name), self.sqrt_output_weight(name, chunk)
         return W if roots is None else W * roots[:, :, None]
 
-    def problem(self, projection: RankedProjection, chunk: range, experts: Experts) -> RoundingProblem:
+    def problem(self, projection: RankedProjection, chunk: range, experts: ExpertWeights) -> RoundingProblem:
         """One projection of some experts, to be rounded for its original inputs."""
         M = self.moments(projection, chunk)
         W = self.scaled_weights(projection.name, chunk, experts)

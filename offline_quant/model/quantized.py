@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-from torch import Tensor
-
 from bitsmoe_kernels.errors import FormatError
 from bitsmoe_kernels.format.checkpoint import Checkpoint, is_bitsmoe
 from bitsmoe_kernels.format.safetensors_io import read_json
 from bitsmoe_kernels.models.families import moe_shape
 from bitsmoe_kernels.reference import LayerWeights
+from offline_quant.model.expert_weights import ExpertWeights
 from offline_quant.model.side_files import check_side_files
 from offline_quant.model.source import SourceModel
 
@@ -53,14 +52,15 @@ class QuantizedModel:
         if faults:
             raise FormatError(str(self.directory), sorted(faults))
 
-    def experts(self, layer: int, chunk: range | None = None) -> tuple[Tensor, Tensor]:
+    def experts(self, layer: int, chunk: range | None = None) -> ExpertWeights:
         """Dequantized experts of a layer, see `WeightSource`."""
         # Chunks of one layer are read one after another.
         if self._last is None or self._last[0] != layer:
             prefix, config = self.shape.prefix(layer), self.checkpoint.config
             tensors = self.checkpoint.layer_tensors(prefix)
             self._last = layer, LayerWeights(config.layers[prefix], config.block_size, tensors)
-        return self._last[1].experts(range(self.shape.num_experts) if chunk is None else chunk)
+        weights = self._last[1]
+        return ExpertWeights(*weights.experts(range(self.shape.num_experts) if chunk is None else chunk))
 
 
 def open_model(directory: Path) -> "SourceModel | QuantizedModel":

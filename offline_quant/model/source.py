@@ -13,6 +13,7 @@ from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.safetensors_io import ShardReader, read_json
 from bitsmoe_kernels.format.schema import TensorSpec
 from bitsmoe_kernels.models.families import MoEShape, moe_shape
+from offline_quant.model.expert_weights import ExpertWeights
 from offline_quant.model.float8 import Float8Reader
 from offline_quant.model.side_files import check_side_files
 from offline_quant.model.sizes import RunSizes
@@ -55,8 +56,8 @@ class WeightSource(Protocol):
     def tensors(self) -> Tensors:
         """The files' tensors; quantized ones outside the experts appear as dequantized matrices."""
 
-    def experts(self, layer: int, chunk: range | None = None) -> tuple[Tensor, Tensor]:
-        """Routed experts of a layer, float32: gate and up [n, 2 I, H], down [n, H, I]; of all, or of a chunk."""
+    def experts(self, layer: int, chunk: range | None = None) -> ExpertWeights:
+        """Routed experts of a layer, all or a chunk of them."""
 
 
 class SourceModel:
@@ -152,25 +153,24 @@ class SourceModel:
                     return f"tensor {found} should be called {name}: rename it, and all others likewise"
         return None
 
-    def experts(self, layer: int, chunk: range | None = None) -> tuple[Tensor, Tensor]:
+    def experts(self, layer: int, chunk: range | None = None) -> ExpertWeights:
         """Routed experts of a layer, see `WeightSource`."""
         s = self.shape
         chunk = range(s.num_experts) if chunk is None else chunk
-        gate_up, down = self._fused_names(layer)
-        if gate_up in self.tensors:
+        fused = self._fused_names(layer)
+        if fused[0] in self.tensors:
             part = slice(chunk.start, chunk.stop)
-            found = self.tensors.get(gate_up)[part].float(), self.tensors.get(down)[part].float()
-        else:
-            found = (
-                torch.empty(len(chunk), 2 * s.intermediate_size, s.hidden_size),
-                torch.empty(len(chunk), s.hidden_size, s.intermediate_size),
-            )
-            for i, e in enumerate(chunk):
-                names = s.expert_names(layer, e)
-                found[0][i, : s.intermediate_size] = self.tensors.get(names[0])
-                found[0][i, s.intermediate_size :] = self.tensors.get(names[1])
-                found[1][i] = self.tensors.get(names[2])
-        return found
+            return ExpertWeights(*(self.tensors.get(name)[part].float() for name in fused))
+        experts = ExpertWeights(
+            torch.empty(len(chunk), 2 * s.intermediate_size, s.hidden_size),
+            torch.empty(len(chunk), s.hidden_size, s.intermediate_size),
+        )
+        for i, e in enumerate(chunk):
+            gate, up, down = s.expert_names(layer, e)
+            experts.gate_up[i, : s.intermediate_size] = self.tensors.get(gate)
+            experts.gate_up[i, s.intermediate_size :] = self.tensors.get(up)
+            experts.down[i] = self.tensors.get(down)
+        return experts
 
     def check_finite(self, progress: Callable[[Sequence[str], str], Iterable[str]]) -> None:
         """Read every tensor once and refuse values that nothing can be computed with, see `value_faults`.

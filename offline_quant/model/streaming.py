@@ -189,7 +189,7 @@ class StreamedModel:
             if not any(len(token) for token, _ in called):
                 continue
             trim(matrix_bytes(s.hidden_size, s.intermediate_size))  # memory of earlier experts and of attention
-            gate_up, down = (w.to(self.device) for w in self.source.experts(index, chunk))
+            gate_up, down = self.source.experts(index, chunk).to(self.device)
             for i, (token, slot) in enumerate(called):
                 gate, up = (x[token] @ gate_up[i].T).chunk(2, -1)
                 out = gated(gate, up) @ down[i].T

@@ -11,12 +11,13 @@ from bitsmoe_kernels.errors import BitsmoeError
 from offline_quant.allocation.choices import ChoiceTable
 from offline_quant.calibration.moments import LayerMoments
 from offline_quant.layer.cache import LayerCache
-from offline_quant.layer.context import Experts, LayerContext
+from offline_quant.layer.context import LayerContext
 from offline_quant.layer.first_pass import measure_layer
 from offline_quant.layer.outputs import original_output, output_error, output_of, quantized_output
 from offline_quant.layer.planner import pass_count, plan_layer
 from offline_quant.layer.quantizer import quantize_layer
 from offline_quant.layer.view import LayerView
+from offline_quant.model.expert_weights import ExpertWeights
 from offline_quant.pipeline.context import RunContext
 from offline_quant.pipeline.hidden_states import target_output
 from offline_quant.pipeline.records import MoELayerRecord
@@ -109,9 +110,8 @@ def _measured_layer(run: RunContext, index: int, on_progress: "LayerProgress") -
     offload = OffloadCache(run.state.directory, device_bytes=gpu_share(device))
     moments = LayerMoments(inputs, run.shape.num_experts)
 
-    def load(chunk: range) -> Experts:
-        gate_up, down = run.source.experts(index, chunk)
-        return gate_up.to(device), down.to(device)
+    def load(chunk: range) -> ExpertWeights:
+        return run.source.experts(index, chunk).to(device)
 
     ctx = LayerContext(load, moments, run.shape, run.config, prefix, run.workers, LayerCache(offload), on_progress)
     return LayerView(ctx, measure_layer(ctx))

@@ -9,6 +9,7 @@ from offline_quant.layer.context import LayerContext
 from offline_quant.layer.first_pass import measure_layer
 from offline_quant.layer.view import LayerView
 from offline_quant.model.expert_inputs import ExpertInputs
+from offline_quant.model.expert_weights import ExpertWeights
 
 
 def measured_layer(gate_up: Tensor, down: Tensor, inputs: ExpertInputs, config: QuantizeConfig) -> LayerView:
@@ -23,8 +24,8 @@ def measured_layer(gate_up: Tensor, down: Tensor, inputs: ExpertInputs, config: 
     E, H, I = down.shape  # noqa: E741
     shape = MoEShape(FAMILIES["Qwen3MoeForCausalLM"], (0,), E, H, I)
 
-    def load(chunk: range) -> tuple[Tensor, Tensor]:
-        return gate_up[chunk.start : chunk.stop], down[chunk.start : chunk.stop]
+    def load(chunk: range) -> ExpertWeights:
+        return ExpertWeights(gate_up[chunk.start : chunk.stop], down[chunk.start : chunk.stop])
 
     ctx = LayerContext(load, LayerMoments(inputs, E), shape, config, "layer")
     return LayerView(ctx, measure_layer(ctx))

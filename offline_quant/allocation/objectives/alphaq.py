@@ -21,7 +21,7 @@ class AlphaQ(Objective):
 
         def value(chunk: range) -> Losses:
             experts = view.load(chunk)
-            matrices = (view.weights(name, experts) for name in projections)
+            matrices = (experts.projection(name) for name in projections)
             return np.stack(
                 [(alpha_hill(W) ** -gamma * W.double().var((1, 2), correction=0)).cpu().numpy() for W in matrices]
             )

@@ -12,12 +12,11 @@ from bitsmoe_kernels.format.schema import ProjectionName
 from bitsmoe_kernels.models.families import MoEShape
 from offline_quant.config import QuantizeConfig, Scope
 from offline_quant.decomposition.ranking import RankedProjection
+from offline_quant.model.expert_weights import ExpertWeights
 from offline_quant.rounding.gaussian import kappa
 
 Result = TypeVar("Result")
 RankedProjections = dict[ProjectionName, RankedProjection]
-Experts = tuple[Tensor, Tensor]
-"""Gate and up [n, 2 I, H], and down [n, H, I], of n experts."""
 Widths = NDArray[np.int64]
 Ranks = NDArray[np.int64]
 Losses = NDArray[np.float64]
@@ -41,13 +40,10 @@ class ValuedLayer(Protocol):
     def each(self, work: Callable[[range], Result]) -> Iterator[Result]:
         """`work` of every chunk of experts, in their order."""
 
-    def load(self, chunk: range) -> Experts:
+    def load(self, chunk: range) -> ExpertWeights:
         """Experts of a chunk, their intermediate channels sorted."""
 
-    def weights(self, name: ProjectionName, experts: Experts) -> Tensor:
-        """W [n, N, K] of a projection."""
-
-    def scaled_weights(self, name: ProjectionName, chunk: range, experts: Experts) -> Tensor:
+    def scaled_weights(self, name: ProjectionName, chunk: range, experts: ExpertWeights) -> Tensor:
         """W [n, N, K] of a projection, rows scaled by the root of the weight of their outputs."""
 
     def moments(self, projection: RankedProjection, chunk: range) -> Tensor:

@@ -15,7 +15,7 @@ from bitsmoe_kernels.errors import BitsmoeError
 from families import make_model
 from offline_quant.config import QuantizeConfig
 from offline_quant.evaluation.evaluate import evaluate
-from offline_quant.model.balance import balance_up_and_down
+from offline_quant.model.expert_weights import ExpertWeights
 from offline_quant.pipeline.quantize import quantize_model
 
 pytestmark = pytest.mark.slow
@@ -168,7 +168,7 @@ def test_balanced_experts_compute_the_same(shift: int) -> None:
         gate, up = (gate_up.double() @ x.T).chunk(2, 1)
         return down.double() @ (torch.nn.functional.silu(gate) * up)
 
-    found = balance_up_and_down(gate_up, down)
+    found = ExpertWeights(gate_up, down).balanced()
     assert torch.equal(computed(*found), computed(gate_up, down))
     ratio = found[0][1, 6:].abs().amax() / found[1][1].abs().amax()
     assert 2**-9 < ratio < 2**9
