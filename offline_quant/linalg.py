@@ -25,7 +25,7 @@ def add_product(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
     Args:
         total: [K, K] or [n, K, K].
         x: [T, K] or [n, T, K].
-        y: likewise.
+        y: of the shape of x.
     """
     for rows, _ in _stripes(total.shape[-1]):
         own = slice(rows.start, None)
@@ -132,8 +132,20 @@ def _least_ridge(moments: Tensor) -> Tensor:
     return (DAMPING * mean).clamp(min=torch.finfo(moments.dtype).tiny)
 
 
+def solve_damped(moments: Tensor, right: Tensor) -> Tensor:
+    """X of (M + ridge I) X = B, with DAMPING times M's mean diagonal as the ridge.
+
+    Args:
+        moments: M [K, K].
+        right: B [K, N].
+    """
+    ridge = (DAMPING * moments.diagonal().mean()).clamp(min=torch.finfo(moments.dtype).tiny)
+    damped = moments + ridge * torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+    return torch.linalg.solve(damped, right)
+
+
 def on_diagonal(moments: Tensor) -> CholeskyFactor:
-    """What stands for the factor where errors are not handed on: components as if they were independent."""
+    """The factor of the diagonal of moments, for rounding without feedback: components count as independent."""
     ridge = _least_ridge(moments)
     return CholeskyFactor(ridge, _ridged(moments, ridge).diagonal(dim1=-2, dim2=-1).rsqrt().diag_embed())
 

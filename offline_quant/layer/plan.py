@@ -67,9 +67,9 @@ class LayerPlan:
         return width[:, :, None] if self.layer.projections[name].component_axis == "input" else width[:, None]
 
     def stored_rows(self, name: ProjectionName, width: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-        """Which rows of some experts' factors the file has, in its order, and the component each stands for there.
+        """Rows of some experts' factors that are stored, and the stored component of each.
 
-        Rows of 0 bits come first, so that those that are left of them still make whole blocks.
+        Rows of 0 bits come first: those that remain then still fill whole blocks.
 
         Args:
             name: the projection.

@@ -1,9 +1,8 @@
 """The down matrix that makes up for errors of quantized gate and up matrices."""
 
-import torch
 from torch import Tensor
 
-from offline_quant.linalg import DAMPING
+from offline_quant.linalg import solve_damped
 
 
 def correct_down(down: Tensor, moments: Tensor, missing: Tensor) -> Tensor:
@@ -17,6 +16,4 @@ def correct_down(down: Tensor, moments: Tensor, missing: Tensor) -> Tensor:
         moments: E[h' h'^T] [I, I].
         missing: E[(h - h') h'^T] [I, I].
     """
-    ridge = (DAMPING * moments.diagonal().mean()).clamp(min=torch.finfo(moments.dtype).tiny)
-    M = moments + ridge * torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
-    return down + down @ torch.linalg.solve(M, missing.T).T
+    return down + down @ solve_damped(moments, missing.T).T

@@ -24,7 +24,7 @@ COLUMN_BLOCK = 32
 ROUND_VALUES, GPU_ROUND_VALUES = 1 << 15, 1 << 24
 """Values that are rounded at once where no row waits for another, by a processor and by a GPU."""
 MAX_COLUMN_SCALE = 2.0**15
-"""An outlier in one column must not take its scale out of float16; row scales take the rest."""
+"""Bound of column scales: an outlier must not take one out of float16. Row scales absorb the rest."""
 _NO_FRACTION = 1.5 * 2**23
 """Float32 sums with it have no room for a fraction."""
 _SCALE_CANDIDATES = (0.7, 0.85, 1.0, 1.2)
@@ -41,7 +41,7 @@ class Quantized:
         c: [n, N]: scales, float32 values that float16 holds exactly.
         norms: [n, K], squared norms of the rows as they were rounded, with what others had handed them.
         error: [n], tr((F - F^)^T M (F - F^)) for damped M.
-        lost: [n], the same for M as it is, if that came up on the way.
+        lost: [n], the same for undamped M; None where it was not computed.
     """
 
     codes: Tensor
@@ -127,7 +127,7 @@ class _Grid:
 
     Attributes:
         half: the largest level, (2^b - 1) / 2, by row: [n, K, 1] where widths run along K, [n, 1, N] along N.
-        power: mean square of the levels that suit a unit Gaussian, likewise.
+        power: mean square of the levels that suit a unit Gaussian, of the same shape.
     """
 
     half: Tensor

@@ -8,11 +8,10 @@ model.
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from offline_quant.calibration.moments import RoutedTokens
-from offline_quant.linalg import DAMPING
+from offline_quant.linalg import solve_damped
 
 SWEEPS = 2
 """Rounds over all experts; each goes once through the tokens."""
@@ -30,13 +29,13 @@ def fit_jointly(
     """Least squares for one expert after another, on what all others leave over of the target.
 
     An expert with few tokens of its own moves little: its moments hold a sample of all tokens too, and the error it
-    sees does not. One that no token reached stays as it is.
+    sees does not. One that no token reached does not change.
 
     Args:
         experts: E.
         routed: tokens of an expert, in the order of I in its down matrix.
         moments: float32 [I, I], E[w^2 h' h'^T] of an expert, undamped.
-        get: an expert's down matrix [H, I] as it is now, already corrected for its own errors.
+        get: the current down matrix [H, I] of an expert, at first corrected for its own errors.
         put: replaces it.
         target: float32 [T, H], what the experts should add to the layer's output; becomes what is left over of it.
         sweeps: rounds.
@@ -52,8 +51,6 @@ def fit_jointly(
                 continue
             M, weight = moments(e), r.weight[:, None]
             error = (residual[r.token] * weight).T @ r.hidden / r.mass
-            ridge = (DAMPING * M.diagonal().mean()).clamp(min=torch.finfo(M.dtype).tiny)
-            damped = M + ridge * torch.eye(len(M), dtype=M.dtype, device=M.device)
-            step = torch.linalg.solve(damped, error.T).T
+            step = solve_damped(M, error.T).T
             put(e, get(e) + step)
             residual.index_add_(0, r.token, (r.hidden @ step.T).mul_(-weight))

@@ -1,8 +1,8 @@
 """Tuning of a quantized layer by gradients: scales and codes, all experts together, against one target for its output.
 
-Closed-form steps see one expert's matrix at a time; gradients of the layer's output see all of them, silu included.
-Codes are rounded from hidden real values, and gradients pass the rounding as if it were not there; the values start on
-the codes, so that a code changes only when many batches agree on it (compare AutoRound, arXiv 2309.05516).
+Closed-form steps see one expert's matrix at a time. Gradients of the layer's output see all of them, and the activation.
+Codes are rounded from latent real values, and gradients pass straight through the rounding. The latent values start on
+the codes, so a code changes only when many batches agree on it (compare AutoRound, arXiv 2309.05516).
 """
 
 from collections.abc import Mapping
@@ -19,18 +19,17 @@ from offline_quant.model.expert_inputs import ExpertInputs
 STEPS = 96
 BATCH_TOKENS = 2_048
 LEAST_BATCHES = 16
-"""Batches that the tokens make at least: a code changes where batches agree, and there must be some to agree."""
+"""Fewest batches the tokens are cut into: a code changes where several batches agree."""
 CODE_RATE, CODE_RATE_BITS = 0.06, 2.0
-"""Levels that a code's hidden value moves in one step at most, at the start, where gate and up have so many bits on
-average; half as many for every bit more, since what a change can win falls faster than the noise of gradients. It falls
-to zero linearly."""
+"""Initial Adam rate of latent codes, in levels per step, where gate and up have CODE_RATE_BITS bits on average. It is
+halved for every bit more, and decays linearly to 0."""
 SCALE_RATE = 0.002
-"""Relative change of a scale in one step at most, at the start."""
+"""Initial Adam rate of scales, relative, per step."""
 DOWN_RATE = 0.3
-"""Rates of down, relative to those of gate and up: down was fitted last, to just this target."""
+"""Rates of down relative to those of gate and up. Down was fitted last, to this same target."""
 JUDGED_SHARE = 16
-"""One token in so many judges the result. They are among those tuned on, as they are among those quantized on: tokens
-only one side has seen would favour the other."""
+"""One token in this many judges the result. They are among those tuned and quantized on: other tokens, which only one
+of the two has seen, would favour it."""
 
 
 class _TunedProjection(nn.Module):

@@ -42,5 +42,5 @@ def chunks_of(num_experts: int, hidden_size: int, intermediate_size: int, device
 
 
 def matrix_bytes(hidden_size: int, intermediate_size: int) -> int:
-    """Bytes of one of an expert's matrices as it is worked on, float32."""
+    """Bytes of one matrix of an expert in float32."""
     return 4 * hidden_size * intermediate_size

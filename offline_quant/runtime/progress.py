@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 LINE_SECONDS = 60.0
 """Between two lines where there is no terminal."""
 LINES_COUNTED = 30
-"""The time left is estimated from the pace since so many lines."""
+"""Lines whose pace the estimate of the time left is taken from."""
 T = TypeVar("T")
 # Without markup and emoji: paths and messages may hold brackets and colons.
 console = Console(stderr=True, highlight=False, markup=False, emoji=False)
@@ -79,7 +79,7 @@ def track(items: Sequence[T], description: str) -> Iterator[T]:
 
 @contextmanager
 def bar(description: str, total: int) -> Iterator["Bar"]:
-    """A bar advanced by hand."""
+    """A bar that the caller advances."""
     with _shown() as progress:
         yield Bar(progress, description, total)
 
