@@ -50,16 +50,15 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: 
     assert (Path("tiny-plain") / "model.safetensors").exists()
 
 
-def test_importing_loads_nothing_heavy_until_a_function_is_used() -> None:
+def test_importing_loads_nothing_heavy() -> None:
     code = """
 import os, sys, bitsmoe
 print(sorted({"torch", "transformers", "pydantic", "rich"} & sys.modules.keys()), os.environ.get("OMP_WAIT_POLICY"))
 print(dir(bitsmoe) == sorted(bitsmoe.__all__), hasattr(bitsmoe, "nothing"), issubclass(bitsmoe.BitsmoeError, Exception))
-print("torch" in sys.modules, bitsmoe.inspect.__module__, "torch" in sys.modules)
 """
     environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout == "[] PASSIVE\nTrue False True\nFalse bitsmoe.api True\n", done.stderr
+    assert done.stdout == "[] PASSIVE\nTrue False True\n", done.stderr
 
 
 @pytest.mark.parametrize(
@@ -75,9 +74,9 @@ def test_the_wait_policy_is_left_alone(before: str, given: str | None, policy: s
 
 
 def test_a_missing_dependency_says_what_to_install() -> None:
-    code = "import sys; sys.modules['highspy'] = None; import bitsmoe; bitsmoe.quantize"
+    code = "import sys; sys.modules['torch'] = None; import bitsmoe; bitsmoe.quantize"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "highspy" in done.stderr
+    assert "ModuleNotFoundError: import of torch halted" in done.stderr
     assert done.stderr.endswith("run: pip install 'bitsmoe-vllm[quantize]'\n")
 
 
