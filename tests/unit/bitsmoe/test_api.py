@@ -31,6 +31,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
         yield hub
 
 
+@pytest.mark.slow
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: FakeHub) -> None:
     """Those of the package and of its functions, in order, on the first layer of the demo model."""
     monkeypatch.chdir(tmp_path)
@@ -50,6 +51,7 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: 
     assert (Path("tiny-plain") / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_importing_loads_nothing_heavy_until_a_function_is_used() -> None:
     code = """
 import os, sys, bitsmoe
@@ -62,6 +64,7 @@ print("torch" in sys.modules, bitsmoe.inspect.__module__, "torch" in sys.modules
     assert done.stdout == "[] PASSIVE\nTrue False True\nFalse bitsmoe.api True\n", done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "given", "policy"), [("torch", None, None), ("sys", "ACTIVE", "ACTIVE")], ids=["after torch", "chosen"]
 )
@@ -74,6 +77,7 @@ def test_the_wait_policy_is_left_alone(before: str, given: str | None, policy: s
     assert done.stdout == f"{policy}\n"
 
 
+@pytest.mark.slow
 def test_a_missing_dependency_says_what_to_install() -> None:
     code = "import sys; sys.modules['highspy'] = None; import bitsmoe; bitsmoe.quantize"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -140,6 +144,7 @@ follow_imports = skip
 """Libraries whose types are no part of the API: to read them takes a minute."""
 
 
+@pytest.mark.slow
 def test_types_are_those_a_users_program_sees(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     (tmp_path / "mypy.ini").write_text(SKIPPED)
