@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
+QUANTIZER_TESTS := tests/unit/offline_quant
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo quick test lint style docs wheel clean
@@ -20,12 +21,13 @@ $(STAMP): pyproject.toml tools/setup.sh tools/vllm-metadata/pyproject.toml
 demo: $(STAMP) ## quantize the demo model, serve it with vLLM, get a completion
 	@$(PY) examples/demo.py
 
-# The types are checked beside the tests: two cores finish both in little more than the longer one.
+# Two halves side by side, about equally long: the quantizer's tests and the types, all other tests.
 quick: style ## lint, types and the quick tests, in about a minute
 	@mkdir -p build; export OMP_NUM_THREADS=1; \
-	$(PY) -m mypy > build/mypy.log 2>&1 & types=$$!; \
-	$(PY) -m pytest tests/unit -q -m "not slow"; tests=$$?; \
-	wait $$types; types=$$?; cat build/mypy.log; exit $$((types | tests))
+	( $(PY) -m mypy; types=$$?; $(PY) -m pytest $(QUANTIZER_TESTS) -q -m "not slow"; exit $$((types | $$?)) ) \
+	> build/quick.log 2>&1 & first=$$!; \
+	$(PY) -m pytest tests/unit --ignore=$(QUANTIZER_TESTS) -q -m "not slow"; second=$$?; \
+	wait $$first; first=$$?; cat build/quick.log; exit $$((first | second))
 
 # Two halves side by side, one thread for each: two cores finish both in little more than the longer one.
 test: lint ## lint and run every test that needs no GPU

@@ -1,6 +1,6 @@
 """Tuning of a quantized layer by gradients: scales and codes, all experts together, against one target for its output.
 
-Closed-form steps see one expert's matrix at a time. Gradients of the layer's output see all of them, activation included.
+Closed-form steps see one expert's matrix at a time. Gradients of the layer's output see all of them and the activation.
 Codes are rounded from latent real values, and gradients pass straight through the rounding. The latent values start on
 the codes, so a code changes only when many batches agree on it (compare AutoRound, arXiv 2309.05516).
 """

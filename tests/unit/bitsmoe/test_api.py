@@ -31,6 +31,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
         yield hub
 
 
+@pytest.mark.slow
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: FakeHub) -> None:
     """Those of the package and of its functions, in order, on the first layer of the demo model."""
     monkeypatch.chdir(tmp_path)
@@ -61,6 +62,7 @@ print(dir(bitsmoe) == sorted(bitsmoe.__all__), hasattr(bitsmoe, "nothing"), issu
     assert done.stdout == "[] PASSIVE\nTrue False True\n", done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "given", "policy"), [("torch", None, None), ("sys", "ACTIVE", "ACTIVE")], ids=["after torch", "chosen"]
 )
@@ -73,6 +75,7 @@ def test_the_wait_policy_is_left_alone(before: str, given: str | None, policy: s
     assert done.stdout == f"{policy}\n"
 
 
+@pytest.mark.slow
 def test_a_missing_dependency_says_what_to_install() -> None:
     code = "import sys; sys.modules['torch'] = None; import bitsmoe; bitsmoe.quantize"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -139,6 +142,7 @@ follow_imports = skip
 """Libraries whose types are no part of the API: to read them takes a minute."""
 
 
+@pytest.mark.slow
 def test_types_are_those_a_users_program_sees(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     (tmp_path / "mypy.ini").write_text(SKIPPED)

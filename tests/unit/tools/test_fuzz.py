@@ -53,6 +53,7 @@ def test_damaged_checkpoints() -> None:
     assert {name for r in results for name, _ in r.done} == set(mutations.MUTATIONS)
 
 
+@pytest.mark.slow
 def test_sound_checkpoints_are_accepted(bases: list[Base], tmp_path: Path) -> None:
     for i, base in enumerate(bases[::2]):  # every form
         (tmp_path / str(i)).mkdir()

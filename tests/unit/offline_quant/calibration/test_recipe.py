@@ -99,6 +99,7 @@ def quantized(directory: Path, calib: str) -> tuple[dict, str]:
     return config["quantization_config"]["run"], line
 
 
+@pytest.mark.slow
 def test_a_source_of_tokens_is_added(tmp_path, add):
     add(COUNTING, "CountingCalibration")
     found = calibration_source(QuantizeConfig(bits=2, calib="count:3", calib_samples=2))
@@ -108,6 +109,7 @@ def test_a_source_of_tokens_is_added(tmp_path, add):
     assert "72 tokens of calibration text (`counted in steps of 5`)" in line
 
 
+@pytest.mark.slow
 def test_a_source_of_text_is_added(tmp_path, add):
     add(REPEATING, "RepeatingCalibration")
     (document, *_) = open_text("repeat:abc ").read().documents()

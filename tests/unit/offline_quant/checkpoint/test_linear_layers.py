@@ -557,6 +557,7 @@ def test_four_bits_are_served_on_a_cpu(dtype: torch.dtype, checkpoint: Path) -> 
     startup.check_checkpoint(checkpoint, AutoConfig.from_pretrained(checkpoint), config)
 
 
+@pytest.mark.slow
 def test_eight_bits_and_float32_are_refused_on_a_cpu(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(BitsmoeError, match=r"at 4 bits .*: serve with --dtype bfloat16, not float32"):
         startup.check_options(Checkpoint(checkpoint).config, TEXT_CONFIG, vllm_config(torch.float32))

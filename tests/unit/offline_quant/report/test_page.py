@@ -312,12 +312,14 @@ def test_many_layers_and_experts(tmp_path: Path) -> None:
     assert len(page.pngs) == MOST_MAPS + 4
 
 
+@pytest.mark.slow
 def test_one_layer_of_one_expert_and_one_block(tmp_path: Path) -> None:
     page = render(tmp_path, *make(layers=1, experts=1, components={"gate_up": 16, "down": 1}))
     assert "2 points" in page.headings[1]
     assert len(page.pngs) == 5
 
 
+@pytest.mark.slow
 def test_nothing_but_zeros(tmp_path: Path) -> None:
     """Dead weights: no energy, no error, no bits, no tokens."""
     report, pictures = make(layers=2, experts=4)
@@ -349,6 +351,7 @@ def test_some_points_cannot_be_drawn(tmp_path: Path) -> None:
     assert "2 points of zero or infinite error cannot be drawn." in page.captions[0]
 
 
+@pytest.mark.slow
 def test_objective_that_predicts_no_errors(tmp_path: Path) -> None:
     """One width and one compensator per expert, one budget for the model."""
     report, pictures = make(layers=2, experts=4)
