@@ -80,7 +80,7 @@ class QuantizeConfig(BaseModel):
     )
     basis: Annotated[BasisForm, Panel.DECOMPOSITION] = Field(
         default="auto",
-        description="Shared basis; auto takes whitened where a first pass finds it clearly better than natural.",
+        description="Shared basis; auto takes whitened where a pilot finds it clearly better than natural.",
     )
     basis_bits: Annotated[Literal[8, 16], Panel.DECOMPOSITION] = Field(default=8, description="Bits of the basis.")
     block_size: Annotated[Literal[16, 32], Panel.DECOMPOSITION] = Field(
@@ -110,7 +110,7 @@ class QuantizeConfig(BaseModel):
         default=(),
         alias="without",
         description="Parts to leave out, to measure their effect. output-weights: weights of gate and up outputs and "
-        "of tokens. correction: correction of the down projection. trial: first pass that measures row norms and "
+        "of tokens. correction: correction of the down projection. trial: pilot that measures row norms and "
         "chooses the basis. trim: removal of basis rows that no expert uses.",
     )
     calib: Annotated[str | None, Panel.FIRST] = Field(

@@ -1,1 +1,1 @@
-"""Triton kernels. Only `moe.py` and the benchmarks import them: triton may be absent."""
+"""Triton kernels. Only `backends/triton_launch.py` and the benchmarks import them: triton may be absent."""
