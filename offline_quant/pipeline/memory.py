@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from bitsmoe_kernels.errors import BitsmoeError
-from offline_quant.allocation.objectives import OBJECTIVES, may_share_bases
+from offline_quant.allocation.objectives import OBJECTIVES, budget_scope, may_share_bases
 from offline_quant.calibration.sensitivity import sensitivity_bytes
 from offline_quant.checkpoint.writer import result_bytes, writing_bytes
 from offline_quant.config import QuantizeConfig
@@ -71,8 +71,7 @@ def estimate_memory(
 
 def estimate_run(sizes: RunSizes, config: QuantizeConfig, baseline: int, text: int) -> MemoryEstimate:
     """`estimate_memory` of a run with some options."""
-    objective = OBJECTIVES[config.objective]
-    sensitive = objective.sensitive and (config.budget or objective.scope) == "model"
+    sensitive = OBJECTIVES[config.objective].sensitive and budget_scope(config) == "model"
     return estimate_memory(sizes, baseline, text, config.tune, may_share_bases(config), sensitive)
 
 

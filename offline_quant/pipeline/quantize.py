@@ -6,7 +6,7 @@ from typing import Any
 
 from bitsmoe_kernels.format.safetensors_io import read_json
 from offline_quant import VERSION
-from offline_quant.allocation.objectives import OBJECTIVES
+from offline_quant.allocation.objectives import budget_scope
 from offline_quant.checkpoint.directory import PAGE_FILE, REPORT_FILE
 from offline_quant.checkpoint.writer import write_checkpoint
 from offline_quant.config import QuantizeConfig
@@ -91,8 +91,7 @@ def quantize_model(
             lambda: calibration_windows(inputs, config, sizes, max_memory, state, clock)
         )
         run = start_run(inputs, config, calibration.tokens, state, workers, clock, plan_only)
-        scope = config.budget or OBJECTIVES[config.objective].scope
-        budget = share_budget(run) if scope == "model" else None
+        budget = share_budget(run) if budget_scope(config) == "model" else None
         layers = quantize_layers(run, budget)
         if workers.rank:
             return None

@@ -10,7 +10,7 @@ from offline_quant.allocation.objectives.bitsmoe import BitsMoE
 from offline_quant.allocation.objectives.bt_moe import BTMoE
 from offline_quant.allocation.objectives.frequency import Frequency
 from offline_quant.allocation.objectives.uniform import Uniform
-from offline_quant.config import QuantizeConfig
+from offline_quant.config import QuantizeConfig, Scope
 from offline_quant.decomposition.forms import FORMS, Form
 
 OBJECTIVES: dict[str, Objective] = {
@@ -22,6 +22,11 @@ def forms_of(config: QuantizeConfig) -> tuple[Form, ...]:
     """The forms that may be chosen from."""
     names = OBJECTIVES[config.objective].forms if config.basis == "auto" else (config.basis,)
     return tuple(FORMS[name] for name in names)
+
+
+def budget_scope(config: QuantizeConfig) -> Scope:
+    """Whether one budget holds for each layer or for the model."""
+    return config.budget or OBJECTIVES[config.objective].scope
 
 
 def may_share_bases(config: QuantizeConfig) -> bool:

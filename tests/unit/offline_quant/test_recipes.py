@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from builders import REPO
 from families import make_model
 from offline_quant.allocation.objectives import OBJECTIVES
-from offline_quant.config import BasisForm, ObjectiveName
+from offline_quant.config import BasisForm, ObjectiveName, QuantizeConfig
 from offline_quant.decomposition.forms import FORMS
 from offline_quant.rounding.gaussian import kappa
 
@@ -103,4 +103,6 @@ def test_a_calibration_source(tree: Path) -> None:
 def test_options_name_what_is_registered() -> None:
     assert set(get_args(ObjectiveName)) == OBJECTIVES.keys()
     assert set(get_args(BasisForm)) - {"auto"} <= FORMS.keys()
+    whole = " and ".join(name for name, objective in OBJECTIVES.items() if objective.scope == "model")
+    assert f"Default: model for {whole}, else layer." in str(QuantizeConfig.model_fields["budget"].description)
     assert {form for objective in OBJECTIVES.values() for form in objective.forms} <= FORMS.keys()
