@@ -1,5 +1,6 @@
-"""Words of codes to numbers 1 + q 2^(p - m), one instruction for two of them. `gemm.py` loads the words; `layout/fields.py` has the
-places.
+"""Words of codes to numbers 1 + q 2^(p - m), one instruction for two of them.
+
+`gemm.py` loads the words. `layout/fields.py` has the places of codes in them.
 
 ASM picks the machine instruction; without it the same is said in Triton's own operations, for the interpreter.
 """
