@@ -109,6 +109,7 @@ def main(
     only: Annotated[str, typer.Option(help="Only cases whose name holds this text.")] = "",
 ) -> None:
     """Compare what two checkouts write."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # on the way out worktrees are removed
     cases = {name: case for name, case in CASES.items() if only in name}
     differing = 0
     table = Table("case", "files", "before, s", "after, s", "result")
