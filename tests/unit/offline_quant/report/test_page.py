@@ -430,5 +430,5 @@ def test_the_users_plot_settings_neither_matter_nor_change(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_matplotlib_waits_until_something_is_drawn() -> None:
-    code = "import sys, offline_quant.report_page; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, offline_quant.report.page; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(filter(None, sys.path))})
