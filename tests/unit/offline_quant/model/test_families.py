@@ -207,5 +207,5 @@ def test_moe_layers_at_every_other_place_are_refused() -> None:
 
 
 def test_the_docs_have_the_table() -> None:
-    """`python -m bitsmoe_kernels.format.families` prints it."""
+    """`python -m bitsmoe_kernels.models.families` prints it."""
     assert models_table() in (REPO / "docs" / "quantizing.md").read_text(encoding="utf-8")
