@@ -4,12 +4,11 @@ from collections.abc import Callable
 from functools import wraps
 from inspect import Signature, signature
 from pathlib import Path
-from typing import Concatenate, Literal, ParamSpec
+from typing import Concatenate, Literal, ParamSpec, get_args
 
 import torch
 
 from bitsmoe_kernels.errors import BitsmoeError
-from bitsmoe_kernels.format.checkpoint import Checkpoint
 from offline_quant.checkpoint.dequantize import dequantize_checkpoint
 from offline_quant.checkpoint.directory import existing_directory
 from offline_quant.checkpoint.hub import push as push_checkpoint
@@ -17,7 +16,7 @@ from offline_quant.config import QuantizeConfig, RunOptions, named_options
 from offline_quant.evaluation.evaluate import Evaluation, evaluate_named
 from offline_quant.pipeline.memory import parse_bytes
 from offline_quant.pipeline.quantize import QuantizationResult, quantize_model
-from offline_quant.report.inspect import inspect_checkpoint
+from offline_quant.report.inspect import inspect_directory
 from offline_quant.report.schema import Inspection
 
 __all__ = ["QuantizeConfig", "dequantize", "evaluate", "inspect", "push", "quantize"]
@@ -139,9 +138,7 @@ def inspect(checkpoint: StrPath) -> Inspection:
     Raises:
         BitsmoeError: no such directory, or a damaged checkpoint.
     """
-    opened = Checkpoint(existing_directory(Path(checkpoint)))
-    opened.check()
-    return inspect_checkpoint(opened)
+    return inspect_directory(Path(checkpoint))
 
 
 def dequantize(checkpoint: StrPath, out: StrPath, dtype: Dtype = "bfloat16") -> None:
@@ -157,10 +154,9 @@ def dequantize(checkpoint: StrPath, out: StrPath, dtype: Dtype = "bfloat16") -> 
     Raises:
         BitsmoeError: another dtype, a damaged checkpoint, or `out` cannot be written; nothing is left behind.
     """
-    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in types:
-        raise BitsmoeError(f"--dtype {dtype}: must be one of {', '.join(types)}")
-    dequantize_checkpoint(existing_directory(Path(checkpoint)), Path(out), types[dtype])
+    if dtype not in get_args(Dtype):
+        raise BitsmoeError(f"--dtype {dtype}: must be one of {', '.join(get_args(Dtype))}")
+    dequantize_checkpoint(existing_directory(Path(checkpoint)), Path(out), getattr(torch, dtype))
 
 
 def push(checkpoint: StrPath, repo_id: str, private: bool = False, revision: str | None = None) -> str:

@@ -166,7 +166,7 @@ def measured(tree: Path, revision: str | None, name: str, case: Case) -> tuple[H
         data = json.loads(kept.read_text())
         return data["hashes"], data["seconds"]
     start = time.monotonic()
-    hashes = run_case(tree, name, case)
+    hashes = run_case(tree, case)
     seconds = time.monotonic() - start
     if revision is not None:
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ def measured(tree: Path, revision: str | None, name: str, case: Case) -> tuple[H
     return hashes, seconds
 
 
-def run_case(tree: Path, name: str, case: Case) -> Hashes:
+def run_case(tree: Path, case: Case) -> Hashes:
     """Hashes of what one case writes."""
     calib = () if "--calib" in case.options else ("--calib", str(TEXT))
     with tempfile.TemporaryDirectory() as folder:

@@ -4,6 +4,7 @@ Symbols: w routing weight of a token at an expert, g and u its gate and up outpu
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -107,7 +108,7 @@ class LayerMoments:
         self._sample = torch.arange(0, tokens, max(1, tokens // hidden), device=flat.device)
         self._typical = inputs.topk_weights.square().mean()
 
-    @property
+    @cached_property
     def routing_frequency(self) -> Tensor:
         """Share of expert slots that went to each expert, as the allocation weighs it, float32 [E].
 

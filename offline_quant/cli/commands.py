@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from bitsmoe_kernels.format.checkpoint import Checkpoint
 from offline_quant import VERSION
 from offline_quant.checkpoint.dequantize import dequantize_checkpoint
 from offline_quant.checkpoint.directory import existing_directory
@@ -21,7 +20,7 @@ from offline_quant.config import RunOptions, named_options
 from offline_quant.evaluation.evaluate import evaluate_named
 from offline_quant.pipeline.memory import parse_bytes
 from offline_quant.pipeline.quantize import quantize_model
-from offline_quant.report.inspect import inspect_checkpoint
+from offline_quant.report.inspect import inspect_directory
 from offline_quant.runtime.launch import launch_workers
 from offline_quant.runtime.progress import console
 
@@ -95,9 +94,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show all-in bits per weight and where the bits of a checkpoint went."""
-    checkpoint = Checkpoint(existing_directory(directory))
-    checkpoint.check()
-    report = inspect_checkpoint(checkpoint)
+    report = inspect_directory(directory)
     if as_json:
         print(report.to_json())
     else:

@@ -99,3 +99,7 @@ class RankedProjection:
     def name(self) -> ProjectionName:
         """Which projection."""
         return self.decomposition.name
+
+    def order(self, chunk: range) -> Tensor:
+        """Component of every stored row of some experts, int64 [n, C]."""
+        return self.components.order[chunk.start : chunk.stop]

@@ -1,7 +1,7 @@
 """What all steps of one layer work with: its weights, calibration moments, options and workers."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -91,6 +91,6 @@ class LayerContext:
         """See `LayerMoments.measure_expert`; all outputs and tokens alike with the ablation `output-weights`."""
         measured = self.moments.measure_expert(expert, gate_up, down)
         if "output-weights" in self.config.ablations:
-            plain = self.moments.plain_moments(expert)
-            return MeasuredExpert(plain, torch.ones_like(measured.output_weights), measured.down, measured.activations)
+            alike = torch.ones_like(measured.output_weights)
+            return replace(measured, inputs=self.moments.plain_moments(expert), output_weights=alike)
         return measured

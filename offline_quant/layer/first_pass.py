@@ -101,7 +101,7 @@ def _measure_chunk(ctx: LayerContext, chunk: range) -> _ChunkMeasurements:
     gate_up, down = ctx.load_balanced(chunk)
     intermediate_size = down.shape[2]
     weights, moments, outputs = gate_up.new_empty(gate_up.shape[:2]), [], []
-    forms = forms_of(ctx.config)
+    forms, frequency = forms_of(ctx.config), ctx.moments.routing_frequency[chunk.start : chunk.stop].tolist()
     grams: dict[str, Grams] = {form.name: {} for form in forms}
     for i, e in enumerate(chunk):
         measured = ctx.measure_expert(e, gate_up[i], down[i])
@@ -112,7 +112,7 @@ def _measure_chunk(ctx: LayerContext, chunk: range) -> _ChunkMeasurements:
         ctx.cache.activations.put_original(e, measured.activations)
         ctx.cache.input_moments.put(e, measured.inputs)
         outputs.append(sampled_output(ctx.moments, e, measured.activations, down[i]))
-        expert = MeasuredWeights(gate_up[i], down[i], weights[i], float(ctx.moments.routing_frequency[e]))
+        expert = MeasuredWeights(gate_up[i], down[i], weights[i], frequency[i])
         for form in forms:
             add_grams(grams[form.name], form.grams(expert))
     channels, M, factor = rank_components(down.mT, torch.stack(moments), "input", feedback=ctx.config.feedback)

@@ -38,11 +38,6 @@ class LayerPlan:
         return self.table.form
 
     @property
-    def shares_bases(self) -> bool:
-        """Whether experts share a basis."""
-        return any(projection.basis is not None for projection in self.layer.projections.values())
-
-    @property
     def projections(self) -> dict[ProjectionName, RankedProjection]:
         """Components of every projection."""
         return self.table.projections

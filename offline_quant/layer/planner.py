@@ -19,7 +19,7 @@ from offline_quant.allocation.objectives import OBJECTIVES, forms_of, runs_pilot
 from offline_quant.allocation.objectives.base import RankedProjections
 from offline_quant.allocation.solver import allocate
 from offline_quant.config import QuantizeConfig
-from offline_quant.decomposition.forms import Form
+from offline_quant.decomposition.forms import FORMS, Form
 from offline_quant.decomposition.ranking import Components, RankedProjection, rank_components
 from offline_quant.layer.first_pass import keep_moments
 from offline_quant.layer.plan import LayerPlan, without_components
@@ -200,7 +200,7 @@ def _loss(plan: LayerPlan, config: QuantizeConfig) -> float:
     """What plans are compared by."""
     if plan.pilot_error is None:
         return plan.allocation.loss
-    if not plan.shares_bases or config.tune:
+    if not FORMS[plan.basis].shares_bases or config.tune:
         return plan.pilot_error
     return max(plan.pilot_error * SHARED_BASIS_HANDICAP, plan.pilot_error + SHARED_BASIS_GAIN)
 

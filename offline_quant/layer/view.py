@@ -44,7 +44,7 @@ class RoundingProblem:
     @property
     def order(self) -> Tensor:
         """Component of every row, or of every column where components are outputs, int64 [n, C]."""
-        return self.projection.components.order[self.chunk.start : self.chunk.stop]
+        return self.projection.order(self.chunk)
 
     @property
     def on_input(self) -> bool:
@@ -98,7 +98,11 @@ class LayerView:
 
     def load(self, chunk: range) -> ExpertWeights:
         """Experts of a chunk, their intermediate channels sorted."""
-        return self.ctx.load_balanced(chunk).permuted(self.measurements.channel_order[chunk.start : chunk.stop])
+        return self.ctx.load_balanced(chunk).permuted(self.channel_order(chunk))
+
+    def channel_order(self, chunk: range) -> Tensor:
+        """The model's intermediate channel at each place, int64 [n, I]."""
+        return self.measurements.channel_order[chunk.start : chunk.stop]
 
     def sqrt_output_weight(self, name: ProjectionName, chunk: range) -> Tensor | None:
         """Roots of the weights of outputs [n, N]; None for down, whose outputs all weigh the same."""
@@ -129,7 +133,7 @@ class LayerView:
             M: [n, K, K], in stored order.
             factor: of M, where it is known.
         """
-        order = projection.components.order[chunk.start : chunk.stop]
+        order = projection.order(chunk)
         F = projection.decomposition.factors(W)
         if projection.decomposition.component_axis == "input":
             F = F.gather(1, order[:, :, None].expand_as(F))
@@ -148,12 +152,12 @@ class LayerView:
         """
         if (kept := self.ctx.cache.moments(projection.key).stacked(chunk, self.ctx.device)) is not None:
             return kept
-        decomposition, own = projection.decomposition, slice(chunk.start, chunk.stop)
+        decomposition = projection.decomposition
         if projection.name == "down":
             down = self._measure_again(chunk, lambda measured: measured.down)
-            return permute(down, self.measurements.channel_order[own])
+            return permute(down, self.channel_order(chunk))
         M = decomposition.moments(self.input_moments(chunk))
-        return permute(M, projection.components.order[own]) if decomposition.component_axis == "input" else M
+        return permute(M, projection.order(chunk)) if decomposition.component_axis == "input" else M
 
     def factor(self, projection: RankedProjection, chunk: range, M: Tensor) -> CholeskyFactor:
         """Factor of `moments`, or independent components where errors are not handed on."""

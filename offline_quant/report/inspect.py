@@ -1,9 +1,12 @@
 """Where the bits of a checkpoint went."""
 
+from pathlib import Path
+
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.format.schema import Layer, ProjectionName
 from bitsmoe_kernels.models.families import moe_shape
 from bitsmoe_kernels.sharding import ParallelSizes, parallel_sizes
+from offline_quant.checkpoint.directory import existing_directory
 from offline_quant.report.collect import linear_layers_report, width_histogram
 from offline_quant.report.schema import Inspection, LayerInspection, ProjectionInspection
 
@@ -15,6 +18,17 @@ def parallel_sizes_of(checkpoint: Checkpoint) -> ParallelSizes:
         shape.num_experts, shape.intermediate_size, len(shape.layers), checkpoint.config.block_size,
         checkpoint.model_config,
     )  # fmt: skip
+
+
+def inspect_directory(directory: Path) -> Inspection:
+    """Check a checkpoint in full, and say where its bits went and how it can be served.
+
+    Raises:
+        BitsmoeError: no such directory, or a damaged checkpoint.
+    """
+    checkpoint = Checkpoint(existing_directory(directory))
+    checkpoint.check()
+    return inspect_checkpoint(checkpoint)
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:

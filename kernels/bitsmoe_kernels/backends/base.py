@@ -104,10 +104,12 @@ class Backend(ABC):
         expert_map: Tensor | None,
         tensors: Sequence[Tensor],
         key: str,
+        /,
     ) -> Tensor:
         """The routed experts' output, as `reference.moe_forward` defines it.
 
-        torch.compile traces this call. An implementation it cannot trace is registered by `moe_op`.
+        torch.compile traces this call. A function that it cannot trace becomes an op by `moe_op`; then
+        `compute = staticmethod(the_op)` is all that a backend says.
 
         Args:
             x: [T, H].

@@ -58,6 +58,7 @@ class TorchReference(Backend):
     device_type = None
     cuda_graphs = False
     slow = True
+    compute = staticmethod(moe_forward_op)
 
     def why_not(self, layer: Layer, target: Target) -> str | None:
         """None: it computes everything."""
@@ -73,15 +74,3 @@ class TorchReference(Backend):
         """The file's own tensors."""
         names = weights.layer.tensor_specs(weights.block_size)
         return Prepared({name: weights.tensors[name] for name in names}, layout_key(weights.layer, weights.block_size))
-
-    def compute(
-        self,
-        x: Tensor,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        expert_map: Tensor | None,
-        tensors: Sequence[Tensor],
-        key: str,
-    ) -> Tensor:
-        """See `Backend`."""
-        return moe_forward_op(x, topk_weights, topk_ids, expert_map, tensors, key)

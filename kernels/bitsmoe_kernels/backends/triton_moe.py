@@ -63,6 +63,7 @@ class TritonMoE(Backend):
     name = "Triton kernels"
     device_type = "cuda"
     cuda_graphs = True
+    compute = staticmethod(moe_kernels_op)
 
     def why_not(self, layer: Layer, target: Target) -> str | None:
         """See `Backend`: the device, the dtype, a missing package, or what `layout` cannot pack."""
@@ -85,15 +86,3 @@ class TritonMoE(Backend):
         assert target.capability is not None
         packed = to_kernel_layout(weights, target.dtype, kwidth_of(target.capability))
         return Prepared({f"kernel_{name}": tensor for name, tensor in packed.tensors().items()}, kernel_key(packed))
-
-    def compute(
-        self,
-        x: Tensor,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        expert_map: Tensor | None,
-        tensors: Sequence[Tensor],
-        key: str,
-    ) -> Tensor:
-        """See `Backend`."""
-        return moe_kernels_op(x, topk_weights, topk_ids, expert_map, tensors, key)

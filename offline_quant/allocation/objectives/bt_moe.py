@@ -30,7 +30,7 @@ class BTMoE(Objective):
             experts, energy = view.load(chunk), np.zeros((len(chunk), len(width)))
             for name, projection in projections.items():
                 W, M = view.scaled_weights(name, chunk, experts), view.moments(projection, chunk)
-                order = projection.components.order[chunk.start : chunk.stop]
+                order = projection.order(chunk)
                 F, M = W.mT.gather(1, order[:, :, None].expand(-1, -1, W.shape[1])), add_damping(M)
                 for bits in np.unique(width):
                     widths = torch.full(order.shape, int(bits), dtype=torch.uint8, device=F.device)

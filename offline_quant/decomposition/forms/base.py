@@ -38,11 +38,14 @@ class Form(ABC):
 
     Attributes:
         name: as `--basis` takes it, if it does.
-        shares_bases: whether experts share bases, for which every token served pays a projection.
     """
 
     name: str
-    shares_bases = False
+
+    @property
+    def shares_bases(self) -> bool:
+        """Whether experts share bases, for which every token served pays a projection."""
+        return any(p.basis is not None for p in self.projections(Basis(rank=1, bits=8)).values())
 
     @abstractmethod
     def projections(self, basis: Basis) -> Projections:

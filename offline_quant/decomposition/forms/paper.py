@@ -11,7 +11,6 @@ class Paper(Form):
     """Right bases for gate and for up, a left basis for down."""
 
     name = "paper"
-    shares_bases = True
 
     def projections(self, basis: Basis) -> Projections:
         """See `Form.projections`."""

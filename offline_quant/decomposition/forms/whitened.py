@@ -11,7 +11,6 @@ class Whitened(Form):
     """Whitened SVD of the stacked gate and up matrices; down keeps its channels."""
 
     name = "whitened"
-    shares_bases = True
 
     def projections(self, basis: Basis) -> Projections:
         """See `Form.projections`."""

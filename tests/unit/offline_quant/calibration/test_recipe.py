@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from builders import REPO
 from families import make_model
 from offline_quant.calibration.sources import registry
 from offline_quant.calibration.sources.registry import calibration_source, open_text
@@ -14,27 +16,8 @@ from offline_quant.config import QuantizeConfig
 from offline_quant.pipeline.quantize import quantize_model
 from offline_quant.report import model_card
 
-COUNTING = '''
-"""`--calib count:STEP`: token ids that count in steps."""
-
-import torch
-
-from offline_quant.calibration.sources.base import CalibrationSource, CalibrationText, CalibrationWindows
-
-
-class CountingCalibration(CalibrationSource):
-    @staticmethod
-    def matches(calib):
-        return calib is not None and calib.startswith("count:")
-
-    def memory_bytes(self, sizes):
-        return 8 * sizes.tokens
-
-    def windows(self, tokenizer, length):
-        step, shape = int(self.config.calib.removeprefix("count:")), (self.config.calib_samples, length)
-        tokens = torch.arange(shape[0] * shape[1]).view(shape) * step % tokenizer.vocab_size
-        return CalibrationWindows(tokens, CalibrationText(self.config.calib, f"counted in steps of {step}"))
-'''
+RECIPE = (REPO / "docs" / "developing" / "calibration_source.md").read_text(encoding="utf-8")
+(COUNTING,) = re.findall(r"```python title=.*?\n(.*?)```", RECIPE, re.DOTALL)
 REPEATING = '''
 """`--calib repeat:TEXT`: a text again and again."""
 
