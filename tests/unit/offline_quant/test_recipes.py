@@ -62,6 +62,7 @@ def quantized(tree: Path, model: Path, *options: str, calib: str = "calib.txt") 
     return report
 
 
+@pytest.mark.slow
 def test_an_objective(tree: Path) -> None:
     model = make_model("Qwen3MoeForCausalLM", tree / "model")
     follow("objective.md", tree)
@@ -79,6 +80,7 @@ def test_an_objective(tree: Path) -> None:
         assert row["solver_gap"] < 1e-2
 
 
+@pytest.mark.slow
 def test_a_decomposition(tree: Path) -> None:
     model = make_model("Qwen3MoeForCausalLM", tree / "model")
     follow("decomposition.md", tree)
@@ -92,6 +94,7 @@ def test_a_decomposition(tree: Path) -> None:
         assert torch.allclose(basis @ basis.T, torch.eye(len(basis), dtype=torch.float64), atol=0.05)
 
 
+@pytest.mark.slow
 def test_a_calibration_source(tree: Path) -> None:
     model = make_model("Qwen3MoeForCausalLM", tree / "model")
     follow("calibration_source.md", tree)

@@ -120,6 +120,7 @@ def test_other_exceptions_are_found(sound: Path, monkeypatch: pytest.MonkeyPatch
         examine(sound)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_or_hangs_is_found(
     bases: list[Base], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
