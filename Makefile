@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
+CPU := kernels/bitsmoe_kernels/_cpu
+CPU_KERNELS := $(CPU)/libbitsmoe_cpu.so
 QUANTIZER_TESTS := tests/unit/offline_quant tests/unit/bitsmoe
 
 .DEFAULT_GOAL := help
@@ -18,7 +20,11 @@ $(STAMP): pyproject.toml tools/setup.sh tools/vllm-metadata/pyproject.toml
 	@PYTHON="$(PYTHON)" tools/setup.sh
 	@touch $@
 
-demo: $(STAMP) ## quantize the demo model, serve it with vLLM, get a completion
+# The set-up compiles them; here they are compiled again after a change.
+$(CPU_KERNELS): $(wildcard $(CPU)/*.cpp $(CPU)/*.h) $(CPU)/build.py | $(STAMP)
+	@$(PY) -m bitsmoe_kernels._cpu.build
+
+demo: $(STAMP) $(CPU_KERNELS) ## quantize the demo model, serve it with vLLM, get a completion
 	@$(PY) examples/demo.py
 
 # Two halves side by side, about equally long: the quantizer's tests and the types, all other tests.
@@ -40,7 +46,7 @@ test: lint ## lint and run every test that needs no GPU
 lint: style ## ruff, codespell and mypy
 	$(PY) -m mypy
 
-style: $(STAMP)
+style: $(STAMP) $(CPU_KERNELS)
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(VENV)/bin/codespell

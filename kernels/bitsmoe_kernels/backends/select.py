@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 
 from bitsmoe_kernels.backends.base import Backend, Target
+from bitsmoe_kernels.backends.cpu_moe import CpuMoE
 from bitsmoe_kernels.backends.torch_reference import TorchReference
 from bitsmoe_kernels.backends.triton_moe import TritonMoE
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.schema import Layer
 
-BACKENDS: tuple[Backend, ...] = (TritonMoE(), TorchReference())
+BACKENDS: tuple[Backend, ...] = (TritonMoE(), CpuMoE(), TorchReference())
 """All backends. The first that can compute a layer does."""
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bitsmoe_kernels.format.schema import Layer, ProjectionName
 from bitsmoe_kernels.layout.fields import CLASSES, TILE
+from bitsmoe_kernels.layout.forms import restricted
 from bitsmoe_kernels.layout.matrices import Matrices, MatrixContent, components_of, pack_matrices
 from bitsmoe_kernels.reference import LayerWeights, ProjectionWeights
 
@@ -65,16 +66,10 @@ class KernelLayer:
 
 def unsupported(layer: Layer) -> str | None:
     """Why the kernels cannot compute this layer; None where they can."""
-    if layer.projections["down"].component_axis == "output":
-        return "its down projection has components on the output side (--basis paper)"
-    if any(p.component_axis == "output" for p in layer.projections.values()):
-        return "gate or up has components on the output side"
-    if layer.projections["down"].basis:
-        return "its down projection has a basis"
+    if reason := restricted(layer):
+        return reason
     if any(p.basis and (p.kept_experts or p.lowrank_total) for p in layer.projections.values()):
         return "a projection has both a basis and experts at 16 bits or compensators"
-    if len({p.basis and p.basis.bits for name, p in layer.projections.items() if name != "down"}) > 1:
-        return "gate and up have bases of different kinds"
     return None
 
 

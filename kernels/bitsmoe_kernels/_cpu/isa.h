@@ -1,0 +1,11 @@
+// What each instruction set offers to `native.cpp`.
+#ifndef BITSMOE_ISA_H
+#define BITSMOE_ISA_H
+#include <stdint.h>
+
+struct Call;
+typedef int Forward(const Call*, int64_t chunk, uint8_t** memory, int64_t* memory_bytes, int max_threads);
+
+Forward forward_avx2, forward_avx512, forward_amx, forward_neon;
+bool amx_granted();  // by the kernel, to this process
+#endif

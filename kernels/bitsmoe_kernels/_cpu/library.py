@@ -1,0 +1,134 @@
+"""The functions of the compiled CPU kernels, by ctypes. The library is loaded at the first use."""
+
+import ctypes
+import os
+from ctypes import POINTER, Structure, byref, c_int, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bitsmoe_kernels._cpu.build import LIBRARY
+from bitsmoe_kernels.errors import BitsmoeError
+
+INSTRUCTION_SETS = {"amx": 3, "avx512": 2, "avx2": 1, "neon": 4}
+"""By preference, with the library's numbers for them."""
+TITLES = {"amx": "AMX and AVX-512 VNNI", "avx512": "AVX-512 VNNI", "avx2": "AVX2", "neon": "NEON dot products"}
+ENVIRONMENT = "BITSMOE_CPU_ISA"
+"""Environment variable that names the instruction set to use, for tests and comparisons; unset: the best there is."""
+PATH = Path(__file__).resolve().parent / LIBRARY
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+TOKENS_AT_ONCE = 512
+"""Tokens of one pass. Longer inputs are cut, which bounds the buffers."""
+
+
+class Call(Structure):
+    """`struct Call` of layout.h."""
+
+    _fields_ = (
+        ("layer", c_void_p), ("x", c_void_p), ("ids", c_void_p), ("weights", c_void_p), ("map", c_void_p),
+        ("out", c_void_p), ("tokens", c_int64), ("top_k", c_int64), ("dtype", c_int64), ("id_bytes", c_int64),
+        ("map_size", c_int64),
+    )  # fmt: skip
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """The library.
+
+    Raises:
+        OSError: it is not there, or cannot be loaded.
+    """
+    library = ctypes.CDLL(os.environ.get("BITSMOE_CPU_LIBRARY") or str(PATH))
+    library.bitsmoe_has.argtypes = [c_int]
+    library.bitsmoe_forward.argtypes = [c_int, POINTER(Call), c_int64, c_int]
+    library.bitsmoe_large_pages.argtypes = [c_void_p, c_int64]
+    library.bitsmoe_large_pages.restype = None
+    library.bitsmoe_pack.argtypes = [
+        c_void_p, c_int, c_int64, c_void_p, c_void_p, c_int64, c_int, c_int64, c_int64, c_int64, c_int64, c_void_p,
+    ]  # fmt: skip
+    library.bitsmoe_pack.restype = None
+    return library
+
+
+@cache
+def why_not() -> str | None:
+    """Why the CPU kernels cannot be used on this machine, as a sentence without a full stop; None where they can."""
+    if not PATH.exists() and not os.environ.get("BITSMOE_CPU_LIBRARY"):
+        return (
+            "they were not compiled when bitsmoe-vllm was installed: install a C++ compiler (Debian: g++), then "
+            "bitsmoe-vllm again"
+        )
+    try:
+        load()
+    except OSError as e:
+        return f"their library cannot be loaded ({e}): install bitsmoe-vllm again"
+    chosen = os.environ.get(ENVIRONMENT)
+    if chosen and chosen not in INSTRUCTION_SETS:
+        return f"{ENVIRONMENT} is {chosen!r}, not one of {', '.join(INSTRUCTION_SETS)}"
+    if not usable():
+        return f"this processor has none of {', '.join(TITLES[name] for name in (chosen and [chosen]) or TITLES)}"
+    return None
+
+
+def usable() -> list[str]:
+    """Instruction sets of this processor that the kernels can use, best first; one where the environment names it."""
+    chosen = os.environ.get(ENVIRONMENT)
+    return [n for n, number in INSTRUCTION_SETS.items() if chosen in (None, "", n) and load().bitsmoe_has(number)]
+
+
+@cache
+def best() -> str:
+    """The instruction set that is used."""
+    return usable()[0]
+
+
+def large_pages(memory: Tensor) -> None:
+    """Ask for large pages behind a tensor: rows that lie far apart are read faster. Call it before filling."""
+    load().bitsmoe_large_pages(memory.data_ptr(), memory.nbytes)
+
+
+def forward(
+    layer: Tensor,
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    isa: str | None = None,
+    threads: int = 0,
+) -> Tensor:
+    """The routed experts' output, see `reference.moe_forward`.
+
+    Args:
+        layer: uint8, `layout.cpu_layout.to_cpu_layout`.
+        x: [T, H], float32, float16 or bfloat16.
+        topk_weights: [T, top_k].
+        topk_ids: [T, top_k], int32 or int64.
+        expert_map: [global experts] or None.
+        isa: a key of `INSTRUCTION_SETS`; None: the best.
+        threads: 0: as many as torch uses.
+
+    Returns:
+        [T, H] in x's dtype.
+
+    Raises:
+        BitsmoeError: there is no memory for the buffers, or `layer` is not in the kernels' layout.
+    """
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if not len(x):
+        return out
+    if topk_ids.dtype not in (torch.int32, torch.int64):
+        topk_ids = topk_ids.long()
+    ids, weights = topk_ids.contiguous(), topk_weights.float().contiguous()
+    local = None if expert_map is None else expert_map.int().contiguous()
+    call = Call(
+        layer.data_ptr(), x.data_ptr(), ids.data_ptr(), weights.data_ptr(), None if local is None else local.data_ptr(),
+        out.data_ptr(), len(x), ids.shape[1], DTYPES[x.dtype], ids.itemsize, 0 if local is None else len(local),
+    )  # fmt: skip
+    status = load().bitsmoe_forward(INSTRUCTION_SETS[isa or best()], byref(call), TOKENS_AT_ONCE, threads)
+    if status:
+        reasons = {1: "there is no memory for the buffers", 2: "the weights are not in the layout of the CPU kernels"}
+        raise BitsmoeError(reasons.get(status, f"this processor cannot run {isa or best()}"))
+    return out
