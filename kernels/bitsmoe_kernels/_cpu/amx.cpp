@@ -36,79 +36,74 @@ inline void unpack(const uint8_t* w, int64_t step_stride, int steps, uint8_t* to
     for (int row = steps * FIELDS; row < tiles * 16; row++) _mm512_storeu_si512(to + row * 64, _mm512_setzero_si512());
 }
 
-enum { PIECE = 32 };  // tiles of 64 components that are unpacked at once
+constexpr int PIECE = 16;  // tiles of 64 components that are unpacked at once, of two strips: 32 KiB
+
+inline void unpack_strip(const uint8_t* w, const Run& run, int64_t step_stride, int steps, uint8_t* to, int tiles) {
+    switch (run.bits) {
+        case 1: unpack<1>(w, step_stride, steps, to, tiles); break;
+        case 2: unpack<2>(w, step_stride, steps, to, tiles); break;
+        case 4: unpack<4>(w, step_stride, steps, to, tiles); break;
+        default: unpack<8>(w, step_stride, steps, to, tiles);
+    }
+}
+
+// Sums of tiles 0 to 3 (two digits of two strips) to their places.
+inline void store_tiles(int32_t* out, int64_t out_token, int64_t out_row, int count, bool second, bool add) {
+    alignas(64) int32_t sums[4][16 * LANES];
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[1], 64);
+    if (second) {
+        _tile_stored(2, sums[2], 64);
+        _tile_stored(3, sums[3], 64);
+    }
+    for (int i = 0; i < count; i++)
+        for (int d = 0; d < (second ? 4 : 2); d++) {
+            int32_t* to = out + i * out_token + d % 2 * out_row + d / 2 * LANES;
+            __m512i v = _mm512_load_si512(sums[d] + i * LANES);
+            if (add) v = _mm512_add_epi32(v, _mm512_loadu_si512(to));
+            _mm512_storeu_si512(to, v);
+        }
+}
 
 template <int ROWS>
 inline void tile_dots(const uint8_t* w, int strips, const Run& run, const int8_t* acts, int64_t token_stride,
                       int64_t row_stride, int tokens, int32_t* out) {
-    alignas(64) uint8_t codes[PIECE * 1024];
-    alignas(64) int32_t result[2][16 * LANES];
-    TileConfig config;
-    memset(&config, 0, sizeof config);
-    config.palette = 1;
-    for (int i = 0; i < 8; i++) {
-        config.rows[i] = 16;
-        config.row_bytes[i] = 64;
-    }
-    _tile_loadconfig(&config);
+    alignas(64) uint8_t codes[2][PIECE * 1024];
     const int fields = 8 / run.bits, tiles = (run.steps * fields + 15) / 16, steps_a_tile = 16 / fields;
     const int64_t out_row = strips * LANES, out_token = ROWS * out_row, step_stride = strips * STEP_BYTES;
-    for (int s = 0; s < strips; s++)
+    for (int s = 0; s < strips; s += 2) {
+        const bool second = s + 1 < strips;
         for (int first = 0; first < tiles; first += PIECE) {
             const int n = tiles - first < PIECE ? tiles - first : PIECE;
             const int from = first * steps_a_tile;
             const int steps = run.steps - from < n * steps_a_tile ? run.steps - from : n * steps_a_tile;
             const uint8_t* at = w + s * STEP_BYTES + from * step_stride;
-            switch (run.bits) {
-                case 1: unpack<1>(at, step_stride, steps, codes, n); break;
-                case 2: unpack<2>(at, step_stride, steps, codes, n); break;
-                case 4: unpack<4>(at, step_stride, steps, codes, n); break;
-                default: unpack<8>(at, step_stride, steps, codes, n);
-            }
-            for (int t = 0; t < tokens; t += 2 * TILE_TOKENS) {
-                const bool second = t + TILE_TOKENS < tokens;
+            unpack_strip(at, run, step_stride, steps, codes[0], n);
+            if (second) unpack_strip(at + STEP_BYTES, run, step_stride, steps, codes[1], n);
+            for (int t = 0; t < tokens; t += TILE_TOKENS)
                 for (int r = 0; r < ROWS; r += 2) {
                     const int8_t* a = acts + t * token_stride + r * row_stride + first * TILE_K;
-                    const int8_t* b = a + TILE_TOKENS * token_stride;
                     _tile_zero(0);
                     _tile_zero(1);
                     _tile_zero(2);
                     _tile_zero(3);
                     for (int k = 0; k < n; k++) {
-                        _tile_loadd(6, codes + k * 1024, 64);
                         _tile_loadd(4, a + k * TILE_K, token_stride);
-                        _tile_loadd(5, a + row_stride + k * TILE_K, token_stride);
+                        _tile_loadd(6, codes[0] + k * 1024, 64);
                         _tile_dpbsud(0, 4, 6);
+                        _tile_loadd(5, a + row_stride + k * TILE_K, token_stride);
                         _tile_dpbsud(1, 5, 6);
                         if (second) {
-                            _tile_loadd(4, b + k * TILE_K, token_stride);
-                            _tile_loadd(5, b + row_stride + k * TILE_K, token_stride);
-                            _tile_dpbsud(2, 4, 6);
-                            _tile_dpbsud(3, 5, 6);
+                            _tile_loadd(7, codes[1] + k * 1024, 64);
+                            _tile_dpbsud(2, 4, 7);
+                            _tile_dpbsud(3, 5, 7);
                         }
                     }
-                    for (int half = 0; half < 1 + second; half++) {
-                        if (half == 0) {
-                            _tile_stored(0, result[0], 64);
-                            _tile_stored(1, result[1], 64);
-                        } else {
-                            _tile_stored(2, result[0], 64);
-                            _tile_stored(3, result[1], 64);
-                        }
-                        const int begin = t + half * TILE_TOKENS;
-                        const int count = tokens - begin < TILE_TOKENS ? tokens - begin : TILE_TOKENS;
-                        for (int i = 0; i < count; i++)
-                            for (int d = 0; d < 2; d++) {
-                                int32_t* to = out + (begin + i) * out_token + (r + d) * out_row + s * LANES;
-                                __m512i v = _mm512_load_si512(result[d] + i * LANES);
-                                if (first) v = _mm512_add_epi32(v, _mm512_loadu_si512(to));
-                                _mm512_storeu_si512(to, v);
-                            }
-                    }
+                    const int count = tokens - t < TILE_TOKENS ? tokens - t : TILE_TOKENS;
+                    store_tiles(out + t * out_token + r * out_row + s * LANES, out_token, out_row, count, second, first);
                 }
-            }
         }
-    _tile_release();
+    }
 }
 
 template <int ROWS>
@@ -119,6 +114,19 @@ inline void dots(const uint8_t* w, int strips, const Run& run, const int8_t* act
     else
         tile_dots<ROWS>(w, strips, run, acts, token_stride, row_stride, tokens, out);
 }
+
+// Tiles of 16 rows of 64 bytes, for this thread until `leave`.
+inline void enter() {
+    TileConfig config;
+    memset(&config, 0, sizeof config);
+    config.palette = 1;
+    for (int i = 0; i < 8; i++) {
+        config.rows[i] = 16;
+        config.row_bytes[i] = 64;
+    }
+    _tile_loadconfig(&config);
+}
+inline void leave() { _tile_release(); }
 }  // namespace
 
 #include "engine.h"

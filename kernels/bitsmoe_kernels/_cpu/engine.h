@@ -7,6 +7,7 @@
 // Before this file an instruction set defines, in an unnamed namespace,
 //   dots<ROWS>(codes, strips, run, acts, row_stride, tokens, out)   integer dot products of one run
 //   dense_strip(w, kind, K, x, tokens, y, y_stride)                 16 outputs of 16-bit weights
+//   enter(), leave()                                                what a thread must do before and after
 // Nothing of the C++ library is used here: its inline functions would be compiled for this instruction set, and the
 // linker could take them for the whole program.
 #include <math.h>
@@ -91,14 +92,15 @@ struct Acts {
 
 // Digits of one token for one matrix: scale[c] * source[index[c]] for each component c.
 template <int ROWS>
-void take_acts(const uint8_t* base, const Matrix& m, const float* source, int64_t row_stride, Acts to, float* scratch) {
+void take_acts(const uint8_t* base, const Matrix& m, const float* source, int64_t row_stride, Acts to,
+               float* __restrict scratch) {
     const Run* runs = (const Run*)(base + m.run_at);
     const uint16_t* index = m.index_at < 0 ? nullptr : (const uint16_t*)(base + m.index_at);
     const float* scales = m.scale_at < 0 ? nullptr : (const float*)(base + m.scale_at);
     for (int64_t i = 0; i < m.runs; i++) {
         const Run& run = runs[i];
         const int64_t n = run.count;
-        float* v = scratch;
+        float* __restrict v = scratch;
         if (index) {
             const uint16_t* at = index + run.component;
             const float* s = scales + run.component;
@@ -206,8 +208,13 @@ void compensator_inner(const uint8_t* base, const Matrix& m, const float* source
     const uint16_t* in = (const uint16_t*)(base + m.in_at);
     for (int64_t j = 0; j < m.rank; j++) {
         float part[LANES] = {0};
-        for (int64_t k = 0; k < m.inputs; k++)
-            part[k % LANES] = __builtin_fmaf(of_half(in[j * m.inputs + k]), source[k], part[k % LANES]);
+        const uint16_t* row = in + j * m.inputs;
+        const int64_t whole = m.inputs / LANES * LANES;
+        for (int64_t k = 0; k < whole; k += LANES)
+            for (int64_t l = 0; l < LANES; l++)
+                part[l] = __builtin_fmaf(of_half(row[k + l]), source[k + l], part[l]);
+        for (int64_t k = whole; k < m.inputs; k++)
+            part[k - whole] = __builtin_fmaf(of_half(row[k]), source[k], part[k - whole]);
         float sum = 0.0f;
         for (int l = 0; l < LANES; l++) sum += part[l];
         inner[j] = sum;
@@ -256,10 +263,10 @@ inline const Matrix* matrices(const Pass& p, int64_t at) { return (const Matrix*
 template <int ROWS>
 ActStore take_store(Scratch& s, int64_t n, int64_t row, int64_t ranks) {
     ActStore a;
-    a.row = row;
+    a.row = row + ACT_ALIGN;  // no power of two: rows of 16 tokens would share few lines of the cache
     a.ranks = ranks;
     // Tiles of 16 tokens read past the last one.
-    a.digits = s.take<int8_t>((n + LANES) * ROWS * row);
+    a.digits = s.take<int8_t>((n + LANES) * ROWS * a.row);
     a.scale = s.take<float>(n * MAX_RUNS);
     a.centre = s.take<int32_t>(n * MAX_RUNS * ROWS);
     a.inner = s.take<float>(n * ranks);
@@ -497,7 +504,9 @@ int forward_rows(const Call* call, int64_t chunk, uint8_t** memory, int64_t* mem
 #pragma omp parallel num_threads(max_threads)
         {
             const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+            enter();
             work<ROWS>(p, thread, threads, private_floats + thread * widest);
+            leave();
         }
     }
     return 0;

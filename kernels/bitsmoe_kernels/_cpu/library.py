@@ -72,10 +72,11 @@ def why_not() -> str | None:
     return None
 
 
-def usable() -> list[str]:
+@cache
+def usable() -> tuple[str, ...]:
     """Instruction sets of this processor that the kernels can use, best first; one where the environment names it."""
     chosen = os.environ.get(ENVIRONMENT)
-    return [n for n, number in INSTRUCTION_SETS.items() if chosen in (None, "", n) and load().bitsmoe_has(number)]
+    return tuple(n for n, number in INSTRUCTION_SETS.items() if chosen in (None, "", n) and load().bitsmoe_has(number))
 
 
 @cache
@@ -113,7 +114,7 @@ def forward(
         [T, H] in x's dtype.
 
     Raises:
-        BitsmoeError: there is no memory for the buffers, or `layer` is not in the kernels' layout.
+        BitsmoeError: `isa` cannot be used, there is no memory for the buffers, or `layer` is in another layout.
     """
     x = x.contiguous()
     out = torch.empty_like(x)
@@ -127,8 +128,12 @@ def forward(
         layer.data_ptr(), x.data_ptr(), ids.data_ptr(), weights.data_ptr(), None if local is None else local.data_ptr(),
         out.data_ptr(), len(x), ids.shape[1], DTYPES[x.dtype], ids.itemsize, 0 if local is None else len(local),
     )  # fmt: skip
-    status = load().bitsmoe_forward(INSTRUCTION_SETS[isa or best()], byref(call), TOKENS_AT_ONCE, threads)
+    chosen = best() if isa is None else isa
+    if chosen not in usable():  # asking also makes the system grant AMX to this process
+        raise BitsmoeError(f"instruction set {chosen!r} cannot be used here, only {', '.join(usable())}")
+    status = load().bitsmoe_forward(INSTRUCTION_SETS[chosen], byref(call), TOKENS_AT_ONCE, threads)
+    if status == 1:
+        raise BitsmoeError("the CPU kernels found no memory for their buffers")
     if status:
-        reasons = {1: "there is no memory for the buffers", 2: "the weights are not in the layout of the CPU kernels"}
-        raise BitsmoeError(reasons.get(status, f"this processor cannot run {isa or best()}"))
+        raise BitsmoeError("the weights are not in the layout of the CPU kernels")
     return out
