@@ -1,6 +1,7 @@
 """Plain-torch meaning of a checkpoint's tensors: dequantized weights and the routed-experts forward pass.
 
-Every kernel is tested against this file, and on a CPU it is what vLLM runs. Symbols as in `format/schema.py`, and
+Every kernel is tested against this file, and vLLM runs it where no kernel can compute a layer. Symbols as in
+`format/schema.py`, and
 
     T  tokens      top_k  experts per token      N  output size of a projection      K  its input size
 

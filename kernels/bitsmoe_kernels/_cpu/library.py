@@ -95,7 +95,7 @@ def forward(
     x: Tensor,
     topk_weights: Tensor,
     topk_ids: Tensor,
-    expert_map: Tensor | None,
+    expert_map: Tensor | None = None,
     isa: str | None = None,
     threads: int = 0,
 ) -> Tensor:
@@ -123,7 +123,10 @@ def forward(
     if topk_ids.dtype not in (torch.int32, torch.int64):
         topk_ids = topk_ids.long()
     ids, weights = topk_ids.contiguous(), topk_weights.float().contiguous()
-    local = None if expert_map is None else expert_map.int().contiguous()
+    local = expert_map
+    if local is not None:
+        # An entry beyond 32 bits names no expert, and must not become one.
+        local = (local if local.dtype == torch.int32 else local.clamp(-1, 2**31 - 1).int()).contiguous()
     call = Call(
         layer.data_ptr(), x.data_ptr(), ids.data_ptr(), weights.data_ptr(), None if local is None else local.data_ptr(),
         out.data_ptr(), len(x), ids.shape[1], DTYPES[x.dtype], ids.itemsize, 0 if local is None else len(local),

@@ -21,7 +21,7 @@ class Choice:
         backend: the first that can.
         target: what it computes on.
         refusals: one sentence for each backend before it, without a full stop. A CPU has none from backends for other
-            devices.
+            devices, and other devices have none from those for CPUs.
     """
 
     backend: Backend
@@ -54,8 +54,9 @@ def select(layer: Layer, target: Target) -> Choice:
     for backend in BACKENDS:
         reason = backend.why_not(layer, target)
         if reason is None:
-            # That a CPU is no GPU is expected; elsewhere every reason counts.
-            told = (b for b in reasons if target.device_type != "cpu" or b.device_type == "cpu")
+            # That a CPU is no GPU is expected, and that a GPU is no CPU; every other reason counts.
+            on_cpu = target.device_type == "cpu"
+            told = (b for b in reasons if b.device_type is None or (b.device_type == "cpu") == on_cpu)
             return Choice(backend, target, tuple(f"{b.name} cannot be used: {reasons[b]}" for b in told))
         reasons[backend] = reason
     faults = [f"{backend.name} cannot be used: {reason}" for backend, reason in reasons.items()]

@@ -38,6 +38,8 @@ RUNS = ((4, 0), (4, 4), (2, 0), (2, 4), (1, 0), (1, 2), (1, 4), (1, 6))
 MAGIC = 0x31554350
 MOST_INPUTS = 32_768
 """Beyond it a sum of products of a basis in 8 bits does not fit int32."""
+MOST_RANKS = 65_536
+"""Of the bases of gate and up together: an index has 16 bits."""
 _MATRIX, _LAYER, _RUN = struct.Struct("<14q"), struct.Struct("<16q"), struct.Struct("<8i")
 
 
@@ -47,6 +49,8 @@ def unsupported(layer: Layer) -> str | None:
         return reason
     if (widest := max(layer.hidden_size, layer.intermediate_size)) > MOST_INPUTS:
         return f"hidden_size or intermediate_size is {widest}, more than {MOST_INPUTS}"
+    if (ranks := sum(p.basis.rank for p in layer.projections.values() if p.basis)) > MOST_RANKS:
+        return f"its bases have {ranks} rows, more than {MOST_RANKS}"
     return None
 
 
@@ -162,7 +166,7 @@ def to_cpu_layout(weights: LayerWeights) -> Tensor:
     )  # fmt: skip
     out = torch.empty(block.size, dtype=torch.uint8)
     library.large_pages(out)
-    view = out.numpy()
+    view = out.zero_().numpy()  # the bytes between pieces are zero: equal layers are equal blocks
     view[: len(head)] = head
     for at, array in block.pieces:
         view[at : at + array.nbytes] = array.reshape(-1).view(np.uint8)
@@ -246,10 +250,11 @@ def _matrix(
     feature[:columns] = w.part("feature_scale")[e, first : first + columns].float().numpy()
     codes_at = block.reserve(padded // LANES * coded.steps * STEP_BYTES)
     bits = w.part("bits")[e].numpy().astype(np.int64)
-    start = w.row_ends[e] - int(bits.sum())
     if coded.runs:
-        starts = start + np.cumsum(bits) - bits
-        jobs.append(_Job(w.part("codes"), starts, coded.runs, w.block_size // UNIT, first, columns, codes_at))
+        end = w.row_ends[e]
+        words = w.part("codes")[end - int(bits.sum()) : end].contiguous()
+        starts = np.cumsum(bits) - bits
+        jobs.append(_Job(words, starts, coded.runs, w.block_size // UNIT, first, columns, codes_at))
     rank, in_at, out_at = 0, -1, -1
     if w.spec.lowrank_total:
         ranks = w.part("lowrank_rank").tolist()
