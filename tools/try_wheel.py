@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import tomllib
@@ -29,6 +30,10 @@ PACKAGES = {
     "offline_quant": "offline_quant",
 }
 """Folder in the repository -> folder in the wheel."""
+LIBRARY = "bitsmoe_kernels/_cpu/libbitsmoe_cpu.so"
+"""In the wheel, compiled from the sources beside it."""
+TAG = f"py3-none-{sysconfig.get_platform().replace('-', '_')}"
+"""Of the wheel: any Python, this machine."""
 BITS = "2.5"
 QUICK = ["--calib", "self", "--calib-samples", "4", "--calib-length", "256", "--refine", "0"]
 
@@ -93,11 +98,12 @@ def difference(got: set[str], wanted: set[str]) -> str:
 
 
 def check_wheels(from_sdist: Path, from_checkout: Path, names: set[str]) -> None:
-    """Both wheels are equal, and hold all files of the packages and nothing else.
+    """Both wheels are equal and for this machine. They hold all files of the packages, the library and nothing else.
 
     Raises:
         TrialError: they do not.
     """
+    expect(from_sdist.name.endswith(f"-{TAG}.whl"), f"{from_sdist.name} does not end in -{TAG}.whl")
     files = digests(from_sdist)
     expect(files == digests(from_checkout), "the wheels from checkout and source distribution differ")
     modules = {name for name in files if not name.partition("/")[0].endswith(".dist-info")}
@@ -107,6 +113,7 @@ def check_wheels(from_sdist: Path, from_checkout: Path, names: set[str]) -> None
         for name in names
         if name.startswith(f"{folder}/")
     }
+    wanted.add(LIBRARY)
     expect(modules == wanted, f"files of the wheel; {difference(modules, wanted)}")
     print(f"{from_sdist.name}: {len(wanted)} files of {len(PACKAGES)} packages")
 
@@ -146,6 +153,8 @@ def try_wheel(wheel: Path, version: str, torch: str, sources: Path, scratch: Pat
     expect(place.is_relative_to(scratch), f"bitsmoe was imported from {place}")
     said = run(bitsmoe, "--version", cwd=scratch).strip()
     expect(said == f"bitsmoe-vllm {version}", f"bitsmoe --version says {said!r}, not {version}")
+    said = run(python, "-c", "from bitsmoe_kernels._cpu import library; print(library.why_not())", cwd=scratch).strip()
+    expect(said == "None", f"the CPU kernels cannot be used: {said}")
     model = sources / "examples" / "tiny_moe"
     run(bitsmoe, "quantize", model, "--bits", BITS, *QUICK, "--out", "quantized", cwd=scratch)
     bpw = json.loads(run(bitsmoe, "inspect", "quantized", "--json", cwd=scratch))["bpw"]

@@ -19,7 +19,8 @@ from bitsmoe_kernels.layout.pack import KernelLayer, to_kernel_layout
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
 from bitsmoe_kernels.sharding import shard_layer
 from builders import REPO
-from kernel_cases import CASES, DTYPES, WARMED_UP, bytes_of, call_of, check, made_layer, parts, run_case
+from kernel_cases import DTYPES, NAMES, WARMED_UP, check, parts, run_case
+from moe_cases import CASES, bytes_of, call_of, made_layer
 
 pytestmark = pytest.mark.gpu
 
@@ -40,7 +41,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 @pytest.mark.usefixtures("poisoned_memory")
 @both_dtypes
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_case(name: str, dtype: torch.dtype) -> None:
     check(name, dtype, "cuda")
 

@@ -1,11 +1,14 @@
 """What `[tool.setuptools]` puts into a wheel. `tools/try_wheel.py` builds one and installs it."""
 
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
 from setuptools import find_packages
 
+from bitsmoe_kernels._cpu.build import MACHINES
+from bitsmoe_kernels._cpu.library import PATH
 from builders import REPO
 
 SETTINGS = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
@@ -45,11 +48,19 @@ def test_packages_at_any_depth_are_found(tmp_path: Path, top: str) -> None:
     assert packages_below(tmp_path) == set(names)
 
 
+def test_sources_of_the_cpu_kernels_are_in_a_source_distribution() -> None:
+    """As data of the package: setuptools' list of an extension's sources leaves out headers."""
+    declared = {p for pattern in SETTINGS["package-data"]["bitsmoe_kernels._cpu"] for p in PATH.parent.glob(pattern)}
+    assert {PATH.parent / name for machine in MACHINES.values() for name in machine} <= declared
+    included = {name for p in declared for name in re.findall(r'#include "(.*)"', p.read_text(encoding="utf-8"))}
+    assert {PATH.parent / name for name in included} <= declared
+
+
 @pytest.mark.parametrize("top", FOLDERS)
 def test_all_other_files_of_a_package_are_declared(top: str) -> None:
-    """Files that are no modules are left out of a wheel unless `package-data` names them."""
+    """Files that are no modules are left out of a wheel unless `package-data` names them. The library is compiled."""
     data = SETTINGS["package-data"]
-    others = {p for p in FOLDERS[top].rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    others = {p for p in FOLDERS[top].rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")} - {PATH}
     declared = {
         path
         for folder in {p.parent for p in FOLDERS[top].rglob("*.py")}

@@ -1,10 +1,12 @@
 """Which path the plugin takes for a layer, and what it hands to it: the CUDA path's Python, on a CPU."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from bitsmoe_kernels._cpu import library
 from bitsmoe_kernels.backends.triton_moe import kernel_key, moe_kernels_op
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.layout.pack import KernelLayer, to_kernel_layout
@@ -75,10 +77,48 @@ def test_what_kernels_cannot_do_runs_on_torch_and_says_so(
     assert reason in said
 
 
-def test_on_a_cpu_the_reference_runs_and_is_reported(logged: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    method, module = loaded(build_form("natural", **SIZES), torch.float32, monkeypatch)
-    call(method, module, torch.float32)
-    assert logged == ["bitsmoe: routed experts are computed by the torch reference path, on the CPU"]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", ["natural", "shared_basis", "extras"])
+def test_on_a_cpu_its_kernels_run_and_are_reported(
+    form: str, dtype: torch.dtype, logged: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = build_form(form, **SIZES)
+    method, module = loaded(made, dtype, monkeypatch)
+    x, weights, ids, y = call(method, module, dtype)
+    # One block of bytes, and nothing of the file's layout beside it.
+    ((name, block),) = module.named_parameters()
+    assert name == "cpu_layer"
+    assert torch.equal(y, library.forward(block, x, weights, ids))
+    assert logged == [
+        "bitsmoe: routed experts are computed by CPU kernels: mixed-bit dot products by "
+        f"{library.TITLES[library.best()]}, {str(dtype).removeprefix('torch.')}"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("form", "missing", "reason"),
+    [
+        ("paper", False, "its down projection has components on the output side (--basis paper)"),
+        ("natural", True, "they were not compiled when bitsmoe-vllm was installed"),
+    ],
+)
+def test_what_cpu_kernels_cannot_do_the_reference_does_and_says_so(
+    form: str, missing: bool, reason: str, logged: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if missing:
+        monkeypatch.setattr(library, "PATH", tmp_path / "absent.so")
+        monkeypatch.delenv("BITSMOE_CPU_LIBRARY", raising=False)
+        monkeypatch.setattr(library, "why_not", library.why_not.__wrapped__)
+    made = build_form(form, **SIZES)
+    method, module = loaded(made, torch.float32, monkeypatch)
+    x, weights, ids, y = call(method, module, torch.float32)
+    assert torch.equal(y, moe_forward(LayerWeights(made.layer, made.block_size, made.tensors), x, weights, ids))
+    (said,) = logged
+    assert said.startswith(
+        "WARNING bitsmoe: routed experts are computed by the torch reference path, on the CPU. CPU kernels cannot be "
+        f"used: {reason}"
+    )
+    assert said.endswith("Do not judge speed by this.")
 
 
 @pytest.mark.parametrize("way", ["parameters", "module"])

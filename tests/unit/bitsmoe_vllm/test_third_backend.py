@@ -1,4 +1,4 @@
-"""The recipe docs/developing/backend.md, followed to the letter: a third backend is one new file and one entry."""
+"""The recipe docs/developing/backend.md, followed to the letter: another backend is one new file and one entry."""
 
 import difflib
 import importlib.util
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from bitsmoe_kernels._cpu import library
 from bitsmoe_kernels.backends import select
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
 from bitsmoe_vllm.moe_method import local_experts
@@ -20,6 +21,10 @@ from vllm_layer import SIZES, call, loaded, log_of, on_gpu
 
 FILE, LINE = re.findall(r"```python\n(.*?)```", (REPO / "docs/developing/backend.md").read_text(encoding="utf-8"), re.S)
 """The code of the recipe: the new file, and the line of `select.py`."""
+
+
+def title_of_best() -> str:
+    return library.TITLES[library.best()]
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +83,27 @@ def test_what_it_refuses_the_next_one_computes(registered: Any, monkeypatch: pyt
     made = build_form("natural", **SIZES)
     method, module = loaded(made, torch.bfloat16, monkeypatch)
     x, weights, ids, y = call(method, module, torch.bfloat16)
+    want = moe_forward(LayerWeights(made.layer, made.block_size, made.tensors), x, weights, ids)
+    torch.testing.assert_close(y, want, rtol=0.02, atol=0.01)
+    assert logged == [
+        f"bitsmoe: routed experts are computed by CPU kernels: mixed-bit dot products by {title_of_best()}, bfloat16. "
+        "plain matrices cannot be used: activations are bfloat16, not float32"
+    ]
+
+
+def test_where_none_but_the_reference_is_left_both_reasons_are_said(
+    registered: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged = log_of(monkeypatch)
+    monkeypatch.setattr(library, "why_not", lambda: "they were not compiled")
+    made = build_form("natural", **SIZES)
+    method, module = loaded(made, torch.bfloat16, monkeypatch)
+    x, weights, ids, y = call(method, module, torch.bfloat16)
     assert torch.equal(y, moe_forward(LayerWeights(made.layer, made.block_size, made.tensors), x, weights, ids))
     assert logged == [
         "WARNING bitsmoe: routed experts are computed by the torch reference path, on the CPU. plain matrices cannot "
-        "be used: activations are bfloat16, not float32. Do not judge speed by this."
+        "be used: activations are bfloat16, not float32. CPU kernels cannot be used: they were not compiled. Do not "
+        "judge speed by this."
     ]
 
 

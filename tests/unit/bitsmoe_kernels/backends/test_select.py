@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from bitsmoe_kernels._cpu import library
 from bitsmoe_kernels.backends import select as select_module
-from bitsmoe_kernels.backends.base import Target
+from bitsmoe_kernels.backends.base import Backend, Target
+from bitsmoe_kernels.backends.cpu_moe import CpuMoE
 from bitsmoe_kernels.backends.select import BACKENDS, select
 from bitsmoe_kernels.backends.torch_reference import TorchReference
 from bitsmoe_kernels.backends.triton_moe import TritonMoE
@@ -22,6 +24,9 @@ REFUSED = {
 """The forms that the kernels cannot compute, and why."""
 
 
+REFERENCE = "bitsmoe: routed experts are computed by the torch reference path, on the CPU"
+
+
 class ForCPUs(TritonMoE):
     """A backend that refuses what the Triton kernels refuse, made for CPUs."""
 
@@ -29,13 +34,24 @@ class ForCPUs(TritonMoE):
     device_type = "cpu"
 
 
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU kernels can be used, whatever this machine is."""
+    monkeypatch.setattr(library, "why_not", lambda: None)
+    monkeypatch.setattr(library, "best", lambda: "avx2")
+
+
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("form", FORMS)
-def test_the_kernels_are_used_where_they_can_be(form: str) -> None:
-    choice = select(build_form(form).layer, H100)
+@pytest.mark.parametrize(
+    ("target", "kernels", "words"), [(H100, TritonMoE, "for sm_90, bfloat16"), (CPU, CpuMoE, "by AVX2, bfloat16")]
+)
+def test_the_kernels_are_used_where_they_can_be(target: Target, kernels: type[Backend], words: str, form: str) -> None:
+    choice = select(build_form(form).layer, target)
     reason = REFUSED.get(form)
-    assert isinstance(choice.backend, TorchReference if reason else TritonMoE)
+    assert isinstance(choice.backend, TorchReference if reason else kernels)
     assert choice.loud == bool(reason)
-    assert (reason or "for sm_90") in choice.message
+    assert (reason or words) in choice.message
 
 
 @pytest.mark.parametrize(
@@ -64,14 +80,52 @@ def test_without_triton_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) ->
     assert TritonMoE().why_not(build_form("natural").layer, H100) == "triton is not installed"
 
 
-def test_on_a_cpu_the_reference_is_no_news() -> None:
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_on_a_cpu_nothing_is_said_of_gpus(dtype: torch.dtype) -> None:
+    choice = select(build_form("natural").layer, Target("cpu", None, dtype))
+    assert isinstance(choice.backend, CpuMoE)
+    assert (choice.loud, choice.refusals) == (False, ())
+    assert choice.message == (
+        "bitsmoe: routed experts are computed by CPU kernels: mixed-bit dot products by AVX2, "
+        f"{choice.target.dtype_name}"
+    )
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize(
+    ("form", "dtype", "reason"),
+    [
+        ("paper", torch.bfloat16, "its down projection has components on the output side (--basis paper)"),
+        ("left", torch.float32, "gate or up has components on the output side"),
+        ("natural", torch.float64, "activations are float64, not float32, float16 or bfloat16"),
+    ],
+)
+def test_what_the_cpu_kernels_refuse_the_reference_computes_loudly(form: str, dtype: torch.dtype, reason: str) -> None:
+    choice = select(build_form(form).layer, Target("cpu", None, dtype))
+    assert isinstance(choice.backend, TorchReference)
+    assert choice.loud
+    assert choice.message.startswith(f"{REFERENCE}. CPU kernels cannot be used: {reason}")
+    assert choice.message.endswith("Do not judge speed by this.")
+
+
+def test_without_a_library_the_reference_computes_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "why_not", lambda: "they were not compiled")
     choice = select(build_form("natural").layer, CPU)
-    assert (choice.backend, choice.loud, choice.refusals) == (BACKENDS[-1], False, ())
-    assert choice.message == "bitsmoe: routed experts are computed by the torch reference path, on the CPU"
+    assert isinstance(choice.backend, TorchReference)
+    assert choice.loud
+    assert choice.message == (
+        f"{REFERENCE}. CPU kernels cannot be used: they were not compiled. Do not judge speed by this."
+    )
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_gpu_hears_nothing_of_the_cpu_kernels() -> None:
+    assert "CPU" not in select(build_form("natural").layer, H100).message
 
 
 def test_a_refusal_of_a_backend_for_cpus_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select_module, "BACKENDS", (ForCPUs(), *BACKENDS))
+    monkeypatch.setattr(select_module, "BACKENDS", (ForCPUs(), TorchReference()))
     choice = select(build_form("natural").layer, CPU)
     assert choice.loud
     assert choice.message.endswith(
@@ -80,7 +134,9 @@ def test_a_refusal_of_a_backend_for_cpus_is(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_fast_backend_says_who_refused_and_warns_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Refusing(ForCPUs):
+    class Refusing(TritonMoE):
+        name = "vector kernels"
+
         def why_not(self, layer: object, target: Target) -> str:
             return "it is the wrong day"
 
@@ -109,7 +165,7 @@ def test_where_none_can_all_reasons_are_listed(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_prepared_has_names_of_its_own_or_is_the_files(backend: TorchReference | TritonMoE) -> None:
+def test_what_is_prepared_has_names_of_its_own_or_is_the_files(backend: Backend) -> None:
     from bitsmoe_kernels.reference import LayerWeights
 
     made = build_form("shared_basis")

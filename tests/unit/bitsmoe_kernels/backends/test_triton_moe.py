@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import kernel_cases
 from bitsmoe_kernels._triton import gemm, prepare
 from bitsmoe_kernels.backends import triton_launch as moe
 from bitsmoe_kernels.backends.launch_config import DECODE, PREFILL, TILES, kwidth_of, pick_tile, table_of
@@ -23,7 +22,8 @@ from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.layout.pack import KernelLayer, to_kernel_layout
 from bitsmoe_kernels.reference import LayerWeights
 from builders import MadeLayer, Plan, build_form, build_layer, form_plans
-from kernel_cases import CASES, DTYPES, MARGIN, WARMED_UP, bytes_of, check, guarded_memory, run_case, shuffled_grid
+from kernel_cases import DTYPES, NAMES, WARMED_UP, check, parts, run_case, shuffled_grid
+from moe_cases import CASES, MARGIN, bytes_of, call_of, guarded_memory
 from pretended_cuda import pretended_cuda
 
 pytestmark = [
@@ -50,7 +50,7 @@ def call(T: int, H: int, ids: list[list[int]] | Tensor, dtype: torch.dtype = tor
 @pytest.mark.slow
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_case(name: str, dtype: torch.dtype) -> None:
     with shuffled_grid(list(CASES).index(name)):
         check(name, dtype)
@@ -84,9 +84,9 @@ def test_results_beyond_the_dtype_stay_finite(name: str, dtype: torch.dtype, mon
 @pytest.mark.parametrize("name", ["all tokens to one expert", "compensators of down", "8-bit basis"])
 def test_a_poisoned_token_spoils_itself_only(name: str, poison: float, monkeypatch: pytest.MonkeyPatch) -> None:
     (clean,) = run_case(name, torch.bfloat16)
-    x, weights, ids = kernel_cases.call_of(name, torch.bfloat16)
+    x, weights, ids = call_of(name, torch.bfloat16)
     x[1, 3] = poison
-    ((layer, _),) = kernel_cases.parts(name, torch.bfloat16)
+    ((layer, _),) = parts(name, torch.bfloat16)
     got = moe.moe_forward(layer, x, weights, ids)
     others = [i for i in range(len(x)) if i != 1]
     assert torch.equal(got[others], clean[others])
