@@ -11,15 +11,19 @@ GROUP = 128
 """Weights that share a scale in the 2-bit and 4-bit baselines."""
 
 
-class Experts(Protocol):
+class Dense(Protocol):
+    """What a reference needs to know of a layer's experts."""
+
+    def dense(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Gate over up [2 I, H] and down [H, I] of an expert, float64, as the stored numbers say."""
+        ...
+
+
+class Experts(Dense, Protocol):
     """The routed experts of one layer in the form a method wants them."""
 
     def forward(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         """The layer: x [T, H], weights float32 and ids int32 [T, top_k] -> [T, H] in x's dtype."""
-        ...
-
-    def dense(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Gate over up [2 I, H] and down [H, I] of an expert, float64, as the stored numbers say."""
         ...
 
     def expert_bytes(self) -> list[int]:
@@ -39,7 +43,7 @@ class Experts(Protocol):
         ...
 
 
-def reference(experts: Experts, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+def reference(experts: Dense, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
     """The layer in float64, expert by expert."""
     out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     xd = x.double()

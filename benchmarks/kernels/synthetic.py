@@ -42,8 +42,19 @@ def width_mix(average: float) -> Tensor:
     return p
 
 
-def format_layer(shape: Shape, form: str, average: float, seed: int, device: str) -> LayerWeights:
-    """A random layer in the checkpoint's form, whose weights have a standard deviation of about 1 / sqrt(inputs)."""
+def format_layer(
+    shape: Shape, form: str, average: float, seed: int, device: str, mix: Tensor | None = None
+) -> LayerWeights:
+    """A random layer in the checkpoint's form, whose weights have a standard deviation of about 1 / sqrt(inputs).
+
+    Args:
+        shape: of the layer.
+        form: of FORMS.
+        average: code width.
+        seed: of everything.
+        device: where the tensors are.
+        mix: probabilities of code widths from 0 on; None: `width_mix(average)`.
+    """
     gen = torch.Generator(device).manual_seed(seed)
     basis = Basis(rank=shape.hidden_size, bits=8) if form == WHITENED else None
     E, H, I = shape.num_experts, shape.hidden_size, shape.intermediate_size  # noqa: E741
@@ -56,9 +67,9 @@ def format_layer(shape: Shape, form: str, average: float, seed: int, device: str
     )  # fmt: skip
     tensors: dict[str, Tensor] = {}
     projections = {}
+    mix = (width_mix(average) if mix is None else mix).to(device)
     for name, p in layer.projections.items():
         C, F = layer.components(name), layer.features(name)
-        mix = width_mix(average).to(device)
         bits = torch.multinomial(mix, E * -(-C // BLOCK), replacement=True, generator=gen).view(E, -1).to(torch.uint8)
         rows = int(bits.sum())
         # Codes of b bits spread over about 2^b / sqrt(12) steps.

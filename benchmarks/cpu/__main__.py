@@ -1,0 +1,86 @@
+"""Routed experts on a CPU: time of a layer by our kernels and by others, tokens per second of `vllm serve`.
+
+    python -m benchmarks.cpu layer [--out DIR] [--json]      one layer, all rivals in turns
+    python -m benchmarks.cpu layer --only natural Q2_K "16 bits" --models Qwen3-30B-A3B --tokens 1 --seconds 10
+    python -m benchmarks.cpu layer --rehearse                every step, tiny
+    python -m benchmarks.cpu tables [--results DIR]          the tables of docs from the results' files
+
+llama.cpp's library is compiled into an environment of its own the first time.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from benchmarks.record import ROOT, write_json
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    layer = commands.add_parser("layer", help="one layer, by all rivals in turns")
+    layer.add_argument("--models", nargs="+", metavar="NAME", help="only these layers")
+    layer.add_argument("--tokens", nargs="+", type=int, metavar="N", help="only these numbers of tokens of a call")
+    layer.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="rivals whose name holds one of these")
+    layer.add_argument("--isa", nargs="+", default=[], metavar="NAME", help="our kernels with these as well: avx2 ...")
+    layer.add_argument("--rounds", type=int, default=15, help="at most, for each layer and number of tokens")
+    layer.add_argument("--seconds", type=float, default=40, help="no round begins after so many (default: 40)")
+    layer.add_argument("--working-set", type=int, metavar="BYTES", help="that the copies of a layer hold at least")
+    layer.add_argument("--rehearse", action="store_true", help="every step on a tiny layer; figures say nothing")
+    layer.add_argument("--out", type=Path, metavar="DIR", help="folder for cpu-layer.json, .md and .png")
+    for command in (layer,):
+        command.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every rival")
+        command.add_argument("--json", action="store_true", help="only JSON on standard output")
+    tables = commands.add_parser("tables", help="tables from the results' files")
+    tables.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    return parser
+
+
+def _layer(args: argparse.Namespace) -> None:
+    from benchmarks.cpu import layer, report
+    from bitsmoe_kernels._cpu import library
+
+    known = [layer.REHEARSAL.model] if args.rehearse else [m for m in layer.OURS if m != layer.REHEARSAL.model]
+    if strange := sorted(set(args.models or ()) - set(known)):
+        raise SystemExit(f"no model {', '.join(strange)}; there are {', '.join(known)}")
+    if strange := sorted(set(args.isa) - set(library.usable())):
+        raise SystemExit(f"{', '.join(strange)} cannot run here; there are {', '.join(library.usable())}")
+    plan = layer.Plan(
+        models=tuple(m for m in known if not args.models or m in args.models),
+        tokens=tuple(args.tokens or layer.TOKENS), threads=args.threads, isas=tuple(args.isa), only=tuple(args.only),
+        rounds=2 if args.rehearse else args.rounds, seconds=args.seconds,
+        working_set=1 << 20 if args.rehearse else args.working_set,
+    )  # fmt: skip
+    result = {}
+    for result in layer.measured(plan):
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            write_json(args.out / report.LAYER_FILE, result)
+    if not result:
+        raise SystemExit(f"no rival's name holds {' or '.join(args.only)}")
+    text = report.layer_tables(result)
+    if args.out:
+        (args.out / report.LAYER_FILE).with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+        report.draw_layer(result, (args.out / report.LAYER_FILE).with_suffix(".png"))
+    print(json.dumps(result) if args.json else text)
+
+
+def _tables(args: argparse.Namespace) -> None:
+    from benchmarks.cpu import report
+
+    print(report.layer_tables(json.loads((args.results / report.LAYER_FILE).read_text(encoding="utf-8"))))
+
+
+def main() -> None:
+    """Command line."""
+    args = _parser().parse_args()
+    {"layer": _layer, "tables": _tables}[args.command](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Tables and the picture of what was measured."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+LAYER_FILE = "cpu-layer.json"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:,.{digits}f}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(r) + " |" for r in rows)]
+
+
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """Where figures come from, in a sentence."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return f"{machine['processor']}, {machine['threads']} threads; {versions}; commit {machine['commit']}."
+
+
+def layer_tables(data: Mapping[str, Any]) -> str:
+    """Microseconds of a layer and token, one table for each layer and number of tokens, as Markdown."""
+    lines = [machine_line(data["machine"]), ""]
+    groups = dict.fromkeys((r["model"], r["tokens"]) for r in data["rows"])
+    for model, tokens in groups:
+        rows = [r for r in data["rows"] if (r["model"], r["tokens"]) == (model, tokens)]
+        what = "one token at a time" if tokens == 1 else f"{tokens} tokens at once"
+        lines += [f"### {model}, {what}", ""]
+        lines += _table(
+            ["", "bits per weight", "µs a layer and token", "least", "MB a token", "of read bandwidth", "times Q2_K",
+             "times 16 bits"],
+            [
+                [
+                    r["rival"], f"{r['bits_per_weight']:.3f}", _number(r["microseconds"], 1), _number(r["least"], 1),
+                    _number(r["bytes_per_token"] / 1e6, 2), f"{100 * r['bandwidth_share']:.0f}%",
+                    _number(r["times_q2_k"], 2), _number(r["times_16_bits"], 2),
+                ]
+                for r in rows
+            ],
+        )  # fmt: skip
+        read = rows[0]["read_bytes_per_second"] / 1e9
+        lines += [
+            "",
+            f"Medians of {min(r['rounds'] for r in rows)} rounds or more. Read bandwidth: {read:.1f} GB/s.",
+            "",
+        ]
+    if data["not_measured"]:
+        lines += [f"Not measured: {name}: {reason}." for name, reason in data["not_measured"].items()] + [""]
+    return "\n".join(lines)
+
+
+def draw_layer(data: Mapping[str, Any], path: Path) -> None:
+    """Time of a layer against bits per weight: a row for each layer, a column for each number of tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    models = list(dict.fromkeys(r["model"] for r in data["rows"]))
+    tokens = list(dict.fromkeys(r["tokens"] for r in data["rows"]))
+    figure, axes = plt.subplots(
+        len(models), len(tokens), figsize=(3.6 * len(tokens), 3.4 * len(models)), squeeze=False, layout="constrained"
+    )
+    for line, model in enumerate(models):
+        for column, count in enumerate(tokens):
+            axis = axes[line, column]
+            rows = [r for r in data["rows"] if (r["model"], r["tokens"]) == (model, count)]
+            for group, color, marker in GROUPS:
+                mine = sorted((r for r in rows if r["rival"].startswith(group)), key=lambda r: r["bits_per_weight"])
+                bits, times = [r["bits_per_weight"] for r in mine], [r["microseconds"] for r in mine]
+                joined = "-" if group.startswith("bitsmoe") else ""
+                axis.plot(bits, times, joined, marker=marker, color=color, markersize=5, label=group)
+                if not joined:
+                    for r in mine:
+                        axis.annotate(
+                            r["rival"].removeprefix(group).strip(" ,"), (r["bits_per_weight"], r["microseconds"]),
+                            textcoords="offset points", xytext=(4, 3), fontsize=6,
+                        )  # fmt: skip
+            axis.set(xscale="log", yscale="log", title=f"{model}, {count} token{'s' if count > 1 else ''}")
+            axis.set_xticks([2, 3, 4, 8, 16], ["2", "3", "4", "8", "16"])
+            axis.minorticks_off()
+            axis.grid(True, which="both", alpha=0.25)
+        axes[line, 0].set_ylabel("microseconds a layer and token")
+    for axis in axes[-1]:
+        axis.set_xlabel("bits per weight, all included")
+    axes[0, 0].legend(frameon=False, fontsize=7)
+    machine = data["machine"]
+    figure.suptitle(f"{machine['processor']}, {machine['threads']} threads", fontsize=9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+GROUPS = (
+    ("bitsmoe natural", "C0", "o"), ("bitsmoe 8-bit basis", "C1", "s"), ("llama.cpp", "C2", "^"), ("vLLM", "C3", "D"),
+    ("torch reference", "C7", "x"),
+)  # fmt: skip
+"""Beginnings of rivals' names, with how they are drawn."""
