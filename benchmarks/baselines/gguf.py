@@ -70,6 +70,10 @@ class Ggml:
                 return candidate
         raise ValueError(f"rows of {columns} do not divide into the blocks of {name} or of {SMALL_BLOCKS[name[:2]]}")
 
+    def number(self, name: str) -> int:
+        """ggml's number for a type."""
+        return int(self._types[name])
+
     def row_bytes(self, name: str, columns: int) -> int:
         """Bytes of a row."""
         return int(self._library.ggml_row_size(self._types[name], columns))
@@ -83,8 +87,13 @@ class Ggml:
             self._types[name], weight.data_ptr(), packed, 0, rows, columns, importance.data_ptr()
         )
         assert written == len(packed)
-        back = torch.empty_like(weight)
-        self._traits(name).to_float(ctypes.addressof(packed), back.data_ptr(), back.numel())
+        return self.dequantize(name, torch.frombuffer(packed, dtype=torch.uint8)).view(rows, columns)
+
+    def dequantize(self, name: str, blocks: Tensor) -> Tensor:
+        """Weights, float32 [n], of a type's blocks, uint8."""
+        traits = self._traits(name)
+        back = torch.empty(blocks.nbytes // traits.type_size * traits.blck_size)
+        traits.to_float(blocks.data_ptr(), back.data_ptr(), back.numel())
         return back
 
     def _traits(self, name: str) -> _Traits:

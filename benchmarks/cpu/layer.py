@@ -5,7 +5,9 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.cpu import llama
 from benchmarks.cpu import rivals as r
 from benchmarks.cpu.bandwidth import Reader, last_level_bytes
 from benchmarks.cpu.rounds import Measured, Rival, play
@@ -20,6 +23,7 @@ from benchmarks.kernels.shapes import SHAPES, Shape
 from benchmarks.kernels.synthetic import NATURAL, WHITENED
 from benchmarks.record import commit
 from bitsmoe_kernels._cpu import library
+from bitsmoe_kernels.errors import BitsmoeError
 
 FULL: tuple[tuple[str, float | None], ...] = (
     (NATURAL, None), (NATURAL, 2.0), (NATURAL, 2.125), (NATURAL, 2.5), (NATURAL, 3.1), (WHITENED, 2.125),
@@ -33,7 +37,7 @@ OURS = {"Qwen3-30B-A3B": FULL, "Mixtral-8x7B": FEW, REHEARSAL.model: ((NATURAL, 
 TOKENS = (1, 4, 16, 512)
 BEYOND_CACHE = 2
 """The copies of a layer hold at least this many times the last-level cache."""
-RATIOS = {"q2_k": "llama.cpp Q2_K", "16_bits": r.VllmPlain.name}
+RATIOS = {"q2_k": llama.title("Q2_K"), "16_bits": r.VllmPlain.name}
 """Rivals that every row is compared with."""
 
 
@@ -67,7 +71,7 @@ def shape_named(model: str) -> Shape:
 
 
 def available(plan: Plan, shape: Shape, working_set: int) -> tuple[dict[str, Callable[[], Rival]], dict[str, str]]:
-    """Rivals that may run here by name, and why others may not."""
+    """Rivals of this process that may run here by name, and why others may not."""
     found: dict[str, Callable[[], Rival]] = {}
     missing: dict[str, str] = {}
     if reason := library.why_not():
@@ -75,10 +79,9 @@ def available(plan: Plan, shape: Shape, working_set: int) -> tuple[dict[str, Cal
     else:
         for form, bits in OURS[shape.model]:
             for isa in (None, *plan.isas):
-                name = r.title(form, bits, isa)
-                found[name] = partial(r.Kernels, shape, form, bits, isa, working_set)
+                found[r.title(form, bits, isa)] = partial(r.Kernels, shape, form, bits, isa, working_set)
     found[r.REFERENCE] = partial(r.Reference, shape, *OURS[shape.model][0])
-    kinds = (r.VllmPlain, r.VllmInt4, r.VllmMxfp4)
+    kinds: tuple[type[r.Vllm], ...] = (r.VllmPlain, r.VllmInt4, r.VllmMxfp4)
     if importlib.util.find_spec("vllm") is None:
         missing |= {kind.name: "vLLM is not installed" for kind in kinds}
     else:
@@ -90,7 +93,12 @@ def available(plan: Plan, shape: Shape, working_set: int) -> tuple[dict[str, Cal
                 found[kind.name] = partial(kind, shape, working_set)
             else:
                 missing[kind.name] = "vLLM has no kernels of this kind for this processor"
-    return {name: make for name, make in found.items() if not plan.only or any(o in name for o in plan.only)}, missing
+    return {name: make for name, make in found.items() if wanted(plan, name)}, missing
+
+
+def wanted(plan: Plan, name: str) -> bool:
+    """Whether a rival is asked for."""
+    return not plan.only or any(part in name for part in plan.only)
 
 
 def row(model: str, tokens: int, rival: Rival, found: Measured, bandwidth: float) -> dict[str, Any]:
@@ -137,27 +145,47 @@ def measured(plan: Plan) -> Iterator[dict[str, Any]]:
     working_set = plan.working_set or BEYOND_CACHE * last_level_bytes()
     reader = Reader(plan.threads)
     result: dict[str, Any] = {"machine": machine(plan.threads), "working_set": working_set, "rows": []}
-    result |= {"checked": [], "not_measured": {}}
+    result |= {"rivals": [], "not_measured": {}}
     for model in plan.models:
         shape = shape_named(model)
-        makers, missing = available(plan, shape, working_set)
-        result["not_measured"] |= missing
-        rivals = []
-        for name, make in makers.items():
-            rival = make()
-            error = rival.check()
-            result["checked"].append(
-                {"model": model, "rival": name, "relative_error": error, "copies": rival.copies,
-                 "bytes": rival.copies * (rival.expert_bytes * shape.num_experts + rival.shared_bytes)}
-            )  # fmt: skip
-            print(f"{model}: {name}, relative error {error:.1e}, {rival.copies} copies", file=sys.stderr, flush=True)
-            rivals.append(rival)
-        for tokens in plan.tokens:
-            found, bandwidths = play(
-                rivals, shape, r.made_up_tokens(tokens, shape), plan.rounds, plan.seconds, reader.read
-            )
-            bandwidth = statistics.median(bandwidths)
-            result["rows"] += [row(model, tokens, rival, found[rival.name], bandwidth) for rival in rivals]
-            result["rows"] = compared(result["rows"])
-            yield result
-        del rivals
+        with ExitStack() as stack:
+            rivals = _made(plan, shape, working_set, result, stack)
+            for tokens in plan.tokens:
+                x = r.made_up_tokens(tokens, shape)
+                found, bandwidths = play(rivals, shape, x, plan.rounds, plan.seconds, reader.read)
+                bandwidth = statistics.median(bandwidths)
+                result["rows"] += [row(model, tokens, rival, found[rival.name], bandwidth) for rival in rivals]
+                result["rows"] = compared(result["rows"])
+                yield result
+            del rivals
+
+
+def _made(plan: Plan, shape: Shape, working_set: int, result: dict[str, Any], stack: ExitStack) -> list[Rival]:
+    """The rivals with one layer, each checked; the result says what they are, or why there are none."""
+    makers, missing = available(plan, shape, working_set)
+    if kinds := [kind for kind in llama.KINDS if wanted(plan, llama.title(kind))]:
+        log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "log.txt"
+        try:
+            process = llama.Llama(shape, plan.threads, log)
+        except BitsmoeError as e:
+            missing |= {llama.title(kind): str(e) for kind in kinds}
+        else:
+            stack.callback(process.close)
+            result["machine"]["versions"]["llama_cpp_python"] = process.about["version"]
+            result["machine"]["llama_cpp_features"] = process.about["features"]
+            makers |= {
+                llama.title(kind): partial(llama.LlamaRival, process, shape, kind, working_set) for kind in kinds
+            }
+    result["not_measured"] |= missing
+    rivals = []
+    for name, make in makers.items():
+        rival = make()
+        error = rival.check()
+        result["rivals"].append(
+            {"model": shape.model, "rival": name, "relative_error": error, "copies": rival.copies,
+             "bytes": rival.copies * (rival.expert_bytes * shape.num_experts + rival.shared_bytes),
+             "detail": rival.detail}
+        )  # fmt: skip
+        print(f"{shape.model}: {name}, relative error {error:.1e}, {rival.copies} copies", file=sys.stderr, flush=True)
+        rivals.append(rival)
+    return rivals

@@ -22,7 +22,6 @@ from bitsmoe_kernels.backends.base import Target
 from bitsmoe_kernels.backends.cpu_moe import CpuMoE
 from bitsmoe_kernels.backends.torch_reference import TorchReference
 from bitsmoe_kernels.format.schema import Basis, Layer, Projection
-from bitsmoe_kernels.reference import LayerWeights
 
 DTYPE = torch.bfloat16
 """Of activations, as vLLM serves these models."""
@@ -53,6 +52,7 @@ class _InProcess(ABC):
     expert_bytes: float
     shared_bytes: float
     copies: int
+    detail = ""
     limit: float
     small_shape: Shape
 
@@ -118,13 +118,6 @@ def bare_bits(shape: Shape, form: str) -> float:
     return 8 * layer.nbytes(16) / layer.num_weights
 
 
-def made_up_layer(shape: Shape, form: str, bits: float | None) -> LayerWeights:
-    """A layer of the format; bits: per weight, all included, of widths as an allocation mixes them; None: all 2."""
-    mix = UNIFORM_2 if bits is None else None
-    average = 2.0 if bits is None else bits - bare_bits(shape, form)
-    return format_layer(shape, form, average, 0, "cpu", mix)
-
-
 def title(form: str, bits: float | None, isa: str | None) -> str:
     """Name of our kernels with such a layer and instruction set; None: 2-bit codes; the best."""
     words = [f"{OURS} {BASIS[form]}", "2-bit codes" if bits is None else f"{bits:g} bits"]
@@ -137,17 +130,19 @@ class _Ours(_InProcess):
     Args:
         shape: of the layer.
         form: of `synthetic.FORMS`.
-        bits: see `made_up_layer`.
+        bits: per weight, all included, of code widths as an allocation mixes them; None: all codes have 2 bits.
     """
 
     limit = ROUNDED
 
     def __init__(self, shape: Shape, form: str, bits: float | None):
-        self.weights = made_up_layer(shape, form, bits)
+        mix = UNIFORM_2 if bits is None else None
+        average = 2.0 if bits is None else bits - bare_bits(shape, form)
+        self.weights = format_layer(shape, form, average, 0, "cpu", mix)
         layer = self.weights.layer
         self.bits = 8 * layer.nbytes(self.weights.block_size) / layer.num_weights
         self.small_shape = fewer_experts(shape, CHECKED_EXPERTS)
-        self.small_weights = made_up_layer(self.small_shape, form, bits)
+        self.small_weights = format_layer(self.small_shape, form, average, 0, "cpu", mix)
         self.shared_bytes = sum(t.nbytes for n, t in self.weights.tensors.items() if "_basis" in n)
 
     def dense(self, expert: int) -> tuple[Tensor, Tensor]:
@@ -204,7 +199,7 @@ class Kernels(_Ours):
         self.copies = copies_for(first.nbytes, working_set)
         self._layers = [first] + [_copy(first) for _ in range(self.copies - 1)]
         self.expert_bytes = (first.nbytes - self.shared_bytes) / shape.num_experts
-        self._isa = isa
+        self._isa, self.detail = isa, isa or library.best()
         self._compute = backend.compute
 
     def _call(self, layer: Tensor, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
@@ -228,10 +223,10 @@ def _copy(tensor: Tensor) -> Tensor:
     return other.copy_(tensor)
 
 
-class _Vllm(_InProcess):
+class Vllm(_InProcess):
     """What vLLM's experts share: tensors in vLLM's layout, experts along the first side."""
 
-    shared_bytes = 0
+    shared_bytes: float = 0.0
 
     def __init__(self, shape: Shape, working_set: int):
         gen = torch.Generator().manual_seed(0)
@@ -276,7 +271,7 @@ class _Vllm(_InProcess):
         return out
 
 
-class VllmPlain(_Vllm):
+class VllmPlain(Vllm):
     """16-bit weights, by the class that vLLM itself would choose on this processor."""
 
     name = "vLLM 16 bits"
@@ -290,27 +285,27 @@ class VllmPlain(_Vllm):
 
         # In the order of preference; what else they ask for holds here: bfloat16, sizes divisible by 32.
         classes = backend_to_kernel_cls(UnquantizedMoeBackend.CPU)
-        self.isa = next(c for c in classes if c._supports_current_device()).isa
+        self.isa = self.detail = next(c for c in classes if c._supports_current_device()).isa
         super().__init__(shape, working_set)
 
     @classmethod
     def able(cls) -> bool:
-        """See `_Vllm`."""
+        """See `Vllm`."""
         return True
 
     def made_up(self, shape: Shape, gen: torch.Generator) -> list[Tensor]:
-        """See `_Vllm`."""
+        """See `Vllm`."""
         E, H, I = shape.num_experts, shape.hidden_size, shape.intermediate_size  # noqa: E741
         return [torch.randn(E, N, K, generator=gen).div_(K**0.5).to(DTYPE) for N, K in ((2 * I, H), (H, I))]
 
     def packed(self, plain: list[Tensor]) -> list[Tensor]:
-        """See `_Vllm`."""
+        """See `Vllm`."""
         from vllm._custom_ops import cpu_prepack_moe_weight
 
         return [cpu_prepack_moe_weight(t, self.isa) for t in plain]
 
     def compute(self, layer: list[Tensor], out: Tensor, x: Tensor, weights: Tensor, ids: Tensor) -> None:
-        """See `_Vllm`."""
+        """See `Vllm`."""
         from vllm._custom_ops import cpu_fused_moe
 
         cpu_fused_moe(out, x, *layer, None, None, weights, ids, "silu", self.isa)
@@ -321,7 +316,7 @@ class VllmPlain(_Vllm):
         return w13[expert].double(), w2[expert].double()
 
 
-class VllmInt4(_Vllm):
+class VllmInt4(Vllm):
     """GPTQ's 4-bit codes, a scale and a zero point for 128 weights; activations are rounded to 8 bits."""
 
     limit = INTEGER
@@ -329,13 +324,13 @@ class VllmInt4(_Vllm):
 
     @classmethod
     def able(cls) -> bool:
-        """See `_Vllm`."""
+        """See `Vllm`."""
         from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsInt4
 
         return CPUExpertsInt4._supports_current_device()
 
     def made_up(self, shape: Shape, gen: torch.Generator) -> list[Tensor]:
-        """See `_Vllm`."""
+        """See `Vllm`."""
         E, H, I = shape.num_experts, shape.hidden_size, shape.intermediate_size  # noqa: E741
         found = []
         for N, K in ((2 * I, H), (H, I)):
@@ -344,14 +339,14 @@ class VllmInt4(_Vllm):
         return found
 
     def packed(self, plain: list[Tensor]) -> list[Tensor]:
-        """See `_Vllm`."""
+        """See `Vllm`."""
         from vllm.model_executor.layers.fused_moe.experts.cpu_moe import prepare_int4_moe_layer_for_cpu
 
         w13, s13, w2, s2 = plain
         return list(prepare_int4_moe_layer_for_cpu(w13, w2, s13, s2))
 
     def compute(self, layer: list[Tensor], out: Tensor, x: Tensor, weights: Tensor, ids: Tensor) -> None:
-        """See `_Vllm`."""
+        """See `Vllm`."""
         from vllm._custom_ops import CPUQuantMethod, fused_experts_cpu
 
         w13, w2, *scales_and_zeros = layer
@@ -368,7 +363,7 @@ def _from_gptq(words: Tensor, scales: Tensor) -> Tensor:
     return (unpacked(words.T, 4) - 8).double() * scales.T.double().repeat_interleave(GROUP, -1)
 
 
-class VllmMxfp4(_Vllm):
+class VllmMxfp4(Vllm):
     """MXFP4: 4-bit floating-point numbers, a power of two for 32 weights."""
 
     limit = ROUNDED
@@ -377,13 +372,13 @@ class VllmMxfp4(_Vllm):
 
     @classmethod
     def able(cls) -> bool:
-        """See `_Vllm`."""
+        """See `Vllm`."""
         from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsMxfp4
 
         return CPUExpertsMxfp4._supports_current_device()
 
     def made_up(self, shape: Shape, gen: torch.Generator) -> list[Tensor]:
-        """See `_Vllm`."""
+        """See `Vllm`."""
         E, H, I = shape.num_experts, shape.hidden_size, shape.intermediate_size  # noqa: E741
         found = []
         for N, K in ((2 * I, H), (H, I)):
@@ -393,14 +388,14 @@ class VllmMxfp4(_Vllm):
         return found
 
     def packed(self, plain: list[Tensor]) -> list[Tensor]:
-        """See `_Vllm`."""
+        """See `Vllm`."""
         from vllm.model_executor.layers.fused_moe.experts.cpu_moe import prepare_mxfp4_moe_layer_for_cpu
 
         w13, s13, w2, s2 = plain
         return list(prepare_mxfp4_moe_layer_for_cpu(w13, w2, s13, s2))
 
     def compute(self, layer: list[Tensor], out: Tensor, x: Tensor, weights: Tensor, ids: Tensor) -> None:
-        """See `_Vllm`."""
+        """See `Vllm`."""
         from vllm._custom_ops import CPUQuantMethod, fused_experts_cpu
 
         w13, w2, s13, s2 = layer

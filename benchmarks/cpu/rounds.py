@@ -46,6 +46,7 @@ class Rival(Protocol):
         expert_bytes: read of an expert, on average.
         shared_bytes: read by each call besides.
         copies: of the layer, at different addresses.
+        detail: what the library chose: an instruction set, a kind of buffer.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Rival(Protocol):
     expert_bytes: float
     shared_bytes: float
     copies: int
+    detail: str
 
     def check(self) -> float:
         """Relative error against float64, on the layer's own sizes with two experts."""
