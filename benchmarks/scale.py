@@ -84,6 +84,15 @@ MODELS = {
         },
         58,
     ),
+    "mixtral-8x7b": Model(
+        {
+            "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_act": "silu",
+            "hidden_size": 4096, "intermediate_size": 14336, "num_local_experts": 8, "num_experts_per_tok": 2,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000,
+            "max_position_embeddings": 32768, "rope_theta": 1000000.0, "tie_word_embeddings": False,
+        },
+        32,
+    ),
     "rehearsal": Model(
         _QWEN3 | {"hidden_size": 128, "moe_intermediate_size": 128, "intermediate_size": 128, "num_attention_heads": 2,
                   "head_dim": 32, "num_key_value_heads": 1, "num_experts": 8, "num_experts_per_tok": 2,
@@ -91,7 +100,8 @@ MODELS = {
         4,
     ),
 }  # fmt: skip
-"""Sizes from the config.json of Qwen/Qwen3-30B-A3B, Qwen/Qwen3-235B-A22B and deepseek-ai/DeepSeek-V3."""
+"""Sizes from the config.json of Qwen/Qwen3-30B-A3B, Qwen/Qwen3-235B-A22B, deepseek-ai/DeepSeek-V3 and
+mistralai/Mixtral-8x7B-v0.1."""
 
 
 def heavy_tailed(*shape: int, generator: torch.Generator) -> torch.Tensor:
@@ -104,7 +114,7 @@ def write_model(name: str, layers: int, directory: Path, experts: int | None = N
     """A checkpoint of the model's shapes with so many layers, and experts; returns its config."""
     config = {**MODELS[name].config, "num_hidden_layers": layers}
     if experts is not None:
-        key = next(k for k in ("num_experts", "n_routed_experts") if k in config)
+        key = next(k for k in ("num_experts", "n_routed_experts", "num_local_experts") if k in config)
         config[key] = experts
         if "n_group" in config:  # routing looks for the two best experts of a group
             config["n_group"] = min(config["n_group"], experts // 2)

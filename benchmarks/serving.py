@@ -17,10 +17,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from benchmarks.record import ROOT, child_environment, commit, write_json
 from benchmarks.scale import MODELS
+from bitsmoe_kernels.format.linear_layers import GROUP, DenseBits, DenseConfig, DenseGroup, DenseWeights
 from bitsmoe_kernels.format.schema import (
     FORMAT_VERSION,
     QUANT_METHOD,
@@ -39,13 +40,17 @@ BITSMOE, GPTQ, PLAIN = "bitsmoe", "GPTQ 4-bit g128", "16-bit"
 METHODS = (BITSMOE, GPTQ, PLAIN)
 
 
-def quantization(method: str, config: dict[str, Any], bits: float) -> dict[str, Any] | None:
+def quantization(
+    method: str, config: dict[str, Any], bits: float, basis: bool = True, dense_bits: Literal[4, 8, 16] = 16
+) -> dict[str, Any] | None:
     """`quantization_config` of a method.
 
     Args:
         method: of METHODS.
         config: config.json of the model.
-        bits: average code width of bitsmoe, whose gate and up share a basis of full rank at 8 bits.
+        bits: average code width of bitsmoe.
+        basis: whether gate and up of bitsmoe share a basis of full rank at 8 bits.
+        dense_bits: of bitsmoe's linear layers outside the experts.
     """
     if method == PLAIN:
         return None
@@ -53,7 +58,7 @@ def quantization(method: str, config: dict[str, Any], bits: float) -> dict[str, 
         # Attention and router stay at 16 bits, as bitsmoe leaves them.
         return {
             "quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "lm_head": False,
-            "dynamic": {"-:.*self_attn.*": {}, r"-:.*mlp\.gate$": {}},
+            "dynamic": {"-:.*self_attn.*": {}, r"-:.*\.gate$": {}},
         }  # fmt: skip
     shape = moe_shape(config, "config.json")
     E, H, I = shape.num_experts, shape.hidden_size, shape.intermediate_size  # noqa: E741
@@ -61,7 +66,8 @@ def quantization(method: str, config: dict[str, Any], bits: float) -> dict[str, 
         num_experts=E, hidden_size=H, intermediate_size=I,
         projections={
             "gate_up": Projection(
-                code_rows=round(bits * E * num_blocks(H, BLOCK)), order="expert", basis=Basis(rank=H, bits=8)
+                code_rows=round(bits * E * num_blocks(H, BLOCK)), order="expert",
+                basis=Basis(rank=H, bits=8) if basis else None,
             ),
             "down": Projection(code_rows=round(bits * E * num_blocks(I, BLOCK))),
         },
@@ -69,8 +75,19 @@ def quantization(method: str, config: dict[str, Any], bits: float) -> dict[str, 
     draft = CheckpointConfig(
         quant_method=QUANT_METHOD, format_version=FORMAT_VERSION, block_size=BLOCK, bpw=0.0,
         layers={shape.prefix(i): layer for i in shape.layers}, tool_version="benchmark",
+        linear_quantization=None if dense_bits == 16 else dense_quantization(config, dense_bits),
     )  # fmt: skip
     return draft.model_copy(update={"bpw": draft.all_in_bpw()}).dump()
+
+
+def dense_quantization(config: dict[str, Any], bits: DenseBits) -> dict[str, Any]:
+    """`linear_quantization` of a model whose attention and output layer have sizes divisible by 128."""
+    attention = (f"model.layers.{i}.self_attn.{p}_proj" for i in range(config["num_hidden_layers"]) for p in "qkvo")
+    group = DenseGroup(
+        targets=("lm_head", *attention), weights=DenseWeights(num_bits=bits, strategy="group", group_size=GROUP)
+    )
+    dense = DenseConfig(quant_method="compressed-tensors", format="pack-quantized", config_groups={"group": group})
+    return dense.dump()
 
 
 def generate(directory: Path, args: argparse.Namespace) -> dict[str, Any]:

@@ -3,6 +3,8 @@
     python -m benchmarks.cpu layer [--out DIR] [--json]      one layer, all rivals in turns
     python -m benchmarks.cpu layer --only natural Q2_K "16 bits" --models Qwen3-30B-A3B --tokens 1 --seconds 10
     python -m benchmarks.cpu layer --rehearse                every step, tiny
+    python -m benchmarks.cpu serve [--out DIR] [--json]      whole models, one server after another
+    python -m benchmarks.cpu serve --rehearse
     python -m benchmarks.cpu tables [--results DIR]          the tables of docs from the results' files
 
 llama.cpp's library is compiled into an environment of its own the first time.
@@ -11,6 +13,7 @@ llama.cpp's library is compiled into an environment of its own the first time.
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 
 from benchmarks.record import ROOT, write_json
@@ -33,7 +36,18 @@ def _parser() -> argparse.ArgumentParser:
     layer.add_argument("--working-set", type=int, metavar="BYTES", help="that the copies of a layer hold at least")
     layer.add_argument("--rehearse", action="store_true", help="every step on a tiny layer; figures say nothing")
     layer.add_argument("--out", type=Path, metavar="DIR", help="folder for cpu-layer.json, .md and .png")
-    for command in (layer,):
+    serve = commands.add_parser("serve", help="tokens per second of `vllm serve`")
+    serve.add_argument("--models", nargs="+", metavar="NAME", help="only these")
+    serve.add_argument("--layers", type=int, help="of every model; default: as many as fit into 20 GB at 16 bits")
+    serve.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="methods whose name holds one of these")
+    serve.add_argument("--batches", nargs="+", type=int, default=[1, 4], help="requests at a time (default: 1 4)")
+    serve.add_argument("--prompt", type=int, default=16, help="tokens of a prompt (default: 16)")
+    serve.add_argument("--output", type=int, default=64, help="tokens of an answer (default: 64)")
+    serve.add_argument("--repeats", type=int, default=3, help="of each batch (default: 3)")
+    serve.add_argument("--eager", action="store_true", help="without compilation")
+    serve.add_argument("--rehearse", action="store_true", help="every step with a tiny model; figures say nothing")
+    serve.add_argument("--out", type=Path, metavar="DIR", help="folder for cpu-serving.json and .md")
+    for command in (layer, serve):
         command.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every rival")
         command.add_argument("--json", action="store_true", help="only JSON on standard output")
     tables = commands.add_parser("tables", help="tables from the results' files")
@@ -70,16 +84,51 @@ def _layer(args: argparse.Namespace) -> None:
     print(json.dumps(result) if args.json else text)
 
 
+def _serve(args: argparse.Namespace) -> None:
+    sys.path.append(str(ROOT / "examples"))  # for the module that starts servers
+    from benchmarks.cpu import report, serving
+
+    rehearsal = "rehearsal"
+    known = [rehearsal] if args.rehearse else [m for m in serving.LAYERS if m != rehearsal]
+    if strange := sorted(set(args.models or ()) - set(known)):
+        raise SystemExit(f"no model {', '.join(strange)}; there are {', '.join(known)}")
+    methods = tuple(m for m in serving.METHODS if not args.only or any(part in m.title for part in args.only))
+    if not methods:
+        raise SystemExit(
+            f"no method holds {' or '.join(args.only)}; there are: {'; '.join(m.title for m in serving.METHODS)}"
+        )
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    plan = serving.Plan(
+        models=tuple(m for m in known if not args.models or m in args.models), methods=methods,
+        layers=args.layers, batches=tuple(args.batches), prompt=args.prompt, output=4 if args.rehearse else args.output,
+        repeats=1 if args.rehearse else args.repeats, threads=args.threads,
+        options=("--enforce-eager",) if args.eager or args.rehearse else (),
+    )  # fmt: skip
+    result = {}
+    for result in serving.measured(plan):
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            write_json(args.out / report.SERVING_FILE, result)
+    text = report.serving_table(result)
+    if args.out:
+        (args.out / report.SERVING_FILE).with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    print(json.dumps(result) if args.json else text)
+    if any("failed" in row for row in result["rows"]):
+        sys.exit(1)
+
+
 def _tables(args: argparse.Namespace) -> None:
     from benchmarks.cpu import report
 
-    print(report.layer_tables(json.loads((args.results / report.LAYER_FILE).read_text(encoding="utf-8"))))
+    for name, table in ((report.LAYER_FILE, report.layer_tables), (report.SERVING_FILE, report.serving_table)):
+        if (args.results / name).is_file():
+            print(table(json.loads((args.results / name).read_text(encoding="utf-8"))))
 
 
 def main() -> None:
     """Command line."""
     args = _parser().parse_args()
-    {"layer": _layer, "tables": _tables}[args.command](args)
+    {"layer": _layer, "serve": _serve, "tables": _tables}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-LAYER_FILE = "cpu-layer.json"
+LAYER_FILE, SERVING_FILE = "cpu-layer.json", "cpu-serving.json"
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -98,3 +98,29 @@ GROUPS = (
     ("torch reference", "C7", "x"),
 )  # fmt: skip
 """Beginnings of rivals' names, with how they are drawn."""
+
+
+def serving_table(data: Mapping[str, Any]) -> str:
+    """Tokens per second, one table for each model, as Markdown."""
+    lines = [machine_line(data["machine"]), ""]
+    for model in dict.fromkeys(r["model"] for r in data["rows"]):
+        rows = [r for r in data["rows"] if r["model"] == model]
+        plain: dict[str, Any] = next(
+            (r.get("tokens_per_second", {}) for r in rows if r["method"].endswith("16-bit")), {}
+        )
+        batches = list(dict.fromkeys(b for r in rows for b in r.get("tokens_per_second", {})))
+        lines += [f"### {model}, {data['layers'][model]} layers, {data['vocabulary']} words", ""]
+        body = []
+        for r in rows:
+            rates = r.get("tokens_per_second", {})
+            cells = [r["method"], _number(r.get("bits_per_weight"), 3)]
+            for b in batches:
+                times = rates[b]["median"] / plain[b]["median"] if b in rates and b in plain else None
+                cells += [_number(rates[b]["median"] if b in rates else None, 1), _number(times, 2)]
+            body.append(cells)
+        head = [cell for b in batches for cell in (f"tokens/s, {b} at a time", "times 16 bits")]
+        lines += [*_table(["", "bits per weight", *head], body), ""]
+    lines += [
+        f"Failed: {r['model']}, {r['method']}: {r['failed'].splitlines()[-1]}" for r in data["rows"] if "failed" in r
+    ]
+    return "\n".join(lines)
