@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,11 @@ def available(plan: Plan, shape: Shape, working_set: int) -> tuple[dict[str, Cal
             for isa in (None, *plan.isas):
                 found[r.title(form, bits, isa)] = partial(r.Kernels, shape, form, bits, isa, working_set)
     found[r.REFERENCE] = partial(r.Reference, shape, *OURS[shape.model][0])
-    kinds: tuple[type[r.Vllm], ...] = (r.VllmPlain, r.VllmInt4, r.VllmMxfp4)
+    every: tuple[type[r.Vllm], ...] = (r.VllmPlain, r.VllmInt4, r.VllmMxfp4)
+    kinds = [kind for kind in every if wanted(plan, kind.name)]
     if importlib.util.find_spec("vllm") is None:
         missing |= {kind.name: "vLLM is not installed" for kind in kinds}
-    else:
+    elif kinds:
         from vllm.platforms import current_platform
 
         current_platform.import_kernels()
@@ -126,11 +128,7 @@ def machine(threads: int) -> dict[str, Any]:
     """What the figures are measured on."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     found = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
-    versions = {"torch": torch.__version__}
-    if importlib.util.find_spec("vllm"):
-        import vllm
-
-        versions["vllm"] = vllm.__version__
+    versions = {name: version(name) for name in ("torch", "vllm") if importlib.util.find_spec(name)}
     return {
         "processor": found.get("model name", platform.machine()),
         "cores": len(os.sched_getaffinity(0)), "threads": threads,
@@ -150,7 +148,7 @@ def measured(plan: Plan) -> Iterator[dict[str, Any]]:
         shape = shape_named(model)
         with ExitStack() as stack:
             rivals = _made(plan, shape, working_set, result, stack)
-            for tokens in plan.tokens:
+            for tokens in plan.tokens if rivals else ():
                 x = r.made_up_tokens(tokens, shape)
                 found, bandwidths = play(rivals, shape, x, plan.rounds, plan.seconds, reader.read)
                 bandwidth = statistics.median(bandwidths)

@@ -32,7 +32,7 @@ LAYERS = {"qwen3-30b-a3b": 12, "mixtral-8x7b": 4, "rehearsal": 2}
 CHANGES = {"rehearsal": {"hidden_size": 256, "moe_intermediate_size": 256, "head_dim": 128}}
 """Other sizes than in `scale.MODELS`: 4-bit layers outside the experts take groups of 128."""
 BITS = 2.125
-"""Average code width of ours."""
+"""Per weight of our experts, all included."""
 BACKEND = re.compile(r"routed experts are computed by (.*)")
 
 
@@ -93,7 +93,9 @@ class Plan:
 def write_model(model: str, layers: int, method: Method, directory: Path) -> float | None:
     """Write what vLLM needs to make a model up; bits per weight of its experts, where they are ours."""
     config = MODELS[model].config | {"num_hidden_layers": layers, "vocab_size": VOCABULARY, **CHANGES.get(model, {})}
-    found = quantization(method.name, config, BITS, method.basis, method.dense_bits)
+    bare = quantization(BITSMOE, config, 0, method.basis)
+    assert bare is not None
+    found = quantization(method.name, config, BITS - bare["bpw"], method.basis, method.dense_bits)
     written = config | {"torch_dtype": "bfloat16"} | ({} if found is None else {"quantization_config": found})
     (directory / "config.json").write_text(json.dumps(written), encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
