@@ -36,7 +36,7 @@ inline void unpack(const uint8_t* w, int64_t step_stride, int steps, uint8_t* to
     for (int row = steps * FIELDS; row < tiles * 16; row++) _mm512_storeu_si512(to + row * 64, _mm512_setzero_si512());
 }
 
-constexpr int PIECE = 16;  // tiles of 64 components that are unpacked at once, of two strips: 32 KiB
+constexpr int PIECE = 8;  // tiles of 64 components that are unpacked at once, of two strips: 16 KiB
 
 inline void unpack_strip(const uint8_t* w, const Run& run, int64_t step_stride, int steps, uint8_t* to, int tiles) {
     switch (run.bits) {

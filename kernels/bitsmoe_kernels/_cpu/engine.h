@@ -385,7 +385,27 @@ void product(const Pass& p, const Matrix& m, int64_t group, const ActStore& a, c
             add_compensator(p.base, m, group, inner.inner + (i + t) * inner.ranks, y + t * GROUP);
 }
 
-inline int64_t claim(int64_t* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
+// Neighbouring tasks of a phase, a few at a time: their codes are one stream, which is fetched ahead of its use.
+struct Tasks {
+    int64_t* next;
+    int64_t all, together, at, end;
+    Tasks(int64_t* counter, int64_t n, int threads) : next(counter), all(n), at(0), end(0) {
+        together = n / (threads * 8);
+        if (together < 1) together = 1;
+    }
+    // The next task, or -1.
+    int64_t claim() {
+        if (at == end) {
+            at = __atomic_fetch_add(next, together, __ATOMIC_RELAXED);
+            end = at + together < all ? at + together : all;
+            if (at >= all) {
+                at = end = 0;
+                return -1;
+            }
+        }
+        return at++;
+    }
+};
 
 template <int ROWS>
 void work(Pass& p, int thread, int threads, float* scratch) {
@@ -403,7 +423,8 @@ void work(Pass& p, int thread, int threads, float* scratch) {
     if (l.basis >= 0) {
         const Matrix& m = *matrices(p, l.basis);
         const int64_t groups = ceil_div(m.outputs, GROUP), blocks = ceil_div(p.tokens, BLOCK);
-        for (int64_t task; (task = claim(&p.next[0])) < groups * blocks;) {
+        Tasks tasks_0(&p.next[0], groups * blocks, threads);
+    for (int64_t task; (task = tasks_0.claim()) >= 0;) {
             const int64_t g = task % groups, first = task / groups * BLOCK;
             const int n = (int)(p.tokens - first < BLOCK ? p.tokens - first : BLOCK);
             for (int t = 0; t < n; t++) plain[t] = p.x + (first + t) * H;
@@ -427,7 +448,8 @@ void work(Pass& p, int thread, int threads, float* scratch) {
     }
 #pragma omp barrier
     const int64_t inner_groups = ceil_div(I, GROUP), outer_groups = ceil_div(H, GROUP);
-    for (int64_t task; (task = claim(&p.next[1])) < p.num_used * inner_groups;) {
+    Tasks tasks_1(&p.next[1], p.num_used * inner_groups, threads);
+    for (int64_t task; (task = tasks_1.claim()) >= 0;) {
         const int64_t e = p.used[task / inner_groups], g = task % inner_groups;
         const int64_t width = I - g * GROUP < GROUP ? I - g * GROUP : GROUP;
         const ActStore& up_acts = l.shared_acts ? p.gate : p.up;
@@ -446,7 +468,8 @@ void work(Pass& p, int thread, int threads, float* scratch) {
         prepare<ROWS>(p, m, p.h + i * I, p.h + i * I, p.down, i, scratch);
     }
 #pragma omp barrier
-    for (int64_t task; (task = claim(&p.next[2])) < p.num_used * outer_groups;) {
+    Tasks tasks_2(&p.next[2], p.num_used * outer_groups, threads);
+    for (int64_t task; (task = tasks_2.claim()) >= 0;) {
         const int64_t e = p.used[task / outer_groups], g = task % outer_groups;
         const int64_t width = H - g * GROUP < GROUP ? H - g * GROUP : GROUP;
         for (int64_t i = p.start[e]; i < p.start[e + 1]; i += BLOCK) {
@@ -459,7 +482,8 @@ void work(Pass& p, int thread, int threads, float* scratch) {
     }
 #pragma omp barrier
     const int64_t piece = 512, pieces = ceil_div(H, piece);
-    for (int64_t task; (task = claim(&p.next[3])) < p.tokens * pieces;) {
+    Tasks tasks_3(&p.next[3], p.tokens * pieces, threads);
+    for (int64_t task; (task = tasks_3.claim()) >= 0;) {
         const int64_t t = task / pieces, at = task % pieces * piece, n = H - at < piece ? H - at : piece;
         float* sum = one;
         for (int64_t k = 0; k < n; k++) sum[k] = 0.0f;
