@@ -423,8 +423,8 @@ void work(Pass& p, int thread, int threads, float* scratch) {
     if (l.basis >= 0) {
         const Matrix& m = *matrices(p, l.basis);
         const int64_t groups = ceil_div(m.outputs, GROUP), blocks = ceil_div(p.tokens, BLOCK);
-        Tasks tasks_0(&p.next[0], groups * blocks, threads);
-    for (int64_t task; (task = tasks_0.claim()) >= 0;) {
+        Tasks basis_tasks(&p.next[0], groups * blocks, threads);
+        for (int64_t task; (task = basis_tasks.claim()) >= 0;) {
             const int64_t g = task % groups, first = task / groups * BLOCK;
             const int n = (int)(p.tokens - first < BLOCK ? p.tokens - first : BLOCK);
             for (int t = 0; t < n; t++) plain[t] = p.x + (first + t) * H;
@@ -448,8 +448,8 @@ void work(Pass& p, int thread, int threads, float* scratch) {
     }
 #pragma omp barrier
     const int64_t inner_groups = ceil_div(I, GROUP), outer_groups = ceil_div(H, GROUP);
-    Tasks tasks_1(&p.next[1], p.num_used * inner_groups, threads);
-    for (int64_t task; (task = tasks_1.claim()) >= 0;) {
+    Tasks input_tasks(&p.next[1], p.num_used * inner_groups, threads);
+    for (int64_t task; (task = input_tasks.claim()) >= 0;) {
         const int64_t e = p.used[task / inner_groups], g = task % inner_groups;
         const int64_t width = I - g * GROUP < GROUP ? I - g * GROUP : GROUP;
         const ActStore& up_acts = l.shared_acts ? p.gate : p.up;
@@ -468,8 +468,8 @@ void work(Pass& p, int thread, int threads, float* scratch) {
         prepare<ROWS>(p, m, p.h + i * I, p.h + i * I, p.down, i, scratch);
     }
 #pragma omp barrier
-    Tasks tasks_2(&p.next[2], p.num_used * outer_groups, threads);
-    for (int64_t task; (task = tasks_2.claim()) >= 0;) {
+    Tasks down_tasks(&p.next[2], p.num_used * outer_groups, threads);
+    for (int64_t task; (task = down_tasks.claim()) >= 0;) {
         const int64_t e = p.used[task / outer_groups], g = task % outer_groups;
         const int64_t width = H - g * GROUP < GROUP ? H - g * GROUP : GROUP;
         for (int64_t i = p.start[e]; i < p.start[e + 1]; i += BLOCK) {
@@ -482,8 +482,8 @@ void work(Pass& p, int thread, int threads, float* scratch) {
     }
 #pragma omp barrier
     const int64_t piece = 512, pieces = ceil_div(H, piece);
-    Tasks tasks_3(&p.next[3], p.tokens * pieces, threads);
-    for (int64_t task; (task = tasks_3.claim()) >= 0;) {
+    Tasks sum_tasks(&p.next[3], p.tokens * pieces, threads);
+    for (int64_t task; (task = sum_tasks.claim()) >= 0;) {
         const int64_t t = task / pieces, at = task % pieces * piece, n = H - at < piece ? H - at : piece;
         float* sum = one;
         for (int64_t k = 0; k < n; k++) sum[k] = 0.0f;
