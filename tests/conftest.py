@@ -1,8 +1,13 @@
 from collections.abc import Iterator
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
+
+# Threads that wait do not spin: on a busy machine they would take the core of those they wait for. OpenMP reads this
+# when torch loads it. Processes that tests start do not inherit it.
+with pytest.MonkeyPatch.context() as environment:
+    environment.setenv("OMP_WAIT_POLICY", "passive")
+    import torch
 
 # The same examples on every run: a red gate can be reproduced, and a slow machine is no fault.
 settings.register_profile(

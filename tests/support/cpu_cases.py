@@ -190,26 +190,27 @@ def poisoned_margins(block: Tensor) -> Iterator[Tensor]:
     mark["un"](far.data_ptr(), far.nbytes)
 
 
-def run_watched(name: str, dtype: torch.dtype, isa: str) -> None:
+def run_watched(name: str, isas: Sequence[str]) -> None:
     """Run one case where a sanitizer watches: every tensor is an allocation of its own, without a spare byte."""
-    x, weights, ids = poisoned_call(name, dtype)
-    if not CASES[name].strided:
-        x, weights, ids = (v.clone() for v in (x, weights, ids))
     for block, local in blocks(name):
+        local = None if local is None else local.clone()
         with poisoned_margins(block) as far:
-            library.forward(far, x, weights, ids, None if local is None else local.clone(), isa, 2)
+            for dtype in DTYPES:
+                x, weights, ids = poisoned_call(name, dtype)
+                if not CASES[name].strided:
+                    x, weights, ids = (v.clone() for v in (x, weights, ids))
+                for isa in isas:
+                    library.forward(far, x, weights, ids, local, isa, 2)
 
 
 def main() -> None:
     """Run the cases named on the command line, or all, by the instruction sets of this processor."""
     torch.set_num_threads(2)
-    chosen = sys.argv[2:] or list(CASES)
+    isas = library.usable()
     with Path(sys.argv[1]).open("w") as done:
-        for isa in library.usable():
-            for name in chosen:
-                for dtype in DTYPES:
-                    run_watched(name, dtype, isa)
-                done.write(f"{isa}: {name}\n")
+        for name in sys.argv[2:] or list(CASES):
+            run_watched(name, isas)
+            done.write(f"{name}: {', '.join(isas)}\n")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def test_the_kernels_can_be_used_here() -> None:
     assert library.best() == ISAS[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("poisoned_memory")
 @every_dtype
 @pytest.mark.parametrize("name", CASES)
@@ -66,6 +67,14 @@ def test_case(name: str, dtype: torch.dtype) -> None:
         assert same_bits(run_case(name, dtype, isa, threads), first), (isa, threads)
     for margins in (1, -1):  # expert 1; NaN in every dtype
         assert same_bits(run_case(name, dtype, ISAS[0], 2, margins), first)
+
+
+@every_dtype
+@pytest.mark.parametrize("name", ["all widths, blocks of 16", "8-bit basis", "compensators and kept experts"])
+def test_a_case_of_each_kind(name: str, dtype: torch.dtype) -> None:
+    """`test_case` in short."""
+    for isa in ISAS:
+        check(name, dtype, run_case(name, dtype, isa, 2))
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if len(case.ranks) > 1])
