@@ -2,8 +2,9 @@
 
     python -m bitsmoe_kernels._cpu.build          compiles into the folder of this file
 
-Needs a C++ compiler (g++ 12 or clang 14, or newer: `CXX`, else `c++`) and nothing else: no headers of Python or torch.
-The library names no OpenMP runtime as its dependency. It takes the one that torch has loaded, so that a process has one.
+Needs g++ 12 or newer (`CXX`, else `g++`, else `c++`) and nothing else: no headers of Python or torch. The library names
+no OpenMP runtime as its dependency. It takes the one that torch has loaded, so that a process has one: code of clang
+asks for another one.
 This file imports nothing of the package, for `setup.py` runs it before there is one.
 """
 
@@ -48,10 +49,10 @@ def compiler() -> list[str]:
     """
     if chosen := os.environ.get("CXX"):
         return shlex.split(chosen)
-    for name in ("c++", "g++", "clang++"):
+    for name in ("g++", "c++"):
         if found := shutil.which(name):
             return [found]
-    raise CompileError("there is no C++ compiler (c++, g++ or clang++): install one, or name one in CXX")
+    raise CompileError("there is no C++ compiler: install g++, or name one in CXX")
 
 
 def compile_library(target: Path, more_flags: Sequence[str] = (), machine: str | None = None) -> None:

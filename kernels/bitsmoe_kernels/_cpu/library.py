@@ -39,6 +39,7 @@ def load() -> ctypes.CDLL:
 
     Raises:
         OSError: it is not there, or cannot be loaded.
+        AttributeError: it lacks a function, so it is of another version.
     """
     library = ctypes.CDLL(os.environ.get("BITSMOE_CPU_LIBRARY") or str(PATH))
     library.bitsmoe_has.argtypes = [c_int]
@@ -62,7 +63,7 @@ def why_not() -> str | None:
         )
     try:
         load()
-    except OSError as e:
+    except (OSError, AttributeError) as e:
         return f"their library cannot be loaded ({e}): install bitsmoe-vllm again"
     chosen = os.environ.get(ENVIRONMENT)
     if chosen and chosen not in INSTRUCTION_SETS:
@@ -138,5 +139,5 @@ def forward(
     if status == 1:
         raise BitsmoeError("the CPU kernels found no memory for their buffers")
     if status:
-        raise BitsmoeError("the weights are not in the layout of the CPU kernels")
+        raise BitsmoeError("the weights are not in the layout of the compiled CPU kernels: install bitsmoe-vllm again")
     return out

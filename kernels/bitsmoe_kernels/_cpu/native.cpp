@@ -20,7 +20,8 @@ bool has(int isa) {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vnni");
     switch (isa) {
         case AVX2: return avx2;
         case AVX512: return avx2 && avx512;
@@ -64,8 +65,13 @@ struct Spread {
 };
 const Spread spread;
 
-thread_local uint8_t* memory = nullptr;
-thread_local int64_t memory_bytes = 0;
+// Buffers of a calling thread; they end with it.
+struct Buffers {
+    uint8_t* at = nullptr;
+    int64_t bytes = 0;
+    ~Buffers() { free(at); }
+};
+thread_local Buffers buffers;
 
 }  // namespace
 
@@ -82,7 +88,7 @@ API int bitsmoe_forward(int isa, const Call* call, int64_t chunk, int threads) {
     if (layer->magic != LAYER_MAGIC) return 2;
     Forward* forward = forward_of(isa);
     if (!forward) return 3;
-    return forward(call, chunk, &memory, &memory_bytes, threads > 0 ? threads : omp_get_max_threads());
+    return forward(call, chunk, &buffers.at, &buffers.bytes, threads > 0 ? threads : omp_get_max_threads());
 }
 
 // Asks the kernel for large pages; it need not grant them.
