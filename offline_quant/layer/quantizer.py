@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError
-from bitsmoe_kernels.format.packing import code_dtype, pack_codes
-from bitsmoe_kernels.format.schema import Projection, ProjectionName, order_dtype
+from bitsmoe_kernels.format.schema import Projection, ProjectionName, code_dtype, order_dtype
 from bitsmoe_kernels.reference import LayerWeights
 from offline_quant.layer.plan import LayerPlan
 from offline_quant.layer.view import LayerView, RoundingProblem
 from offline_quant.linalg import add_damping, output_energy
 from offline_quant.model.expert_weights import ExpertWeights
-from offline_quant.rounding import compensator
+from offline_quant.rounding import compensator, native
 from offline_quant.rounding.correction import correct_down
 from offline_quant.rounding.error_feedback import Quantized, RoundingMode, quantize
 from offline_quant.rounding.joint_fit import fit_jointly
@@ -219,7 +218,8 @@ def _quantize_projection(view: LayerView, plan: LayerPlan, problem: RoundingProb
     error = output_energy(residual, M) if error is None else error
     lost, total = (float((frequency * x).sum()) for x in (error, energy))
     codes = [
-        pack_codes((q.codes[i] if problem.on_input else q.codes[i].T).cpu(), bits[i], G) for i in range(len(chunk))
+        native.pack_codes((q.codes[i] if problem.on_input else q.codes[i].T).cpu(), bits[i], G)
+        for i in range(len(chunk))
     ]
     scales, features = (q.a, q.c) if problem.on_input else (q.c, q.a)
     features = features if roots is None else features / roots

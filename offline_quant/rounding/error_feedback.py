@@ -16,8 +16,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from bitsmoe_kernels._cpu import rounding as compiled
 from bitsmoe_kernels.format.schema import MAX_BITS
 from offline_quant.linalg import CholeskyFactor, add_product, factorize, mirrored, on_diagonal, output_energy
+from offline_quant.rounding import native
 from offline_quant.rounding.gaussian import gaussian_quantizer
 
 COLUMN_BLOCK = 32
@@ -142,7 +144,7 @@ class _Grid:
 
     def row(self, k: int) -> "_Grid":
         """Of row k: [n, 1] or [n, N]."""
-        k = k if self.half.shape[2] == 1 else 0
+        k = k if self.half.shape[1] > 1 else 0
         return _Grid(self.half[:, k], self.power[:, k])
 
     def nearest(self, v: Tensor, step: Tensor) -> Tensor:
@@ -225,6 +227,10 @@ def _column_scale(F: Tensor, variances: Tensor, width: Tensor) -> Tensor:
 
 
 def _feedback(F: Tensor, U: Tensor, grid: _Grid, c: Tensor, rough: bool = False) -> Quantized:
+    if native.runs_on(F):
+        codes, a, norms, error, _ = compiled.round_with_feedback(F, U, grid.half, grid.power, c, rough)
+        assert error is not None
+        return Quantized(codes, a, c, norms, error)
     n, K, _ = F.shape
     F = F.clone()
     codes = torch.zeros_like(F, dtype=torch.uint8)
@@ -247,6 +253,11 @@ def _feedback(F: Tensor, U: Tensor, grid: _Grid, c: Tensor, rough: bool = False)
 def _round_all(F: Tensor, M: Tensor, ridge: Tensor, grid: _Grid, c: Tensor, rough: bool = False) -> Quantized:
     """Every row to its own best scale, as many at once as a processor's cache holds."""
     n, K, N = F.shape
+    if native.runs_on(F):
+        found, a, norms, _, d = compiled.round_alone(F, grid.half, grid.power, c, rough)
+        assert d is not None
+        lost = output_energy(d, M)
+        return Quantized(found, a, c, norms, lost + ridge * d.square().sum((1, 2)), lost)
 
     def rows(x: Tensor) -> Tensor:
         return x.expand(n, K, x.shape[2]).reshape(n * K, -1)
@@ -298,6 +309,9 @@ def _coordinate_descent(F: Tensor, M: Tensor, q: Quantized, width: Tensor, grid:
         grid: of these.
         gradient: M (F - F^) [n, K, N]; is overwritten.
     """
+    if native.runs_on(F):
+        codes, error = compiled.descend(F, M, grid.half, q.codes, q.a, q.c, gradient)
+        return Quantized(codes, q.a, q.c, q.norms, error)
     codes = q.codes.clone()
     value = q.dequantize(width)
     error = ((F - value) * gradient).sum((1, 2))

@@ -28,11 +28,19 @@ AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx51
 MACHINES: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "native.cpp": (),
+        "rounding.cpp": (),
         "avx2.cpp": AVX2,
+        "rounding_avx2.cpp": AVX2,
         "avx512.cpp": AVX512,
+        "rounding_avx512.cpp": AVX512,
         "amx.cpp": (*AVX512, "-mamx-tile", "-mamx-int8"),
     },
-    "aarch64": {"native.cpp": (), "neon.cpp": ("-march=armv8.2-a+dotprod",)},
+    "aarch64": {
+        "native.cpp": (),
+        "rounding.cpp": (),
+        "neon.cpp": ("-march=armv8.2-a+dotprod",),
+        "rounding_neon.cpp": ("-march=armv8.2-a",),
+    },
 }
 """Files and their flags by the machine's name. The library chooses among instruction sets when it runs."""
 

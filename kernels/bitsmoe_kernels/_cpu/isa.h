@@ -7,5 +7,10 @@ struct Call;
 typedef int Forward(const Call*, int64_t chunk, uint8_t** memory, int64_t* memory_bytes, int max_threads);
 
 Forward forward_avx2, forward_avx512, forward_amx, forward_neon;
+
+struct Rounding;
+typedef void Round(int kind, const Rounding*, int threads);
+Round round_avx2, round_avx512, round_neon;
+
 bool amx_granted();  // by the kernel, to this process
 #endif

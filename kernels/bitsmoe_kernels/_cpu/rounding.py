@@ -1,0 +1,177 @@
+"""Rounding of factors and packing of codes by the compiled CPU kernels.
+
+What is computed stands in `offline_quant/rounding/error_feedback.py` and `format/packing.py`. Tensors are on the CPU.
+The result does not depend on the instruction set or on the number of threads.
+"""
+
+from ctypes import Structure, byref, c_int, c_int64, c_void_p
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bitsmoe_kernels._cpu import library
+from bitsmoe_kernels.format.schema import code_dtype, num_blocks
+
+_FEEDBACK, _ALONE, _DESCENT = range(3)
+
+
+class _Call(Structure):
+    """`struct Rounding` of rounding_call.h."""
+
+    _fields_ = (
+        ("n", c_int64), ("K", c_int64), ("N", c_int64), ("of_columns", c_int64), ("rough", c_int64), ("F", c_void_p),
+        ("matrix", c_void_p), ("half", c_void_p), ("power", c_void_p), ("c", c_void_p), ("a", c_void_p),
+        ("codes", c_void_p), ("norms", c_void_p), ("error", c_void_p), ("left", c_void_p), ("memory", c_void_p),
+    )  # fmt: skip
+
+
+class Rounded(NamedTuple):
+    """Rounded factors.
+
+    Attributes:
+        codes: uint8 [n, K, N].
+        a: float32 [n, K], row scales that float16 holds.
+        norms: float32 [n, K], squared norms of the rows as they were rounded.
+        error: float32 [n], what feedback loses; None without feedback.
+        left: float32 [n, K, N], factors less their rounded values; None with feedback.
+    """
+
+    codes: Tensor
+    a: Tensor
+    norms: Tensor
+    error: Tensor | None
+    left: Tensor | None
+
+
+@cache
+def _functions() -> None:
+    """Declares the functions' arguments."""
+    loaded = library.load()
+    loaded.bitsmoe_round.argtypes = [c_int, c_int, c_void_p, c_int]
+    loaded.bitsmoe_rounding_floats.argtypes = [c_int, c_int64, c_int64, c_int64, c_int]
+    loaded.bitsmoe_rounding_floats.restype = c_int64
+    loaded.bitsmoe_pack_codes.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int, c_void_p]
+    loaded.bitsmoe_pack_codes.restype = c_int64
+
+
+def _run(kind: int, isa: str | None, threads: int, shape: torch.Size, **given: Tensor | int | None) -> None:
+    """Call `bitsmoe_round`; tensors are contiguous, and float32 but for codes."""
+    _functions()
+    loaded, (n, K, N) = library.load(), shape
+    memory = torch.empty(loaded.bitsmoe_rounding_floats(kind, n, K, N, threads))
+    fields = {k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in {**given, "memory": memory}.items()}
+    call = _Call(n=n, K=K, N=N, **fields)
+    status = loaded.bitsmoe_round(library.INSTRUCTION_SETS[isa or library.best()], kind, byref(call), threads)
+    assert status == 0, status
+
+
+def _levels(half: Tensor, shape: torch.Size) -> tuple[int, Tensor]:
+    """Whether levels belong to columns, and the largest ones [n, K] or [n, N]."""
+    return int(half.shape[1:] != (shape[1], 1)), half.flatten(1).contiguous()
+
+
+def round_with_feedback(
+    F: Tensor,
+    U: Tensor,
+    half: Tensor,
+    power: Tensor,
+    c: Tensor,
+    rough: bool,
+    isa: str | None = None,
+    threads: int = 0,
+) -> Rounded:
+    """Round rows in turn; each hands its error on to those after it.
+
+    Args:
+        F: float32 [n, K, N].
+        U: float32 [n, K, K], upper triangular, see `CholeskyFactor`.
+        half: float32, largest level, 0 for 0 bits: [n, K, 1], or [n, 1, N] where widths run along N.
+        power: float32, of half's shape, mean square of the levels that suit a unit Gaussian.
+        c: float32 [n, N], column scales.
+        rough: guess row scales instead of searching for them.
+        isa: a key of `library.INSTRUCTION_SETS`; None: the best.
+        threads: 0: as many as torch uses.
+    """
+    n, K, _ = F.shape
+    of_columns, halves = _levels(half, F.shape)
+    codes, a, norms = torch.empty(F.shape, dtype=torch.uint8), F.new_empty(n, K), F.new_empty(n, K)
+    F, U, powers, c = (x.contiguous() for x in (F, U, power.flatten(1), c))
+    error = F.new_empty(n)
+    _run(
+        _FEEDBACK, isa, threads, F.shape, of_columns=of_columns, rough=int(rough), F=F, matrix=U, half=halves,
+        power=powers, c=c, a=a, codes=codes, norms=norms, error=error,
+    )  # fmt: skip
+    return Rounded(codes, a, norms, error, None)
+
+
+def round_alone(
+    F: Tensor, half: Tensor, power: Tensor, c: Tensor, rough: bool, isa: str | None = None, threads: int = 0
+) -> Rounded:
+    """Round every row by itself; arguments as those of `round_with_feedback`."""
+    n, K, _ = F.shape
+    of_columns, halves = _levels(half, F.shape)
+    codes, a, norms = torch.empty(F.shape, dtype=torch.uint8), F.new_empty(n, K), F.new_empty(n, K)
+    F, powers, c = (x.contiguous() for x in (F, power.flatten(1), c))
+    left = torch.empty_like(F)
+    _run(
+        _ALONE, isa, threads, F.shape, of_columns=of_columns, rough=int(rough), F=F, half=halves, power=powers, c=c,
+        a=a, codes=codes, norms=norms, left=left,
+    )  # fmt: skip
+    return Rounded(codes, a, norms, None, left)
+
+
+def descend(
+    F: Tensor,
+    M: Tensor,
+    half: Tensor,
+    codes: Tensor,
+    a: Tensor,
+    c: Tensor,
+    gradient: Tensor,
+    isa: str | None = None,
+    threads: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Round every row again, against what all other rows leave over.
+
+    Args:
+        F: float32 [n, K, N].
+        M: float32 [n, K, K], damped second moments.
+        half: see `round_with_feedback`.
+        codes: uint8 [n, K, N].
+        a: float32 [n, K].
+        c: float32 [n, N].
+        gradient: float32 [n, K, N], M (F - F^) for F^ of the given codes and scales.
+        isa: a key of `library.INSTRUCTION_SETS`; None: the best.
+        threads: 0: as many as torch uses.
+
+    Returns:
+        New codes, and the error tr((F - F^)^T M (F - F^)) [n] they have.
+    """
+    of_columns, halves = _levels(half, F.shape)
+    F, M, a, c, gradient = (x.contiguous() for x in (F, M, a, c, gradient))
+    codes, error = codes.clone(memory_format=torch.contiguous_format), F.new_empty(len(F))
+    _run(
+        _DESCENT, isa, threads, F.shape, of_columns=of_columns, F=F, matrix=M, half=halves, c=c, a=a, codes=codes,
+        error=error, left=gradient,
+    )  # fmt: skip
+    return codes, error
+
+
+def pack_codes(codes: Tensor, bits: Tensor, block_size: int) -> Tensor:
+    """See `format.packing.pack_codes`."""
+    _functions()
+    C, F = codes.shape
+    widths = bits.tolist()
+    if len(widths) != num_blocks(C, block_size) or any(not 0 <= b <= 8 for b in widths):
+        raise ValueError(f"{C} components in blocks of {block_size} with block bits {widths}")
+    codes, bits = codes.contiguous(), bits.to(torch.uint8).contiguous()
+    words = torch.empty(sum(widths), F, dtype=code_dtype(block_size))
+    wrong = library.load().bitsmoe_pack_codes(
+        codes.data_ptr(), C, F, bits.data_ptr(), len(widths), words.itemsize, words.data_ptr()
+    )
+    if wrong >= 0:
+        largest = int(codes[wrong * block_size : (wrong + 1) * block_size].max())
+        raise ValueError(f"block {wrong}: code {largest} does not fit {widths[wrong]} bits")
+    return words

@@ -1,0 +1,239 @@
+"""The compiled rounding against float64 loops that say what it should compute, and against itself."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitsmoe_kernels._cpu import library
+from bitsmoe_kernels._cpu import rounding as compiled
+from bitsmoe_kernels.format import packing
+
+pytestmark = pytest.mark.skipif(library.why_not() is not None, reason=str(library.why_not()))
+
+# n, K, N, along, what it is for
+CASES = {
+    "one row, one column": (1, 1, 1, "K"),
+    "one row, widths of columns": (2, 1, 5, "N"),
+    "one column": (3, 70, 1, "K"),
+    "one column, width of its own": (3, 33, 1, "N"),
+    "a block and a panel exactly": (2, 32, 48, "K"),
+    "one more of each": (2, 33, 49, "N"),
+    "ragged, several blocks and panels": (3, 150, 131, "K"),
+    "more rows than one depth of products": (2, 300, 100, "N"),
+    "more experts than threads": (5, 40, 20, "K"),
+}
+STEP = (0.0, 1.5957, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
+
+
+class Problem:
+    """Factors, moments and levels of one case; every width from 0 to 8."""
+
+    def __init__(self, n: int, K: int, N: int, along: str, scale: float = 1.0):
+        g = torch.Generator().manual_seed(n + 10 * K + 1000 * N)
+        self.F = torch.randn(n, K, N, generator=g) * scale
+        x = torch.randn(n, 4 * K + 8, K, generator=g) @ (torch.eye(K) + 0.3 * torch.randn(n, K, K, generator=g))
+        self.M = x.mT @ x / x.shape[1]
+        self.M.diagonal(dim1=1, dim2=2).add_(0.01 * self.M.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True))
+        inverse = torch.linalg.inv(self.M.double())
+        self.U = torch.linalg.cholesky(inverse).mT.float().contiguous()
+        width = torch.randint(0, 9, (n, K, 1) if along == "K" else (n, 1, N), generator=g)
+        self.half = (torch.exp2(width.float()) - 1) / 2
+        self.power = torch.where(width > 0, torch.tensor(STEP)[width].clamp(min=1e-6).pow(-2), 0.0)
+        self.c = ((0.5 + torch.rand(n, N, generator=g)) * scale**0.5).clamp(max=2.0**15).half().float()
+
+    def feedback(self, rough: bool = False, isa: str | None = None, threads: int = 0) -> compiled.Rounded:
+        return compiled.round_with_feedback(self.F, self.U, self.half, self.power, self.c, rough, isa, threads)
+
+    def alone(self, rough: bool = False, isa: str | None = None, threads: int = 0) -> compiled.Rounded:
+        return compiled.round_alone(self.F, self.half, self.power, self.c, rough, isa, threads)
+
+    def descend(self, found: compiled.Rounded, isa: str | None = None, threads: int = 0) -> tuple[Tensor, Tensor]:
+        gradient = (self.M.double() @ (self.F.double() - self.value(found.codes, found.a))).float()
+        return compiled.descend(self.F, self.M, self.half, found.codes, found.a, self.c, gradient, isa, threads)
+
+    def value(self, codes: Tensor, a: Tensor) -> Tensor:
+        """What codes mean, float64."""
+        return a.double()[:, :, None] * self.c.double()[:, None] * (codes.double() - self.half.double())
+
+    def error(self, codes: Tensor, a: Tensor) -> Tensor:
+        """tr((F - F^)^T M (F - F^)) [n], float64."""
+        left = self.F.double() - self.value(codes, a)
+        return (left * (self.M.double() @ left)).sum((1, 2))
+
+    def nearest(self, x: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of x [n, K, N] or of a row of it, and how far x lies from a boundary between two, float64."""
+        half = self.half.double()
+        inside = x / step.masked_fill(step == 0, torch.inf) + half
+        codes = torch.minimum(inside.round().clamp(min=0), 2 * half)
+        return codes, ((inside - inside.floor()) - 0.5).abs()
+
+
+def equal(first: tuple[Tensor | None, ...], second: tuple[Tensor | None, ...]) -> bool:
+    pairs = zip(first, second, strict=True)
+    return all(x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in pairs)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("rough", [False, True])
+def test_bits_depend_neither_on_the_instruction_set_nor_on_threads(case: str, rough: bool) -> None:
+    problem = Problem(*CASES[case])
+    feedback, alone = problem.feedback(rough), problem.alone(rough)
+    moved = problem.descend(feedback)
+    for isa, threads in [*((isa, 1) for isa in library.usable()), (None, 2), (None, 5)]:
+        assert equal(problem.feedback(rough, isa, threads), feedback), (isa, threads)
+        assert equal(problem.alone(rough, isa, threads), alone), (isa, threads)
+        assert equal(problem.descend(feedback, isa, threads), moved), (isa, threads)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_feedback_hands_every_error_on(case: str) -> None:
+    """w_k = F_k - sum over j < k of U_jk e_j and e_k = (w_k - rounded) / U_kk, with the scales that were found."""
+    problem = Problem(*CASES[case])
+    found = problem.feedback()
+    F, U, value = problem.F.double(), problem.U.double(), problem.value(found.codes, found.a)
+    handed, K = torch.zeros_like(F), F.shape[1]
+    for k in range(K):
+        row = F[:, k] - (U[:, :k, k, None] * handed[:, :k]).sum(1)
+        step = (found.a.double()[:, k, None] * problem.c.double())[:, None]
+        codes, margin = problem.nearest(row[:, None].expand(-1, K, -1), step)
+        # Within float32 rounding of a boundary a value may fall either way.
+        sure = margin[:, k] > 1e-3
+        assert torch.equal(codes[:, k][sure], found.codes[:, k].double()[sure])
+        assert torch.allclose(found.norms[:, k].double(), row.square().sum(-1), rtol=1e-3, atol=1e-6)
+        handed[:, k] = (row - value[:, k]) / U[:, k, k, None]
+    assert found.error is not None
+    assert torch.allclose(found.error.double(), problem.error(found.codes, found.a), rtol=1e-3)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_alone_every_row_gets_its_nearest_levels(case: str) -> None:
+    problem = Problem(*CASES[case])
+    found = problem.alone()
+    codes, margin = problem.nearest(problem.F.double(), found.a.double()[:, :, None] * problem.c.double()[:, None])
+    sure = margin > 1e-4
+    assert torch.equal(codes[sure], found.codes.double()[sure])
+    assert found.left is not None
+    left = problem.F.double() - problem.value(found.codes, found.a)
+    assert torch.allclose(found.left.double(), left, atol=1e-5)
+    assert torch.allclose(found.norms.double(), problem.F.double().square().sum(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("along", ["K", "N"])
+@pytest.mark.parametrize("rough", [False, True])
+def test_scales_are_those_of_alternating_least_squares(along: str, rough: bool) -> None:
+    """From four starts, or from one; every column weighed by its scale's square."""
+    problem = Problem(3, 20, 200, along)
+    half, weight = problem.half.double(), problem.c.double().square()[:, None]
+    v = problem.F.double() / problem.c.double()[:, None]
+
+    def nearest(a: Tensor) -> Tensor:
+        return problem.nearest(v * problem.c.double()[:, None], a[..., None] * problem.c.double()[:, None])[0] - half
+
+    def lost(a: Tensor) -> Tensor:
+        return (weight * (v - a[..., None] * nearest(a)).square()).sum(-1)
+
+    start = ((weight * v.square()).sum(-1) / (weight * problem.power.double()).sum(-1).clamp(min=1e-30)).sqrt()
+    results = []
+    for candidate in (1.0,) if rough else (0.7, 0.85, 1.0, 1.2):
+        a = candidate * start
+        for _ in range(1 if rough else 3):
+            level = nearest(a)
+            a = (weight * v * level).sum(-1) / (weight * level.square()).sum(-1).clamp(min=1e-30)
+        results.append(lost(a.half().double()))
+    assert torch.allclose(lost(problem.alone(rough).a.double()), torch.stack(results).amin(0), rtol=1e-2)
+
+
+@pytest.mark.parametrize("bits", range(1, 6))
+def test_a_representable_row_comes_back_exactly(bits: int) -> None:
+    g = torch.Generator().manual_seed(bits)
+    half = (2**bits - 1) / 2
+    level = ((torch.randn(1, 3, 700, generator=g) / STEP[bits] + half).round() - half).clamp(-half, half)
+    c = torch.rand(1, 700, generator=g).half().float() + 0.5
+    scale = torch.tensor([[0.125, 1.0, 3.5]])  # exact in float16
+    F = level * scale[:, :, None] * c[:, None]
+    levels, power = torch.full((1, 3, 1), half), torch.full((1, 3, 1), STEP[bits] ** -2)
+    found = compiled.round_alone(F, levels, power, c, rough=False)
+    assert torch.equal(found.a, scale)
+    assert torch.equal(found.codes, (level + half).to(torch.uint8))
+    assert found.left is not None
+    assert not bool(found.left.any())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_descent_gives_every_row_its_best_codes_in_turn(case: str) -> None:
+    problem = Problem(*CASES[case])
+    first = problem.alone(rough=True)
+    codes, error = problem.descend(first)
+    F, M, value = problem.F.double(), problem.M.double(), problem.value(first.codes, first.a)
+    after = problem.value(codes, first.a)
+    K = F.shape[1]
+    for k in range(K):
+        target = value[:, k] + (M[:, k, None] @ (F - value))[:, 0] / M[:, k, k, None]
+        step = (first.a.double()[:, k, None] * problem.c.double())[:, None]
+        best, margin = problem.nearest(target[:, None].expand(-1, K, -1), step)
+        sure = margin[:, k] > 1e-3
+        assert torch.equal(best[:, k][sure], codes[:, k].double()[sure])
+        value[:, k] = after[:, k]
+    assert torch.allclose(error.double(), problem.error(codes, first.a), rtol=1e-3, atol=1e-6)
+    assert bool((error.double() <= 1.0001 * problem.error(first.codes, first.a)).all())
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-6, 1e4, 1e18])
+@pytest.mark.parametrize("along", ["K", "N"])
+def test_codes_stay_within_their_widths_at_any_magnitude(scale: float, along: str) -> None:
+    problem = Problem(2, 40, 50, along, scale)
+    for found in (problem.feedback(), problem.feedback(rough=True), problem.alone()):
+        assert bool((found.codes <= 2 * problem.half).all())
+        assert bool((problem.descend(found)[0] <= 2 * problem.half).all())
+        assert torch.allclose(found.a, found.a.half().float(), rtol=0, atol=0, equal_nan=True)  # float16 holds them
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_a_number_makes_an_error_that_is_none(bad: float) -> None:
+    """Callers compare errors, and refuse what is not finite; codes stay within their widths."""
+    problem = Problem(2, 40, 50, "K")
+    problem.half[:] = 1.5
+    problem.F[1, 7, 3] = bad
+    found = problem.feedback()
+    assert found.error is not None
+    assert found.error.isfinite().tolist() == [True, False]
+    assert bool((found.codes <= 3).all())
+
+
+def test_constant_rows_and_rows_of_nothing() -> None:
+    problem = Problem(1, 4, 30, "K")
+    problem.half, problem.power = torch.tensor([0.5, 1.5, 0.5, 127.5])[None, :, None], torch.ones(1, 4, 1)
+    problem.F[0, :2], problem.F[0, 2:] = 0.25, 0.0
+    problem.c[:] = 1
+    found = problem.alone()
+    assert torch.equal(problem.value(found.codes, found.a)[0], problem.F[0].double())
+    nothing = Problem(1, 4, 30, "K")
+    nothing.c[:] = 0
+    found = nothing.feedback()
+    assert not bool(found.a.any())
+    assert bool(found.norms.isfinite().all())
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("C", [1, 16, 40, 96])
+@pytest.mark.parametrize("F", [1, 63, 64, 130])
+def test_packed_codes_are_those_of_the_format(block_size: int, C: int, F: int) -> None:
+    g = torch.Generator().manual_seed(C + F)
+    bits = torch.randint(0, 9, (-(-C // block_size),), generator=g, dtype=torch.uint8)
+    top = torch.exp2(bits.repeat_interleave(block_size)[:C, None].float())
+    codes = (torch.rand(C, F, generator=g) * top).to(torch.uint8)
+    found = compiled.pack_codes(codes, bits, block_size)
+    expected = packing.pack_codes(codes, bits, block_size)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+    assert torch.equal(compiled.pack_codes(codes.T.contiguous().T, bits, block_size), expected)
+
+
+def test_codes_that_do_not_fit_are_refused_as_by_the_format() -> None:
+    codes = torch.zeros(40, 70, dtype=torch.uint8)
+    codes[3], codes[37, 69] = 200, 4  # the first block has 0 bits, and what stands there does not count
+    for pack in (compiled.pack_codes, packing.pack_codes):
+        with pytest.raises(ValueError, match="block 2: code 4 does not fit 2 bits"):
+            pack(codes, torch.tensor([0, 1, 2], dtype=torch.uint8), 16)
+        with pytest.raises(ValueError, match="40 components in blocks of 16"):
+            pack(codes, torch.tensor([0, 1], dtype=torch.uint8), 16)
