@@ -14,7 +14,8 @@ inline void block_512(const uint8_t* w, int64_t step_stride, int steps, const in
 #pragma GCC unroll 4
         for (int s = 0; s < WIDTH; s++) {
             word[s] = _mm512_loadu_si512(w + s * STEP_BYTES);
-            _mm_prefetch((const char*)w + 4096 + s * STEP_BYTES, _MM_HINT_T0);
+            _mm_prefetch((const char*)w + 8192 + s * STEP_BYTES, _MM_HINT_T1);
+            _mm_prefetch((const char*)w + 1024 + s * STEP_BYTES, _MM_HINT_T0);
         }
 #pragma GCC unroll 8
         for (int f = 0; f < FIELDS; f++) {

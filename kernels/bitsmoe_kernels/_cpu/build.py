@@ -21,7 +21,16 @@ from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent
 LIBRARY = "libbitsmoe_cpu.so"
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wall")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-ffp-contract=off",
+    "-Wall",
+)
 # fp-contract off: every instruction set rounds alike.
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
@@ -76,7 +85,9 @@ def compile_library(target: Path, more_flags: Sequence[str] = (), machine: str |
     """
     machine = machine or platform.machine()
     if sys.platform != "linux" or machine not in MACHINES:
-        raise CompileError(f"there are no CPU kernels for {sys.platform} on {machine}, only for Linux on {list(MACHINES)}")
+        raise CompileError(
+            f"there are no CPU kernels for {sys.platform} on {machine}, only for Linux on {list(MACHINES)}"
+        )
     command = compiler()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:

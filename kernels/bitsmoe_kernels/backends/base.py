@@ -132,11 +132,20 @@ def moe_op(name: str) -> Callable[[Compute], Compute]:
     """
 
     def register(function: Compute) -> Compute:
-        op = torch.library.custom_op(name, mutates_args=())(function)
-        op.register_fake(_fake)
-        return op
+        # Not `torch.library.custom_op`: its wrappers take 25 us a call, a tenth of a layer's time on a CPU.
+        namespace, _, short = name.partition("::")
+        library = torch.library.Library(namespace, "FRAGMENT")
+        library.define(short + torch.library.infer_schema(function, mutates_args=()))
+        library.impl(short, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(name, _fake, lib=library)
+        _LIBRARIES.append(library)
+        return getattr(getattr(torch.ops, namespace), short).default
 
     return register
+
+
+_LIBRARIES: list[torch.library.Library] = []
+"""Registrations end with these objects."""
 
 
 def _fake(x: Tensor, *_: Any) -> Tensor:

@@ -15,6 +15,7 @@ import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +53,25 @@ def unsupported(layer: Layer) -> str | None:
     if (ranks := sum(p.basis.rank for p in layer.projections.values() if p.basis)) > MOST_RANKS:
         return f"its bases have {ranks} rows, more than {MOST_RANKS}"
     return None
+
+
+class _Matrix(NamedTuple):
+    """`struct Matrix` of layout.h."""
+
+    outputs: int
+    inputs: int
+    runs: int = 0
+    run_at: int = -1
+    steps: int = 0
+    index_at: int = -1
+    scale_at: int = -1
+    feature_at: int = -1
+    codes_at: int = -1
+    dense_at: int = -1
+    dense_kind: int = 0
+    rank: int = 0
+    in_at: int = -1
+    out_at: int = -1
 
 
 @dataclass
@@ -133,7 +153,7 @@ def to_cpu_layout(weights: LayerWeights) -> Tensor:
     tables = {name: _LAYER.size + i * E * _MATRIX.size for i, name in enumerate(("gate", "up", "down"))}
     basis_at = tables["down"] + E * _MATRIX.size
     block = _Block(-(-(basis_at + _MATRIX.size) // ALIGN) * ALIGN)
-    head = np.zeros(block.size, np.uint8)
+    head = bytearray(block.size)
     jobs: list[_Job] = []
     inputs = [p["gate_up"]] if together else [p["gate"], p["up"]]
     acts = {"input": ALIGN, "down": ALIGN}
@@ -167,7 +187,7 @@ def to_cpu_layout(weights: LayerWeights) -> Tensor:
     out = torch.empty(block.size, dtype=torch.uint8)
     library.large_pages(out)
     view = out.zero_().numpy()  # the bytes between pieces are zero: equal layers are equal blocks
-    view[: len(head)] = head
+    view[: len(head)] = np.frombuffer(head, np.uint8)
     for at, array in block.pieces:
         view[at : at + array.nbytes] = array.reshape(-1).view(np.uint8)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -225,9 +245,7 @@ def _coded(block: _Block, w: ProjectionWeights, e: int, offset: int) -> _Coded:
     order = w.order(e)
     index = row if order is None else order.numpy()[row]
     scale = np.where(live, w.part("component_scale")[e].float().numpy()[row], 0).astype(np.float32)
-    table = b"".join(
-        _RUN.pack(r.bits, r.shift, r.steps, r.twice_half, r.component, r.act, r.count, 0) for r in runs
-    )
+    table = b"".join(_RUN.pack(r.bits, r.shift, r.steps, r.twice_half, r.component, r.act, r.count, 0) for r in runs)
     return _Coded(
         runs,
         block.put(np.frombuffer(table, np.uint8)),
@@ -238,14 +256,14 @@ def _coded(block: _Block, w: ProjectionWeights, e: int, offset: int) -> _Coded:
 
 def _matrix(
     block: _Block, w: ProjectionWeights, e: int, coded: _Coded, first: int, columns: int, jobs: list[_Job]
-) -> tuple[int, ...]:
+) -> _Matrix:
     """The description of one matrix: outputs [first, first + columns) of an expert's projection."""
     K = w.layer.side(w.name, "input")
     padded = -(-columns // LANES) * LANES
     if e in w.spec.kept_experts:
         dense = w.part("kept")[w.spec.kept_experts.index(e), first : first + columns]
         at, kind = _dense(block, dense)
-        return (columns, K, 0, -1, 0, -1, -1, -1, -1, at, kind, 0, -1, -1)
+        return _Matrix(columns, K, dense_at=at, dense_kind=kind)
     feature = np.zeros(padded, np.float32)
     feature[:columns] = w.part("feature_scale")[e, first : first + columns].float().numpy()
     codes_at = block.reserve(padded // LANES * coded.steps * STEP_BYTES)
@@ -264,9 +282,9 @@ def _matrix(
             outer = np.zeros((rank, padded), np.float16)
             outer[:, :columns] = w.part("lowrank_out")[rows, first : first + columns].numpy()
             in_at, out_at = block.put(w.part("lowrank_in")[rows].numpy()), block.put(outer)
-    return (
+    return _Matrix(
         columns, K, len(coded.runs), coded.run_at, coded.steps, coded.index_at, coded.scale_at, block.put(feature),
-        codes_at, -1, 0, rank, in_at, out_at,
+        codes_at, rank=rank, in_at=in_at, out_at=out_at,
     )  # fmt: skip
 
 
@@ -279,21 +297,22 @@ def _dense(block: _Block, matrix: Tensor) -> tuple[int, int]:
     return block.put(padded.reshape(-1, LANES, K).transpose(0, 2, 1)), int(matrix.dtype == torch.float16)
 
 
-def _basis(block: _Block, having: Sequence[ProjectionWeights]) -> tuple[int, int, tuple[int, ...]]:
+def _basis(block: _Block, having: Sequence[ProjectionWeights]) -> tuple[int, int, _Matrix]:
     """All bases of gate and up as one matrix: its rows, bytes of a row of activations, its description."""
     basis = torch.cat([w.part("basis") for w in having])
     R, H = basis.shape
     if basis.dtype != torch.int8:
         at, kind = _dense(block, basis)
-        return R, ALIGN, (R, H, 0, -1, 0, -1, -1, -1, -1, at, kind, 0, -1, -1)
+        return R, ALIGN, _Matrix(R, H, dense_at=at, dense_kind=kind)
     strips, steps = -(-R // LANES), -(-H // 4)
     codes = np.full((strips * LANES, steps * 4), 128, np.uint8)
     codes[:R, :H] = basis.numpy().view(np.uint8) ^ 128  # two's complement plus 128
-    codes = codes.reshape(strips, LANES, steps, 4).transpose(0, 2, 1, 3)  # [strip, step, lane, byte]
-    groups = [codes[g : g + STRIPS].transpose(1, 0, 2, 3).reshape(-1) for g in range(0, strips, STRIPS)]
+    by_strip = codes.reshape(strips, LANES, steps, 4).transpose(0, 2, 1, 3)  # [strip, step, lane, byte]
+    groups = [by_strip[g : g + STRIPS].transpose(1, 0, 2, 3).reshape(-1) for g in range(0, strips, STRIPS)]
     scale = np.zeros(strips * LANES, np.float32)
     scale[:R] = torch.cat([w.part("basis_scale") for w in having]).numpy()
     count = steps * 4
     run_at = block.put(np.frombuffer(_RUN.pack(8, 0, steps, 256, 0, 0, count, 0), np.uint8))
-    row = (R, H, 1, run_at, steps, -1, -1, block.put(scale), block.put(np.concatenate(groups)), -1, 0, 0, -1, -1)
+    feature_at, codes_at = block.put(scale), block.put(np.concatenate(groups))
+    row = _Matrix(R, H, 1, run_at, steps, feature_at=feature_at, codes_at=codes_at)
     return R, -(-count // ALIGN) * ALIGN, row
