@@ -1,14 +1,13 @@
 """A layer of the file's neutral layout to the layout of the CPU kernels: one block of bytes, see `_cpu/layout.h`.
 
-A code of b bits is stored as planes of 4, 2 and 1 bits, at most one of each but for 8 = 4 + 4, so memory stays the same:
-3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1. Units of 16 components with planes of one width and place value follow one
-another in a *run*. A plane of w bits at place value 2^p is centred by itself: (2^b - 1) / 2 is the sum of its planes'
-2^p (2^w - 1) / 2. So
+A code of b bits is stored as planes of 4, 2 and 1 bits, so memory stays the same: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2,
+7 = 4 + 2 + 1, 8 = 4 + 4. Units of 16 components with planes of one width and place value follow one another in a *run*.
+A plane of w bits at place value 2^p is centred by itself: (2^b - 1) / 2 is the sum of its planes' 2^p (2^w - 1) / 2. So
 
     y[n] = feature_scale[n] * sum over runs of 2^p sum_k act[k] (code[k, n] - (2^w - 1) / 2)
 
-with act[k] = component_scale[k] * source[index[k]]. An 8-bit basis is a matrix of one run: bytes from 0 to 255, of which
-128 is subtracted.
+with act[k] = component_scale[k] * source[index[k]]. An 8-bit basis is a matrix of one run: bytes from 0 to 255, of
+which 128 is subtracted.
 """
 
 import struct
