@@ -355,6 +355,14 @@ def _cases() -> dict[str, Case]:
             ),
             triton=False,
         ),
+        "a long input": Case(
+            "more components of a width than are unpacked at once for many tokens", widths(1, 2, 4), experts=1,
+            hidden=3100, intermediate=24, ids=[[0]] * 17, triton=False,
+        ),
+        "a long input of a basis": Case(
+            "the same for bytes", together(Plan(basis=Basis(rank=20, bits=8))), experts=1, hidden=2075,
+            intermediate=24, ids=[[0]] * 17, triton=False,
+        ),
     }  # fmt: skip
     return cases
 

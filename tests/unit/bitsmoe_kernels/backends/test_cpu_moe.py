@@ -14,7 +14,7 @@ from bitsmoe_kernels._cpu import library
 from bitsmoe_kernels.backends.cpu_moe import moe_cpu_op
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.schema import Basis
-from bitsmoe_kernels.layout.cpu_layout import unsupported
+from bitsmoe_kernels.layout.cpu_layout import MOST_INPUTS, unsupported
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
 from bruteforce import array, assert_close, expert_weights
 from bruteforce import moe as brute_moe
@@ -144,6 +144,39 @@ def test_errors_are_below_those_of_bfloat16(name: str, spread: float, times: int
     assert error <= np.hypot(of_bfloat16, of_output)
     if dtype == torch.float16:
         assert error <= of_bfloat16
+
+
+@every_dtype
+@every_isa
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("level", [-128, 127])
+def test_the_largest_sums_fit(level: int, tokens: int, isa: str, dtype: torch.dtype) -> None:
+    """As many inputs as there may be, all codes of a basis at one end, digits of activations too."""
+    H = MOST_INPUTS
+    plan = Plan(basis=Basis(rank=2, bits=8), bits=(8,))
+    made = build_layer({"gate_up": plan, "down": Plan()}, num_experts=1, hidden_size=H, intermediate_size=1)
+    basis, scale = torch.full((2, H), level, dtype=torch.int8), torch.ones(2) / (128 * H)
+    made = replace(made, tensors=made.tensors | {"gate_up_basis": basis, "gate_up_basis_scale": scale})
+    # The largest number becomes 32,639. The others are 32,384 = 127 * 256 - 128: their digits are 127 and -128.
+    x = torch.full((tokens, H), (127 * 256 - 128) / 32639)
+    x[:, 0] = 1
+    x[1::2] *= -1
+    x = x.to(dtype)
+    weights, ids = torch.full((tokens, 1), 1000.0), torch.zeros(tokens, 1, dtype=torch.int32)
+    y = library.forward(packed(made), x, weights, ids, None, isa, 2)
+    want = brute_moe(exact_of(made), x, weights, ids)
+    error = np.abs(array(y) - want).max() / np.abs(want).max()
+    assert error <= {torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[dtype]
+
+
+@every_isa
+def test_bits_are_the_same_every_time(isa: str) -> None:
+    """Threads take work as they come: more of them than there are cores, again and again."""
+    made = build_layer(GROUPED["basis"], num_experts=2, hidden_size=200, intermediate_size=136)
+    block, (x, weights, ids) = packed(made), random_call(20, made, torch.bfloat16)
+    first = library.forward(block, x, weights, ids, None, isa, 1)
+    for _ in range(100):
+        assert same_bits([library.forward(block, x, weights, ids, None, isa, 4)], [first])
 
 
 GROUPS = (1, 2, 5, 6, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 40, 128, 300, 511, 512, 513, 600)
