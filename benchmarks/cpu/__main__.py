@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     layer.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="rivals whose name holds one of these")
     layer.add_argument("--isa", nargs="+", default=[], metavar="NAME", help="our kernels with these as well: avx2 ...")
     layer.add_argument("--rounds", type=int, default=15, help="at most, for each layer and number of tokens")
-    layer.add_argument("--seconds", type=float, default=40, help="no round begins after so many (default: 40)")
+    layer.add_argument("--seconds", type=float, default=30, help="no round begins after so many (default: 30)")
     layer.add_argument("--working-set", type=int, metavar="BYTES", help="that the copies of a layer hold at least")
     layer.add_argument("--rehearse", action="store_true", help="every step on a tiny layer; figures say nothing")
     layer.add_argument("--out", type=Path, metavar="DIR", help="folder for cpu-layer.json, .md and .png")

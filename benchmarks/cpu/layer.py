@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,10 @@ def available(plan: Plan, shape: Shape, working_set: int) -> tuple[dict[str, Cal
         missing[r.OURS] = reason
     else:
         for form, bits in OURS[shape.model]:
+            once = cache(partial(r.Kernels, shape, form, bits, working_set))
             for isa in (None, *plan.isas):
-                found[r.title(form, bits, isa)] = partial(r.Kernels, shape, form, bits, isa, working_set)
+                name = r.title(form, bits, isa)
+                found[name] = partial(_using, once, name, isa)
     found[r.REFERENCE] = partial(r.Reference, shape, *OURS[shape.model][0])
     every: tuple[type[r.Vllm], ...] = (r.VllmPlain, r.VllmInt4, r.VllmMxfp4)
     kinds = [kind for kind in every if wanted(plan, kind.name)]
@@ -96,6 +98,10 @@ def available(plan: Plan, shape: Shape, working_set: int) -> tuple[dict[str, Cal
             else:
                 missing[kind.name] = "vLLM has no kernels of this kind for this processor"
     return {name: make for name, make in found.items() if wanted(plan, name)}, missing
+
+
+def _using(once: Callable[[], r.Kernels], name: str, isa: str | None) -> r.Kernels:
+    return once().using(name, isa)
 
 
 def wanted(plan: Plan, name: str) -> bool:

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bitsmoe_kernels._cpu.library import INSTRUCTION_SETS
+
 LAYER_FILE, SERVING_FILE = "cpu-layer.json", "cpu-serving.json"
 
 
@@ -52,37 +54,59 @@ def layer_tables(data: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+GROUPS = (
+    ("bitsmoe natural", "C0", "o"), ("bitsmoe 8-bit basis", "C1", "s"), ("llama.cpp", "C2", "^"), ("vLLM", "C3", "D"),
+)  # fmt: skip
+"""Beginnings of rivals' names, with how they are drawn."""
+
+
 def draw_layer(data: Mapping[str, Any], path: Path) -> None:
-    """Time of a layer against bits per weight: a row for each layer, a column for each number of tokens."""
+    """Time of a layer against bits per weight: a row for each layer, a column for each number of tokens.
+
+    Of our kernels those with the best instruction set. Without the torch reference, which is far slower than the rest.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    models = list(dict.fromkeys(r["model"] for r in data["rows"]))
-    tokens = list(dict.fromkeys(r["tokens"] for r in data["rows"]))
+    isas = tuple(f", {isa}" for isa in INSTRUCTION_SETS)
+    shown = [r for r in data["rows"] if not r["rival"].endswith(isas)]
+    models, tokens = (list(dict.fromkeys(r[key] for r in shown)) for key in ("model", "tokens"))
     figure, axes = plt.subplots(
         len(models), len(tokens), figsize=(3.6 * len(tokens), 3.4 * len(models)), squeeze=False, layout="constrained"
     )
     for line, model in enumerate(models):
         for column, count in enumerate(tokens):
             axis = axes[line, column]
-            rows = [r for r in data["rows"] if (r["model"], r["tokens"]) == (model, count)]
             for group, color, marker in GROUPS:
-                mine = sorted((r for r in rows if r["rival"].startswith(group)), key=lambda r: r["bits_per_weight"])
-                bits, times = [r["bits_per_weight"] for r in mine], [r["microseconds"] for r in mine]
-                joined = "-" if group.startswith("bitsmoe") else ""
-                axis.plot(bits, times, joined, marker=marker, color=color, markersize=5, label=group)
-                if not joined:
-                    for r in mine:
-                        axis.annotate(
-                            r["rival"].removeprefix(group).strip(" ,"), (r["bits_per_weight"], r["microseconds"]),
-                            textcoords="offset points", xytext=(4, 3), fontsize=6,
-                        )  # fmt: skip
+                mine = [
+                    (r["bits_per_weight"], r["microseconds"], r["rival"].removeprefix(group).strip(" ,"))
+                    for r in shown if (r["model"], r["tokens"]) == (model, count) and r["rival"].startswith(group)
+                ]  # fmt: skip
+                if not mine:
+                    continue
+                bits, times, names = zip(*sorted(mine), strict=True)
+                ours = group.startswith("bitsmoe")
+                axis.plot(
+                    bits,
+                    times,
+                    linestyle="-" if ours else "none",
+                    marker=marker,
+                    color=color,
+                    markersize=5,
+                    label=group,
+                )
+                for at, name in zip(zip(bits, times, strict=True), names if not ours else (), strict=False):
+                    axis.annotate(name, at, textcoords="offset points", xytext=(4, 3), fontsize=6)
             axis.set(xscale="log", yscale="log", title=f"{model}, {count} token{'s' if count > 1 else ''}")
             axis.set_xticks([2, 3, 4, 8, 16], ["2", "3", "4", "8", "16"])
-            axis.minorticks_off()
-            axis.grid(True, which="both", alpha=0.25)
+            axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+            axis.yaxis.set_minor_formatter(NullFormatter())
+            axis.grid(True, alpha=0.25)
         axes[line, 0].set_ylabel("microseconds a layer and token")
     for axis in axes[-1]:
         axis.set_xlabel("bits per weight, all included")
@@ -91,13 +115,6 @@ def draw_layer(data: Mapping[str, Any], path: Path) -> None:
     figure.suptitle(f"{machine['processor']}, {machine['threads']} threads", fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
-
-
-GROUPS = (
-    ("bitsmoe natural", "C0", "o"), ("bitsmoe 8-bit basis", "C1", "s"), ("llama.cpp", "C2", "^"), ("vLLM", "C3", "D"),
-    ("torch reference", "C7", "x"),
-)  # fmt: skip
-"""Beginnings of rivals' names, with how they are drawn."""
 
 
 def serving_table(data: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ Weights are made up. Every rival is checked against float64 on two experts of th
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ class _InProcess(ABC):
     small_shape: Shape
 
     @abstractmethod
-    def forward(self, copy: int, x: Tensor, call: Call) -> Tensor:
+    def forward(self, number: int, x: Tensor, call: Call) -> Tensor:
         """The layer by one of the copies."""
 
     @abstractmethod
@@ -88,8 +89,8 @@ class _InProcess(ABC):
         """See `rounds.Rival`."""
         self.small(x, *self._small_routing(len(x)))
         before = time.perf_counter()
-        for copy, call in calls:
-            self.forward(copy, x, call)
+        for number, call in calls:
+            self.forward(number, x, call)
         return time.perf_counter() - before
 
     def _small_routing(self, tokens: int) -> tuple[Tensor, Tensor]:
@@ -166,7 +167,7 @@ class Reference(_Ours):
         self._compute = backend.compute
         self._layer, self._small = backend.prepare(self.weights, target), backend.prepare(self.small_weights, target)
 
-    def forward(self, copy: int, x: Tensor, call: Call) -> Tensor:
+    def forward(self, number: int, x: Tensor, call: Call) -> Tensor:
         """See `_InProcess`."""
         tensors = list(self._layer.tensors.values())
         return self._compute(x, call.weights, call.ids, None, tensors, self._layer.key)
@@ -179,16 +180,15 @@ class Reference(_Ours):
 class Kernels(_Ours):
     """Our CPU kernels.
 
-    The best instruction set is called as vLLM calls it, through the op. Others are called by `library.forward`.
+    The best instruction set is called as vLLM calls it, through the op. Others (`using`) go by `library.forward`.
 
     Args:
-        isa: of `library.INSTRUCTION_SETS`; None: the best.
         working_set: bytes that the copies hold together at least.
     """
 
-    def __init__(self, shape: Shape, form: str, bits: float | None, isa: str | None, working_set: int):
+    def __init__(self, shape: Shape, form: str, bits: float | None, working_set: int):
         super().__init__(shape, form, bits)
-        self.name = title(form, bits, isa)
+        self.name = title(form, bits, None)
         target = Target("cpu", None, DTYPE)
         backend = CpuMoE()
         if reason := backend.why_not(self.weights.layer, target):
@@ -199,17 +199,24 @@ class Kernels(_Ours):
         self.copies = copies_for(first.nbytes, working_set)
         self._layers = [first] + [_copy(first) for _ in range(self.copies - 1)]
         self.expert_bytes = (first.nbytes - self.shared_bytes) / shape.num_experts
-        self._isa, self.detail = isa, isa or library.best()
+        self._isa: str | None = None
+        self.detail = library.best()
         self._compute = backend.compute
+
+    def using(self, name: str, isa: str | None) -> "Kernels":
+        """The same weights by another instruction set, of `library.INSTRUCTION_SETS`; None: the best."""
+        other = copy(self)
+        other.name, other._isa, other.detail = name, isa, isa or library.best()
+        return other
 
     def _call(self, layer: Tensor, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         if self._isa:
             return library.forward(layer, x, weights, ids, None, isa=self._isa)
         return self._compute(x, weights, ids, None, [layer], "")
 
-    def forward(self, copy: int, x: Tensor, call: Call) -> Tensor:
+    def forward(self, number: int, x: Tensor, call: Call) -> Tensor:
         """See `_InProcess`."""
-        return self._call(self._layers[copy], x, call.weights, call.ids)
+        return self._call(self._layers[number], x, call.weights, call.ids)
 
     def small(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         """See `_InProcess`."""
@@ -258,10 +265,10 @@ class Vllm(_InProcess):
     def compute(self, layer: list[Tensor], out: Tensor, x: Tensor, weights: Tensor, ids: Tensor) -> None:
         """The call that vLLM's layer makes."""
 
-    def forward(self, copy: int, x: Tensor, call: Call) -> Tensor:
+    def forward(self, number: int, x: Tensor, call: Call) -> Tensor:
         """See `_InProcess`."""
         out = torch.empty_like(x)
-        self.compute(self._layers[copy], out, x, call.weights, call.ids)
+        self.compute(self._layers[number], out, x, call.weights, call.ids)
         return out
 
     def small(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:

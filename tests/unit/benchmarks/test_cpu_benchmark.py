@@ -172,8 +172,10 @@ def test_the_reference_as_a_rival(form: str):
 @pytest.mark.skipif(library.why_not() is not None, reason="no CPU kernels here")
 @pytest.mark.parametrize("form", [NATURAL, WHITENED])
 def test_our_kernels_as_a_rival(form: str):
+    best = in_process.Kernels(SMALL, form, None, working_set=300_000)
     for isa in (None, *library.usable()):
-        rival = in_process.Kernels(SMALL, form, None, isa, working_set=300_000)
+        rival = best.using("name", isa)
+        assert rival.name == "name" != best.name
         assert rival.check() < in_process.ROUNDED
         assert rival.detail == (isa or library.best())
         assert rival.copies == -(-300_000 // rival._layers[0].nbytes)
@@ -188,7 +190,7 @@ def test_our_kernels_as_a_rival(form: str):
 
 @pytest.mark.skipif(library.why_not() is not None, reason="no CPU kernels here")
 def test_a_wrong_rival_is_not_timed(monkeypatch: pytest.MonkeyPatch):
-    rival = in_process.Kernels(SMALL, NATURAL, None, None, working_set=1)
+    rival = in_process.Kernels(SMALL, NATURAL, None, working_set=1)
     monkeypatch.setattr(rival, "small", lambda x, weights, ids: torch.full_like(x, torch.nan))
     with pytest.raises(ValueError, match="wrong result: relative error nan"):
         rival.check()
