@@ -22,7 +22,7 @@ from bitsmoe_kernels._cpu import library
 from bitsmoe_kernels.backends.base import Target
 from bitsmoe_kernels.backends.cpu_moe import CpuMoE
 from bitsmoe_kernels.backends.torch_reference import TorchReference
-from bitsmoe_kernels.format.schema import Basis, Layer, Projection
+from bitsmoe_kernels.format.schema import MAX_BITS, Basis, Layer, Projection
 
 DTYPE = torch.bfloat16
 """Of activations, as vLLM serves these models."""
@@ -32,7 +32,9 @@ ROUNDED, INTEGER = 1e-2, 5e-2
 OURS, REFERENCE = "bitsmoe", "torch reference"
 BASIS = {NATURAL: "natural", WHITENED: "8-bit basis"}
 UNIFORM_2 = torch.tensor([0.0, 0.0, 1.0])
-"""Code widths that are all 2."""
+"""Probabilities of code widths from 0 on: all are 2."""
+WIDTH_SPREAD = 1.4
+"""Of code widths; with it their shares are about those that `bitsmoe inspect` shows for tiny_moe at 2.125 bits."""
 
 
 def repeated(some: Tensor, experts: int) -> Tensor:
@@ -119,6 +121,22 @@ def bare_bits(shape: Shape, form: str) -> float:
     return 8 * layer.nbytes(16) / layer.num_weights
 
 
+def width_mix(average: float) -> Tensor:
+    """Probabilities of 0 to 8 bits: a normal distribution at whole numbers, with the given average.
+
+    Raises:
+        ValueError: an average that is not between 0 and 8.
+    """
+    if not 0 < average < MAX_BITS:
+        raise ValueError(f"an average of {average} bits: must be between 0 and {MAX_BITS}")
+    bits, low, high = torch.arange(MAX_BITS + 1, dtype=torch.float64), -20.0, 20.0 + MAX_BITS
+    for _ in range(80):
+        center = (low + high) / 2
+        p = torch.softmax(-((bits - center) ** 2) / (2 * WIDTH_SPREAD**2), 0)
+        low, high = (center, high) if p @ bits < average else (low, center)
+    return p
+
+
 def title(form: str, bits: float | None, isa: str | None) -> str:
     """Name of our kernels with such a layer and instruction set; None: 2-bit codes; the best."""
     words = [f"{OURS} {BASIS[form]}", "2-bit codes" if bits is None else f"{bits:g} bits"]
@@ -137,13 +155,12 @@ class _Ours(_InProcess):
     limit = ROUNDED
 
     def __init__(self, shape: Shape, form: str, bits: float | None):
-        mix = UNIFORM_2 if bits is None else None
-        average = 2.0 if bits is None else bits - bare_bits(shape, form)
-        self.weights = format_layer(shape, form, average, 0, "cpu", mix)
+        mix = UNIFORM_2 if bits is None else width_mix(bits - bare_bits(shape, form))
+        self.weights = format_layer(shape, form, mix, 0, "cpu")
         layer = self.weights.layer
         self.bits = 8 * layer.nbytes(self.weights.block_size) / layer.num_weights
         self.small_shape = fewer_experts(shape, CHECKED_EXPERTS)
-        self.small_weights = format_layer(self.small_shape, form, average, 0, "cpu", mix)
+        self.small_weights = format_layer(self.small_shape, form, mix, 0, "cpu")
         self.shared_bytes = sum(t.nbytes for n, t in self.weights.tensors.items() if "_basis" in n)
 
     def dense(self, expert: int) -> tuple[Tensor, Tensor]:

@@ -42,18 +42,15 @@ def width_mix(average: float) -> Tensor:
     return p
 
 
-def format_layer(
-    shape: Shape, form: str, average: float, seed: int, device: str, mix: Tensor | None = None
-) -> LayerWeights:
+def format_layer(shape: Shape, form: str, widths: float | Tensor, seed: int, device: str) -> LayerWeights:
     """A random layer in the checkpoint's form, whose weights have a standard deviation of about 1 / sqrt(inputs).
 
     Args:
         shape: of the layer.
         form: of FORMS.
-        average: code width.
+        widths: average code width, mixed as `width_mix` says; or probabilities of the code widths from 0 on.
         seed: of everything.
         device: where the tensors are.
-        mix: probabilities of code widths from 0 on; None: `width_mix(average)`.
     """
     gen = torch.Generator(device).manual_seed(seed)
     basis = Basis(rank=shape.hidden_size, bits=8) if form == WHITENED else None
@@ -67,7 +64,7 @@ def format_layer(
     )  # fmt: skip
     tensors: dict[str, Tensor] = {}
     projections = {}
-    mix = (width_mix(average) if mix is None else mix).to(device)
+    mix = (widths if isinstance(widths, Tensor) else width_mix(widths)).to(device)
     for name, p in layer.projections.items():
         C, F = layer.components(name), layer.features(name)
         bits = torch.multinomial(mix, E * -(-C // BLOCK), replacement=True, generator=gen).view(E, -1).to(torch.uint8)

@@ -153,9 +153,26 @@ def test_ratios_are_to_the_same_layer_and_tokens():
 def test_layers_have_the_bits_asked_for(form: str, bits: float):
     shape = Shape("a quarter", 1024, 384, 32, 4, "made up")
     bare = in_process.bare_bits(shape, form)
-    weights = in_process.format_layer(shape, form, bits - bare, 0, "cpu")
+    weights = in_process.format_layer(shape, form, in_process.width_mix(bits - bare), 0, "cpu")
     layer_bits = 8 * weights.layer.nbytes(16) / weights.layer.num_weights
     assert layer_bits == pytest.approx(bits, rel=0.02)  # widths are drawn at random
+
+
+@pytest.mark.parametrize("average", [0.3, 2.0, 3.1, 7.5])
+def test_widths_are_spread_around_their_average(average: float):
+    mix, bits = in_process.width_mix(average), torch.arange(9.0, dtype=torch.float64)
+    assert float(mix.sum()) == pytest.approx(1)
+    assert float(mix @ bits) == pytest.approx(average)
+    most = int(mix.argmax())
+    assert abs(most - average) < 1
+    assert bool((mix[: most + 1].diff() > 0).all())
+    assert bool((mix[most:].diff() < 0).all())
+
+
+@pytest.mark.parametrize("average", [0.0, 8.0])
+def test_impossible_averages_are_refused(average: float):
+    with pytest.raises(ValueError, match="between 0 and 8"):
+        in_process.width_mix(average)
 
 
 @pytest.mark.parametrize("form", [NATURAL, WHITENED])
