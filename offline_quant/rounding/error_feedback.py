@@ -109,7 +109,7 @@ def quantize(
     best, M = out, factor.damped(M)
     MF = M @ F
     for _ in range(mode.refine):
-        out, gradient = _refit(M, MF, out, width)
+        out, gradient = _refit(M, MF, out, width, grid)
         out = _coordinate_descent(F, M, out, width, grid, gradient)
         # Float16 rounding of the scales can undo a gain: keep the best seen, expert by expert.
         better = out.error < best.error
@@ -277,12 +277,14 @@ def _round_all(F: Tensor, M: Tensor, ridge: Tensor, grid: _Grid, c: Tensor, roug
     return Quantized(codes.view(n, K, N), a.view(n, K), c, F.square().sum(-1), error, lost)
 
 
-def _refit(M: Tensor, MF: Tensor, q: Quantized, width: Tensor) -> tuple[Quantized, Tensor]:
+def _refit(M: Tensor, MF: Tensor, q: Quantized, width: Tensor, grid: _Grid) -> tuple[Quantized, Tensor]:
     """Best a for fixed codes and c (one K x K solve), then best c for fixed codes and a (one ratio per output).
 
     Returns:
         Codes with these scales, their error still the former's; M (F - F^) [n, K, N].
     """
+    if native.runs_on(M):
+        return _refit_compiled(M, MF, q, grid)
     level = _centred(q.codes, width)
     A = level * q.c[:, None]
     normal = M * mirrored(add_product(torch.zeros_like(M), A.mT, A.mT))
@@ -296,6 +298,22 @@ def _refit(M: Tensor, MF: Tensor, q: Quantized, width: Tensor) -> tuple[Quantize
     power = (A * MA).sum(1)
     c = _half(torch.where(power > 0, (A * MF).sum(1) / power.clamp(min=1e-30), q.c))
     return Quantized(q.codes, a, c, q.norms, q.error), torch.sub(MF, MA.mul_(c[:, None]), out=MA)
+
+
+def _refit_compiled(M: Tensor, MF: Tensor, q: Quantized, grid: _Grid) -> tuple[Quantized, Tensor]:
+    """`_refit` by the compiled kernels, and by a Cholesky factor where float32 has one."""
+    system, right = compiled.scale_system(M, MF, grid.half, q.codes, q.c)
+    diagonal = system.diagonal(dim1=-2, dim2=-1)
+    diagonal += 1e-6 * diagonal.mean(-1, keepdim=True) + 1e-30
+    root, info = torch.linalg.cholesky_ex(system)
+    if bool(info.any()):
+        a = torch.linalg.solve(mirrored(system.mT), right[:, :, None])[..., 0]
+    else:
+        a = torch.cholesky_solve(right[:, :, None], root)[..., 0]
+    a = _half(torch.where(grid.half.amax(-1) > 0, a, 0.0))
+    MA = M @ compiled.scaled_levels(grid.half, q.codes, a)
+    c = compiled.refit_columns_(MA, MF, grid.half, q.codes, a, q.c)
+    return Quantized(q.codes, a, c, q.norms, q.error), MA
 
 
 def _coordinate_descent(F: Tensor, M: Tensor, q: Quantized, width: Tensor, grid: _Grid, gradient: Tensor) -> Quantized:

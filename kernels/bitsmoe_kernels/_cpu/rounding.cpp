@@ -66,6 +66,8 @@ int64_t pack(const uint8_t* codes, int64_t C, int64_t F, const uint8_t* bits, in
 // Floats that `bitsmoe_round` needs in `Rounding::memory`.
 API int64_t bitsmoe_rounding_floats(int kind, int64_t n, int64_t K, int64_t N, int threads) {
     threads = threads_of(threads);
+    if (kind == SYSTEM) return panels_of(K) * N * PANEL + threads * ROWS * (panels_of(K) * PANEL + N);
+    if (kind == LEVELS || kind == COLUMNS) return 0;
     return kind == ALONE ? threads * floats_of(1, N) : (n < threads ? n : threads) * floats_of(K, N);
 }
 

@@ -158,21 +158,23 @@ float best_scale(const Work& w, const float* row, Levels<OF_COLUMNS> levels, flo
     return a[best];
 }
 
-// block -= across^T handed over the first `rows` rows, for some panels.
-void take_over(const Work& w, int64_t K, int64_t rows, int64_t first_panel, int64_t last_panel) {
+// block -= across^T handed over the first `rows` of `stride` rows, for some panels. `across` is [rows][ROWS], `handed`
+// [panels][stride][PANEL], a row of the block `columns` long.
+void subtract_products(float* block, int64_t columns, const float* across, const float* handed, int64_t stride,
+                       int64_t rows, int64_t first_panel, int64_t last_panel) {
     for (int64_t p = first_panel; p < last_panel; p++)
         for (int64_t from = 0; from < rows; from += DEPTH) {
             const int64_t depth = rows - from < DEPTH ? rows - from : DEPTH;
             for (int64_t r = 0; r < ROWS; r += TILE_ROWS)
                 for (int64_t column = 0; column < PANEL; column += TILE_VECTORS * WIDTH) {
-                    const float* b = w.handed + (p * K + from) * PANEL + column;
-                    const float* a = w.across + from * ROWS + r;
-                    float* to = w.block + r * w.columns + p * PANEL + column;
+                    const float* b = handed + (p * stride + from) * PANEL + column;
+                    const float* a = across + from * ROWS + r;
+                    float* to = block + r * columns + p * PANEL + column;
                     V sums[TILE_ROWS][TILE_VECTORS];
 #pragma GCC unroll 8
                     for (int i = 0; i < TILE_ROWS; i++)
 #pragma GCC unroll 4
-                        for (int k = 0; k < TILE_VECTORS; k++) sums[i][k] = load(to + i * w.columns + k * WIDTH);
+                        for (int k = 0; k < TILE_VECTORS; k++) sums[i][k] = load(to + i * columns + k * WIDTH);
                     for (int64_t j = 0; j < depth; j++, a += ROWS, b += PANEL) {
                         V right[TILE_VECTORS];
 #pragma GCC unroll 4
@@ -187,7 +189,7 @@ void take_over(const Work& w, int64_t K, int64_t rows, int64_t first_panel, int6
 #pragma GCC unroll 8
                     for (int i = 0; i < TILE_ROWS; i++)
 #pragma GCC unroll 4
-                        for (int k = 0; k < TILE_VECTORS; k++) store(to + i * w.columns + k * WIDTH, sums[i][k]);
+                        for (int k = 0; k < TILE_VECTORS; k++) store(to + i * columns + k * WIDTH, sums[i][k]);
                 }
         }
 }
@@ -327,7 +329,7 @@ void by_blocks(const Rounding& call, const float* given, bool transposed, int th
             Work w = work_at(call.memory + omp_get_thread_num() * floats, K, call.N);
             begin(w, e);
             for (int64_t start = 0; start < K; start += ROWS) {
-                take_over(w, K, start, 0, panels);
+                subtract_products(w.block, w.columns, w.across, w.handed, K, start, 0, panels);
                 finish_block(w, e, start);
             }
         }
@@ -340,8 +342,10 @@ void by_blocks(const Rounding& call, const float* given, bool transposed, int th
             for (int64_t start = 0; start < K; start += ROWS) {
 #pragma omp for schedule(static)
                 for (int64_t share = 0; share < rest * shares; share++) {
+                    const Work& w = works[share / shares];
                     const int64_t s = share % shares;
-                    take_over(works[share / shares], K, start, panels * s / shares, panels * (s + 1) / shares);
+                    subtract_products(w.block, w.columns, w.across, w.handed, K, start, panels * s / shares,
+                                      panels * (s + 1) / shares);
                 }
 #pragma omp for schedule(static, 1)
                 for (int64_t i = 0; i < rest; i++) finish_block(works[i], whole + i, start);
@@ -390,10 +394,144 @@ void alone(const Rounding& call, int threads) {
     }
 }
 
+// Sixteen values of a row that may end before: zeros beyond.
+inline V load_some(const float* p, int64_t count) {
+    if (count >= WIDTH) return load(p);
+    float padded[WIDTH] = {};
+    memcpy(padded, p, count * sizeof(float));
+    return load(padded);
+}
+inline V load_some(const uint8_t* p, int64_t count) {
+    if (count >= WIDTH) return load_bytes(p);
+    uint8_t padded[WIDTH] = {};
+    memcpy(padded, p, count);
+    return load_bytes(padded);
+}
+inline void store_some(float* p, V x, int64_t count) {
+    if (count >= WIDTH) return store(p, x);
+    float padded[WIDTH];
+    store(padded, x);
+    memcpy(p, padded, count * sizeof(float));
+}
+
+// Levels of sixteen codes from column i of row k on: code - half, and 0 beyond the row's end.
+inline V levels_of(const Rounding& call, int64_t e, int64_t k, int64_t i) {
+    const int64_t left = call.N - i;
+    const V code = load_some(call.codes + (e * call.K + k) * call.N + i, left);
+    if (call.of_columns) return code - load_some(call.half + e * call.N + i, left);
+    const V half = fill(call.half[e * call.K + k]);
+    float kept[WIDTH];
+    if (left >= WIDTH) return code - half;
+    store(kept, code - half);
+    return load_some(kept, left);
+}
+
+// The system that the best row scales solve for given codes and c, with A = level c: `left` [n, K, K] is M (A A^T), entry
+// by entry, its lower triangle; `norms` [n, K] the sums of A F over columns, F here being M F.
+void scale_system(const Rounding& call, int threads) {
+    const int64_t K = call.K, N = call.N, columns = panels_of(K) * PANEL, panels = panels_of(K);
+    float* handed = call.memory;  // [panels][N][PANEL], rows of A as columns
+    float* own = handed + panels * N * PANEL;
+    const int64_t own_floats = ROWS * (columns + N);
+#pragma omp parallel num_threads(threads)
+    {
+        float* block = own + omp_get_thread_num() * own_floats;
+        float* across = block + ROWS * columns;
+        for (int64_t e = 0; e < call.n; e++) {
+#pragma omp for schedule(static)
+            for (int64_t p = 0; p < panels; p++) {
+                float* panel = handed + p * N * PANEL;
+                if (K - p * PANEL < PANEL) memset(panel, 0, N * PANEL * sizeof(float));
+                for (int64_t k = p * PANEL; k < K && k < (p + 1) * PANEL; k++) {
+                    V right = fill(0);
+                    for (int64_t i = 0; i < N; i += WIDTH) {
+                        const V A = levels_of(call, e, k, i) * load_some(call.c + e * N + i, N - i);
+                        right = fused(A, load_some(call.F + (e * K + k) * N + i, N - i), right);
+                        float values[WIDTH];
+                        store(values, A);
+                        const int64_t count = N - i < WIDTH ? N - i : WIDTH;
+                        for (int64_t x = 0; x < count; x++) panel[(i + x) * PANEL + k - p * PANEL] = values[x];
+                    }
+                    call.norms[e * K + k] = sum(right);
+                }
+            }
+#pragma omp for schedule(dynamic)
+            for (int64_t part = 0; part < (K + ROWS - 1) / ROWS; part++) {
+                const int64_t start = (K - 1) / ROWS * ROWS - part * ROWS;  // the longest rows first
+                const int64_t rows = K - start < ROWS ? K - start : ROWS, last = (start + rows - 1) / PANEL + 1;
+                memset(block, 0, ROWS * columns * sizeof(float));
+                for (int64_t r = 0; r < ROWS; r++) {
+                    const int64_t k = start + r;
+                    const float* from = handed + k / PANEL * N * PANEL + k % PANEL;
+                    for (int64_t i = 0; i < N; i++) across[i * ROWS + r] = r < rows ? from[i * PANEL] : 0.0f;
+                }
+                subtract_products(block, columns, across, handed, N, N, 0, last);
+                for (int64_t r = 0; r < rows; r++) {
+                    const float* moments = call.matrix + (e * K + start + r) * K;
+                    float* to = call.left + (e * K + start + r) * K;
+                    for (int64_t j = 0; j <= start + r; j++) to[j] = -block[r * columns + j] * moments[j];
+                }
+            }
+        }
+    }
+}
+
+// A = level a [n, K, N], to `left`.
+void scaled_levels(const Rounding& call, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < call.n * call.K; row++)
+        for (int64_t i = 0; i < call.N; i += WIDTH)
+            store_some(call.left + row * call.N + i, levels_of(call, row / call.K, row % call.K, i) * fill(call.a[row]),
+                       call.N - i);
+}
+
+// The best column scales for given codes and a, with A = level a: given M A in `left` and M F in F. New scales go to
+// `norms` [n, N], M (F - F^) to `left`.
+void column_scales(const Rounding& call, int threads) {
+    constexpr int64_t TOGETHER = 12 * WIDTH;
+    const int64_t K = call.K, N = call.N, pieces = (N + TOGETHER - 1) / TOGETHER;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t piece = 0; piece < call.n * pieces; piece++) {
+        const int64_t e = piece / pieces, start = piece % pieces * TOGETHER;
+        const int64_t end = N - start < TOGETHER ? N : start + TOGETHER;
+        V power[12], crossed[12];
+        for (int v = 0; v < 12; v++) power[v] = crossed[v] = fill(0);
+        for (int64_t k = 0; k < K; k++) {
+            const V a = fill(call.a[e * K + k]);
+            const int64_t row = (e * K + k) * N;
+            for (int64_t i = start, v = 0; i < end; i += WIDTH, v++) {
+                const V A = levels_of(call, e, k, i) * a;
+                power[v] = fused(A, load_some(call.left + row + i, N - i), power[v]);
+                crossed[v] = fused(A, load_some(call.F + row + i, N - i), crossed[v]);
+            }
+        }
+        for (int64_t i = start, v = 0; i < end; i += WIDTH, v++) {
+            float below[WIDTH], above[WIDTH];
+            store(below, power[v]);
+            store(above, crossed[v]);
+            for (int64_t x = 0; x < WIDTH && i + x < N; x++) {
+                const float found = below[x] > 0 ? above[x] / (below[x] > TINY ? below[x] : TINY) : call.c[e * N + i + x];
+                call.norms[e * N + i + x] = to_half_and_back(found);
+            }
+        }
+        for (int64_t k = 0; k < K; k++) {
+            const int64_t row = (e * K + k) * N;
+            for (int64_t i = start; i < end; i += WIDTH) {
+                const V c = load_some(call.norms + e * N + i, N - i);
+                const V MA = load_some(call.left + row + i, N - i);
+                store_some(call.left + row + i, fused_minus(MA, c, load_some(call.F + row + i, N - i)), N - i);
+            }
+        }
+    }
+}
+
 inline void round_all(int kind, const Rounding& call, int threads) {
     if (kind == FEEDBACK) call.of_columns ? feedback<true>(call, threads) : feedback<false>(call, threads);
     if (kind == ALONE) call.of_columns ? alone<true>(call, threads) : alone<false>(call, threads);
     if (kind == DESCENT) call.of_columns ? descent<true>(call, threads) : descent<false>(call, threads);
+    if (kind == SYSTEM) scale_system(call, threads);
+    if (kind == LEVELS) scaled_levels(call, threads);
+    if (kind == COLUMNS) column_scales(call, threads);
 }
 
 }  // namespace

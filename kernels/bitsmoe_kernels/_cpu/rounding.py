@@ -14,7 +14,7 @@ from torch import Tensor
 from bitsmoe_kernels._cpu import library
 from bitsmoe_kernels.format.schema import code_dtype, num_blocks
 
-_FEEDBACK, _ALONE, _DESCENT = range(3)
+_FEEDBACK, _ALONE, _DESCENT, _SYSTEM, _LEVELS, _COLUMNS = range(6)
 
 
 class _Call(Structure):
@@ -157,6 +157,71 @@ def descend(
         error=error, left=gradient,
     )  # fmt: skip
     return codes, error
+
+
+def scale_system(
+    M: Tensor, MF: Tensor, half: Tensor, codes: Tensor, c: Tensor, isa: str | None = None, threads: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The system that the best row scales solve for given codes and column scales; A is level times column scale.
+
+    Args:
+        M: float32 [n, K, K], damped second moments.
+        MF: float32 [n, K, N], M F.
+        half: see `round_with_feedback`.
+        codes: uint8 [n, K, N].
+        c: float32 [n, N].
+        isa: a key of `library.INSTRUCTION_SETS`; None: the best.
+        threads: 0: as many as torch uses.
+
+    Returns:
+        M (A A^T) by entries [n, K, K], of which the lower triangle is filled; and sums of A M F over columns [n, K].
+    """
+    of_columns, halves = _levels(half, MF.shape)
+    M, MF, codes, c = (x.contiguous() for x in (M, MF, codes, c))
+    system, right = torch.empty_like(M), M.new_empty(M.shape[:2])
+    _run(
+        _SYSTEM, isa, threads, MF.shape, of_columns=of_columns, F=MF, matrix=M, half=halves, codes=codes, c=c,
+        left=system, norms=right,
+    )  # fmt: skip
+    return system, right
+
+
+def scaled_levels(half: Tensor, codes: Tensor, a: Tensor, isa: str | None = None, threads: int = 0) -> Tensor:
+    """Levels of codes [n, K, N] times row scales a [n, K], float32."""
+    of_columns, halves = _levels(half, codes.shape)
+    codes, a = codes.contiguous(), a.contiguous()
+    out = torch.empty(codes.shape)
+    _run(_LEVELS, isa, threads, codes.shape, of_columns=of_columns, half=halves, codes=codes, a=a, left=out)
+    return out
+
+
+def refit_columns_(
+    MA: Tensor, MF: Tensor, half: Tensor, codes: Tensor, a: Tensor, c: Tensor, isa: str | None = None, threads: int = 0
+) -> Tensor:
+    """The best column scales for given codes and row scales; A is level times row scale.
+
+    Args:
+        MA: float32 [n, K, N], M A, contiguous; becomes M (F - F^).
+        MF: float32 [n, K, N], M F.
+        half: see `round_with_feedback`.
+        codes: uint8 [n, K, N].
+        a: float32 [n, K].
+        c: float32 [n, N], kept where all levels of a column are 0.
+        isa: a key of `library.INSTRUCTION_SETS`; None: the best.
+        threads: 0: as many as torch uses.
+
+    Returns:
+        float32 [n, N], values that float16 holds.
+    """
+    assert MA.is_contiguous()
+    of_columns, halves = _levels(half, codes.shape)
+    MF, codes, a, c = (x.contiguous() for x in (MF, codes, a, c))
+    found = torch.empty_like(c)
+    _run(
+        _COLUMNS, isa, threads, codes.shape, of_columns=of_columns, F=MF, half=halves, codes=codes, a=a, c=c, left=MA,
+        norms=found,
+    )  # fmt: skip
+    return found
 
 
 def pack_codes(codes: Tensor, bits: Tensor, block_size: int) -> Tensor:

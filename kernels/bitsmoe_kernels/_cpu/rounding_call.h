@@ -3,6 +3,7 @@
 #define BITSMOE_ROUNDING_CALL_H
 #include <stdint.h>
 
+// Fields for feedback, rounding alone and descent; the functions of the scales' refit say how they use them.
 struct Rounding {
     int64_t n, K, N;      // experts; rows of a factor; its columns
     int64_t of_columns;   // 1: widths run along N, 0: along K
@@ -20,7 +21,7 @@ struct Rounding {
     float* memory;        // [bitsmoe_rounding_floats]
 };
 
-enum RoundingKind { FEEDBACK = 0, ALONE = 1, DESCENT = 2 };
+enum RoundingKind { FEEDBACK = 0, ALONE = 1, DESCENT = 2, SYSTEM = 3, LEVELS = 4, COLUMNS = 5 };
 
 constexpr int64_t ROWS = 32;           // of a block, which waits for all rows before it
 constexpr int64_t PANEL = 48;          // columns that are kept together for the products

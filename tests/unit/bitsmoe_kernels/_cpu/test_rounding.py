@@ -51,6 +51,17 @@ class Problem:
         gradient = (self.M.double() @ (self.F.double() - self.value(found.codes, found.a))).float()
         return compiled.descend(self.F, self.M, self.half, found.codes, found.a, self.c, gradient, isa, threads)
 
+    def refit(
+        self, found: compiled.Rounded, isa: str | None = None, threads: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The system for row scales, its right side, levels times a, new column scales and M (F - F^)."""
+        MF = self.M @ self.F
+        system, right = compiled.scale_system(self.M, MF, self.half, found.codes, self.c, isa, threads)
+        A = compiled.scaled_levels(self.half, found.codes, found.a, isa, threads)
+        gradient = self.M @ A
+        c = compiled.refit_columns_(gradient, MF, self.half, found.codes, found.a, self.c, isa, threads)
+        return system.tril(), right, A, c, gradient
+
     def value(self, codes: Tensor, a: Tensor) -> Tensor:
         """What codes mean, float64."""
         return a.double()[:, :, None] * self.c.double()[:, None] * (codes.double() - self.half.double())
@@ -78,11 +89,12 @@ def equal(first: tuple[Tensor | None, ...], second: tuple[Tensor | None, ...]) -
 def test_bits_depend_neither_on_the_instruction_set_nor_on_threads(case: str, rough: bool) -> None:
     problem = Problem(*CASES[case])
     feedback, alone = problem.feedback(rough), problem.alone(rough)
-    moved = problem.descend(feedback)
+    moved, refitted = problem.descend(feedback), problem.refit(feedback)
     for isa, threads in [*((isa, 1) for isa in library.usable()), (None, 2), (None, 5)]:
         assert equal(problem.feedback(rough, isa, threads), feedback), (isa, threads)
         assert equal(problem.alone(rough, isa, threads), alone), (isa, threads)
         assert equal(problem.descend(feedback, isa, threads), moved), (isa, threads)
+        assert equal(problem.refit(feedback, isa, threads), refitted), (isa, threads)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -176,6 +188,29 @@ def test_descent_gives_every_row_its_best_codes_in_turn(case: str) -> None:
         value[:, k] = after[:, k]
     assert torch.allclose(error.double(), problem.error(codes, first.a), rtol=1e-3, atol=1e-6)
     assert bool((error.double() <= 1.0001 * problem.error(first.codes, first.a)).all())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_scales_are_refitted_by_least_squares(case: str) -> None:
+    """The row scales' normal equations against those of all entries at once; column scales by their ratios."""
+    problem = Problem(*CASES[case])
+    found = problem.alone()
+    system, right, A, c, gradient = problem.refit(found)
+    level, M, F = found.codes.double() - problem.half.double(), problem.M.double(), problem.F.double()
+    scaled = level * problem.c.double()[:, None]
+    expected = (M * (scaled @ scaled.mT)).tril()
+    assert torch.allclose(system.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    products = scaled * (M @ F)
+    assert bool(((right.double() - products.sum(-1)).abs() <= 1e-5 * products.abs().sum(-1) + 1e-9).all())
+    assert torch.equal(A, (level.float() * found.a[:, :, None]))
+    products = A.double() * (M @ F)
+    power = (A.double() * (M @ A.double())).sum(1)
+    best = torch.where(power > 0, products.sum(1) / power.clamp(min=1e-30), problem.c.double())
+    slack = 1e-5 * products.abs().sum(1) / power.clamp(min=1e-30) + 1e-3 * best.abs() + 2.0**-24
+    assert bool(((c.double() - best).abs() <= slack).all())
+    assert torch.equal(c, c.half().float())
+    left = M @ (F - A.double() * c.double()[:, None])
+    assert torch.allclose(gradient.double(), left, atol=1e-4 * float((M @ F).abs().max()) + 1e-9)
 
 
 @pytest.mark.parametrize("scale", [1e-18, 1e-6, 1e4, 1e18])

@@ -11,7 +11,7 @@ from bitsmoe_kernels._cpu import rounding as compiled
 from bitsmoe_kernels.errors import BitsmoeError
 from builders import REPO
 from offline_quant.config import QuantizeConfig
-from offline_quant.linalg import add_damping
+from offline_quant.linalg import add_damping, factorize
 from offline_quant.pipeline.quantize import quantize_model
 from offline_quant.rounding import native
 from offline_quant.rounding.error_feedback import Quantized, RoundingMode, quantize
@@ -50,7 +50,8 @@ def test_both_paths_round_alike(
     F, M, widths = problem(*shape, along)
     found = quantize(F, M, widths, along, MODES[mode])
     expected = by_torch(monkeypatch, F, M, widths, along, MODES[mode])
-    assert torch.equal(found.c, expected.c)
+    # What is refitted may fall to the other side of a boundary of float16.
+    assert torch.allclose(found.c, expected.c, rtol=2e-3 if MODES[mode].refine else 0, atol=0)
     assert torch.allclose(found.error, expected.error, rtol=0.02)
     assert float((found.codes != expected.codes).float().mean()) < 0.02
     assert (found.lost is None) == (expected.lost is None)
@@ -71,14 +72,35 @@ def test_moments_that_are_not_finite_are_refused() -> None:
 @needs_library
 def test_the_compiled_kernels_run_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
-    for name in ("round_with_feedback", "round_alone", "descend", "pack_codes"):
+    names = ("round_with_feedback", "scale_system", "scaled_levels", "refit_columns_", "descend", "round_alone")
+    for name in (*names, "pack_codes"):
         function = getattr(compiled, name)
         monkeypatch.setattr(compiled, name, lambda *a, n=name, f=function, **k: ran.append(n) or f(*a, **k))
     F, M, widths = problem(2, 20, 10, "K")
     quantize(F, M, widths, "K", RoundingMode(1))
     quantize(F, M, widths, "K", RoundingMode(0, feedback=False))
     native.pack_codes(torch.zeros(16, 3, dtype=torch.uint8), torch.ones(1, dtype=torch.uint8), 16)
-    assert ran == ["round_with_feedback", "descend", "round_alone", "pack_codes"]
+    assert ran == [*names, "pack_codes"]
+
+
+@needs_library
+def test_scales_are_refitted_where_float32_has_no_cholesky_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same scales as by the factor, up to rounding."""
+    F, M, widths = problem(2, 40, 30, "K")
+    expected = quantize(F, M, widths, "K", RoundingMode(1))
+    factorized = torch.linalg.cholesky_ex
+    solved = []
+
+    def fails(x: Tensor) -> tuple[Tensor, Tensor]:
+        root, info = factorized(x)
+        solved.append(len(x))
+        return root * torch.nan, info + 1
+
+    factor = factorize(M)
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", fails)
+    found = quantize(F, M, widths, "K", RoundingMode(1), factor)
+    assert solved == [2]
+    assert torch.allclose(found.error, expected.error, rtol=1e-2)
 
 
 def test_without_the_library_torch_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
