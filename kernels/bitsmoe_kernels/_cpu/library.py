@@ -22,6 +22,10 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 TOKENS_AT_ONCE = 512
 """Tokens of one pass. Longer inputs are cut, which bounds the buffers."""
 
+HEAD_BYTES = 128
+"""Of `struct Layer` in layout.h."""
+WRONG_LAYOUT = "the weights are not in the layout of the compiled CPU kernels: install bitsmoe-vllm again"
+
 
 class Call(Structure):
     """`struct Call` of layout.h."""
@@ -115,8 +119,17 @@ def forward(
         [T, H] in x's dtype.
 
     Raises:
-        BitsmoeError: `isa` cannot be used, there is no memory for the buffers, or `layer` is in another layout.
+        BitsmoeError: `isa` cannot be used, there is no memory for the buffers, `layer` is in another layout, or shapes
+            do not fit together.
     """
+    # The kernels trust in sizes: they are checked here.
+    head = (c_int64 * 4).from_address(layer.data_ptr()) if layer.nbytes >= HEAD_BYTES else (0, 0, 0, 0)
+    _, size, _, hidden = head  # as `struct Layer` begins
+    if size != layer.nbytes:
+        raise BitsmoeError(WRONG_LAYOUT)
+    if x.shape[1] != hidden or topk_weights.shape != topk_ids.shape or len(topk_ids) != len(x):
+        shapes = ", ".join(str(list(t.shape)) for t in (x, topk_weights, topk_ids))
+        raise BitsmoeError(f"activations, routing weights and ids of shapes {shapes} do not fit hidden size {hidden}")
     x = x.contiguous()
     out = torch.empty_like(x)
     if not len(x):
@@ -139,5 +152,5 @@ def forward(
     if status == 1:
         raise BitsmoeError("the CPU kernels found no memory for their buffers")
     if status:
-        raise BitsmoeError("the weights are not in the layout of the compiled CPU kernels: install bitsmoe-vllm again")
+        raise BitsmoeError(WRONG_LAYOUT)
     return out

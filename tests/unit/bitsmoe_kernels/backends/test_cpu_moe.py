@@ -389,12 +389,61 @@ def test_compiles_without_a_graph_break() -> None:
         torch.testing.assert_close(compiled(*args), model(*args), rtol=1e-5, atol=1e-6)
 
 
-def test_a_block_of_another_layout_is_refused() -> None:
+@pytest.mark.parametrize("cut", ["magic", "end", "all"])
+def test_a_block_of_another_layout_is_refused(cut: str) -> None:
     made = build_form("natural")
     block = packed(made)
-    block[0] += 1
+    match cut:
+        case "magic":
+            block[0] += 1
+        case "end":
+            block = block[:-64]
+        case "all":
+            block = block[:100]
     with pytest.raises(BitsmoeError, match="not in the layout of the compiled CPU kernels"):
         library.forward(block, *random_call(2, made, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("x", "weights", "ids"),
+    [
+        ((3, 41), (3, 2), (3, 2)),
+        ((3, 39), (3, 2), (3, 2)),
+        ((4, 40), (3, 2), (3, 2)),
+        ((3, 40), (3, 1), (3, 2)),
+        ((3, 40), (2, 2), (3, 2)),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(x: tuple[int, int], weights: tuple[int, int], ids: tuple[int, int]) -> None:
+    """Else memory beyond a tensor would be read."""
+    block = packed(build_form("natural", hidden_size=40))
+    with pytest.raises(BitsmoeError, match=r"of shapes .* do not fit hidden size 40"):
+        library.forward(block, torch.ones(x), torch.ones(weights), torch.zeros(ids, dtype=torch.int32))
+
+
+@every_isa
+def test_silu_of_any_number(isa: str) -> None:
+    """Gate and down are the identity, kept at 16 bits, and up gives 1: the result is silu itself."""
+    H = 64
+    made = build_layer(
+        {"gate_up": Plan(kept_experts=(0,)), "down": Plan(kept_experts=(0,))},
+        num_experts=1, hidden_size=H, intermediate_size=H,
+    )  # fmt: skip
+    one = torch.zeros(H, H)
+    one[:, 0] = 1
+    kept = {"gate_up_kept": torch.cat([torch.eye(H), one])[None].bfloat16(), "down_kept": torch.eye(H)[None].bfloat16()}
+    x = torch.cat([torch.ones(400, 1), torch.linspace(-120, 120, 400 * (H - 1)).view(400, -1)], 1)
+    x[:20, 1:] = torch.logspace(-20, 0, 20)[:, None]
+    x[20, 1:] = 0
+    weights, ids = torch.ones(400, 1), torch.zeros(400, 1, dtype=torch.int32)
+    block = packed(replace(made, tensors=made.tensors | kept))
+    y = array(library.forward(block, x, weights, ids, None, isa, 2))
+    v = array(x)
+    want = v / (1 + np.exp(-v))
+    # Below -87 a result is about 1e-36, whatever it should be.
+    small = v < -87
+    assert np.abs(y - want)[small].max() < 1e-35
+    assert (np.abs(y - want) <= 4e-7 * np.abs(want))[~small].all()
 
 
 def test_an_instruction_set_of_another_machine_is_refused() -> None:
