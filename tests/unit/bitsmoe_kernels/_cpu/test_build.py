@@ -14,6 +14,7 @@ from builders import REPO
 from cpu_sources import compile_changed
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_is_named_with_what_it_said(tmp_path: Path) -> None:
     with pytest.raises(build.CompileError, match=r"(?s)exit status 1 of .*\.cpp.*error: .*nonsense"):
         compile_changed(tmp_path / "sources", [("isa.h", "#include", "nonsense;\n#include")], [])

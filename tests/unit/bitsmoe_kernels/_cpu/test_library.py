@@ -103,6 +103,7 @@ def test_an_empty_choice_is_none(fresh: pytest.MonkeyPatch) -> None:
 SHOW_MAPS = "from bitsmoe_kernels._cpu import library; library.load(); print(open('/proc/self/maps').read())"
 
 
+@pytest.mark.slow
 def test_a_process_has_one_openmp_runtime() -> None:
     done = subprocess.run([sys.executable, "-c", SHOW_MAPS], capture_output=True, text=True, check=True)
     files = {Path(line.split(maxsplit=5)[5]) for line in done.stdout.splitlines() if "/" in line}
@@ -115,6 +116,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
+@pytest.mark.slow
 def test_buffers_end_with_the_thread_that_called() -> None:
     made = build_form("natural", num_experts=2, hidden_size=512)
     block = packed(made)

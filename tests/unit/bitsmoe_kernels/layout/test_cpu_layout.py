@@ -198,6 +198,7 @@ def test_the_file_comes_back(name: str, block_size: int) -> None:
     check_layout(build_layer(PLANS[name], num_experts=3, hidden_size=72, intermediate_size=136, block_size=block_size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [16, 32])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("bits", WIDTHS)
