@@ -29,6 +29,13 @@ RED_ZONES: tuple[Change, ...] = (
 )
 """Bytes behind each array of a call's buffers that AddressSanitizer watches: they all lie in one allocation."""
 
+PLANTED: Change = (
+    "layout.h",
+    "#include <stdint.h>\n",
+    '#include <stdint.h>\n#include <stdlib.h>\nstatic const int PLANTED = atoi(getenv("PLANTED") ?: "0");\n',
+)
+"""The number of a fault to make, from the environment: one library has all of them, and none unless it is asked to."""
+
 SANITIZERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
