@@ -95,6 +95,16 @@ def test_on_a_cpu_its_kernels_run_and_are_reported(
     ]
 
 
+def test_ranks_on_cpus_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, parts = build_form("shared_basis", **SIZES), []
+    for expert_map in (torch.tensor([1, -1, 0, -1]), torch.tensor([-1, 0, -1, 1])):
+        method, module = loaded(made, torch.float32, monkeypatch, expert_map=expert_map.int())
+        x, weights, ids, y = call(method, module, torch.float32)
+        parts.append(y)
+    want = moe_forward(LayerWeights(made.layer, made.block_size, made.tensors), x, weights, ids)
+    torch.testing.assert_close(parts[0] + parts[1], want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("form", "missing", "reason"),
     [
