@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines.gguf import Ggml
-from benchmarks.cpu.rounds import Call
+from benchmarks.cpu.rounds import CHECKED_TOKENS, SMALL_EXPERTS, Call, small_shape
 from benchmarks.kernels.experts import reference, relative_error
 from benchmarks.kernels.routing import UNIFORM, route
 from benchmarks.kernels.shapes import Shape
@@ -30,7 +30,6 @@ from benchmarks.kernels.shapes import Shape
 SCALES = {"Q2_K": (80, 82), "Q4_K": (0, 2), "IQ2_XXS": (0,), "IQ2_S": (0,)}
 """Types, and where the float16 numbers are in a block of 256 weights; any other bytes of it are valid."""
 SCALE = 1e-3
-SMALL_EXPERTS = 2
 LIMIT = 5e-2
 """Relative error allowed: ggml rounds activations to 8 bits with one scale for 256."""
 CPU_DEVICE, F32, I32 = 0, 0, 26
@@ -91,15 +90,19 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def made_up_blocks(ggml: Ggml, kind: str, experts: int, rows: int, columns: int, gen: torch.Generator) -> Tensor:
-    """Random blocks of a type: uint8 [E, bytes of an expert's matrix]; experts repeat the first two."""
+def made_up_blocks(ggml: Ggml, kind: str, rows: int, columns: int, gen: torch.Generator) -> Tensor:
+    """Random blocks of two experts: uint8 [2, bytes of a matrix]."""
     size = ggml.row_bytes(kind, columns) // (columns // 256)
-    blocks = torch.randint(256, (min(SMALL_EXPERTS, experts), rows * columns // 256, size), generator=gen)
-    blocks = blocks.to(torch.uint8)
+    blocks = torch.randint(256, (SMALL_EXPERTS, rows * columns // 256, size), generator=gen, dtype=torch.uint8)
     for at in SCALES[kind]:
         blocks[..., at : at + 2] = torch.tensor([SCALE], dtype=torch.float16).view(torch.uint8)
-    some = blocks.flatten(1)
-    return some.repeat(-(-experts // len(some)), 1)[:experts].contiguous()
+    return blocks.flatten(1)
+
+
+def sides(shape: Shape) -> list[tuple[int, int]]:
+    """Outputs and inputs of up, gate and down."""
+    H, I = shape.hidden_size, shape.intermediate_size  # noqa: E741
+    return [(I, H), (I, H), (H, I)]
 
 
 class Machine:
@@ -232,30 +235,28 @@ class Experts:
 
     def __init__(self, machine: Machine, shape: Shape, kind: str, working_set: int):
         self.machine, self.shape, self.kind = machine, shape, kind
-        self.small_shape = Shape(
-            shape.model, shape.hidden_size, shape.intermediate_size, SMALL_EXPERTS, min(SMALL_EXPERTS, shape.top_k), ""
-        )
+        self.small_shape = small_shape(shape)
         gen = torch.Generator().manual_seed(0)
-        sides = [(shape.intermediate_size, shape.hidden_size)] * 2 + [(shape.hidden_size, shape.intermediate_size)]
-        number = machine.ggml.number(kind)
-        self._blocks = [made_up_blocks(machine.ggml, kind, SMALL_EXPERTS, n, k, gen) for n, k in sides]
-        self._small = [machine.weight(number, b, k, n)[0] for b, (n, k) in zip(self._blocks, sides, strict=True)]
-        self.expert_bytes = sum(b[0].nbytes for b in self._blocks)
+        number, ggml = machine.ggml.number(kind), machine.ggml
+        self._blocks = [made_up_blocks(ggml, kind, n, k, gen) for n, k in sides(self.small_shape)]
+        self._small = [
+            machine.weight(number, b, k, n)[0] for b, (n, k) in zip(self._blocks, sides(self.small_shape), strict=True)
+        ]
+        some = [made_up_blocks(ggml, kind, n, k, gen) for n, k in sides(shape)]
+        self.expert_bytes = sum(b[0].nbytes for b in some)
         self.copies = max(1, -(-working_set // (self.expert_bytes * shape.num_experts)))
         self.buffer = ""
-        self._layers: list[list[int]] = []
-        for _ in range(self.copies):
-            layer = []
-            for some, (n, k) in zip(self._blocks, sides, strict=True):
-                blocks = some.repeat(-(-shape.num_experts // len(some)), 1)[: shape.num_experts].contiguous()
+        self._layers: list[list[int]] = [[] for _ in range(self.copies)]
+        for two, (n, k) in zip(some, sides(shape), strict=True):
+            blocks = two.repeat(-(-shape.num_experts // len(two)), 1)[: shape.num_experts].contiguous()
+            for layer in self._layers:
                 tensor, self.buffer = machine.weight(number, blocks, k, n)
                 layer.append(tensor)
-            self._layers.append(layer)
         self._graphs: dict[tuple[int, ...], Graph] = {}
 
     def dense(self, expert: int) -> tuple[Tensor, Tensor]:
         """Gate over up and down of the small layer, see `kernels.experts.Dense`."""
-        H, I = self.shape.hidden_size, self.shape.intermediate_size  # noqa: E741
+        H, I = self.small_shape.hidden_size, self.small_shape.intermediate_size  # noqa: E741
         up, gate, down = (self.machine.ggml.dequantize(self.kind, b[expert]) for b in self._blocks)
         return torch.cat([gate, up]).view(2 * I, H).double(), down.view(H, I).double()
 
@@ -274,14 +275,14 @@ class Experts:
             self._graphs[key] = Graph(self.machine, self.small_shape, [self._small], tokens)
         return self._graphs[key]
 
-    def check(self, tokens: Sequence[int]) -> float:
+    def check(self) -> float:
         """Largest relative error of the small layer against float64.
 
         Raises:
             ValueError: it is above `LIMIT`, or not a number.
         """
         worst = 0.0
-        for count in tokens:
+        for count in CHECKED_TOKENS:
             x, call, graph = made_up_tokens(count, self.shape), self._small_call(count), self._small_graph(count)
             graph.compute(x, [call])
             error = relative_error(graph.result(x), reference(self, x, call.weights, call.ids))
@@ -324,7 +325,7 @@ def main() -> None:
         if "make" in request:
             one = experts[request["make"]] = Experts(machine, shape, request["make"], request["working_set"])
             answer(
-                {"relative_error": one.check(request["check"]), "copies": one.copies, "expert_bytes": one.expert_bytes,
+                {"relative_error": one.check(), "copies": one.copies, "expert_bytes": one.expert_bytes,
                  "buffer": one.buffer}
             )  # fmt: skip
         else:

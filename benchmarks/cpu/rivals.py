@@ -1,6 +1,6 @@
 """Ways to compute a layer in this process: our CPU kernels, the torch reference, vLLM's experts.
 
-Weights are made up. Every rival is checked against float64 on two experts of the layer's own sizes (`LIMITS`).
+Weights are made up. Every rival is checked against float64 on a small layer (`rounds.small_shape`).
 """
 
 import time
@@ -11,7 +11,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from benchmarks.cpu.rounds import Call
+from benchmarks.cpu.rounds import CHECKED_TOKENS, Call, small_shape
 from benchmarks.kernels.baselines import random_scales, random_words, unpacked
 from benchmarks.kernels.experts import GROUP, reference, relative_error
 from benchmarks.kernels.grouped import PER_WORD
@@ -26,7 +26,6 @@ from bitsmoe_kernels.format.schema import MAX_BITS, Basis, Layer, Projection
 
 DTYPE = torch.bfloat16
 """Of activations, as vLLM serves these models."""
-CHECKED_EXPERTS, CHECKED_TOKENS = 2, (1, 37)
 ROUNDED, INTEGER = 1e-2, 5e-2
 """Relative error that a rival may have: a few roundings to bfloat16; activations of 8 bits with a scale for many."""
 OURS, REFERENCE = "bitsmoe", "torch reference"
@@ -47,7 +46,7 @@ class _InProcess(ABC):
 
     Attributes:
         limit: relative error allowed.
-        small: the layer with two experts, see `kernels.experts.Experts`; its calls also wake threads before a turn.
+        small_shape: of a small layer. Its calls also wake threads before a turn.
     """
 
     name: str
@@ -65,11 +64,11 @@ class _InProcess(ABC):
 
     @abstractmethod
     def small(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        """The layer with two experts."""
+        """The small layer."""
 
     @abstractmethod
     def dense(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Gate over up [2 I, H] and down [H, I] of the layer with two experts, float64."""
+        """Gate over up [2 I, H] and down [H, I] of the small layer, float64."""
 
     def check(self) -> float:
         """See `rounds.Rival`.
@@ -159,7 +158,7 @@ class _Ours(_InProcess):
         self.weights = format_layer(shape, form, mix, 0, "cpu")
         layer = self.weights.layer
         self.bits = 8 * layer.nbytes(self.weights.block_size) / layer.num_weights
-        self.small_shape = fewer_experts(shape, CHECKED_EXPERTS)
+        self.small_shape = small_shape(shape)
         self.small_weights = format_layer(self.small_shape, form, mix, 0, "cpu")
         self.shared_bytes = sum(t.nbytes for n, t in self.weights.tensors.items() if "_basis" in n)
 
@@ -254,11 +253,11 @@ class Vllm(_InProcess):
 
     def __init__(self, shape: Shape, working_set: int):
         gen = torch.Generator().manual_seed(0)
-        self.small_shape = fewer_experts(shape, CHECKED_EXPERTS)
-        plain = self.made_up(self.small_shape, gen)
-        self.plain = plain
-        self._small = self.packed(plain)
-        first = self.packed([repeated(t, shape.num_experts) for t in plain])
+        self.small_shape = small_shape(shape)
+        self.plain = self.made_up(self.small_shape, gen)
+        self._small = self.packed(self.plain)
+        some = self.packed(self.made_up(fewer_experts(shape, 2), gen))
+        first = [repeated(t, shape.num_experts) for t in some]
         layer_bytes = sum(t.nbytes for t in first)
         self.copies = copies_for(layer_bytes, working_set)
         self._layers = [first] + [[t.clone() for t in first] for _ in range(self.copies - 1)]
@@ -276,7 +275,7 @@ class Vllm(_InProcess):
 
     @abstractmethod
     def packed(self, plain: list[Tensor]) -> list[Tensor]:
-        """The same as vLLM's layer keeps them after loading."""
+        """The same as vLLM's layer keeps them after loading, experts along the first side as before."""
 
     @abstractmethod
     def compute(self, layer: list[Tensor], out: Tensor, x: Tensor, weights: Tensor, ids: Tensor) -> None:

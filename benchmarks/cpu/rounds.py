@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor
 from benchmarks.kernels.routing import UNIFORM, route
 from benchmarks.kernels.shapes import Shape
 
+SMALL_EXPERTS, MOST_INTERMEDIATE = 2, 1024
+CHECKED_TOKENS = (1, 37)
 TURN_SECONDS = 0.15
 """A turn has as many calls as take about that long, at least one."""
 QUIET_SECONDS = 0.02
@@ -57,12 +59,21 @@ class Rival(Protocol):
     detail: str
 
     def check(self) -> float:
-        """Relative error against float64, on the layer's own sizes with two experts."""
+        """Relative error against float64 with `small_shape` and `CHECKED_TOKENS`."""
         ...
 
     def turn(self, x: Tensor, calls: Sequence[tuple[int, Call]]) -> float:
         """Compute a call on tokens [T, H] after another, each with the copy it names; seconds of all together."""
         ...
+
+
+def small_shape(shape: Shape) -> Shape:
+    """The same hidden size with few experts, and these not too wide: what rivals are checked with."""
+    experts = min(SMALL_EXPERTS, shape.num_experts)
+    return replace(
+        shape, num_experts=experts, top_k=min(experts, shape.top_k),
+        intermediate_size=min(MOST_INTERMEDIATE, shape.intermediate_size),
+    )  # fmt: skip
 
 
 def calls_for(shape: Shape, tokens: int, seed: int) -> list[Call]:

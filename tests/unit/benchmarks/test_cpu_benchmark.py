@@ -225,9 +225,14 @@ def test_vllms_experts_as_rivals(kind: type[in_process.Vllm]):
     assert rival.check() < kind.limit
     x = in_process.made_up_tokens(5, shape)
     (call,) = calls_for(shape, 5, 0)
-    # Experts 2 and 3 repeat 0 and 1.
-    assert torch.equal(rival.forward(0, x, call), rival.forward(rival.copies - 1, x, Call(call.weights, call.ids)))
+    # Experts 2 and 3 repeat 0 and 1, in every copy.
+    same = Call(call.weights, call.ids % 2)
+    assert torch.equal(rival.forward(0, x, call), rival.forward(rival.copies - 1, x, same))
     assert rival.bits > 4
+    # Packing keeps experts apart: packed two by two they are what they are packed together.
+    together = rival.packed([in_process.repeated(t, 4) for t in rival.plain])
+    for packed, both in zip(rival._small, together, strict=True):
+        assert torch.equal(in_process.repeated(packed, 4), both)
 
 
 def machine() -> dict[str, object]:
