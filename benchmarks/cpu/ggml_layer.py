@@ -29,7 +29,6 @@ from benchmarks.kernels.shapes import Shape
 
 SCALES = {"Q2_K": (80, 82), "Q4_K": (0, 2), "IQ2_XXS": (0,), "IQ2_S": (0,)}
 """Types, and where the float16 numbers are in a block of 256 weights; any other bytes of it are valid."""
-SCALE = 1e-3
 LIMIT = 5e-2
 """Relative error allowed: ggml rounds activations to 8 bits with one scale for 256."""
 CPU_DEVICE, F32, I32 = 0, 0, 26
@@ -91,12 +90,18 @@ def _library() -> ctypes.CDLL:
 
 
 def made_up_blocks(ggml: Ggml, kind: str, rows: int, columns: int, gen: torch.Generator) -> Tensor:
-    """Random blocks of two experts: uint8 [2, bytes of a matrix]."""
+    """Random blocks of two experts whose weights are about 1 / sqrt(inputs): uint8 [2, bytes of a matrix]."""
     size = ggml.row_bytes(kind, columns) // (columns // 256)
     blocks = torch.randint(256, (SMALL_EXPERTS, rows * columns // 256, size), generator=gen, dtype=torch.uint8)
-    for at in SCALES[kind]:
-        blocks[..., at : at + 2] = torch.tensor([SCALE], dtype=torch.float16).view(torch.uint8)
+    _scale(blocks, kind, 1.0)
+    some = ggml.dequantize(kind, blocks[0, :1024].contiguous())
+    _scale(blocks, kind, float(some.square().mean() * columns) ** -0.5)
     return blocks.flatten(1)
+
+
+def _scale(blocks: Tensor, kind: str, value: float) -> None:
+    for at in SCALES[kind]:
+        blocks[..., at : at + 2] = torch.tensor([value], dtype=torch.float16).view(torch.uint8)
 
 
 def sides(shape: Shape) -> list[tuple[int, int]]:

@@ -23,6 +23,12 @@ def machine_line(machine: Mapping[str, Any]) -> str:
     return f"{machine['processor']}, {machine['threads']} threads; {versions}; commit {machine['commit']}."
 
 
+def _once(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the medians do not hold for: rivals that had one turn only."""
+    names = [r["rival"] for r in rows if r["rounds"] == 1]
+    return f", but one only of {', '.join(names)}" if names else ""
+
+
 def layer_tables(data: Mapping[str, Any]) -> str:
     """Microseconds of a layer and token, one table for each layer and number of tokens, as Markdown."""
     lines = [machine_line(data["machine"]), ""]
@@ -46,7 +52,7 @@ def layer_tables(data: Mapping[str, Any]) -> str:
         read = rows[0]["read_bytes_per_second"] / 1e9
         lines += [
             "",
-            f"Medians of {min(r['rounds'] for r in rows)} rounds or more. Read bandwidth: {read:.1f} GB/s.",
+            f"Medians of {max(r['rounds'] for r in rows)} rounds{_once(rows)}. Read bandwidth: {read:.1f} GB/s.",
             "",
         ]
     if data["not_measured"]:

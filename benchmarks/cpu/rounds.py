@@ -22,6 +22,8 @@ SMALL_EXPERTS, MOST_INTERMEDIATE = 2, 1024
 CHECKED_TOKENS = (1, 37)
 TURN_SECONDS = 0.15
 """A turn has as many calls as take about that long, at least one."""
+SLOW_SECONDS = 4.0
+"""A rival whose call takes longer has a turn in the first round only."""
 QUIET_SECONDS = 0.02
 """Pause after a turn, in which threads of the last one stop waiting actively."""
 
@@ -131,7 +133,7 @@ def play(
     """Rounds of turns.
 
     Args:
-        rivals: each has its turn in each round.
+        rivals: each has its turn in each round, but for slow ones (`SLOW_SECONDS`).
         shape: of the layer.
         x: tokens [T, H].
         rounds: at most.
@@ -143,6 +145,7 @@ def play(
     """
     tokens, began = len(x), time.monotonic()
     limits: dict[str, int] = {}
+    slow: set[str] = set()
     found: dict[str, Measured] = {}
     bandwidths: list[float] = []
     gc.collect()
@@ -150,7 +153,7 @@ def play(
     for number in range(rounds + 1):  # round 0 finds out how many calls make a turn
         if number > 2 and time.monotonic() - began > seconds:
             break
-        for rival in rivals:
+        for rival in [r for r in rivals if number < 2 or r.name not in slow]:
             calls = turn_calls(shape, tokens, rival.copies, number)
             calls = calls[: limits.get(rival.name, 1)]
             time.sleep(QUIET_SECONDS)
@@ -158,6 +161,7 @@ def play(
             taken = rival.turn(x, calls) / len(calls)
             if number == 0:
                 limits[rival.name] = max(1, int(TURN_SECONDS / taken))
+                slow |= {rival.name} if taken > SLOW_SECONDS else set()
                 continue
             one = found.setdefault(rival.name, Measured([], len(calls), bytes_of(rival, calls)))
             one.seconds.append(taken)

@@ -102,6 +102,15 @@ def test_everyone_has_a_turn_in_each_round_and_memory_is_read_before_it(monkeypa
         assert theirs == mine[:1]
 
 
+def test_a_slow_rival_has_one_turn(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rounds, "QUIET_SECONDS", 0)
+    log: list[str] = []
+    rivals = [Fake("slow", 1, rounds.SLOW_SECONDS + 1, log), Fake("other", 1, 1.0, log)]
+    found, _ = play(rivals, SMALL, torch.zeros(4, 128), rounds=3, seconds=60, read=lambda: 1.0)
+    assert log == ["slow", "other"] * 2 + ["other"] * 2
+    assert (len(found["slow"].seconds), len(found["other"].seconds)) == (1, 3)
+
+
 def test_rounds_end_when_the_time_is_up_but_there_are_two(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(rounds, "QUIET_SECONDS", 0)
     found, _ = play([Fake("a", 1, 1.0, [])], SMALL, torch.zeros(4, 128), rounds=9, seconds=0, read=lambda: 1.0)
@@ -242,12 +251,15 @@ def machine() -> dict[str, object]:
 @pytest.mark.slow
 def test_tables_of_a_layer(tmp_path: Path):
     rival = Fake("bitsmoe natural, 2 bits", 1, 0, [])
-    rows = [layer.row("M", t, rival, Measured([1e-3], 1, 2e6), 4e9) for t in (1, 4)]
+    rows = [layer.row("M", t, rival, Measured([1e-3] * 3, 1, 2e6), 4e9) for t in (1, 4)]
+    rows.append(layer.row("M", 4, Fake("slow", 1, 0, []), Measured([9.0], 1, 2e6), 4e9))
     data = {"machine": machine(), "rows": layer.compared(rows), "not_measured": {"llama.cpp Q2_K": "no compiler"}}
     text = report.layer_tables(data)
     assert "### M, one token at a time" in text
     assert "| bitsmoe natural, 2 bits | 2.000 | 1,000.0 | 1,000.0 | 2.00 | 50% |  |  |" in text
-    assert "### M, 4 tokens at once" in text
+    first, second = text.split("### M, 4 tokens at once")
+    assert "Medians of 3 rounds. Read bandwidth: 4.0 GB/s." in first
+    assert "Medians of 3 rounds, but one only of slow. Read bandwidth" in second
     assert "Not measured: llama.cpp Q2_K: no compiler." in text
     report.draw_layer(data, tmp_path / "layer.png")
     assert (tmp_path / "layer.png").read_bytes().startswith(b"\x89PNG")
