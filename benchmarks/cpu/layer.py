@@ -145,7 +145,15 @@ def machine(threads: int) -> dict[str, Any]:
 
 def measured(plan: Plan) -> Iterator[dict[str, Any]]:
     """The results, again after each layer and number of tokens."""
+    before = torch.get_num_threads()
     torch.set_num_threads(plan.threads)
+    try:
+        yield from _measured(plan)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measured(plan: Plan) -> Iterator[dict[str, Any]]:
     working_set = plan.working_set or BEYOND_CACHE * last_level_bytes()
     reader = Reader(plan.threads)
     result: dict[str, Any] = {"machine": machine(plan.threads), "working_set": working_set, "rows": []}
