@@ -25,10 +25,6 @@ class BuildLibrary(build_ext):
         """The name has no version of Python in it."""
         return str(Path(*fullname.split(".")[:-1]) / build.LIBRARY)
 
-    def get_export_symbols(self, ext):
-        """None: the sources say what is visible."""
-        return []
-
     def build_extension(self, ext):
         """Compile, or say why there will be no CPU kernels."""
         try:
@@ -50,8 +46,8 @@ class WheelForAnyPython(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-sources = [str((FOLDER / name).relative_to(Path(__file__).resolve().parent)) for name in build.MACHINES["x86_64"]]
 setup(
-    ext_modules=[Extension("bitsmoe_kernels._cpu.library_file", sources, optional=True)],
+    # The sources are the package's data, and `build.py` knows which of them a machine needs.
+    ext_modules=[Extension("bitsmoe_kernels._cpu.library_file", [], optional=True)],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": WheelForAnyPython},
 )

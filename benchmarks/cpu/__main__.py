@@ -14,7 +14,9 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.record import ROOT, write_json
 
@@ -60,27 +62,43 @@ def _layer(args: argparse.Namespace) -> None:
     from bitsmoe_kernels._cpu import library
 
     known = [layer.REHEARSAL.model] if args.rehearse else [m for m in layer.OURS if m != layer.REHEARSAL.model]
-    if strange := sorted(set(args.models or ()) - set(known)):
-        raise SystemExit(f"no model {', '.join(strange)}; there are {', '.join(known)}")
+    models = _models(args, known)
     if strange := sorted(set(args.isa) - set(library.usable())):
         raise SystemExit(f"{', '.join(strange)} cannot run here; there are {', '.join(library.usable())}")
     plan = layer.Plan(
-        models=tuple(m for m in known if not args.models or m in args.models),
+        models=models,
         tokens=tuple(args.tokens or layer.TOKENS), threads=args.threads, isas=tuple(args.isa), only=tuple(args.only),
         rounds=2 if args.rehearse else args.rounds, seconds=args.seconds,
         working_set=1 << 20 if args.rehearse else args.working_set,
     )  # fmt: skip
-    result = {}
-    for result in layer.measured(plan):
-        if args.out:
-            args.out.mkdir(parents=True, exist_ok=True)
-            write_json(args.out / report.LAYER_FILE, result)
+    result = _last(args, report.LAYER_FILE, layer.measured(plan))
     if not result:
         raise SystemExit(f"no rival's name holds {' or '.join(args.only)}")
-    text = report.layer_tables(result)
     if args.out:
-        (args.out / report.LAYER_FILE).with_suffix(".md").write_text(text + "\n", encoding="utf-8")
         report.draw_layer(result, (args.out / report.LAYER_FILE).with_suffix(".png"))
+    _show(args, report.LAYER_FILE, result, report.layer_tables(result))
+
+
+def _models(args: argparse.Namespace, known: Sequence[str]) -> tuple[str, ...]:
+    """The models that were asked for; all that are known where none was."""
+    if strange := sorted(set(args.models or ()) - set(known)):
+        raise SystemExit(f"no model {', '.join(strange)}; there are {', '.join(known)}")
+    return tuple(m for m in known if not args.models or m in args.models)
+
+
+def _last(args: argparse.Namespace, file: str, results: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The last of the results, each of which holds the former; all are written while the next one is measured."""
+    result: dict[str, Any] = {}
+    for result in results:
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            write_json(args.out / file, result)
+    return result
+
+
+def _show(args: argparse.Namespace, file: str, result: dict[str, Any], text: str) -> None:
+    if args.out:
+        (args.out / file).with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(json.dumps(result) if args.json else text)
 
 
@@ -90,8 +108,7 @@ def _serve(args: argparse.Namespace) -> None:
 
     rehearsal = "rehearsal"
     known = [rehearsal] if args.rehearse else [m for m in serving.LAYERS if m != rehearsal]
-    if strange := sorted(set(args.models or ()) - set(known)):
-        raise SystemExit(f"no model {', '.join(strange)}; there are {', '.join(known)}")
+    models = _models(args, known)
     methods = tuple(m for m in serving.METHODS if not args.only or any(part in m.title for part in args.only))
     if not methods:
         raise SystemExit(
@@ -99,20 +116,13 @@ def _serve(args: argparse.Namespace) -> None:
         )
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     plan = serving.Plan(
-        models=tuple(m for m in known if not args.models or m in args.models), methods=methods,
+        models=models, methods=methods,
         layers=args.layers, batches=tuple(args.batches), prompt=args.prompt, output=4 if args.rehearse else args.output,
         repeats=1 if args.rehearse else args.repeats, threads=args.threads,
         options=("--enforce-eager",) if args.eager or args.rehearse else (),
     )  # fmt: skip
-    result = {}
-    for result in serving.measured(plan):
-        if args.out:
-            args.out.mkdir(parents=True, exist_ok=True)
-            write_json(args.out / report.SERVING_FILE, result)
-    text = report.serving_table(result)
-    if args.out:
-        (args.out / report.SERVING_FILE).with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    print(json.dumps(result) if args.json else text)
+    result = _last(args, report.SERVING_FILE, serving.measured(plan))
+    _show(args, report.SERVING_FILE, result, report.serving_table(result))
     if any("failed" in row for row in result["rows"]):
         sys.exit(1)
 

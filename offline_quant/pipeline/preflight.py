@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from bitsmoe_kernels._cpu import library
 from bitsmoe_kernels.errors import BitsmoeError, Faults
 from bitsmoe_kernels.format.linear_layers import DenseConfig
 from bitsmoe_kernels.format.safetensors_io import read_json
@@ -26,7 +27,6 @@ from offline_quant.model.streaming import StreamedModel, transformers_config
 from offline_quant.pipeline.hidden_states import batch_windows
 from offline_quant.pipeline.memory import MemoryEstimate, check_memory, estimate_run
 from offline_quant.pipeline.resume import EarlierRun, held_bytes, state_directory
-from offline_quant.rounding import native
 from offline_quant.runtime.chunks import matrix_bytes
 from offline_quant.runtime.device import check_device
 from offline_quant.runtime.distributed import Workers
@@ -121,7 +121,7 @@ def check_inputs(
     assert inputs is not None
     if workers.rank == 0:
         inputs.original.warn_of_ignored()
-        if (reason := native.why_not()) and device == "cpu":
+        if device == "cpu" and (reason := library.why_not()):
             console.print(f"Rounding takes several times as long without the CPU kernels: {reason}")
         if lost := missing_code(directory):
             console.print(

@@ -7,14 +7,9 @@ from bitsmoe_kernels._cpu import rounding as compiled
 from bitsmoe_kernels.format import packing
 
 
-def why_not() -> str | None:
-    """Why this machine's CPU cannot use the compiled kernels, see `library.why_not`; None where it can."""
-    return library.why_not()
-
-
 def runs_on(tensor: Tensor) -> bool:
     """Whether the compiled kernels compute with a tensor. Torch does it on other devices, and where there are none."""
-    return tensor.device.type == "cpu" and why_not() is None
+    return tensor.device.type == "cpu" and library.why_not() is None
 
 
 def pack_codes(codes: Tensor, bits: Tensor, block_size: int) -> Tensor:

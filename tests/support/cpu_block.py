@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 LANES, STRIPS, STEP_BYTES, MAX_RUNS, ACT_ALIGN = 16, 4, 64, 8, 64
-MAGIC = int.from_bytes(b"PCU1", "little")
+MAGIC = int.from_bytes(b"PCU2", "little")
 
 
 class Head(NamedTuple):
@@ -38,7 +38,7 @@ class Head(NamedTuple):
     basis_acts: int
     input_acts: int
     down_acts: int
-    spare: int
+    ranks: int
 
 
 class Record(NamedTuple):
@@ -139,6 +139,7 @@ class Block:
         self.head = Head(*struct.unpack_from(f"<{len(Head._fields)}q", self.memory))
         assert self.head.magic == MAGIC
         assert self.head.bytes == len(self.data)
+        assert self.head.ranks == max(self.record(at).rank for _, _, at in self.tables())
 
     def _take(self, dtype: str, at: int, *shape: int) -> NDArray[Any]:
         count = int(np.prod(shape))

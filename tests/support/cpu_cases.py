@@ -24,7 +24,7 @@ from bruteforce import Array, array, assert_close, expert_weights, matrices
 from bruteforce import moe as brute_moe
 from builders import MadeLayer
 from cpu_block import spread_out
-from moe_cases import CASES, bytes_of, call_of, guarded_memory, poisoned_call, shards
+from moe_cases import CASES, bytes_of, call_of, check_outputs, guarded_memory, poisoned_call, shards
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -70,10 +70,7 @@ def run_case(
         ys = [library.forward(block, x, weights, ids, local, isa, threads) for block, local in ranks]
         same = [torch.equal(a, bytes_of(b)) for a, b in zip(given, inputs, strict=True)]
     assert all(same), "an input was written to"
-    for y in ys:
-        assert y.dtype == dtype
-        assert y.shape == x.shape
-        assert y.is_contiguous()
+    check_outputs(ys, x)
     return ys
 
 

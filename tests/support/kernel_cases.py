@@ -20,7 +20,7 @@ from bitsmoe_kernels.layout.pack import KernelLayer, to_kernel_layout
 from bitsmoe_kernels.sharding import shard_channels
 from bruteforce import Array, array, assert_close, matrices
 from builders import MadeLayer
-from moe_cases import CASES, bytes_of, call_of, exact, guarded_memory, made_layer, poisoned_call, shards
+from moe_cases import CASES, bytes_of, call_of, check_outputs, exact, guarded_memory, made_layer, poisoned_call, shards
 
 DTYPES = (torch.float16, torch.bfloat16)
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -92,10 +92,7 @@ def run_case(name: str, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]
         ys = [moe.moe_forward(layer, x, weights, ids, m, tile=case.tile) for layer, m in ranks]
         same = [torch.equal(a, bytes_of(b)) for a, b in zip(given, (x, weights, ids), strict=True)]
     assert all(same), "an input was written to"
-    for y in ys:
-        assert y.dtype == dtype
-        assert y.shape == x.shape
-        assert y.is_contiguous()
+    check_outputs(ys, x)
     return ys
 
 

@@ -480,3 +480,30 @@ class guarded_memory(TorchFunctionMode):  # noqa: N801
 def bytes_of(tensor: Tensor) -> Tensor:
     """Its bytes in order: NaN equals itself there."""
     return tensor.contiguous().view(torch.uint8)
+
+
+RESTRICTED: tuple[tuple[Plans, str], ...] = (
+    (
+        {"gate_up": Plan(), "down": Plan(component_axis="output")},
+        "its down projection has components on the output",
+    ),
+    (
+        {"gate": Plan(component_axis="output"), "up": Plan(), "down": Plan()},
+        "gate or up has components on the output",
+    ),
+    ({"gate_up": Plan(), "down": Plan(basis=Basis(rank=8, bits=8))}, "its down projection has a basis"),
+    (
+        {"gate": Plan(basis=Basis(rank=8, bits=8)), "up": Plan(basis=Basis(rank=8, bits=16)), "down": Plan()},
+        "bases of different kinds",
+    ),
+    ({"gate": Plan(basis=Basis(rank=8, bits=8)), "up": Plan(), "down": Plan()}, "bases of different kinds"),
+)
+"""Layers that no kernel computes, on GPUs or CPUs, and part of the reason."""
+
+
+def check_outputs(ys: Sequence[Tensor], x: Tensor) -> None:
+    """Results are of the input's dtype and shape, and contiguous."""
+    for y in ys:
+        assert y.dtype == x.dtype
+        assert y.shape == x.shape
+        assert y.is_contiguous()

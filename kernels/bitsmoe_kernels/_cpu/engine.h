@@ -221,7 +221,7 @@ void compensator_inner(const uint8_t* base, const Matrix& m, const float* source
     }
 }
 
-// All memory of a call, one block for the process's calling thread, kept for the next call.
+// Cuts one block of memory, which stays with the calling thread for its next call.
 struct Scratch {
     uint8_t* at;
     template <class T>
@@ -251,7 +251,6 @@ struct Pass {
     int32_t* slot_of;     // [active]: slots sorted by expert
     int32_t* start;       // [experts + 1] in slot_of
     int32_t* used;        // experts that have slots
-    int32_t* task_of;     // first task of each used expert, for the current phase
     int64_t num_used;
     float *x, *z, *h, *partial;
     ActStore basis, gate, up, down;
@@ -273,13 +272,7 @@ ActStore take_store(Scratch& s, int64_t n, int64_t row, int64_t ranks) {
     return a;
 }
 
-inline int64_t most_ranks(const Pass& p, int64_t at) {
-    int64_t most = 0;
-    for (int64_t e = 0; e < p.layer->experts; e++)
-        if (matrices(p, at)[e].rank > most) most = matrices(p, at)[e].rank;
-    return most;
-}
-
+// Gives every array of a pass its place in a block of memory; the bytes that it takes.
 template <int ROWS>
 int64_t lay_out(Pass& p, uint8_t* memory) {
     const Layer& l = *p.layer;
@@ -293,11 +286,11 @@ int64_t lay_out(Pass& p, uint8_t* memory) {
     p.h = s.take<float>(p.slots * l.inner);
     p.partial = s.take<float>(p.slots * l.hidden);
     if (l.basis >= 0) p.basis = take_store<ROWS>(s, p.tokens, l.basis_acts, 0);
-    p.gate = take_store<ROWS>(s, p.slots, l.input_acts, most_ranks(p, l.gate));
+    p.gate = take_store<ROWS>(s, p.slots, l.input_acts, l.ranks);
     if (!l.shared_acts) p.up = take_store<ROWS>(s, p.slots, l.input_acts, 0);
-    p.up.ranks = most_ranks(p, l.up);
-    p.up.inner = s.take<float>(p.slots * p.up.ranks);
-    p.down = take_store<ROWS>(s, p.slots, l.down_acts, most_ranks(p, l.down));
+    p.up.ranks = l.ranks;
+    p.up.inner = s.take<float>(p.slots * l.ranks);
+    p.down = take_store<ROWS>(s, p.slots, l.down_acts, l.ranks);
     return s.at - memory;
 }
 
@@ -498,7 +491,7 @@ void work(Pass& p, int thread, int threads, float* scratch) {
     }
 }
 
-// Bytes that `p.tokens` tokens need: shared memory, and floats of each thread.
+// Passes of at most `chunk` tokens. The memory holds what threads share, and a row of floats for each.
 template <int ROWS>
 int forward_rows(const Call* call, int64_t chunk, uint8_t** memory, int64_t* memory_bytes, int max_threads) {
     const Layer* l = (const Layer*)call->layer;

@@ -1,7 +1,9 @@
-// What each instruction set offers to `native.cpp`.
+// The instruction sets, by the numbers that `library.py` has for them, and what each offers.
 #ifndef BITSMOE_ISA_H
 #define BITSMOE_ISA_H
 #include <stdint.h>
+
+enum Isa { AVX2 = 1, AVX512 = 2, AMX = 3, NEON = 4 };
 
 struct Call;
 typedef int Forward(const Call*, int64_t chunk, uint8_t** memory, int64_t* memory_bytes, int max_threads);

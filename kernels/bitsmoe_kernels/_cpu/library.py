@@ -21,7 +21,6 @@ PATH = Path(__file__).resolve().parent / LIBRARY
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 TOKENS_AT_ONCE = 512
 """Tokens of one pass. Longer inputs are cut, which bounds the buffers."""
-
 HEAD_BYTES = 128
 """Of `struct Layer` in layout.h."""
 WRONG_LAYOUT = "the weights are not in the layout of the compiled CPU kernels: install bitsmoe-vllm again"

@@ -13,8 +13,6 @@
 
 namespace {
 
-enum Isa { NONE = 0, AVX2 = 1, AVX512 = 2, AMX = 3, NEON = 4 };
-
 bool has(int isa) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -80,8 +78,6 @@ thread_local Buffers buffers;
 // Whether this processor has an instruction set.
 API int bitsmoe_has(int isa) { return has(isa); }
 
-API int bitsmoe_max_threads() { return omp_get_max_threads(); }
-
 // Computes a layer; 0: done, 1: no memory, 2: not a layer, 3: no such instruction set.
 API int bitsmoe_forward(int isa, const Call* call, int64_t chunk, int threads) {
     const Layer* layer = (const Layer*)call->layer;
@@ -93,8 +89,9 @@ API int bitsmoe_forward(int isa, const Call* call, int64_t chunk, int threads) {
 
 // Asks the kernel for large pages; it need not grant them.
 API void bitsmoe_large_pages(void* start, int64_t bytes) {
-    const uintptr_t page = 4096, from = ((uintptr_t)start + page - 1) & ~(page - 1), to = ((uintptr_t)start + bytes) & ~(page - 1);
 #if defined(MADV_HUGEPAGE)
+    const uintptr_t page = 4096, at = (uintptr_t)start;
+    const uintptr_t from = (at + page - 1) & ~(page - 1), to = (at + bytes) & ~(page - 1);
     if (to > from) madvise((void*)from, to - from, MADV_HUGEPAGE);
 #endif
 }

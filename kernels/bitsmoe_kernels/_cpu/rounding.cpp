@@ -1,4 +1,4 @@
-// What Python calls to round factors and to pack codes (`library.py`).
+// What Python calls to round factors and to pack codes (`rounding.py`).
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
@@ -11,11 +11,11 @@ namespace {
 Round* round_of(int isa) {
     switch (isa) {
 #if defined(__x86_64__)
-        case 1: return round_avx2;
-        case 2:
-        case 3: return round_avx512;
+        case AVX2: return round_avx2;
+        case AVX512:
+        case AMX: return round_avx512;
 #elif defined(__aarch64__)
-        case 4: return round_neon;
+        case NEON: return round_neon;
 #endif
     }
     return nullptr;

@@ -94,32 +94,34 @@ def round_with_feedback(
         isa: a key of `library.INSTRUCTION_SETS`; None: the best.
         threads: 0: as many as torch uses.
     """
-    n, K, _ = F.shape
-    of_columns, halves = _levels(half, F.shape)
-    codes, a, norms = torch.empty(F.shape, dtype=torch.uint8), F.new_empty(n, K), F.new_empty(n, K)
-    F, U, powers, c = (x.contiguous() for x in (F, U, power.flatten(1), c))
-    error = F.new_empty(n)
-    _run(
-        _FEEDBACK, isa, threads, F.shape, of_columns=of_columns, rough=int(rough), F=F, matrix=U, half=halves,
-        power=powers, c=c, a=a, codes=codes, norms=norms, error=error,
-    )  # fmt: skip
-    return Rounded(codes, a, norms, error, None)
+    error = F.new_empty(len(F))
+    found = _round(_FEEDBACK, F, half, power, c, rough, isa, threads, matrix=U.contiguous(), error=error)
+    return Rounded(*found, error, None)
 
 
 def round_alone(
     F: Tensor, half: Tensor, power: Tensor, c: Tensor, rough: bool, isa: str | None = None, threads: int = 0
 ) -> Rounded:
     """Round every row by itself; arguments as those of `round_with_feedback`."""
+    left = F.new_empty(F.shape)
+    found = _round(_ALONE, F, half, power, c, rough, isa, threads, left=left)
+    return Rounded(*found, None, left)
+
+
+def _round(
+    kind: int, F: Tensor, half: Tensor, power: Tensor, c: Tensor, rough: bool, isa: str | None, threads: int,
+    **more: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Codes, row scales and squared norms of rows; `more` is what one of both ways takes or gives besides."""
     n, K, _ = F.shape
     of_columns, halves = _levels(half, F.shape)
     codes, a, norms = torch.empty(F.shape, dtype=torch.uint8), F.new_empty(n, K), F.new_empty(n, K)
     F, powers, c = (x.contiguous() for x in (F, power.flatten(1), c))
-    left = torch.empty_like(F)
     _run(
-        _ALONE, isa, threads, F.shape, of_columns=of_columns, rough=int(rough), F=F, half=halves, power=powers, c=c,
-        a=a, codes=codes, norms=norms, left=left,
+        kind, isa, threads, F.shape, of_columns=of_columns, rough=int(rough), F=F, half=halves, power=powers, c=c, a=a,
+        codes=codes, norms=norms, **more,
     )  # fmt: skip
-    return Rounded(codes, a, norms, None, left)
+    return codes, a, norms
 
 
 def descend(

@@ -1,4 +1,4 @@
-// What `library.py` passes to the functions of rounding.h.
+// What `rounding.py` passes to the functions of rounding.h.
 #ifndef BITSMOE_ROUNDING_CALL_H
 #define BITSMOE_ROUNDING_CALL_H
 #include <stdint.h>

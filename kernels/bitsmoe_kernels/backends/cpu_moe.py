@@ -20,19 +20,7 @@ def moe_cpu_op(
     tensors: Sequence[Tensor],
     key: str,
 ) -> Tensor:
-    """`library.forward` as an op.
-
-    Args:
-        x: [T, H], float32, float16 or bfloat16.
-        topk_weights: [T, top_k].
-        topk_ids: [T, top_k].
-        expert_map: see `reference.moe_forward`.
-        tensors: the layer's block of bytes.
-        key: empty.
-
-    Returns:
-        [T, H] in x's dtype.
-    """
+    """`library.forward` as an op. Shapes are those of `Backend.compute`; `tensors` is the layer's block of bytes."""
     return library.forward(tensors[0], x, topk_weights, topk_ids, expert_map)
 
 

@@ -35,7 +35,7 @@ PLANES = {
 """Planes of each width: their bits, and the place of their lowest bit."""
 RUNS = ((4, 0), (4, 4), (2, 0), (2, 4), (1, 0), (1, 2), (1, 4), (1, 6))
 """Runs in the order in which a matrix has them."""
-MAGIC = 0x31554350
+MAGIC = 0x32554350
 MOST_INPUTS = 32_768
 """Beyond it a sum of products of a basis in 8 bits does not fit int32."""
 MOST_RANKS = 65_536
@@ -156,6 +156,7 @@ def to_cpu_layout(weights: LayerWeights) -> Tensor:
     jobs: list[_Job] = []
     inputs = [p["gate_up"]] if together else [p["gate"], p["up"]]
     acts = {"input": ALIGN, "down": ALIGN}
+    ranks = max([0, *(r for w in p.values() if w.spec.lowrank_total for r in w.part("lowrank_rank").tolist())])
 
     def describe(table: str, e: int, w: ProjectionWeights, coded: _Coded, first: int, columns: int) -> None:
         row = _matrix(block, w, e, coded, first, columns, jobs)
@@ -181,7 +182,7 @@ def to_cpu_layout(weights: LayerWeights) -> Tensor:
         _MATRIX.pack_into(head, basis_at, *row)
     _LAYER.pack_into(
         head, 0, MAGIC, block.size, E, H, I, basis_at if having else -1, rank, *tables.values(),
-        int(bool(having)), int(together), basis_acts, acts["input"], acts["down"], 0,
+        int(bool(having)), int(together), basis_acts, acts["input"], acts["down"], ranks,
     )  # fmt: skip
     out = torch.empty(block.size, dtype=torch.uint8)
     library.large_pages(out)

@@ -15,6 +15,7 @@ from bitsmoe_kernels.reference import LayerWeights
 from bruteforce import array, expert_weights
 from builders import MadeLayer, Plan, build_form, build_layer, layers
 from cpu_block import HEAD_BYTES, Array, Block, Matrix, spread_out
+from moe_cases import RESTRICTED
 
 WIDTHS = range(9)
 
@@ -308,25 +309,7 @@ def test_pieces_that_were_moved_apart_are_the_same_layer() -> None:
         assert np.array_equal(a.coded(200), b.coded(200))
 
 
-@pytest.mark.parametrize(
-    ("plans", "reason"),
-    [
-        (
-            {"gate_up": Plan(), "down": Plan(component_axis="output")},
-            "its down projection has components on the output",
-        ),
-        (
-            {"gate": Plan(component_axis="output"), "up": Plan(), "down": Plan()},
-            "gate or up has components on the output",
-        ),
-        ({"gate_up": Plan(), "down": Plan(basis=Basis(rank=8, bits=8))}, "its down projection has a basis"),
-        (
-            {"gate": Plan(basis=Basis(rank=8, bits=8)), "up": Plan(basis=Basis(rank=8, bits=16)), "down": Plan()},
-            "bases of different kinds",
-        ),
-        ({"gate": Plan(basis=Basis(rank=8, bits=8)), "up": Plan(), "down": Plan()}, "bases of different kinds"),
-    ],
-)
+@pytest.mark.parametrize(("plans", "reason"), RESTRICTED)
 def test_what_the_kernels_cannot_compute_is_named(plans: dict[ProjectionName, Plan], reason: str) -> None:
     made = build_layer(plans)
     said = unsupported(made.layer)

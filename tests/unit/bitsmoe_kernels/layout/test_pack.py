@@ -15,6 +15,7 @@ from bitsmoe_kernels.layout.pack import KernelLayer, to_kernel_layout, unsupport
 from bitsmoe_kernels.layout.words import positions
 from bitsmoe_kernels.reference import LayerWeights
 from builders import MadeLayer, Plan, build_form, build_layer
+from moe_cases import RESTRICTED
 from pretended_cuda import pretended_cuda
 
 KWIDTHS = (2, 4)
@@ -300,15 +301,7 @@ def test_the_file_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("plans", "reason"),
     [
-        (
-            {"gate_up": Plan(), "down": Plan(component_axis="output")},
-            "its down projection has components on the output",
-        ),
-        (
-            {"gate": Plan(component_axis="output"), "up": Plan(), "down": Plan()},
-            "gate or up has components on the output",
-        ),
-        ({"gate_up": Plan(), "down": Plan(basis=Basis(rank=8, bits=8))}, "its down projection has a basis"),
+        *RESTRICTED,
         (
             {"gate_up": Plan(basis=Basis(rank=8, bits=8), kept_experts=(0,)), "down": Plan()},
             "both a basis and experts at 16 bits or compensators",
@@ -317,11 +310,6 @@ def test_the_file_is_left_alone() -> None:
             {"gate_up": Plan(basis=Basis(rank=8, bits=8), ranks=(1,) * 4), "down": Plan()},
             "both a basis and experts at 16 bits or compensators",
         ),
-        (
-            {"gate": Plan(basis=Basis(rank=8, bits=8)), "up": Plan(basis=Basis(rank=8, bits=16)), "down": Plan()},
-            "bases of different kinds",
-        ),
-        ({"gate": Plan(basis=Basis(rank=8, bits=8)), "up": Plan(), "down": Plan()}, "bases of different kinds"),
     ],
 )
 def test_what_kernels_cannot_compute_is_named(plans: dict[ProjectionName, Plan], reason: str) -> None:
