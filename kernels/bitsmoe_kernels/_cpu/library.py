@@ -2,7 +2,7 @@
 
 import ctypes
 import os
-from ctypes import POINTER, Structure, byref, c_int, c_int64, c_void_p
+from ctypes import Structure, byref, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -36,6 +36,21 @@ class Call(Structure):
     )  # fmt: skip
 
 
+FUNCTIONS: dict[str, tuple[type[c_int | c_int64] | None, list[type]]] = {
+    "bitsmoe_has": (c_int, [c_int]),
+    "bitsmoe_large_pages": (None, [c_void_p, c_int64]),
+    "bitsmoe_pack": (
+        None,
+        [c_void_p, c_int, c_int64, c_void_p, c_void_p, c_int64, c_int, c_int64, c_int64, c_int64, c_int64, c_void_p],
+    ),
+    "bitsmoe_forward": (c_int, [c_int, c_void_p, c_int64, c_int]),
+    "bitsmoe_round": (c_int, [c_int, c_int, c_void_p, c_int]),
+    "bitsmoe_rounding_floats": (c_int64, [c_int, c_int64, c_int64, c_int64, c_int]),
+    "bitsmoe_pack_codes": (c_int64, [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int, c_void_p]),
+}
+"""Result and arguments of all functions. One that is not declared would be given the lower half of a pointer."""
+
+
 @cache
 def load() -> ctypes.CDLL:
     """The library.
@@ -45,14 +60,9 @@ def load() -> ctypes.CDLL:
         AttributeError: it lacks a function, so it is of another version.
     """
     library = ctypes.CDLL(os.environ.get("BITSMOE_CPU_LIBRARY") or str(PATH))
-    library.bitsmoe_has.argtypes = [c_int]
-    library.bitsmoe_forward.argtypes = [c_int, POINTER(Call), c_int64, c_int]
-    library.bitsmoe_large_pages.argtypes = [c_void_p, c_int64]
-    library.bitsmoe_large_pages.restype = None
-    library.bitsmoe_pack.argtypes = [
-        c_void_p, c_int, c_int64, c_void_p, c_void_p, c_int64, c_int, c_int64, c_int64, c_int64, c_int64, c_void_p,
-    ]  # fmt: skip
-    library.bitsmoe_pack.restype = None
+    for name, (result, arguments) in FUNCTIONS.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
     return library
 
 

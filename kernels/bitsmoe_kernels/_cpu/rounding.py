@@ -4,8 +4,7 @@ What is computed stands in `offline_quant/rounding/error_feedback.py` and `forma
 The result does not depend on the instruction set or on the number of threads.
 """
 
-from ctypes import Structure, byref, c_int, c_int64, c_void_p
-from functools import cache
+from ctypes import Structure, byref, c_int64, c_void_p
 from typing import NamedTuple
 
 import torch
@@ -45,20 +44,8 @@ class Rounded(NamedTuple):
     left: Tensor | None
 
 
-@cache
-def _functions() -> None:
-    """Declares the functions' arguments."""
-    loaded = library.load()
-    loaded.bitsmoe_round.argtypes = [c_int, c_int, c_void_p, c_int]
-    loaded.bitsmoe_rounding_floats.argtypes = [c_int, c_int64, c_int64, c_int64, c_int]
-    loaded.bitsmoe_rounding_floats.restype = c_int64
-    loaded.bitsmoe_pack_codes.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int, c_void_p]
-    loaded.bitsmoe_pack_codes.restype = c_int64
-
-
 def _run(kind: int, isa: str | None, threads: int, shape: torch.Size, **given: Tensor | int | None) -> None:
     """Call `bitsmoe_round`; tensors are contiguous, and float32 but for codes."""
-    _functions()
     loaded, (n, K, N) = library.load(), shape
     memory = torch.empty(loaded.bitsmoe_rounding_floats(kind, n, K, N, threads))
     fields = {k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in {**given, "memory": memory}.items()}
@@ -228,7 +215,6 @@ def refit_columns_(
 
 def pack_codes(codes: Tensor, bits: Tensor, block_size: int) -> Tensor:
     """See `format.packing.pack_codes`."""
-    _functions()
     C, F = codes.shape
     widths = bits.tolist()
     if len(widths) != num_blocks(C, block_size) or any(not 0 <= b <= 8 for b in widths):

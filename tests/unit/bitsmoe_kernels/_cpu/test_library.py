@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bitsmoe_kernels._cpu import library
+from bitsmoe_kernels._cpu.rounding import pack_codes
 from bitsmoe_kernels.backends.base import Target
 from bitsmoe_kernels.backends.select import select
 from builders import build_form
@@ -58,6 +59,14 @@ def test_where_the_library_is_of_another_version(fresh: pytest.MonkeyPatch) -> N
     """One that loads and has none of the functions."""
     fresh.setenv("BITSMOE_CPU_LIBRARY", "libm.so.6")
     refusal("their library cannot be loaded (")
+
+
+@pytest.mark.skipif(not ISAS, reason="no CPU kernels")
+def test_a_library_that_is_loaded_again_is_called_with_whole_pointers(fresh: pytest.MonkeyPatch) -> None:
+    codes, bits = torch.ones(16, 64, dtype=torch.uint8), torch.tensor([1], dtype=torch.uint8)
+    first = pack_codes(codes, bits, 16)
+    library.load.cache_clear()
+    assert torch.equal(pack_codes(codes, bits, 16), first)
 
 
 def test_where_the_environment_names_no_library(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
