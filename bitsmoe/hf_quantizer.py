@@ -176,7 +176,7 @@ class _StoredLinear(_Stored):
         """Dequantized `weight` [N, K], float32, and the bias where there is one."""
         words, scale = self.tensors["weight_packed"], self.tensors["weight_scale"]
         bias = {} if self.bias is None else {"bias": self.bias}
-        return {"weight": dequantize(words, scale, self.form), **bias}
+        return {"weight": dequantize(words, scale, self.form.num_bits), **bias}
 
 
 class BitsmoeQuantizer(HfQuantizer):

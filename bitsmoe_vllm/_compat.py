@@ -122,8 +122,10 @@ _USED: dict[str, dict[str, tuple[str, ...]]] = {
         "MPLinearLayerConfig": (
             "full_weight_shape", "partition_weight_shape", "weight_type", "act_type", "group_size", "zero_points",
         ),
-        "choose_mp_linear_kernel": (),
+        "choose_mp_linear_kernel": (), "_POSSIBLE_KERNELS": (),
     },
+    "vllm.model_executor.kernels.linear.mixed_precision.cpu": {"CPUWNA16LinearKernel": ("can_implement",)},
+    "vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel": {"MPLinearKernel": ("_get_weight_params",)},
     "vllm.model_executor.model_loader.reload.layerwise": {"make_online_process_loader": ()},
     "vllm.model_executor.models.config": {
         "MODELS_CONFIG_MAP": (),
@@ -332,6 +334,25 @@ def select_experts(layer: Any, x: Tensor, router_logits: Tensor) -> tuple[Tensor
     return weights.to(torch.float32), ids
 
 
+def linear_method(dense: Any, layer: torch.nn.Module, prefix: str) -> Any:
+    """The method of a quantized linear layer; dense as `linear_quantization` returns it."""
+    complete_linear_kernels()
+    return dense.get_quant_method(layer, prefix)
+
+
+def complete_linear_kernels() -> None:
+    """Put our kernel before those that vLLM has for a CPU; it takes only layers that they cannot compute."""
+    from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS
+    from vllm.platforms import current_platform
+
+    from bitsmoe_vllm.linear_kernel import DequantizedLinearKernel
+
+    if current_platform.is_cpu():
+        known = _POSSIBLE_KERNELS.setdefault(current_platform._enum, [])
+        if DequantizedLinearKernel not in known:
+            known.insert(0, DequantizedLinearKernel)
+
+
 def linear_quantization(dense: DenseConfig) -> Any:
     """vLLM's own quantization config for linear layers outside the routed experts."""
     from vllm.model_executor.layers.quantization import get_quantization_config
@@ -354,6 +375,7 @@ def why_no_linear_kernel(
     from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel
     from vllm.scalar_type import scalar_types
 
+    complete_linear_kernels()
     known = {field.name for field in dataclasses.fields(MPLinearLayerConfig)}
     try:
         choose_mp_linear_kernel(

@@ -123,7 +123,7 @@ class BitsmoeConfig(QuantizationConfig):
         if self.dense is not None and isinstance(layer, LinearBase | ParallelLMHead):
             # vLLM hands us the model's fused layers and what they are made of; its own method needs them as well.
             self.dense.packed_modules_mapping = self.packed_modules_mapping
-            return self.dense.get_quant_method(layer, prefix)
+            return _compat.linear_method(self.dense, layer, prefix)
         if isinstance(layer, LinearBase):
             return UnquantizedLinearMethod()
         return None
@@ -167,6 +167,7 @@ class BitsmoeConfig(QuantizationConfig):
 
 def own_classes() -> tuple[type, ...]:
     """The plugin's classes that vLLM calls."""
+    from bitsmoe_vllm.linear_kernel import DequantizedLinearKernel
     from bitsmoe_vllm.moe_method import BitsmoeMoEMethod
 
-    return BitsmoeConfig, BitsmoeMoEMethod
+    return BitsmoeConfig, BitsmoeMoEMethod, DequantizedLinearKernel

@@ -89,7 +89,7 @@ class QuantizeConfig(BaseModel):
     dense_bits: Annotated[Literal[4, 8, 16], Panel.FIRST] = Field(
         default=16,
         description="Bits of attention, shared experts, dense layers and lm_head; 16 leaves them unchanged. vLLM "
-        "serves 8 bits on GPUs only.",
+        "serves 8 bits on GPUs; on a CPU it takes the memory of 16 bits.",
     )
     widths: tuple[int, ...] = Field(
         default=(0, 1, 2, 3, 4, 5, 6, 8), description="Bit-widths the allocation may choose from."

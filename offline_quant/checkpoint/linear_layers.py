@@ -138,7 +138,8 @@ class DenseTensors:
         stored = self.stored(name)
         if stored is None:
             return self.source.get(name)
-        return dequantize(stored["weight_packed"], stored["weight_scale"], self.matrices[name.removesuffix(".weight")])
+        form = self.matrices[name.removesuffix(".weight")]
+        return dequantize(stored["weight_packed"], stored["weight_scale"], form.num_bits)
 
     def stored(self, name: str) -> dict[str, Tensor] | None:
         """The stored tensors of a quantized matrix, by the last part of their names; None for any other tensor."""

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from builders import store_dense, write_tiny_qwen3_moe
+from builders import write_tiny_qwen3_moe
 from vllm_processes import Forks, forks
 from vllm_server import command, environment
 
@@ -69,11 +69,6 @@ def wrong_shape(directory: Path) -> None:
     spoil(directory, cut)
 
 
-def eight_bits_outside_the_experts(directory: Path) -> None:
-    """Sound, but vLLM has kernels for it on GPUs only."""
-    store_dense(directory, 8)
-
-
 @pytest.mark.parametrize(
     ("make", "named"),
     [
@@ -81,7 +76,6 @@ def eight_bits_outside_the_experts(directory: Path) -> None:
         (flipped_block_bit, [f"{EXPERTS}.down_bits", "block bits sum to"]),
         (missing_tensors, [f"{EXPERTS}.gate_up_feature_scale is missing", f"{EXPERTS}.down_bits is missing"]),
         (missing_tensor_outside_the_experts, ["model.layers.1.self_attn.q_proj.weight is missing"]),
-        (eight_bits_outside_the_experts, ["are stored at 8 bits (--dense-bits 8)", "serve on a GPU, or quantize with"]),
         (wrong_shape, [f"{EXPERTS}.down_component_scale is float16[4, 39]", "float16[4, 40]"]),
     ],
     ids=lambda v: v.__name__ if callable(v) else "",

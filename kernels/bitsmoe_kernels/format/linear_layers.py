@@ -244,7 +244,7 @@ class DenseReader(ShardReader):
         if leaf != "weight" or module not in self.matrices:
             return super().get(name)
         words, scale = super().get(f"{module}.weight_packed"), super().get(f"{module}.weight_scale")
-        return dequantize(words, scale, self.matrices[module])
+        return dequantize(words, scale, self.matrices[module].num_bits)
 
     def value_faults(self) -> list[str]:
         """Faults in the values of the small tensors: scales and shapes."""
@@ -274,18 +274,18 @@ def unpack(words: Tensor, bits: DenseBits) -> Tensor:
     return (octets.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
 
 
-def dequantize(words: Tensor, scale: Tensor, weights: DenseWeights) -> Tensor:
+def dequantize(words: Tensor, scale: Tensor, bits: DenseBits) -> Tensor:
     """The matrix that is stored.
 
     Args:
         words: int32 [N, K bits / 32].
         scale: bfloat16 [N, K / 128], or [N, 1] for whole rows.
-        weights: how it is stored.
+        bits: of an integer.
 
     Returns:
         float32 [N, K].
     """
-    codes = unpack(words, weights.num_bits)
+    codes = unpack(words, bits)
     grouped = codes.view(*scale.shape, -1).to(PLAIN_DTYPE) * scale.to(PLAIN_DTYPE)[..., None]
     return grouped.view(codes.shape)
 

@@ -193,7 +193,10 @@ def test_descent_gives_every_row_its_best_codes_in_turn(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_scales_are_refitted_by_least_squares(case: str) -> None:
-    """The row scales' normal equations against those of all entries at once; column scales by their ratios."""
+    """The row scales' normal equations against those of all entries at once; column scales by their ratios.
+
+    M F is given in float32, so sums may be off by rounding of its terms, which can cancel.
+    """
     problem = Problem(*CASES[case])
     found = problem.alone()
     system, right, A, c, gradient = problem.refit(found)
@@ -201,13 +204,14 @@ def test_scales_are_refitted_by_least_squares(case: str) -> None:
     scaled = level * problem.c.double()[:, None]
     expected = (M * (scaled @ scaled.mT)).tril()
     assert torch.allclose(system.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
-    products = scaled * (M @ F)
-    assert bool(((right.double() - products.sum(-1)).abs() <= 1e-5 * products.abs().sum(-1) + 1e-9).all())
+    terms = M.abs() @ F.abs()
+    off = (right.double() - (scaled * (M @ F)).sum(-1)).abs()
+    assert bool((off <= 2e-6 * (scaled.abs() * terms).sum(-1) + 1e-9).all())
     assert torch.equal(A, (level.float() * found.a[:, :, None]))
     products = A.double() * (M @ F)
     power = (A.double() * (M @ A.double())).sum(1)
     best = torch.where(power > 0, products.sum(1) / power.clamp(min=1e-30), problem.c.double())
-    slack = 1e-5 * products.abs().sum(1) / power.clamp(min=1e-30) + 1e-3 * best.abs() + 2.0**-24
+    slack = 2e-6 * (A.double().abs() * terms).sum(1) / power.clamp(min=1e-30) + 1e-3 * best.abs() + 2.0**-24
     assert bool(((c.double() - best).abs() <= slack).all())
     assert torch.equal(c, c.half().float())
     left = M @ (F - A.double() * c.double()[:, None])

@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from typer.testing import CliRunner
+from vllm.model_executor.kernels.linear import MPLinearLayerConfig
+from vllm.scalar_type import scalar_types
 
 from bitsmoe_kernels import format as format_package
 from bitsmoe_kernels.errors import BitsmoeError, FormatError
@@ -37,6 +39,7 @@ from bitsmoe_kernels.format.schema import TensorSpec
 from bitsmoe_kernels.models.families import FAMILIES
 from bitsmoe_vllm import startup
 from bitsmoe_vllm.config import BitsmoeConfig
+from bitsmoe_vllm.linear_kernel import DequantizedLinearKernel
 from builders import store_dense, vllm_config, write_tiny_qwen3_moe
 from families import make_model, streamed_logits, whole_logits
 from offline_quant.calibration.sources.registry import open_text
@@ -108,7 +111,7 @@ def test_a_matrix_is_what_compressed_tensors_makes_of_it(bits: Any, group: int |
         "weight_shape": torch.tensor([24, 384]),
     }
     theirs = PackedQuantizationCompressor.decompress(dict(stored), scheme(form))["weight"]
-    assert torch.equal(dequantize(stored["weight_packed"], scale, form), theirs)
+    assert torch.equal(dequantize(stored["weight_packed"], scale, form.num_bits), theirs)
 
 
 # ---- scales ----
@@ -145,7 +148,7 @@ def test_what_can_be_represented_is_kept(bits: Any) -> None:
     codes[:, ::128] = half - 1
     scale = torch.tensor([2.0**-k for k in range(16)]).view(8, 2).bfloat16()
     weight = codes * scale.float().repeat_interleave(128, 1)
-    assert torch.equal(dequantize(pack(codes, bits), scale, FORMS[bits]), weight)
+    assert torch.equal(dequantize(pack(codes, bits), scale, bits), weight)
     found, scales = quantize_matrix(weight, bits, 128)
     assert torch.equal(found, codes)
     assert torch.equal(scales, scale)
@@ -165,7 +168,7 @@ def test_zeros_outliers_and_tiny_numbers(bits: Any, dtype: torch.dtype) -> None:
     codes, scale = quantize_matrix(weight, bits, 128)
     assert bool((scale > 0).all())
     assert bool(scale.isfinite().all())
-    back = dequantize(pack(codes, bits), scale, FORMS[bits])
+    back = dequantize(pack(codes, bits), scale, bits)
     assert not back[0].any()
     assert torch.allclose(back[1], weight[1].float(), rtol=0.01, atol=0)
     assert back[2, 3] == pytest.approx(60_000, rel=0.07 if bits == 4 else 0.01)
@@ -549,16 +552,56 @@ FORMS_CHANNEL = DenseWeights(num_bits=8, strategy="channel")
 TEXT_CONFIG = PretrainedConfig(hidden_act="silu", num_attention_heads=2, num_hidden_layers=2)
 
 
+@pytest.fixture
+def only_vllm_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM has its kernel for 4 bits, whatever this processor is, and ours takes nothing: as on a GPU."""
+    monkeypatch.setattr(DequantizedLinearKernel, "can_implement", lambda _: (False, "left out"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_four_bits_are_served_on_a_cpu(dtype: torch.dtype, checkpoint: Path) -> None:
+@pytest.mark.parametrize("bits", BITS)
+def test_they_are_served_on_a_cpu(dtype: torch.dtype, bits: int, tmp_path: Path) -> None:
+    write_tiny_qwen3_moe(tmp_path / "model")
+    store_dense(tmp_path / "model", bits)
     config = vllm_config(dtype)
-    startup.check_options(Checkpoint(checkpoint).config, TEXT_CONFIG, config)
-    startup.check_checkpoint(checkpoint, AutoConfig.from_pretrained(checkpoint), config)
+    startup.check_options(Checkpoint(tmp_path / "model").config, TEXT_CONFIG, config)
+    startup.check_checkpoint(tmp_path / "model", AutoConfig.from_pretrained(tmp_path / "model"), config)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("rows", "columns"), [(24, 384), (5, 40)])
+def test_what_vllm_has_no_kernel_for_is_dequantized(
+    rows: int, columns: int, bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both widths without vLLM's function, as in its library for AVX2; and what is left of them with it."""
+    fields = {"full_weight_shape": (columns, rows), "partition_weight_shape": (columns, rows), "act_type": dtype}
+    weight_type = {4: scalar_types.uint4b8, 8: scalar_types.uint8b128}[bits]
+    described = MPLinearLayerConfig(**fields, weight_type=weight_type, group_size=-1, zero_points=False)
+    functions = SimpleNamespace(cpu_gemm_wna16=None)
+    monkeypatch.setattr(torch.ops, "_C", functions)
+    takes_it = bits == 4 and columns % 32 == 0 and rows % 32 == 0
+    assert DequantizedLinearKernel.can_implement(described)[0] is not takes_it
+    del functions.cpu_gemm_wna16
+    assert DequantizedLinearKernel.can_implement(described)[0]
+    g = torch.Generator().manual_seed(rows)
+    weight, x = torch.randn(rows, columns, generator=g), torch.randn(3, columns, generator=g).to(dtype)
+    codes, scale = quantize_matrix(weight, bits, 128 if columns % 128 == 0 else None)
+    layer = nn.Module()
+    layer.weight_packed = nn.Parameter(pack(codes, bits), requires_grad=False)
+    layer.weight_scale = nn.Parameter(scale.to(dtype), requires_grad=False)
+    kernel = DequantizedLinearKernel(described, "weight_packed", "weight_scale")
+    kernel.process_weights_after_loading(layer)
+    exact = (codes.view(*scale.shape, -1).double() * scale.to(dtype).double()[..., None]).view(weight.shape)
+    bias = torch.randn(rows, generator=g).to(dtype)
+    found, wanted = kernel.apply_weights(layer, x, bias).double(), x.double() @ exact.T + bias.double()
+    assert float((found - wanted).norm() / wanted.norm()) < 4 * torch.finfo(dtype).eps
 
 
 @pytest.mark.slow
-def test_eight_bits_and_float32_are_refused_on_a_cpu(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("only_vllm_kernels")
+def test_eight_bits_without_a_kernel_and_float32_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(BitsmoeError, match=r"at 4 bits .*: serve with --dtype bfloat16, not float32"):
         startup.check_options(Checkpoint(checkpoint).config, TEXT_CONFIG, vllm_config(torch.float32))
     write_tiny_qwen3_moe(tmp_path / "eight")
@@ -567,6 +610,7 @@ def test_eight_bits_and_float32_are_refused_on_a_cpu(checkpoint: Path, tmp_path:
         startup.check_options(Checkpoint(tmp_path / "eight").config, TEXT_CONFIG, vllm_config())
 
 
+@pytest.mark.usefixtures("only_vllm_kernels")
 @pytest.mark.parametrize(
     ("ranks", "said"),
     [
