@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -83,6 +83,10 @@ class Row:
     def key(self) -> str:
         """The same for the same run."""
         return json.dumps([self.method, self.bits, self.seed, self.options], sort_keys=True)
+
+
+Groups = Mapping[str, Sequence[Row]]
+"""Rows by the name of their group."""
 
 
 def _ours(label: str, bits: tuple[float, ...], seeds: Iterable[int] = (0,), **options: Any) -> list[Row]:
@@ -162,16 +166,29 @@ def write_held_out_text(model: Path, path: Path, seed: int = HELD_OUT_SEED) -> N
     write_sampled_text(StreamedModel(source), load_tokenizer(model), path, HELD_OUT_WINDOWS, length, seed)
 
 
-def measure(model: Path, calib: str, reference: Reference, row: Row, device: str = "cpu") -> dict[str, Any]:
-    """Quantize and evaluate: figures of one row."""
+def measure(
+    model: Path, calib: str, reference: Reference, row: Row, device: str = "cpu", samples: int | None = None
+) -> dict[str, Any]:
+    """Quantize and evaluate: figures of one row.
+
+    Args:
+        model: checkpoint directory.
+        calib: calibration text.
+        reference: the original model on the test text.
+        row: what is run.
+        device: what quantizes.
+        samples: windows of calibration text; None: the quantizer's default.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "model"
         if row.method == OURS:
-            options = {**row.options, "bits": row.bits, "calib": calib, "seed": row.seed, "device": device}
+            options = {"bits": row.bits, "calib": calib, "seed": row.seed, "device": device, **row.options}
+            if samples:
+                options = {"calib_samples": samples, **options}
             figures = _quantize_apart(model, out, options)
         else:
             windows = Path(scratch) / "windows.safetensors"
-            write_windows(model, calib, windows, seed=row.seed)
+            write_windows(model, calib, windows, samples, seed=row.seed)
             figures = run_baseline(row.method, model, windows, int(row.bits), out, device, **row.options)
         found = reference.evaluate(out).as_dict()
     return {
@@ -229,11 +246,11 @@ def surrogate_points(rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
     return points
 
 
-def as_markdown(result: dict[str, Any]) -> str:
+def as_markdown(result: dict[str, Any], groups: Groups = GROUPS) -> str:
     """Tables of all groups, with what they ran on."""
     rows = {row["key"]: row for row in result["rows"]}
     lines = []
-    for name, group in GROUPS.items():
+    for name, group in groups.items():
         done = [rows[r.key] | {"label": r.label} for r in group if r.key in rows]
         if name != "seeds" and len({r["label"] for r in done}) < 2:
             continue  # nothing to compare yet
@@ -313,7 +330,7 @@ def _seed_table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+def draw(result: dict[str, Any], path: Path, groups: Groups = GROUPS) -> None:
     """KL against all-in bits per weight, one line for each method of the main group."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -322,8 +339,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for label in dict.fromkeys(r.curve or r.label for r in GROUPS["main"]):
-        points = sorted((rows[r.key]["bpw"], rows[r.key]["kl"]) for r in GROUPS["main"]
+    for label in dict.fromkeys(r.curve or r.label for r in groups["main"]):
+        points = sorted((rows[r.key]["bpw"], rows[r.key]["kl"]) for r in groups["main"]
                         if (r.curve or r.label) == label and r.key in rows)  # fmt: skip
         if points:
             ours = label == OURS
@@ -365,8 +382,14 @@ def _earlier_rows(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
     return data["rows"] if same and data["environment"].get("gpu") == header["environment"].get("gpu") else []
 
 
-def run(args: argparse.Namespace, scratch: Path) -> None:
-    """All rows asked for."""
+def run(args: argparse.Namespace, scratch: Path, groups: Groups = GROUPS) -> None:
+    """All rows asked for.
+
+    Args:
+        args: of the command line, and `samples`, see `measure`.
+        scratch: an empty folder.
+        groups: rows there are.
+    """
     text, calib = args.text, args.calib
     if text is None:
         text = scratch / "held_out.txt"
@@ -384,7 +407,7 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
     base = args.out / f"quality-{args.model.name}"
     result["rows"] = _earlier_rows(base.with_suffix(".json"), result)
     done = {row["key"] for row in result["rows"]}
-    asked = [r for name in args.rows for r in GROUPS[name]]
+    asked = [r for name in args.rows for r in groups[name]]
     wanted = {
         r.key: r
         for r in asked
@@ -397,12 +420,22 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
     for number, row in enumerate(wanted.values(), 1):
         print(f"[{number}/{len(wanted)}] {row.label}, {row.bits} bits, seed {row.seed}", file=sys.stderr, flush=True)
         assert reference is not None
-        found = measure(args.model, calib, reference, row, args.device)
+        found = measure(args.model, calib, reference, row, args.device, args.samples)
         result["rows"].append({"key": row.key, "commit": result["environment"]["commit"], **found})
         write_json(base.with_suffix(".json"), result)
-    base.with_suffix(".md").write_text(as_markdown(result), encoding="utf-8")
-    draw(result, base.with_suffix(".png"))
-    print(as_markdown(result))
+    base.with_suffix(".md").write_text(as_markdown(result, groups), encoding="utf-8")
+    draw(result, base.with_suffix(".png"), groups)
+    print(as_markdown(result, groups))
+
+
+def add_row_options(parser: argparse.ArgumentParser, groups: Groups) -> None:
+    """The options that choose rows and say where they are run and written."""
+    parser.add_argument("--rows", nargs="+", choices=groups, default=list(groups))
+    parser.add_argument("--methods", nargs="+", help="only rows of these: bitsmoe, gptq, autoround, gguf, hqq, rtn")
+    parser.add_argument("--bits", nargs="+", type=float, help="only rows of these budgets or code widths")
+    parser.add_argument("--match", nargs="+", help="only rows whose label holds one of these")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what quantizes and evaluates")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
 
 
 def main() -> None:
@@ -411,12 +444,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "examples" / "tiny_moe")
     parser.add_argument("--calib", default="self")
     parser.add_argument("--text", type=Path)
-    parser.add_argument("--rows", nargs="+", choices=GROUPS, default=list(GROUPS))
-    parser.add_argument("--methods", nargs="+", help="only rows of these: bitsmoe, gptq, autoround, gguf, hqq, rtn")
-    parser.add_argument("--bits", nargs="+", type=float, help="only rows of these budgets or code widths")
-    parser.add_argument("--match", nargs="+", help="only rows whose label holds one of these")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what quantizes and evaluates")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    add_row_options(parser, GROUPS)
+    parser.add_argument("--samples", type=int, help="windows of calibration text; default: the quantizer's")
     parser.add_argument("--quantize", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quantize:

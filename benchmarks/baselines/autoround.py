@@ -18,7 +18,7 @@ def quantize(job: Job) -> Outcome:
     from transformers import AutoTokenizer
 
     s = job.settings
-    matrices = [name.removesuffix(".weight") for name, tensor in tensors(job.model) if tensor.ndim == 2]
+    matrices = [name.removesuffix(".weight") for name, tensor in tensors(job.model, job.names) if tensor.ndim == 2]
     # A mask of ones: left to itself, the library would take the document-opening token for padding.
     batches = [
         {"input_ids": ids, "attention_mask": ids.new_ones(ids.shape)} for ids in job.windows.split(s["batch_size"])

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.baselines.checkpoint import write_checkpoint
 from benchmarks.baselines.environments import interpreter, packages
-from benchmarks.baselines.job import EXPERTS_FILE, JOB_FILE, RESULT_FILE, WINDOWS
+from benchmarks.baselines.job import EXPERTS_FILE, JOB_FILE, RESULT_FILE, WINDOWS, Names
 from bitsmoe_kernels.errors import BitsmoeError
 from offline_quant.calibration.sources.registry import open_text
 from offline_quant.calibration.windows import load_tokenizer, text_windows, window_length
@@ -116,17 +117,24 @@ def run_baseline(
         BitsmoeError: a request that cannot be met, an environment that cannot be made, or a run that failed.
     """
     settings = check_request(name, windows_file, bits, settings)
-    SourceModel(model)
+    shape = SourceModel(model).shape
+    names = Names(shape.family.module_names, shape.family.projections)
     check_output(out_dir)
     python = interpreter(name)
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         windows = str(windows_file.resolve()) if windows_file else None
-        job = {"model": str(model.resolve()), "windows": windows, "bits": bits, "settings": settings}
+        job = {
+            "model": str(model.resolve()), "windows": windows, "bits": bits, "settings": settings,
+            "names": asdict(names),
+        }  # fmt: skip
         (directory / JOB_FILE).write_text(json.dumps(job), encoding="utf-8")
         _start(name, python, directory, device)
         result = json.loads((directory / RESULT_FILE).read_text(encoding="utf-8"))
-        write_checkpoint(model, out_dir, load_file(directory / EXPERTS_FILE))
+        stored = {names.module(own): own for layer in shape.layers for e in range(shape.num_experts)
+                  for own in shape.expert_names(layer, e)}  # fmt: skip
+        experts = load_file(directory / EXPERTS_FILE)
+        write_checkpoint(model, out_dir, {stored.get(module, module): weight for module, weight in experts.items()})
     return {"baseline": name, **result}
 
 

@@ -145,7 +145,7 @@ def quantize(job: Job) -> Outcome:
     if job.bits != bits_of(wanted):
         raise ValueError(f"type {wanted!r} is not of {job.bits} bits")
     with job.stage("load"):
-        weights = expert_matrices(job.model)
+        weights = expert_matrices(job.model, job.names)
         model = AutoModelForCausalLM.from_pretrained(str(job.model), dtype=torch.float32)
     experts: dict[str, Tensor] = {}
     sizes: dict[str, int] = {}

@@ -19,7 +19,7 @@ def quantize(job: Job) -> Outcome:
 
     s = job.settings
     with job.stage("load"):
-        weights = expert_matrices(job.model)
+        weights = expert_matrices(job.model, job.names)
     config = BaseQuantizeConfig(nbits=job.bits, group_size=s["group_size"], axis=s["axis"])
     layers = {}
     with job.stage("quantize"):

@@ -29,6 +29,27 @@ EXPERT = r"\.mlp\.experts\.\d+\.(gate|up|down)_proj$"
 """The end of the name of a routed expert's matrix as a module."""
 
 
+@dataclass(frozen=True)
+class Names:
+    """From the names of a checkpoint to those of transformers' modules, which the libraries see.
+
+    Attributes:
+        replaced: parts of names, and what stands for them in modules.
+        projections: the checkpoint's names of an expert's gate, up and down.
+    """
+
+    replaced: Sequence[tuple[str, str]] = ()
+    projections: Sequence[str] = ("gate_proj", "up_proj", "down_proj")
+
+    def module(self, stored: str) -> str:
+        """Name in the module; an expert's matrix is `...mlp.experts.N.gate_proj.weight` in every family."""
+        for old, new in self.replaced:
+            stored = stored.replace(old, new)
+        for own, usual in zip(self.projections, Names.projections, strict=True):
+            stored = re.sub(rf"(\.experts\.\d+\.){own}\b", rf"\g<1>{usual}", stored)
+        return stored
+
+
 @dataclass
 class Job:
     """One quantization: what to do, and how long its stages took.
@@ -38,6 +59,7 @@ class Job:
         windows: token ids to calibrate on, int64 [windows, length]; none for methods that need none.
         bits: bits of a code.
         settings: the module's SETTINGS, with the caller's changes.
+        names: of the model's checkpoint.
         wall: wall-clock seconds of each stage.
         cpu: processor seconds of each stage, all threads; unlike `wall` they bear other load on the machine.
     """
@@ -46,6 +68,7 @@ class Job:
     windows: Tensor
     bits: int
     settings: dict[str, Any]
+    names: Names = Names()
     wall: dict[str, float] = field(default_factory=dict)
     cpu: dict[str, float] = field(default_factory=dict)
 
@@ -63,7 +86,7 @@ class Outcome:
     """What a library made of the experts.
 
     Attributes:
-        experts: dequantized weights, float32 [N, K], by their names in the per-expert form of the checkpoint.
+        experts: dequantized weights, float32 [N, K], by their names in modules, one by one.
         bpw: bits per weight of codes, scales and zero points, the codes packed without gaps.
         formula: how bpw comes about.
         bpw_stored: the same with the gaps the library leaves when it packs; None: it leaves none.
@@ -121,18 +144,18 @@ def on_grid(weight: Tensor, scale: Tensor, zero: Tensor, codes: range) -> Tensor
     return ((found - z[..., None]) * s.half().float()[..., None]).reshape(weight.shape)
 
 
-def tensors(model: Path) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a checkpoint directory."""
+def tensors(model: Path, names: Names = Names()) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a checkpoint directory, by their names in modules."""
     for path in sorted(model.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
-                yield name, file.get_tensor(name)
+                yield names.module(name), file.get_tensor(name)
 
 
-def expert_matrices(model: Path) -> dict[str, Tensor]:
-    """Weights [N, K] of the routed experts by their per-expert names, from either form of checkpoint."""
+def expert_matrices(model: Path, names: Names = Names()) -> dict[str, Tensor]:
+    """Weights [N, K] of the routed experts by their per-expert names in modules, from either form of checkpoint."""
     found: dict[str, Tensor] = {}
-    for name, tensor in tensors(model):
+    for name, tensor in tensors(model, names):
         if is_expert(name.removesuffix(".weight")):
             found[name] = tensor
         elif tensor.ndim == 3 and name.endswith(".mlp.experts.gate_up_proj"):
@@ -156,7 +179,7 @@ def main(quantize: Callable[[Job], Outcome], libraries: Sequence[str]) -> None:
     directory = Path(sys.argv[1])
     given = json.loads((directory / JOB_FILE).read_text(encoding="utf-8"))
     windows = load_file(given["windows"])[WINDOWS] if given["windows"] else torch.empty(0, 0, dtype=torch.int64)
-    job = Job(Path(given["model"]), windows, given["bits"], given["settings"])
+    job = Job(Path(given["model"]), windows, given["bits"], given["settings"], Names(**given["names"]))
     outcome = quantize(job)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, before the results are copied
     save_file({name: w.float().contiguous() for name, w in outcome.experts.items()}, directory / EXPERTS_FILE)

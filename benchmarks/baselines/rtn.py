@@ -25,7 +25,7 @@ def quantize(job: Job) -> Outcome:
     """Round each expert matrix by itself."""
     size = job.settings["group_size"]
     with job.stage("load"):
-        weights = expert_matrices(job.model)
+        weights = expert_matrices(job.model, job.names)
     with job.stage("quantize"):
         experts = {name: round_to_nearest(weight, job.bits, size) for name, weight in weights.items()}
     return Outcome(experts, *all_in_bpw([w.shape for w in weights.values()], job.bits, size, job.bits))

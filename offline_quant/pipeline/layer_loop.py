@@ -11,6 +11,7 @@ from torch import Tensor
 from bitsmoe_kernels.format.schema import Layer
 from offline_quant.evaluation import sanity
 from offline_quant.pipeline.context import RunContext
+from offline_quant.pipeline.model_tuning import tuned_states
 from offline_quant.pipeline.moe_layer import LayerProgress, layer_bar, quantize_moe_layer
 from offline_quant.pipeline.records import DividedBudget, LayerRecord, MoELayerRecord
 from offline_quant.report.schema import LayerPicture, LayerReport
@@ -88,7 +89,10 @@ def sanity_check(run: RunContext) -> sanity.SanityVerdict | None:
         return None
     last = run.num_layers - 1
     original = sanity.tally(run.original, run.judged, run.originals.read_all(last))
-    quantized = sanity.tally(run.streamed, run.judged, run.calibration.read_all(last))
+    states = run.calibration.read_all(last)
+    if (tuning := run.state.tuning) is not None and tuning.kept:
+        states = iter([tuned_states(run)])
+    quantized = sanity.tally(run.streamed, run.judged, states)
     verdict = sanity.verdict(original, quantized)
     run.clock.lap("sanity")
     return verdict

@@ -15,6 +15,7 @@ from offline_quant.model.sizes import RunSizes
 from offline_quant.model.source import checking_bytes
 from offline_quant.model.streaming import forward_bytes
 from offline_quant.pipeline.hidden_states import hidden_disk_bytes
+from offline_quant.rounding.model_tuning import tuning_bytes
 
 LATER = 80 << 20
 """Bytes of libraries that are loaded when they are needed: the solver, the plots."""
@@ -39,7 +40,13 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    sizes: RunSizes, baseline: int, text: int = 0, tune: bool = False, bases: bool = True, sensitive: bool = False
+    sizes: RunSizes,
+    baseline: int,
+    text: int = 0,
+    tune: bool = False,
+    bases: bool = True,
+    sensitive: bool = False,
+    tune_model: bool = False,
 ) -> MemoryEstimate:
     """Estimate what a run takes.
 
@@ -50,14 +57,16 @@ def estimate_memory(
         tune: whether scales and codes are tuned.
         bases: whether a decomposition with shared bases may be chosen.
         sensitive: whether sensitivities of all layers are measured, with gradients.
+        tune_model: whether scales of the whole model are tuned.
     """
     stages = (
         text,
         checking_bytes(sizes),
         sensitivity_bytes(sizes) if sensitive else 0,
         # The original model runs while a layer is calibrated.
-        kept_bytes(sizes) + forward_bytes(sizes, sizes.tokens if tune else judged_tokens(sizes.tokens)),
+        kept_bytes(sizes) + forward_bytes(sizes, sizes.tokens if tune or tune_model else judged_tokens(sizes.tokens)),
         layer_bytes(sizes, tune, bases),
+        tuning_bytes(sizes) if tune_model else 0,
         judging_bytes(sizes),
         writing_bytes(sizes),
     )
@@ -72,7 +81,7 @@ def estimate_memory(
 def estimate_run(sizes: RunSizes, config: QuantizeConfig, baseline: int, text: int) -> MemoryEstimate:
     """`estimate_memory` of a run with some options."""
     sensitive = OBJECTIVES[config.objective].sensitive and budget_scope(config) == "model"
-    return estimate_memory(sizes, baseline, text, config.tune, may_share_bases(config), sensitive)
+    return estimate_memory(sizes, baseline, text, config.tune, may_share_bases(config), sensitive, config.tune_model)
 
 
 def check_memory(found: MemoryEstimate, limit: int | None) -> None:

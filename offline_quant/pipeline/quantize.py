@@ -15,6 +15,7 @@ from offline_quant.pipeline.context import start_run
 from offline_quant.pipeline.layer_loop import quantize_layers, sanity_check
 from offline_quant.pipeline.memory import MemoryEstimate
 from offline_quant.pipeline.model_budget import share_budget
+from offline_quant.pipeline.model_tuning import tune_whole_model
 from offline_quant.pipeline.preflight import RunInputs, check_inputs, check_resources, run_sizes
 from offline_quant.pipeline.resume import RESULT, EarlierRun, fingerprint, run_state
 from offline_quant.pipeline.stopwatch import Stopwatch
@@ -95,10 +96,11 @@ def quantize_model(
         layers = quantize_layers(run, budget)
         if workers.rank:
             return None
+        tuning = tune_whole_model(run, layers.schemas) if config.tune_model and not plan_only else None
         options = {**config.record(), "calib": calibration.text.recorded}
         report = model_report(
             layers.reports, layers.schemas, config, options, calibration.tokens, sanity_check(run),
-            budget.report if budget else None, linear_layers_report(dense, source.tensors.specs),
+            budget.report if budget else None, tuning, linear_layers_report(dense, source.tensors.specs),
         )  # fmt: skip
         result = state.directory / RESULT
         result.mkdir()

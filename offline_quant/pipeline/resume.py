@@ -6,7 +6,9 @@
         windows.safetensors calibration tokens
         calibration.json    their origin
         shared.json         one budget for the model, divided among its layers, where there is one
-        layer-00003/        a finished layer: its tensors, schema, report and the hidden states that leave it
+        layer-00003/        a finished layer: its tensors, schema, report and the hidden states that leave it; its tuned
+                            scales, where the whole model is tuned
+        tuned.json          how the whole model was tuned, once that is done
         result/             the checkpoint, put together at the end and renamed to its place
 
 A layer's directory appears by renaming, after all its files have reached the disk. Hidden states of earlier layers are
@@ -27,7 +29,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
@@ -42,6 +44,7 @@ from offline_quant.checkpoint.directory import (
     unwritable,
 )
 from offline_quant.pipeline.records import DividedBudget, LayerRecord
+from offline_quant.report.schema import ModelTuning
 from offline_quant.runtime.distributed import Workers
 
 STATE_VERSION = 2
@@ -49,6 +52,7 @@ RESULT = "result"
 _STATE, _LOCK, _WINDOWS = "state.json", "lock", "windows.safetensors"
 _TEXT, _BUDGET = "calibration.json", "shared.json"
 _TENSORS, _LAYER = "tensors.safetensors", "layer.json"
+_TUNED, _SCALES = "tuned.json", "tuned.safetensors"
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
@@ -228,11 +232,27 @@ class RunState:
         return LayerRecord.load(_read_own(self._layer(index) / _LAYER))
 
     def layer_tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
-        """The tensors a finished layer was closed with."""
+        """The tensors a finished layer was closed with, with scales as the tuning of the whole model left them."""
+        tuned: dict[str, Tensor] = {}
+        if self.tuning is not None and (self._layer(index) / _SCALES).exists():
+            tuned = load_file(self._layer(index) / _SCALES)
         if (self._layer(index) / _TENSORS).exists():
             with safe_open(str(self._layer(index) / _TENSORS), framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a dict
-                    yield name, file.get_tensor(name)
+                    yield name, tuned[name] if name in tuned else file.get_tensor(name)
+
+    @property
+    def tuning(self) -> ModelTuning | None:
+        """What `keep_tuning` kept; None: the whole model is not tuned yet."""
+        data = self._kept(_TUNED)
+        return None if data is None else ModelTuning.model_validate(data)
+
+    def keep_tuning(self, scales: dict[int, dict[str, Tensor]], report: ModelTuning) -> None:
+        """Keep new scales of finished layers, by index and name, and how they came about."""
+        for index, tensors in scales.items():
+            save_file(tensors, self._layer(index) / _SCALES, metadata={"format": "pt"})
+            _sync(self._layer(index) / _SCALES)
+        self._keep(_TUNED, report.model_dump())
 
     @property
     def windows(self) -> CalibrationWindows | None:

@@ -18,6 +18,7 @@ from offline_quant.report.schema import (
     LinearLayersReport,
     ModelBudget,
     ModelReport,
+    ModelTuning,
     TokenRange,
 )
 
@@ -111,6 +112,7 @@ def model_report(
     windows: Tensor,
     sanity: SanityVerdict | None,
     model_budget: ModelBudget | None,
+    model_tuning: ModelTuning | None,
     dense_layers: LinearLayersReport | None,
 ) -> ModelReport:
     """The report of a whole run.
@@ -123,6 +125,7 @@ def model_report(
         windows: calibration tokens [n, L].
         sanity: None where nothing was quantized.
         model_budget: None where every layer has a budget of its own.
+        model_tuning: None where the whole model was not tuned.
         dense_layers: see `linear_layers_report`.
     """
     weights = sum(layer.num_weights for layer in layers.values())
@@ -135,6 +138,7 @@ def model_report(
         options=record,
         sanity=sanity,
         model_budget=model_budget,
+        model_tuning=model_tuning,
         layers=reports,
         dense_layers=dense_layers,
     )

@@ -88,6 +88,20 @@ class ModelBudget(Report):
     bits_per_weight: dict[str, float]
 
 
+class ModelTuning(Report):
+    """How the whole model was tuned: divergence from the original on calibration text, nats per token.
+
+    Attributes:
+        kl_before: of the quantized model as its layers left it.
+        kl_after: with tuned scales.
+        kept: whether the tuned scales are those of the result.
+    """
+
+    kl_before: float
+    kl_after: float
+    kept: bool
+
+
 class LinearLayersReport(Report):
     """Quantized linear layers outside the routed experts. Its `str` is a sentence for people.
 
@@ -124,6 +138,7 @@ class ModelReport(Report):
         options: options as the checkpoint records them.
         sanity: None after `--plan`.
         model_budget: None where every layer has a budget of its own.
+        model_tuning: None without `--tune-model`.
         layers: MoE layers in the model's order.
         dense_layers: None where the other linear layers are not quantized.
     """
@@ -135,6 +150,7 @@ class ModelReport(Report):
     options: dict[str, Any]
     sanity: SanityVerdict | None
     model_budget: ModelBudget | None
+    model_tuning: ModelTuning | None
     layers: list[LayerReport]
     dense_layers: LinearLayersReport | None
 

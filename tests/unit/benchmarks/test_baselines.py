@@ -17,7 +17,9 @@ from benchmarks.baselines.gguf import importance_matrix
 from benchmarks.baselines.job import WINDOWS, all_in_bpw, expert_matrices, on_grid
 from benchmarks.baselines.rtn import round_to_nearest
 from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.models.families import FAMILIES
 from builders import TINY_MOE
+from families import make_model
 from offline_quant.calibration.sources.registry import open_text
 from offline_quant.calibration.windows import load_tokenizer, text_windows
 from offline_quant.model.source import SourceModel
@@ -227,6 +229,20 @@ def test_round_to_nearest_goes_the_whole_way(tmp_path, model):
     before, after = expert_matrices(model), expert_matrices(tmp_path / "out")
     for name, weight in before.items():
         assert torch.equal(after[name], round_to_nearest(weight, 3, 8)), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_experts_of_every_family_are_found(tmp_path, architecture):
+    model = make_model(architecture, tmp_path / "model")
+    run_baseline("rtn", model, None, 3, tmp_path / "out", group_size=8)
+    before, after = (SourceModel(tmp_path / name) for name in ("model", "out"))
+    shape = before.shape
+    for layer in shape.layers:
+        original, rounded = (source.experts(layer, range(shape.num_experts)) for source in (before, after))
+        for e in range(shape.num_experts):
+            assert torch.equal(rounded.gate_up[e], round_to_nearest(original.gate_up[e], 3, 8))
+            assert torch.equal(rounded.down[e], round_to_nearest(original.down[e], 3, 8))
 
 
 @pytest.mark.slow

@@ -1,0 +1,284 @@
+"""Tuning of a quantized model as a whole: the scales of all layers, against the predictions of the original model.
+
+Layers are quantized and tuned for their own outputs. How much an error of a layer matters, only the layers after it
+tell. Here gradients of the divergence from the original's predictions pass through all of them. Codes stay as they are
+(compare the end-to-end phase of EfficientQAT, arXiv 2407.11062).
+
+One layer is in memory at a time: it runs forwards without gradients, and again when the gradient of its output is
+known. Hidden states between layers are kept for the windows of one step.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bitsmoe_kernels.expert_mlp import gated
+from bitsmoe_kernels.format.schema import Layer, ProjectionName
+from bitsmoe_kernels.models.families import MODULE_EXPERTS
+from bitsmoe_kernels.reference import LayerWeights, ProjectionWeights
+from offline_quant.model.sizes import FLOAT, RunSizes
+from offline_quant.model.streaming import Arguments, StreamedModel
+
+STEP_TOKENS = 2_048
+"""Tokens of one step."""
+PASSES = 2
+"""How often all windows are gone through."""
+RATE = 0.002
+"""Initial Adam rate of scales, relative, per step; it decays linearly to 0."""
+WARM_UP = 4
+"""Steps in which the rate grows to its initial value."""
+HEAD_TOKENS = 1_024
+"""Tokens whose logits are in memory together."""
+LOGIT_COPIES = 5
+"""Copies of logits while the divergence and its gradient are taken."""
+
+
+@dataclass(frozen=True)
+class StoredLayers:
+    """The quantized layers of a model.
+
+    Attributes:
+        schemas: by the index of the decoder layer.
+        block_size: components that share a bit-width.
+        load: tensors of a layer, `{projection}_{part}`, on the CPU.
+    """
+
+    schemas: Mapping[int, Layer]
+    block_size: int
+    load: Callable[[int], dict[str, Tensor]]
+
+    def weights(self, index: int, device: torch.device) -> LayerWeights:
+        """A layer for the reference."""
+        tensors = {name: tensor.to(device) for name, tensor in self.load(index).items()}
+        return LayerWeights(self.schemas[index], self.block_size, tensors)
+
+
+class TunedModel(NamedTuple):
+    """The result.
+
+    Attributes:
+        scales: new tensors of every layer, float16, on the CPU; none where tuning did not lower the divergence.
+        before, after: divergence from the original on the judged windows, nats per token.
+        states: float32 [judged, L, H], hidden states of the judged windows that leave the tuned model's last layer.
+    """
+
+    scales: dict[int, dict[str, Tensor]]
+    before: float
+    after: float
+    states: Tensor
+
+
+class _Changes(nn.Module):
+    """Relative changes of the scales of one projection, by expert."""
+
+    def __init__(self, components: int, features: int, experts: int, device: torch.device):
+        super().__init__()
+        # An expert that a step does not reach has no gradient, and does not move.
+        self.components = nn.ParameterList(torch.zeros(components, device=device) for _ in range(experts))
+        self.features = nn.ParameterList(torch.zeros(features, device=device) for _ in range(experts))
+
+    def scales(self, weights: ProjectionWeights, expert: int) -> tuple[Tensor, Tensor]:
+        """Component scales [C] and feature scales [F] of an expert, float32."""
+        s, t = weights.part("component_scale")[expert], weights.part("feature_scale")[expert]
+        return s.float() * (1 + self.components[expert]), t.float() * (1 + self.features[expert])
+
+    def forward(self, weights: ProjectionWeights, expert: int, x: Tensor, z: Tensor) -> Tensor:
+        """As `ProjectionWeights.forward`, with gradients."""
+        if expert in weights.spec.kept_experts:
+            return weights.forward(expert, x, z)
+        return weights.product(expert, x, z, weights.levels(expert), *self.scales(weights, expert))
+
+    def tensors(self, weights: ProjectionWeights) -> dict[str, Tensor]:
+        """Scales as the file stores them."""
+        found = [self.scales(weights, e) for e in range(len(self.components))]
+        components, features = (torch.stack([pair[i].detach() for pair in found]).half().cpu() for i in (0, 1))
+        return {f"{weights.name}_component_scale": components, f"{weights.name}_feature_scale": features}
+
+
+class _Tuner:
+    """A model with quantized experts whose scales are parameters.
+
+    Args:
+        model: the original, its layers outside the experts as in the result.
+        stored: its quantized experts.
+    """
+
+    def __init__(self, model: StreamedModel, stored: StoredLayers):
+        self.model, self.stored = model, stored
+        self.changes: dict[int, dict[ProjectionName, _Changes]] = {
+            index: {
+                name: _Changes(layer.components(name), layer.features(name), layer.num_experts, model.device)
+                for name in layer.projections
+            }
+            for index, layer in stored.schemas.items()
+        }
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All scales."""
+        return [p for parts in self.changes.values() for part in parts.values() for p in part.parameters()]
+
+    @contextmanager
+    def _layer(self, index: int) -> Iterator[nn.Module]:
+        with self.model.layer(index) as module:
+            if index in self.changes:
+                experts: Any = module.get_submodule(MODULE_EXPERTS)
+                weights = self.stored.weights(index, self.model.device)
+                experts.forward = partial(self._experts, weights, self.changes[index])
+            yield module
+
+    def _experts(
+        self, weights: LayerWeights, changes: dict[ProjectionName, _Changes], x: Tensor, ids: Tensor, shares: Tensor
+    ) -> Tensor:
+        """Output of the routed experts, [T, H]: in place of the module's own `forward`."""
+        flat = x.reshape(-1, x.shape[-1])
+        parts = weights.projections
+        z = {name: part.project(flat) for name, part in parts.items() if name != "down"}
+        y = torch.zeros_like(flat)
+        for e in ids.unique().tolist():
+            token, slot = (ids == e).nonzero(as_tuple=True)
+            own = flat[token]
+            gate_up = [changes[name](parts[name], e, own, part[token]) for name, part in z.items()]
+            gate, up = torch.cat(gate_up, -1).chunk(2, -1)
+            h = gated(gate, up)
+            out = changes["down"](parts["down"], e, h, parts["down"].project(h))
+            y = y.index_add(0, token, out * shares[token, slot, None])
+        return y.view_as(x)
+
+    def forward(self, windows: Tensor, on_layer: Callable[[], None]) -> tuple[list[list[Tensor]], Arguments]:
+        """Hidden states [1, L, H] that enter every layer and leave the last one, by layer and window."""
+        embedded = [self.model.embed(ids[None])[0] for ids in windows]
+        arguments = self.model.arguments(windows[:1])
+        entering = [embedded]
+        for index in range(self.model.num_layers):
+            with self._layer(index) as module, torch.no_grad():
+                entering.append([self.model.run(module, h, arguments) for h in entering[-1]])
+            on_layer()
+        return entering, arguments
+
+    def backward(
+        self, entering: list[list[Tensor]], arguments: Arguments, gradients: list[Tensor], on_layer: Callable[[], None]
+    ) -> None:
+        """Adds to the gradients of all scales.
+
+        Args:
+            entering: see `forward`, without what leaves the last layer.
+            arguments: of the layers.
+            gradients: at what leaves the last layer.
+            on_layer: called after each layer.
+        """
+        for index in reversed(range(self.model.num_layers)):
+            hidden = entering.pop()
+            if index >= min(self.changes):
+                with self._layer(index) as module, torch.enable_grad():
+                    for i, h in enumerate(hidden):
+                        entered = h.detach().requires_grad_(True)
+                        self.model.run(module, entered, arguments).backward(gradients[i])
+                        assert entered.grad is not None
+                        gradients[i] = entered.grad
+            on_layer()
+
+
+def _divergence(model: StreamedModel, head: Tensor, hidden: Tensor, wanted: Tensor) -> tuple[float, Tensor]:
+    """Sum over tokens of KL(original || model), and its gradient at the hidden states [1, L, H] of the last layer."""
+    total, gradients = 0.0, []
+    for own, other in zip(hidden.split(HEAD_TOKENS, 1), wanted.split(HEAD_TOKENS, 1), strict=True):
+        logp = model.logits(other, head).log_softmax(-1)
+        with torch.enable_grad():
+            h = own.detach().requires_grad_(True)
+            found = (model.decoder.norm(h) @ head.T).log_softmax(-1)
+            loss = nn.functional.kl_div(found, logp, reduction="sum", log_target=True)
+            gradients.append(torch.autograd.grad(loss, h)[0])
+        total += float(loss.detach())
+    return total, torch.cat(gradients, 1)
+
+
+def tune_model(
+    model: StreamedModel,
+    stored: StoredLayers,
+    windows: Tensor,
+    wanted: Callable[[int], Tensor],
+    judged: int,
+    seed: int = 0,
+    on_layer: Callable[[], None] = lambda: None,
+) -> TunedModel:
+    """Tune the scales of all layers.
+
+    Args:
+        model: the original, its layers outside the experts as in the result.
+        stored: its quantized experts.
+        windows: token ids, int64 [n, L].
+        wanted: hidden states [1, L, H] of one window that leave the original model's last layer.
+        judged: that many windows, the first, judge the result.
+        seed: of the order of windows.
+        on_layer: called after every layer, `layer_visits` times.
+    """
+    tuner, head = _Tuner(model, stored), model.head
+
+    def judge() -> tuple[float, Tensor]:
+        total, states = 0.0, []
+        for i in range(judged):
+            hidden = tuner.forward(windows[i : i + 1], on_layer)[0][-1][0]
+            total += _divergence(model, head, hidden, wanted(i).to(model.device))[0]
+            states.append(hidden.cpu())
+        return total / windows[:judged].numel(), torch.cat(states)
+
+    before, _ = judge()
+    optimizer = torch.optim.Adam(tuner.parameters(), lr=0.0, betas=(0.9, 0.99), eps=1e-20)
+    steps = _steps(windows)
+    for number, rows in enumerate(_order(windows, seed)):
+        optimizer.param_groups[0]["lr"] = RATE * min(1, (number + 1) / WARM_UP) * (1 - number / steps)
+        optimizer.zero_grad()
+        entering, arguments = tuner.forward(windows[rows], on_layer)
+        last = entering.pop()
+        gradients = []
+        for i, hidden in zip(rows, last, strict=True):
+            gradient = _divergence(model, head, hidden, wanted(i).to(model.device))[1]
+            gradients.append(gradient / windows[rows].numel())
+        tuner.backward(entering, arguments, gradients, on_layer)
+        optimizer.step()
+    after, states = judge()
+    scales: dict[int, dict[str, Tensor]] = {}
+    if not after < before:
+        return TunedModel(scales, before, after, states)
+    for index, parts in tuner.changes.items():
+        weights = stored.weights(index, model.device).projections
+        scales[index] = {k: v for name, part in parts.items() for k, v in part.tensors(weights[name]).items()}
+    return TunedModel(scales, before, after, states)
+
+
+def _step_windows(windows: Tensor) -> int:
+    return max(1, STEP_TOKENS // windows.shape[1])
+
+
+def _steps(windows: Tensor) -> int:
+    return PASSES * -(-len(windows) // _step_windows(windows))
+
+
+def _order(windows: Tensor, seed: int) -> Iterator[Sequence[int]]:
+    """Windows of every step."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(PASSES):
+        for rows in torch.randperm(len(windows), generator=generator).split(_step_windows(windows)):
+            yield rows.tolist()
+
+
+def layer_visits(layers: int, windows: Tensor, judged: int) -> int:
+    """How often `tune_model` calls `on_layer`."""
+    return layers * (2 * judged + 2 * _steps(windows))
+
+
+def tuning_bytes(sizes: RunSizes) -> int:
+    """Bytes of memory that `tune_model` takes: scales, moments, gradients; hidden states; logits or a layer."""
+    s = sizes.shape
+    H, I = s.hidden_size, s.intermediate_size  # noqa: E741
+    scales = len(s.layers) * s.num_experts * 3 * (H + I)
+    step = max(STEP_TOKENS, sizes.length)
+    logits = FLOAT * sizes.vocabulary * (H + LOGIT_COPIES * min(step, HEAD_TOKENS))
+    gradients = sizes.length * (sizes.top_k * (4 * H + 8 * I) + sizes.attention_values)
+    layer = sizes.decoder_bytes + sizes.coded_bytes + FLOAT * (3 * H * I + gradients)
+    return FLOAT * (4 * scales + step * H * (sizes.num_layers + 4)) + sizes.mapped_bytes + max(logits, layer)
