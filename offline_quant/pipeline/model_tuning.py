@@ -45,9 +45,9 @@ def tune_whole_model(run: RunContext, schemas: Mapping[str, Layer]) -> ModelTuni
 
 
 def _original(run: RunContext, window: int) -> Tensor:
-    """Hidden states [1, L, H] of a window that leave the original model's last layer."""
+    """Hidden states [L, H] of a window that leave the original model's last layer."""
     batch, place = divmod(window, len(run.originals.batches[0]))
-    return run.originals.read(run.num_layers - 1, batch)[place : place + 1]
+    return run.originals.read(run.num_layers - 1, batch)[place]
 
 
 def tuned_states(run: RunContext) -> Tensor:

@@ -22,7 +22,7 @@ from bitsmoe_kernels.format.schema import Layer, ProjectionName
 from bitsmoe_kernels.models.families import MODULE_EXPERTS
 from bitsmoe_kernels.reference import LayerWeights, ProjectionWeights
 from offline_quant.model.sizes import FLOAT, RunSizes
-from offline_quant.model.streaming import Arguments, StreamedModel
+from offline_quant.model.streaming import StreamedModel
 
 STEP_TOKENS = 2_048
 """Tokens of one step."""
@@ -149,44 +149,41 @@ class _Tuner:
             y = y.index_add(0, token, out * shares[token, slot, None])
         return y.view_as(x)
 
-    def forward(self, windows: Tensor, on_layer: Callable[[], None]) -> tuple[list[list[Tensor]], Arguments]:
-        """Hidden states [1, L, H] that enter every layer and leave the last one, by layer and window."""
-        embedded = [self.model.embed(ids[None])[0] for ids in windows]
-        arguments = self.model.arguments(windows[:1])
-        entering = [embedded]
+    def forward(self, windows: Tensor, on_layer: Callable[[], None]) -> list[Tensor]:
+        """Hidden states [n, L, H] that enter every layer, and that leave the last one."""
+        hidden, arguments = self.model.embed(windows)
+        entering = [hidden]
         for index in range(self.model.num_layers):
             with self._layer(index) as module, torch.no_grad():
-                entering.append([self.model.run(module, h, arguments) for h in entering[-1]])
+                entering.append(self.model.run(module, entering[-1], arguments))
             on_layer()
-        return entering, arguments
+        return entering
 
-    def backward(
-        self, entering: list[list[Tensor]], arguments: Arguments, gradients: list[Tensor], on_layer: Callable[[], None]
-    ) -> None:
+    def backward(self, windows: Tensor, entering: list[Tensor], gradient: Tensor, on_layer: Callable[[], None]) -> None:
         """Adds to the gradients of all scales.
 
         Args:
-            entering: see `forward`, without what leaves the last layer.
-            arguments: of the layers.
-            gradients: at what leaves the last layer.
+            windows: token ids, int64 [n, L].
+            entering: see `forward`, without what leaves the last layer; is emptied.
+            gradient: at what leaves the last layer.
             on_layer: called after each layer.
         """
+        arguments = self.model.arguments(windows)
         for index in reversed(range(self.model.num_layers)):
-            hidden = entering.pop()
+            entered = entering.pop().detach().requires_grad_(True)
             if index >= min(self.changes):
                 with self._layer(index) as module, torch.enable_grad():
-                    for i, h in enumerate(hidden):
-                        entered = h.detach().requires_grad_(True)
-                        self.model.run(module, entered, arguments).backward(gradients[i])
-                        assert entered.grad is not None
-                        gradients[i] = entered.grad
+                    self.model.run(module, entered, arguments).backward(gradient)
+                assert entered.grad is not None
+                gradient = entered.grad
             on_layer()
 
 
 def _divergence(model: StreamedModel, head: Tensor, hidden: Tensor, wanted: Tensor) -> tuple[float, Tensor]:
-    """Sum over tokens of KL(original || model), and its gradient at the hidden states [1, L, H] of the last layer."""
+    """Sum over tokens of KL(original || model), and its gradient at the hidden states [n, L, H] of the last layer."""
     total, gradients = 0.0, []
-    for own, other in zip(hidden.split(HEAD_TOKENS, 1), wanted.split(HEAD_TOKENS, 1), strict=True):
+    rows, others = hidden.flatten(0, 1).split(HEAD_TOKENS), wanted.flatten(0, 1).split(HEAD_TOKENS)
+    for own, other in zip(rows, others, strict=True):
         logp = model.logits(other, head).log_softmax(-1)
         with torch.enable_grad():
             h = own.detach().requires_grad_(True)
@@ -194,7 +191,7 @@ def _divergence(model: StreamedModel, head: Tensor, hidden: Tensor, wanted: Tens
             loss = nn.functional.kl_div(found, logp, reduction="sum", log_target=True)
             gradients.append(torch.autograd.grad(loss, h)[0])
         total += float(loss.detach())
-    return total, torch.cat(gradients, 1)
+    return total, torch.cat(gradients).view_as(hidden)
 
 
 def tune_model(
@@ -212,34 +209,33 @@ def tune_model(
         model: the original, its layers outside the experts as in the result.
         stored: its quantized experts.
         windows: token ids, int64 [n, L].
-        wanted: hidden states [1, L, H] of one window that leave the original model's last layer.
+        wanted: hidden states [L, H] of one window that leave the original model's last layer.
         judged: that many windows, the first, judge the result.
         seed: of the order of windows.
         on_layer: called after every layer, `layer_visits` times.
     """
     tuner, head = _Tuner(model, stored), model.head
 
+    def aim(rows: Sequence[int]) -> Tensor:
+        return torch.stack([wanted(i) for i in rows]).to(model.device)
+
     def judge() -> tuple[float, Tensor]:
         total, states = 0.0, []
-        for i in range(judged):
-            hidden = tuner.forward(windows[i : i + 1], on_layer)[0][-1][0]
-            total += _divergence(model, head, hidden, wanted(i).to(model.device))[0]
-            states.append(hidden.cpu())
-        return total / windows[:judged].numel(), torch.cat(states)
+        for rows in _batches(range(judged), windows):
+            states.append(tuner.forward(windows[rows], on_layer)[-1])
+            total += _divergence(model, head, states[-1], aim(rows))[0]
+        return total / windows[:judged].numel(), torch.cat(states).cpu()
 
     before, _ = judge()
     optimizer = torch.optim.Adam(tuner.parameters(), lr=0.0, betas=(0.9, 0.99), eps=1e-20)
-    steps = _steps(windows)
-    for number, rows in enumerate(_order(windows, seed)):
-        optimizer.param_groups[0]["lr"] = RATE * min(1, (number + 1) / WARM_UP) * (1 - number / steps)
+    steps = _steps(windows, seed)
+    for number, rows in enumerate(steps):
+        optimizer.param_groups[0]["lr"] = RATE * min(1, (number + 1) / WARM_UP) * (1 - number / len(steps))
         optimizer.zero_grad()
-        entering, arguments = tuner.forward(windows[rows], on_layer)
-        last = entering.pop()
-        gradients = []
-        for i, hidden in zip(rows, last, strict=True):
-            gradient = _divergence(model, head, hidden, wanted(i).to(model.device))[1]
-            gradients.append(gradient / windows[rows].numel())
-        tuner.backward(entering, arguments, gradients, on_layer)
+        batch = windows[rows]
+        entering = tuner.forward(batch, on_layer)
+        gradient = _divergence(model, head, entering.pop(), aim(rows))[1]
+        tuner.backward(batch, entering, gradient / batch.numel(), on_layer)
         optimizer.step()
     after, states = judge()
     scales: dict[int, dict[str, Tensor]] = {}
@@ -251,25 +247,22 @@ def tune_model(
     return TunedModel(scales, before, after, states)
 
 
-def _step_windows(windows: Tensor) -> int:
-    return max(1, STEP_TOKENS // windows.shape[1])
+def _batches(rows: Sequence[int], windows: Tensor) -> list[list[int]]:
+    """Rows that pass through the layers together."""
+    size = max(1, STEP_TOKENS // windows.shape[1])
+    return [list(rows[at : at + size]) for at in range(0, len(rows), size)]
 
 
-def _steps(windows: Tensor) -> int:
-    return PASSES * -(-len(windows) // _step_windows(windows))
-
-
-def _order(windows: Tensor, seed: int) -> Iterator[Sequence[int]]:
+def _steps(windows: Tensor, seed: int) -> list[list[int]]:
     """Windows of every step."""
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(PASSES):
-        for rows in torch.randperm(len(windows), generator=generator).split(_step_windows(windows)):
-            yield rows.tolist()
+    passes = (torch.randperm(len(windows), generator=generator).tolist() for _ in range(PASSES))
+    return [rows for order in passes for rows in _batches(order, windows)]
 
 
 def layer_visits(layers: int, windows: Tensor, judged: int) -> int:
     """How often `tune_model` calls `on_layer`."""
-    return layers * (2 * judged + 2 * _steps(windows))
+    return 2 * layers * (len(_batches(range(judged), windows)) + len(_steps(windows, 0)))
 
 
 def tuning_bytes(sizes: RunSizes) -> int:

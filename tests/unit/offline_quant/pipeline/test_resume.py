@@ -396,6 +396,8 @@ def test_tuning_resumes_too_and_wants_one_process(source, tmp_path, monkeypatch)
     assert contents(tmp_path / "q") == contents(reference)
     with pytest.raises(BitsmoeError, match="--tune: experts are fitted one after another, in one process"):
         quantize_model(str(source), tmp_path / "other", config, workers=Half(0))
+    with pytest.raises(BitsmoeError, match="--tune-model: the whole model is tuned in one process"):
+        quantize_model(str(source), tmp_path / "other", options(source, tune_model=True), workers=Half(0))
 
 
 class Half(Workers):

@@ -1,0 +1,203 @@
+"""Tuning of the whole model: gradients against those of transformers' model, what comes out, and runs that die."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM
+
+from bitsmoe_kernels.format.checkpoint import Checkpoint
+from bitsmoe_kernels.models.families import FAMILIES, moe_shape
+from bitsmoe_kernels.reference import LayerWeights
+from families import IDS, make_model, make_quantized
+from offline_quant.checkpoint.dequantize import dequantize_checkpoint
+from offline_quant.checkpoint.directory import PAGE_FILE
+from offline_quant.config import QuantizeConfig
+from offline_quant.model.quantized import open_model
+from offline_quant.model.streaming import StreamedModel
+from offline_quant.pipeline import model_tuning as step
+from offline_quant.pipeline import quantize as pipeline
+from offline_quant.pipeline.quantize import quantize_model
+from offline_quant.report.schema import ModelReport
+from offline_quant.rounding import model_tuning
+from offline_quant.rounding.model_tuning import StoredLayers, layer_visits, tune_model
+
+TEXT = "She opened the door, and there stood her brother with the lamp in his hand. " * 60
+
+
+def stored_layers(directory: Path) -> StoredLayers:
+    checkpoint = Checkpoint(directory)
+    shape = moe_shape(checkpoint.model_config, str(directory))
+
+    def load(index: int) -> dict[str, Tensor]:
+        prefix = shape.prefix(index)
+        names = checkpoint.config.layers[prefix].tensor_specs(checkpoint.config.block_size)
+        return {name: checkpoint.tensors.get(f"{prefix}.{name}") for name in names}
+
+    schemas = {index: checkpoint.config.layers[shape.prefix(index)] for index in shape.layers}
+    return StoredLayers(schemas, checkpoint.config.block_size, load)
+
+
+def noisy_states(directory: Path, windows: Tensor, noise: float) -> Callable[[int], Tensor]:
+    """What leaves the last layer of another model: that of the checkpoint, and noise."""
+    model = StreamedModel(open_model(directory))
+    tuner = model_tuning._Tuner(model, stored_layers(directory))
+    states = tuner.forward(windows, lambda: None)[-1]
+    states += noise * states.std() * torch.randn(states.shape, generator=torch.Generator().manual_seed(1))
+    return lambda i: states[i]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "form"),
+    [
+        *((a, "natural") for a in FAMILIES),
+        *(("Qwen3MoeForCausalLM", f) for f in ("expert_order_basis", "paper", "extras")),
+    ],
+)
+def test_gradients_are_those_of_the_whole_model(architecture: str, form: str, tmp_path: Path) -> None:
+    directory = make_quantized(architecture, tmp_path / "model", form)
+    stored, model = stored_layers(directory), StreamedModel(open_model(directory))
+    wanted = noisy_states(directory, IDS, 0.3)
+    tuner = model_tuning._Tuner(model, stored)
+    entering = tuner.forward(IDS, lambda: None)
+    aim = torch.stack([wanted(i) for i in range(len(IDS))])
+    lost, gradient = model_tuning._divergence(model, model.head, entering.pop(), aim)
+    tuner.backward(IDS, entering, gradient, lambda: None)
+
+    dequantize_checkpoint(directory, tmp_path / "plain", torch.float32)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32).eval()
+    changes: dict[tuple[int, str, str], Tensor] = {}
+    weights = {}
+    for index in stored.schemas:
+        given = stored.load(index)
+        for name in stored.schemas[index].projections:
+            for side in ("component", "feature"):
+                key = f"{name}_{side}_scale"
+                changes[index, name, side] = torch.zeros(given[key].shape, requires_grad=True)
+                given[key] = given[key].float() * (1 + changes[index, name, side])
+        gate_up, down = LayerWeights(stored.schemas[index], stored.block_size, given).experts(
+            range(stored.schemas[index].num_experts)
+        )
+        weights |= {f"model.layers.{index}.mlp.experts.{n}_proj": w for n, w in (("gate_up", gate_up), ("down", down))}
+    logits = functional_call(whole, weights, (IDS,)).logits
+    with torch.no_grad():
+        target = whole.lm_head(whole.model.norm(aim)).log_softmax(-1)
+    loss = (target.exp() * (target - logits.log_softmax(-1))).sum()
+    assert lost == pytest.approx(float(loss.detach()), rel=1e-3)
+    loss.backward()
+    moved = 0.0
+    for (index, name, side), change in changes.items():
+        part = tuner.changes[index][name]
+        lists = part.components if side == "component" else part.features
+        found = torch.stack([p.grad if p.grad is not None else torch.zeros_like(p) for p in lists])
+        assert change.grad is not None
+        assert float((found - change.grad).norm()) <= 2e-3 * float(change.grad.norm()), (index, name, side)
+        moved += float(found.norm())
+    assert moved > 0
+
+
+@pytest.fixture
+def spoiled(tmp_path: Path) -> tuple[Path, Path]:
+    """A quantized model, and the same with scales that are off by 15%."""
+    good, bad = make_quantized("Qwen3MoeForCausalLM", tmp_path / "good"), tmp_path / "bad"
+    shutil.copytree(good, bad)
+    tensors, g = load_file(bad / "model.safetensors"), torch.Generator().manual_seed(3)
+    for name, tensor in tensors.items():
+        if name.endswith("_scale") and ".experts." in name:
+            tensors[name] = (tensor.float() * (1 + 0.15 * torch.randn(tensor.shape, generator=g))).half()
+    save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
+    return good, bad
+
+
+@pytest.mark.slow
+def test_tuning_finds_scales_that_were_spoiled(spoiled: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    good, bad = spoiled
+    monkeypatch.setattr(model_tuning, "STEP_TOKENS", 128)
+    monkeypatch.setattr(model_tuning, "PASSES", 6)
+    monkeypatch.setattr(model_tuning, "RATE", 0.01)
+    windows = torch.randint(4096, (16, 32), generator=torch.Generator().manual_seed(2))
+    stored, model, visits = stored_layers(bad), StreamedModel(open_model(bad)), []
+    wanted = noisy_states(good, windows, 0)
+    found = tune_model(model, stored, windows, wanted, 2, on_layer=lambda: visits.append(1))
+    assert len(visits) == layer_visits(model.num_layers, windows, 2)
+    assert found.after < 0.6 * found.before
+    given = stored.load(0)
+    assert {k: (v.dtype, v.shape) for k, v in found.scales[0].items()} == {
+        k: (v.dtype, v.shape) for k, v in given.items() if k.endswith("_scale")
+    }
+    # The judged divergence is that of the scales as they are stored, and of no other tensors.
+    tuned = StoredLayers(stored.schemas, stored.block_size, lambda i: stored.load(i) | found.scales[i])
+    tuner = model_tuning._Tuner(model, tuned)
+    states = tuner.forward(windows[:2], lambda: None)[-1]
+    assert torch.allclose(states, found.states, atol=2e-2 * float(found.states.std()))
+    again = tune_model(model, stored, windows, wanted, 2)
+    assert all(torch.equal(again.scales[i][k], v) for i, scales in found.scales.items() for k, v in scales.items())
+
+
+def test_scales_that_lower_nothing_are_not_kept(spoiled: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    good, bad = spoiled
+    monkeypatch.setattr(model_tuning, "RATE", 3.0)
+    windows = IDS[:, :16]
+    model = StreamedModel(open_model(bad))
+    found = tune_model(model, stored_layers(bad), windows, noisy_states(good, windows, 0), 1)
+    assert found.scales == {}
+    assert not found.after < found.before
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tuned")
+    (folder / "calib.txt").write_text(TEXT)
+    return make_model("Qwen2MoeForCausalLM", folder / "model")
+
+
+def options(source: Path, **changed: object) -> QuantizeConfig:
+    text = {"calib": str(source.parent / "calib.txt"), "calib_samples": 6, "calib_length": 64}
+    return QuantizeConfig.model_validate({"bits": 3.0, "refine": 0, "tune_model": True, **text, **changed})
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in directory.iterdir() if p.name != PAGE_FILE}
+
+
+@pytest.mark.slow
+def test_only_scales_change_and_a_run_that_dies_goes_on(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports: list[ModelReport] = []
+    for name, config in {"plain": options(source, tune_model=False), "tuned": options(source)}.items():
+        result = quantize_model(str(source), tmp_path / name, config)
+        assert result is not None
+        reports.append(result.report)
+    assert reports[0].model_tuning is None
+    tuning = reports[1].model_tuning
+    assert tuning is not None
+    assert tuning.kept
+    assert tuning.kl_after < tuning.kl_before
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "tuned"))
+    changed = {name.rpartition("_")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"scale"}
+    # The verdict is on the tuned model, whose predictions differ from those of the one before.
+    assert reports[0].sanity != reports[1].sanity
+
+    class Died(BaseException):
+        """Stands for a signal."""
+
+    def die(*_: object, **__: object) -> None:
+        raise Died
+
+    for place, name in ((step, "tune_model"), (pipeline, "write_checkpoint")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, die)
+            with pytest.raises(Died):
+                quantize_model(str(source), tmp_path / "died", options(source), resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "tune_model", die)  # it is done already
+        quantize_model(str(source), tmp_path / "died", options(source), resume=True)
+    assert contents(tmp_path / "died") == contents(tmp_path / "tuned")
