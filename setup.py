@@ -32,11 +32,6 @@ class BuildLibrary(build_ext):
         except build.CompileError as e:
             print(f"bitsmoe-vllm: NO CPU KERNELS, serving on a CPU will be very slow: {e}", file=sys.stderr)
 
-    def copy_extensions_to_source(self):
-        """For an editable installation; there may be nothing to copy."""
-        if all(Path(self.get_ext_fullpath(ext.name)).exists() for ext in self.extensions):
-            super().copy_extensions_to_source()
-
 
 class WheelForAnyPython(bdist_wheel):
     """The library is bound to the machine, not to a version of Python."""

@@ -103,3 +103,26 @@ def test_a_wheel_holds_the_library_where_python_looks_for_it(checkout: Path, tmp
     assert "NO CPU KERNELS" not in said
     assert [name for name in names if name.endswith(".so")] == [f"bitsmoe_kernels/_cpu/{build.LIBRARY}"]
     assert path.name.endswith("-py3-none-linux_" + os.uname().machine + ".whl")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("works", [True, False])
+def test_an_editable_installation_has_the_library_beside_its_sources(
+    works: bool, checkout: Path, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho library > "$2"\n')
+    compiler.chmod(0o755)
+    folder = shutil.copytree(checkout, tmp_path / "checkout")
+    code = "import sys; from setuptools.build_meta import build_editable; build_editable(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=folder,
+        env=os.environ | {"CXX": str(compiler) if works else "/bin/false"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    library = folder / "kernels" / "bitsmoe_kernels" / "_cpu" / build.LIBRARY
+    assert library.exists() is works
+    assert ("NO CPU KERNELS" in done.stderr) is not works
