@@ -334,23 +334,15 @@ def select_experts(layer: Any, x: Tensor, router_logits: Tensor) -> tuple[Tensor
     return weights.to(torch.float32), ids
 
 
-def linear_method(dense: Any, layer: torch.nn.Module, prefix: str) -> Any:
-    """The method of a quantized linear layer; dense as `linear_quantization` returns it."""
-    complete_linear_kernels()
-    return dense.get_quant_method(layer, prefix)
-
-
-def complete_linear_kernels() -> None:
-    """Put our kernel before those that vLLM has for a CPU; it takes only layers that they cannot compute."""
+def add_linear_kernel(kernel: type) -> None:
+    """Put a kernel for quantized linear layers before those that vLLM has for a CPU."""
     from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS
     from vllm.platforms import current_platform
 
-    from bitsmoe_vllm.linear_kernel import DequantizedLinearKernel
-
     if current_platform.is_cpu():
         known = _POSSIBLE_KERNELS.setdefault(current_platform._enum, [])
-        if DequantizedLinearKernel not in known:
-            known.insert(0, DequantizedLinearKernel)
+        if kernel not in known:
+            known.insert(0, kernel)
 
 
 def linear_quantization(dense: DenseConfig) -> Any:
@@ -375,7 +367,6 @@ def why_no_linear_kernel(
     from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel
     from vllm.scalar_type import scalar_types
 
-    complete_linear_kernels()
     known = {field.name for field in dataclasses.fields(MPLinearLayerConfig)}
     try:
         choose_mp_linear_kernel(

@@ -123,7 +123,9 @@ class BitsmoeConfig(QuantizationConfig):
         if self.dense is not None and isinstance(layer, LinearBase | ParallelLMHead):
             # vLLM hands us the model's fused layers and what they are made of; its own method needs them as well.
             self.dense.packed_modules_mapping = self.packed_modules_mapping
-            return _compat.linear_method(self.dense, layer, prefix)
+            from bitsmoe_vllm import linear_kernel  # noqa: F401 - adds a kernel
+
+            return self.dense.get_quant_method(layer, prefix)
         if isinstance(layer, LinearBase):
             return UnquantizedLinearMethod()
         return None

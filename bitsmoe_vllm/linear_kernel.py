@@ -1,6 +1,6 @@
 """Linear layers at 8 or 4 bits on CPUs for which vLLM has no kernel: they become 16-bit ones when they are loaded.
 
-vLLM chooses among classes like this one, see `_compat.complete_linear_kernels`.
+vLLM chooses among classes like this one. Importing this module adds ours to them.
 """
 
 from typing import Any
@@ -58,3 +58,6 @@ class DequantizedLinearKernel(MPLinearKernel):
     def apply_weights(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] times the weight: [..., N]."""
         return torch.nn.functional.linear(x, getattr(layer, self.w_q_name), bias)
+
+
+_compat.add_linear_kernel(DequantizedLinearKernel)

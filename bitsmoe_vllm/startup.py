@@ -13,7 +13,7 @@ from bitsmoe_kernels.backends.select import select
 from bitsmoe_kernels.errors import BitsmoeError, FormatError, fault_list
 from bitsmoe_kernels.expert_mlp import HIDDEN_ACT
 from bitsmoe_kernels.format.checkpoint import Checkpoint
-from bitsmoe_kernels.format.linear_layers import DenseConfig, Linear, dense_linears, plain_specs
+from bitsmoe_kernels.format.linear_layers import DenseConfig, DenseWeights, Linear, dense_linears, plain_specs
 from bitsmoe_kernels.format.safetensors_io import SINGLE_FILE, read_index
 from bitsmoe_kernels.format.schema import CheckpointConfig, TensorSpec
 from bitsmoe_kernels.models.families import EXPERT_COUNT_KEYS, moe_shape
@@ -152,12 +152,21 @@ def check_linear_kernels(
             size = parallel.tensor_parallel_size
             reason = f"--tensor-parallel-size {size}: {part[0]} columns for a rank, in groups of {weights.group_size}"
         else:
-            reason = _compat.why_no_linear_kernel(weights, whole, part, dtype) or ""
+            reason = _why_no_linear_kernel(weights, whole, part, dtype) or ""
         if reason:
             reasons.setdefault(reason, []).append(" + ".join(linear.names))
     if reasons:
         faults = [f"{_few(names)}: {reason}" for reason, names in reasons.items()]
         raise BitsmoeError(fault_list(f"vLLM has no kernel for these quantized linear layers; {_REMEDY}", faults))
+
+
+def _why_no_linear_kernel(
+    weights: DenseWeights, whole: tuple[int, int], part: tuple[int, int], dtype: torch.dtype
+) -> str | None:
+    """See `_compat.why_no_linear_kernel`; our own kernel counts."""
+    from bitsmoe_vllm import linear_kernel  # noqa: F401 - adds it
+
+    return _compat.why_no_linear_kernel(weights, whole, part, dtype)
 
 
 _REMEDY = "serve with fewer tensor-parallel ranks, or quantize with --dense-bits 16"
@@ -177,7 +186,7 @@ def _dense_option_faults(dense: DenseConfig, dtype: torch.dtype) -> Iterator[str
                 f"{stored}, for which vLLM has kernels in bfloat16 and float16 only: serve with --dtype bfloat16, not "
                 f"{str(dtype).removeprefix('torch.')}"
             )
-        elif reason := _compat.why_no_linear_kernel(form, _FITS_ALL, _FITS_ALL, dtype):
+        elif reason := _why_no_linear_kernel(form, _FITS_ALL, _FITS_ALL, dtype):
             yield (
                 f"{stored}, for which vLLM has no kernel on this platform: serve on a GPU, or quantize with "
                 f"--dense-bits 16{' or 4' * (bits != 4)} ({reason})"
