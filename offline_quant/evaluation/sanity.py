@@ -20,7 +20,6 @@ PERPLEXITY_RATIO = 1.5
 REPEATED_SHARE, REPEATED_RATIO = 0.3, 2.0
 """It is degenerate, too, if one token is the likeliest at more than this share of positions, and at more than this
 multiple of the largest share of any token in the original."""
-ADVICE = "give more bits (--bits), more calibration text like your users' (--calib), or --basis natural"
 
 
 class SanityVerdict(BaseModel):
@@ -106,8 +105,31 @@ def tally(model: StreamedModel, windows: Tensor, hidden: Iterable[Tensor]) -> Ta
     return Tally(nll, len(target), torch.bincount(likeliest.cpu(), minlength=start))
 
 
-def verdict(original: Tally, quantized: Tally) -> SanityVerdict:
-    """Compare the quantized model with the original."""
+def advice(tuned: bool, model_tuned: bool, natural: bool) -> str:
+    """What to do about a degenerate model: only what was not done.
+
+    Args:
+        tuned: it was made with `--tune`.
+        model_tuned: it was made with `--tune-model`.
+        natural: all of its layers have natural channels.
+    """
+    gradients = [option for option, done in (("--tune", tuned), ("--tune-model", model_tuned)) if not done]
+    remedies = [
+        "give more bits (--bits)",
+        *(["tune it (" + " ".join(gradients) + ")"] if gradients else []),
+        "give more calibration text like your users' (--calib)",
+        *([] if natural else ["keep natural channels (--basis natural)"]),
+    ]
+    return ", or ".join((", ".join(remedies[:-1]), remedies[-1]))
+
+
+def verdict(original: Tally, quantized: Tally, remedy: str) -> SanityVerdict:
+    """Compare the quantized model with the original.
+
+    Args:
+        original, quantized: counts of both.
+        remedy: for a degenerate model, see `advice`.
+    """
     n = max(1, quantized.tokens)
     before, after = (_perplexity(t.nll / n) for t in (original, quantized))
     token = int(quantized.likeliest.argmax())
@@ -126,7 +148,7 @@ def verdict(original: Tally, quantized: Tally) -> SanityVerdict:
         likeliest_token_share_quantized=share,
         degenerate=bool(faults),
         faults=faults,
-        advice=ADVICE if faults else None,
+        advice=remedy if faults else None,
     )
 
 

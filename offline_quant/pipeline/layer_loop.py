@@ -83,7 +83,7 @@ def _finish_layer(run: RunContext, index: int, budget: DividedBudget | None, pro
     run.clock.lap("write")
 
 
-def sanity_check(run: RunContext) -> sanity.SanityVerdict | None:
+def sanity_check(run: RunContext, layers: FinishedLayers) -> sanity.SanityVerdict | None:
     """The verdict on the quantized model, see `sanity.verdict`; None where nothing was quantized."""
     if run.plan_only:
         return None
@@ -93,6 +93,8 @@ def sanity_check(run: RunContext) -> sanity.SanityVerdict | None:
     if (tuning := run.state.tuning) is not None and tuning.kept:
         states = iter([tuned_states(run)])
     quantized = sanity.tally(run.streamed, run.judged, states)
-    verdict = sanity.verdict(original, quantized)
+    natural = all(report.basis == "natural" for report in layers.reports)
+    remedy = sanity.advice(run.config.tune, run.config.tune_model, natural)
+    verdict = sanity.verdict(original, quantized, remedy)
     run.clock.lap("sanity")
     return verdict

@@ -99,7 +99,7 @@ def quantize_model(
         tuning = tune_whole_model(run, layers.schemas) if config.tune_model and not plan_only else None
         options = {**config.record(), "calib": calibration.text.recorded}
         report = model_report(
-            layers.reports, layers.schemas, config, options, calibration.tokens, sanity_check(run),
+            layers.reports, layers.schemas, config, options, calibration.tokens, sanity_check(run, layers),
             budget.report if budget else None, tuning, linear_layers_report(dense, source.tensors.specs),
         )  # fmt: skip
         result = state.directory / RESULT

@@ -20,11 +20,12 @@ def counts(*pairs):
     return out
 
 
+REMEDY = "give more bits"
 WORKING = Tally(300.0, 100, counts((3, 20), (4, 30), (5, 50)))
 
 
 def test_a_working_model_is_sane():
-    found = verdict(WORKING, Tally(310.0, 100, counts((3, 25), (4, 25), (5, 50))))
+    found = verdict(WORKING, Tally(310.0, 100, counts((3, 25), (4, 25), (5, 50))), REMEDY)
     assert not found.degenerate
     assert found.faults == []
     assert found.advice is None
@@ -34,17 +35,34 @@ def test_a_working_model_is_sane():
 
 @pytest.mark.parametrize("nll", [400.0, 1e9, float("nan"), float("inf")])
 def test_a_lost_model_is_broken(nll):
-    found = verdict(WORKING, Tally(nll, 100, WORKING.likeliest))
+    found = verdict(WORKING, Tally(nll, 100, WORKING.likeliest), REMEDY)
     assert found.degenerate
     assert "perplexity on calibration text" in found.faults[0]
-    assert "--bits" in found.advice
+    assert found.advice == REMEDY
+
+
+@pytest.mark.parametrize(
+    ("done", "words"),
+    [
+        ((False, False, False), ["--bits", "--tune --tune-model", "--calib", "--basis natural"]),
+        ((True, False, False), ["--bits", "(--tune-model)", "--calib", "--basis natural"]),
+        ((False, True, True), ["--bits", "(--tune)", "--calib"]),
+        ((True, True, True), ["--bits", "--calib"]),
+    ],
+)
+def test_advice_names_what_was_not_done(done, words):
+    found = sanity.advice(*done)
+    places = [found.index(word) for word in words]
+    assert places == sorted(places)
+    assert ("--tune" in found) is not (done[0] and done[1])
+    assert ("--basis" in found) is not done[2]
 
 
 def test_a_model_that_repeats_one_token_is_broken():
     varied = Tally(300.0, 100, torch.full((50,), 2))
-    found = verdict(varied, Tally(320.0, 100, counts((0, 95), (1, 5))))
+    found = verdict(varied, Tally(320.0, 100, counts((0, 95), (1, 5))), REMEDY)
     assert found.faults == ["token 0 is the likeliest at 95% of positions, no token at more than 2% for the original"]
-    assert not verdict(WORKING, Tally(320.0, 100, counts((0, 60), (1, 40)))).degenerate  # 50% is usual there
+    assert not verdict(WORKING, Tally(320.0, 100, counts((0, 60), (1, 40))), REMEDY).degenerate  # 50% is usual there
 
 
 @pytest.fixture(scope="module")
