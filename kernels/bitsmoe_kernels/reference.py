@@ -124,12 +124,19 @@ class ProjectionWeights:
         if expert in self.spec.kept_experts:
             return x @ self.weight(expert).T
         s, t = self.part("component_scale")[expert].float(), self.part("feature_scale")[expert].float()
-        return self.product(expert, x, z, self.levels(expert), s, t)
+        return self.product(expert, x, z, self.levels(expert), s, t, self.order(expert))
 
-    def product(self, expert: int, x: Tensor, z: Tensor, q: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        """`forward` with levels q [C, F] and scales s [C], t [F] in place of the stored ones; gradients pass."""
+    def product(
+        self, expert: int, x: Tensor, z: Tensor, q: Tensor, s: Tensor, t: Tensor, order: Tensor | None
+    ) -> Tensor:
+        """`forward` with levels q [C, F] and scales s [C], t [F] in place of the stored ones; gradients pass.
+
+        Args:
+            expert, x, z: as for `forward`.
+            q, s, t: see above.
+            order: the component of every row of q and s, as `order` returns it.
+        """
         # As kernels do: integers in the product, one scale before it and one after.
-        order = self.order(expert)
         if self.spec.component_axis == "input":
             y = ((z if order is None else z[:, order]) * s) @ q * t
         else:

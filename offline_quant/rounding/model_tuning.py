@@ -91,7 +91,12 @@ class _Changes(nn.Module):
         """As `ProjectionWeights.forward`, with gradients."""
         if expert in weights.spec.kept_experts:
             return weights.forward(expert, x, z)
-        return weights.product(expert, x, z, weights.levels(expert), *self.scales(weights, expert))
+        q, (s, t), order = weights.levels(expert), self.scales(weights, expert), weights.order(expert)
+        if order is not None:
+            # Rows of codes are sorted instead of activations, whose gradient takes far longer.
+            places = order.argsort()
+            q, s = q[places], s[places]
+        return weights.product(expert, x, z, q, s, t, None)
 
     def tensors(self, weights: ProjectionWeights) -> dict[str, Tensor]:
         """Scales as the file stores them."""
@@ -141,8 +146,12 @@ class _Tuner:
         y = torch.zeros_like(flat)
         for e in ids.unique().tolist():
             token, slot = (ids == e).nonzero(as_tuple=True)
-            own = flat[token]
-            gate_up = [changes[name](parts[name], e, own, part[token]) for name, part in z.items()]
+            # Of `x[token]` the gradient takes far longer on a CPU.
+            own = flat.index_select(0, token)
+            gate_up = [
+                changes[name](parts[name], e, own, own if part is flat else part.index_select(0, token))
+                for name, part in z.items()
+            ]
             gate, up = torch.cat(gate_up, -1).chunk(2, -1)
             h = gated(gate, up)
             out = changes["down"](parts["down"], e, h, parts["down"].project(h))

@@ -64,7 +64,7 @@ class _TunedProjection(nn.Module):
             return w.forward(expert, x, z)
         hidden, top = self.levels[expert], self.top[expert]
         level = (hidden + (self.codes(expert) - top / 2 - hidden).detach()) * (top > 0)
-        return w.product(expert, x, z, level, *self.scales(expert))
+        return w.product(expert, x, z, level, *self.scales(expert), w.order(expert))
 
     def tensors(self) -> dict[str, Tensor]:
         """Parts that may have changed, as the file stores them, on the CPU."""
