@@ -120,7 +120,7 @@ def test_tuning_finds_scales_that_were_spoiled(spoiled: tuple[Path, Path], monke
     good, bad = spoiled
     monkeypatch.setattr(model_tuning, "STEP_TOKENS", 128)
     monkeypatch.setattr(model_tuning, "PASSES", 6)
-    monkeypatch.setattr(model_tuning, "RATE", 0.01)
+    monkeypatch.setattr(model_tuning, "RATE", 0.07)
     windows = torch.randint(4096, (16, 32), generator=torch.Generator().manual_seed(2))
     stored, model, visits = stored_layers(bad), StreamedModel(open_model(bad)), []
     wanted = noisy_states(good, windows, 0)
@@ -142,7 +142,7 @@ def test_tuning_finds_scales_that_were_spoiled(spoiled: tuple[Path, Path], monke
 
 def test_scales_that_lower_nothing_are_not_kept(spoiled: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     good, bad = spoiled
-    monkeypatch.setattr(model_tuning, "RATE", 3.0)
+    monkeypatch.setattr(model_tuning, "RATE", 300.0)
     windows = IDS[:, :16]
     model = StreamedModel(open_model(bad))
     found = tune_model(model, stored_layers(bad), windows, noisy_states(good, windows, 0), 1)
