@@ -64,6 +64,8 @@ def _summary(report: ModelReport) -> str:
     ]
     if report.dense_layers is not None:
         facts.append(_text(report.dense_layers))
+    if report.model_tuning is not None:
+        facts.append(_text(report.model_tuning))
     if report.model_budget is not None:
         gap = _percent(report.model_budget.solver_gap)
         facts.append(f"one budget for the model, proven within {gap} of the optimum")

@@ -91,6 +91,8 @@ class ModelBudget(Report):
 class ModelTuning(Report):
     """How the whole model was tuned: divergence from the original on calibration text, nats per token.
 
+    Its `str` is a sentence for people.
+
     Attributes:
         kl_before: of the quantized model as its layers left it.
         kl_after: with tuned scales.
@@ -100,6 +102,10 @@ class ModelTuning(Report):
     kl_before: float
     kl_after: float
     kept: bool
+
+    def __str__(self) -> str:
+        change = f"divergence from the original {self.kl_before:.4g} -> {self.kl_after:.4g} on calibration text"
+        return f"tuned as a whole: {change}" + ("" if self.kept else ", so the scales of before were kept")
 
 
 class LinearLayersReport(Report):
@@ -150,7 +156,7 @@ class ModelReport(Report):
     options: dict[str, Any]
     sanity: SanityVerdict | None
     model_budget: ModelBudget | None
-    model_tuning: ModelTuning | None
+    model_tuning: ModelTuning | None = None
     layers: list[LayerReport]
     dense_layers: LinearLayersReport | None
 

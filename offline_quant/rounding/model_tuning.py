@@ -10,7 +10,7 @@ known. Hidden states between layers are kept for the windows of one step.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -229,14 +229,14 @@ def tune_model(
     def aim(rows: Sequence[int]) -> Tensor:
         return torch.stack([wanted(i) for i in rows]).to(model.device)
 
-    def judge() -> tuple[float, Tensor]:
+    def judge(judged_model: _Tuner) -> tuple[float, Tensor]:
         total, states = 0.0, []
         for rows in _batches(range(judged), windows):
-            states.append(tuner.forward(windows[rows], on_layer)[-1])
+            states.append(judged_model.forward(windows[rows], on_layer)[-1])
             total += _divergence(model, head, states[-1], aim(rows))[0]
         return total / windows[:judged].numel(), torch.cat(states).cpu()
 
-    before, _ = judge()
+    before, _ = judge(tuner)
     rate = RATE * min(1.0, before**0.5)
     optimizer = torch.optim.Adam(tuner.parameters(), lr=0.0, betas=(0.9, 0.99), eps=1e-20)
     steps = _steps(windows, seed)
@@ -248,14 +248,14 @@ def tune_model(
         gradient = _divergence(model, head, entering.pop(), aim(rows))[1]
         tuner.backward(batch, entering, gradient / batch.numel(), on_layer)
         optimizer.step()
-    after, states = judge()
     scales: dict[int, dict[str, Tensor]] = {}
-    if not after < before:
-        return TunedModel(scales, before, after, states)
     for index, parts in tuner.changes.items():
         weights = stored.weights(index, model.device).projections
         scales[index] = {k: v for name, part in parts.items() for k, v in part.tensors(weights[name]).items()}
-    return TunedModel(scales, before, after, states)
+    # Judged as the file has them: float16 may round away what little there was to gain.
+    rounded = replace(stored, load=lambda index: stored.load(index) | scales[index])
+    after, states = judge(_Tuner(model, rounded))
+    return TunedModel(scales if after < before else {}, before, after, states)
 
 
 def _batches(rows: Sequence[int], windows: Tensor) -> list[list[int]]:

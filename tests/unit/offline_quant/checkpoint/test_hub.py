@@ -43,7 +43,7 @@ def report(**changes: Any) -> ModelReport:
     data = {
         "bpw": 2.1249, "expert_weights": 3_145_728, "expert_bytes": 30_000, "calibration_tokens": 65_536,
         "options": {"bits": 2.125, "objective": "bitsmoe", "calib": "my|text`.txt", "seed": 0}, "sanity": SANITY,
-        "model_budget": None, "layers": [row(0), row(1)], "dense_layers": None,
+        "model_budget": None, "model_tuning": None, "layers": [row(0), row(1)], "dense_layers": None,
     } | changes  # fmt: skip
     return ModelReport.model_validate(data)
 

@@ -103,6 +103,7 @@ def make(
                     "calib": "calib.txt", "seed": 0},
         "sanity": sanity,
         "model_budget": None,
+        "model_tuning": None,
         "dense_layers": None,
         "layers": rows,
     }  # fmt: skip

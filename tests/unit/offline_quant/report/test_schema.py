@@ -43,12 +43,13 @@ def test_the_json_of_a_run_is_that_of_its_data() -> None:
         "bpw": 2.1249999, "expert_weights": 3, "expert_bytes": 1, "calibration_tokens": 7,
         "options": {"bits": 2.125, "ranks": [0, 8], "calib": None, "feedback": True}, "sanity": sanity,
         "model_budget": {"solver_gap": 1e-05, "sensitivity": {"b": 1e-07, "a": 2.0}, "bits_per_weight": {"b": 2.5}},
+        "model_tuning": {"kl_before": 0.5, "kl_after": 0.25, "kept": True},
         "layers": [layer(), layer(1e-05)],
         "dense_layers": {"bits": [4, 8], "matrices": 2, "weights": 8, "bytes": 5, "bits_per_weight": 5.0},
     }  # fmt: skip
     report = ModelReport.model_validate(data)
     assert report.to_json(indent=1) == json.dumps(data, indent=1)
-    for empty in ("sanity", "model_budget", "dense_layers"):
+    for empty in ("sanity", "model_budget", "model_tuning", "dense_layers"):
         assert ModelReport.model_validate(data | {empty: None}).to_json() == json.dumps(data | {empty: None})
 
 
