@@ -156,12 +156,14 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT / ".real_model", help="for the model and the texts")
-    parser.add_argument("--aside", action="store_true", help="test on the text that was kept aside")
+    parser.add_argument("--aside", action="store_true", help="test on text that was kept aside; writes to OUT/aside")
     quality.add_row_options(parser, GROUPS)
     args = parser.parse_args()
     make(args.folder)
     given = {"model": args.folder / MODEL, "calib": str(args.folder / CALIBRATION), "samples": SAMPLES}
     given["text"] = args.folder / (ASIDE if args.aside else TEST)
+    if args.aside:
+        given["out"] = args.out / "aside"
     with tempfile.TemporaryDirectory() as scratch:
         quality.run(argparse.Namespace(**vars(args) | given), Path(scratch), GROUPS)
 
