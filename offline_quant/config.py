@@ -106,10 +106,10 @@ class QuantizeConfig(BaseModel):
         description="Fit the experts of a layer together to the original model's hidden states, and tune scales and "
         "codes by gradients: clearly better, and several times as slow. In one process only.",
     )
-    tune_model: Annotated[bool, Panel.FIRST] = Field(
+    tune_model: Annotated[bool, Panel.ROUNDING] = Field(
         default=False,
         description="After all layers, tune the scales of the whole model by gradients, against the original model's "
-        "predictions. Adds to --tune. In one process only.",
+        "predictions. In one process only.",
     )
     ablations: tuple[Ablation, ...] = Field(
         default=(),

@@ -18,8 +18,8 @@ FIRST = {
 }  # fmt: skip
 OTHERS = {
     "--objective", "--budget", "--gamma", "--ranks", "--basis", "--basis-bits", "--block-size", "--feedback",
-    "--no-feedback", "--refine", "--calib-config", "--calib-split", "--calib-column", "--calib-length", "--seed",
-    "--revision", "--max-memory",
+    "--no-feedback", "--refine", "--tune-model", "--calib-config", "--calib-split", "--calib-column", "--calib-length",
+    "--seed", "--revision", "--max-memory",
 }  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def test_options_of_a_run_are_no_part_of_the_record() -> None:
     assert config == QuantizeConfig(bits=2, without=["trim"], seed=3)
     assert list(config.record()) == [
         "bits", "objective", "budget", "gamma", "ranks", "basis", "basis_bits", "block_size", "dense_bits", "widths",
-        "feedback", "refine", "tune", "without", "calib", "calib_samples", "calib_length", "seed",
+        "feedback", "refine", "tune", "tune_model", "without", "calib", "calib_samples", "calib_length", "seed",
     ]  # fmt: skip
 
 
