@@ -182,9 +182,8 @@ def measure(
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "model"
         if row.method == OURS:
-            options = {"bits": row.bits, "calib": calib, "seed": row.seed, "device": device, **row.options}
-            if samples:
-                options = {"calib_samples": samples, **options}
+            few = {"calib_samples": samples} if samples else {}
+            options = {**few, **row.options, "bits": row.bits, "calib": calib, "seed": row.seed, "device": device}
             figures = _quantize_apart(model, out, options)
         else:
             windows = Path(scratch) / "windows.safetensors"

@@ -23,6 +23,7 @@ from bitsmoe_kernels.models.families import MODULE_EXPERTS
 from bitsmoe_kernels.reference import LayerWeights, ProjectionWeights
 from offline_quant.model.sizes import FLOAT, RunSizes
 from offline_quant.model.streaming import StreamedModel
+from offline_quant.rounding.tuning import ScaleChanges
 
 STEP_TOKENS = 2_048
 """Tokens of one step."""
@@ -74,36 +75,16 @@ class TunedModel(NamedTuple):
     states: Tensor
 
 
-class _Changes(nn.Module):
-    """Relative changes of the scales of one projection, by expert."""
-
-    def __init__(self, components: int, features: int, experts: int, device: torch.device):
-        super().__init__()
-        # An expert that a step does not reach has no gradient, and does not move.
-        self.components = nn.ParameterList(torch.zeros(components, device=device) for _ in range(experts))
-        self.features = nn.ParameterList(torch.zeros(features, device=device) for _ in range(experts))
-
-    def scales(self, weights: ProjectionWeights, expert: int) -> tuple[Tensor, Tensor]:
-        """Component scales [C] and feature scales [F] of an expert, float32."""
-        s, t = weights.part("component_scale")[expert], weights.part("feature_scale")[expert]
-        return s.float() * (1 + self.components[expert]), t.float() * (1 + self.features[expert])
-
-    def forward(self, weights: ProjectionWeights, expert: int, x: Tensor, z: Tensor) -> Tensor:
-        """As `ProjectionWeights.forward`, with gradients."""
-        if expert in weights.spec.kept_experts:
-            return weights.forward(expert, x, z)
-        q, (s, t), order = weights.levels(expert), self.scales(weights, expert), weights.order(expert)
-        if order is not None:
-            # Rows of codes are sorted instead of activations, whose gradient takes far longer.
-            places = order.argsort()
-            q, s = q[places], s[places]
-        return weights.product(expert, x, z, q, s, t, None)
-
-    def tensors(self, weights: ProjectionWeights) -> dict[str, Tensor]:
-        """Scales as the file stores them."""
-        found = [self.scales(weights, e) for e in range(len(self.components))]
-        components, features = (torch.stack([pair[i].detach() for pair in found]).half().cpu() for i in (0, 1))
-        return {f"{weights.name}_component_scale": components, f"{weights.name}_feature_scale": features}
+def _projected(changes: ScaleChanges, weights: ProjectionWeights, expert: int, x: Tensor, z: Tensor) -> Tensor:
+    """As `ProjectionWeights.forward`, with changed scales and gradients."""
+    if expert in weights.spec.kept_experts:
+        return weights.forward(expert, x, z)
+    q, (s, t), order = weights.levels(expert), changes.scales(weights, expert), weights.order(expert)
+    if order is not None:
+        # Rows of codes are sorted instead of activations, whose gradient takes far longer.
+        places = order.argsort()
+        q, s = q[places], s[places]
+    return weights.product(expert, x, z, q, s, t, None)
 
 
 class _Tuner:
@@ -116,9 +97,9 @@ class _Tuner:
 
     def __init__(self, model: StreamedModel, stored: StoredLayers):
         self.model, self.stored = model, stored
-        self.changes: dict[int, dict[ProjectionName, _Changes]] = {
+        self.changes: dict[int, dict[ProjectionName, ScaleChanges]] = {
             index: {
-                name: _Changes(layer.components(name), layer.features(name), layer.num_experts, model.device)
+                name: ScaleChanges(layer.components(name), layer.features(name), layer.num_experts, model.device)
                 for name in layer.projections
             }
             for index, layer in stored.schemas.items()
@@ -138,7 +119,7 @@ class _Tuner:
             yield module
 
     def _experts(
-        self, weights: LayerWeights, changes: dict[ProjectionName, _Changes], x: Tensor, ids: Tensor, shares: Tensor
+        self, weights: LayerWeights, changes: dict[ProjectionName, ScaleChanges], x: Tensor, ids: Tensor, shares: Tensor
     ) -> Tensor:
         """Output of the routed experts, [T, H]: in place of the module's own `forward`."""
         flat = x.reshape(-1, x.shape[-1])
@@ -150,12 +131,12 @@ class _Tuner:
             # Of `x[token]` the gradient takes far longer on a CPU.
             own = flat.index_select(0, token)
             gate_up = [
-                changes[name](parts[name], e, own, own if part is flat else part.index_select(0, token))
+                _projected(changes[name], parts[name], e, own, own if part is flat else part.index_select(0, token))
                 for name, part in z.items()
             ]
             gate, up = torch.cat(gate_up, -1).chunk(2, -1)
             h = gated(gate, up)
-            out = changes["down"](parts["down"], e, h, parts["down"].project(h))
+            out = _projected(changes["down"], parts["down"], e, h, parts["down"].project(h))
             y = y.index_add(0, token, out * shares[token, slot, None])
         return y.view_as(x)
 
@@ -273,7 +254,8 @@ def _steps(windows: Tensor, seed: int) -> list[list[int]]:
 
 def layer_visits(layers: int, windows: Tensor, judged: int) -> int:
     """How often `tune_model` calls `on_layer`."""
-    return 2 * layers * (len(_batches(range(judged), windows)) + len(_steps(windows, 0)))
+    steps = PASSES * len(_batches(range(len(windows)), windows))
+    return 2 * layers * (len(_batches(range(judged), windows)) + steps)
 
 
 def tuning_bytes(sizes: RunSizes) -> int:

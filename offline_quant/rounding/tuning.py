@@ -32,6 +32,27 @@ JUDGED_SHARE = 16
 of the two has seen, would favour it."""
 
 
+class ScaleChanges(nn.Module):
+    """Relative changes of the scales of one projection, by expert, as parameters."""
+
+    def __init__(self, components: int, features: int, experts: int, device: torch.device):
+        super().__init__()
+        # An expert that a step does not reach has no gradient, and does not move.
+        self.components = nn.ParameterList(torch.zeros(components, device=device) for _ in range(experts))
+        self.features = nn.ParameterList(torch.zeros(features, device=device) for _ in range(experts))
+
+    def scales(self, weights: ProjectionWeights, expert: int) -> tuple[Tensor, Tensor]:
+        """Component scales [C] and feature scales [F] of an expert, float32."""
+        s, t = weights.part("component_scale")[expert], weights.part("feature_scale")[expert]
+        return s.float() * (1 + self.components[expert]), t.float() * (1 + self.features[expert])
+
+    def tensors(self, weights: ProjectionWeights) -> dict[str, Tensor]:
+        """Scales as the file stores them, on the CPU."""
+        found = [self.scales(weights, e) for e in range(len(self.components))]
+        components, features = (torch.stack([pair[i].detach() for pair in found]).half().cpu() for i in (0, 1))
+        return {f"{weights.name}_component_scale": components, f"{weights.name}_feature_scale": features}
+
+
 class _TunedProjection(nn.Module):
     """One projection of every expert with its scales and codes as parameters."""
 
@@ -43,19 +64,13 @@ class _TunedProjection(nn.Module):
         self.top = torch.exp2(width) - 1
         """Highest code of every row, [E, C, 1]; 0 where nothing is stored."""
         self.levels = nn.ParameterList(weights.levels(e) for e in range(experts))
-        self.components = nn.ParameterList(torch.zeros(codes, device=bits.device) for _ in range(experts))
         features = weights.part("feature_scale").shape[1]
-        self.features = nn.ParameterList(torch.zeros(features, device=bits.device) for _ in range(experts))
+        self.changes = ScaleChanges(codes, features, experts, bits.device)
 
     def codes(self, expert: int) -> Tensor:
         """Codes as they are rounded now, float32 [C, F]."""
         top = self.top[expert]
         return (self.levels[expert].detach() + top / 2).round().clamp(min=torch.zeros_like(top), max=top)
-
-    def scales(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Component scales [C] and feature scales [F]."""
-        s, t = self.weights.part("component_scale")[expert], self.weights.part("feature_scale")[expert]
-        return s.float() * (1 + self.components[expert]), t.float() * (1 + self.features[expert])
 
     def forward(self, expert: int, x: Tensor, z: Tensor) -> Tensor:
         """As `ProjectionWeights.forward`, with gradients."""
@@ -64,7 +79,7 @@ class _TunedProjection(nn.Module):
             return w.forward(expert, x, z)
         hidden, top = self.levels[expert], self.top[expert]
         level = (hidden + (self.codes(expert) - top / 2 - hidden).detach()) * (top > 0)
-        return w.product(expert, x, z, level, *self.scales(expert), w.order(expert))
+        return w.product(expert, x, z, level, *self.changes.scales(w, expert), w.order(expert))
 
     def tensors(self) -> dict[str, Tensor]:
         """Parts that may have changed, as the file stores them, on the CPU."""
@@ -72,12 +87,7 @@ class _TunedProjection(nn.Module):
         codes = [
             pack_codes(self.codes(e).to(torch.uint8).cpu(), bits[e], w.block_size) for e in range(len(self.levels))
         ]
-        scales = [self.scales(e) for e in range(len(self.levels))]
-        return {
-            f"{w.name}_codes": torch.cat(codes).to(code_dtype(w.block_size)),
-            f"{w.name}_component_scale": torch.stack([s.detach() for s, _ in scales]).half().cpu(),
-            f"{w.name}_feature_scale": torch.stack([t.detach() for _, t in scales]).half().cpu(),
-        }
+        return {f"{w.name}_codes": torch.cat(codes).to(code_dtype(w.block_size)), **self.changes.tensors(w)}
 
 
 class _TunedLayer:
@@ -95,7 +105,7 @@ class _TunedLayer:
         for name, part in self.parts.items():
             down = DOWN_RATE if name == "down" else 1.0
             found.append({"params": list(part.levels), "rate": codes * down})
-            found.append({"params": [*part.components, *part.features], "rate": SCALE_RATE * down})
+            found.append({"params": list(part.changes.parameters()), "rate": SCALE_RATE * down})
         return found
 
     def expert(self, expert: int, x: Tensor, z: Mapping[ProjectionName, Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from bitsmoe_kernels.errors import BitsmoeError
 from builders import REPO
@@ -21,11 +22,14 @@ from offline_quant.calibration.sources import base as sources
 from offline_quant.checkpoint.directory import PAGE_FILE, REPORT_FILE
 from offline_quant.config import QuantizeConfig
 from offline_quant.pipeline import calibrate, layer_loop
+from offline_quant.pipeline import model_tuning as step
 from offline_quant.pipeline import quantize as pipeline
 from offline_quant.pipeline import resume as state_module
 from offline_quant.pipeline.memory import check_memory, parse_bytes
 from offline_quant.pipeline.quantize import quantize_model
 from offline_quant.pipeline.resume import RunState, fingerprint, state_directory
+from offline_quant.report.schema import ModelReport
+from offline_quant.rounding import model_tuning as model_tuning_module
 from offline_quant.runtime.distributed import Workers
 from offline_quant.runtime.launch import launch_workers
 from offline_quant.runtime.offload import OffloadCache
@@ -398,6 +402,42 @@ def test_tuning_resumes_too_and_wants_one_process(source, tmp_path, monkeypatch)
         quantize_model(str(source), tmp_path / "other", config, workers=Half(0))
     with pytest.raises(BitsmoeError, match="--tune-model: the whole model is tuned in one process"):
         quantize_model(str(source), tmp_path / "other", options(source, tune_model=True), workers=Half(0))
+
+
+def test_tuning_of_the_model_changes_scales_only_and_goes_on_after_a_death(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_tuning_module, "RATE", 0.2)  # few steps, and a small divergence
+    reports: list[ModelReport] = []
+    plain, config = (options(source, bits=3.0, tune_model=on) for on in (False, True))
+    for name, given in (("plain", plain), ("tuned", config)):
+        result = quantize_model(str(source), tmp_path / name, given)
+        assert result is not None
+        reports.append(result.report)
+    assert reports[0].model_tuning is None
+    tuning = reports[1].model_tuning
+    assert tuning is not None
+    assert tuning.kept
+    assert tuning.kl_after < tuning.kl_before
+    assert f"{tuning.kl_before:.4g} -&gt; {tuning.kl_after:.4g}" in (tmp_path / "tuned" / PAGE_FILE).read_text()
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "tuned"))
+    changed = {name.rpartition("_")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"scale"}
+    # The verdict is on the tuned model, whose predictions differ from those of the one before.
+    assert reports[0].sanity != reports[1].sanity
+
+    def die(*_: object, **__: object) -> None:
+        raise Died
+
+    for place, name in ((step, "tune_model"), (pipeline, "write_checkpoint")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, die)
+            with pytest.raises(Died):
+                quantize_model(str(source), tmp_path / "died", config, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "tune_model", die)  # it is done already
+        quantize_model(str(source), tmp_path / "died", config, resume=True)
+    assert contents(tmp_path / "died") == contents(tmp_path / "tuned")
 
 
 class Half(Workers):

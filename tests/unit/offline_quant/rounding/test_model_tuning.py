@@ -1,4 +1,4 @@
-"""Tuning of the whole model: gradients against those of transformers' model, what comes out, and runs that die."""
+"""Tuning of the whole model: gradients against those of transformers' model, and what comes out."""
 
 import shutil
 from collections.abc import Callable
@@ -14,20 +14,12 @@ from transformers import AutoModelForCausalLM
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.models.families import FAMILIES, moe_shape
 from bitsmoe_kernels.reference import LayerWeights
-from families import IDS, make_model, make_quantized
+from families import IDS, make_quantized
 from offline_quant.checkpoint.dequantize import dequantize_checkpoint
-from offline_quant.checkpoint.directory import PAGE_FILE
-from offline_quant.config import QuantizeConfig
 from offline_quant.model.quantized import open_model
 from offline_quant.model.streaming import StreamedModel
-from offline_quant.pipeline import model_tuning as step
-from offline_quant.pipeline import quantize as pipeline
-from offline_quant.pipeline.quantize import quantize_model
-from offline_quant.report.schema import ModelReport
 from offline_quant.rounding import model_tuning
 from offline_quant.rounding.model_tuning import StoredLayers, layer_visits, tune_model
-
-TEXT = "She opened the door, and there stood her brother with the lamp in his hand. " * 60
 
 
 def stored_layers(directory: Path) -> StoredLayers:
@@ -148,58 +140,3 @@ def test_scales_that_lower_nothing_are_not_kept(spoiled: tuple[Path, Path], monk
     found = tune_model(model, stored_layers(bad), windows, noisy_states(good, windows, 0), 1)
     assert found.scales == {}
     assert not found.after < found.before
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tuned")
-    (folder / "calib.txt").write_text(TEXT)
-    return make_model("Qwen2MoeForCausalLM", folder / "model")
-
-
-def options(source: Path, **changed: object) -> QuantizeConfig:
-    text = {"calib": str(source.parent / "calib.txt"), "calib_samples": 6, "calib_length": 64}
-    return QuantizeConfig.model_validate({"bits": 3.0, "refine": 0, "tune_model": True, **text, **changed})
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in directory.iterdir() if p.name != PAGE_FILE}
-
-
-@pytest.mark.slow
-def test_only_scales_change_and_a_run_that_dies_goes_on(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(model_tuning, "RATE", 0.2)  # few steps, and a small divergence
-    reports: list[ModelReport] = []
-    for name, config in {"plain": options(source, tune_model=False), "tuned": options(source)}.items():
-        result = quantize_model(str(source), tmp_path / name, config)
-        assert result is not None
-        reports.append(result.report)
-    assert reports[0].model_tuning is None
-    tuning = reports[1].model_tuning
-    assert tuning is not None
-    assert tuning.kept
-    assert tuning.kl_after < tuning.kl_before
-    assert f"{tuning.kl_before:.4g} -&gt; {tuning.kl_after:.4g}" in (tmp_path / "tuned" / PAGE_FILE).read_text()
-    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "tuned"))
-    changed = {name.rpartition("_")[2] for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"scale"}
-    # The verdict is on the tuned model, whose predictions differ from those of the one before.
-    assert reports[0].sanity != reports[1].sanity
-
-    class Died(BaseException):
-        """Stands for a signal."""
-
-    def die(*_: object, **__: object) -> None:
-        raise Died
-
-    for place, name in ((step, "tune_model"), (pipeline, "write_checkpoint")):
-        with monkeypatch.context() as patch:
-            patch.setattr(place, name, die)
-            with pytest.raises(Died):
-                quantize_model(str(source), tmp_path / "died", options(source), resume=True)
-    with monkeypatch.context() as patch:
-        patch.setattr(step, "tune_model", die)  # it is done already
-        quantize_model(str(source), tmp_path / "died", options(source), resume=True)
-    assert contents(tmp_path / "died") == contents(tmp_path / "tuned")
