@@ -34,6 +34,8 @@ TEXT = ROOT / "LICENSE"
 SMALL = ("--calib-samples", "6", "--calib-length", "256")
 PRETENDED = """
 import runpy, sys
+from bitsmoe_kernels import _triton
+_triton.why_not = lambda: "nothing runs on a pretended device"
 from pretended_cuda import pretended_cuda
 with pretended_cuda():
     runpy.run_module("offline_quant.cli", run_name="__main__", alter_sys=True)

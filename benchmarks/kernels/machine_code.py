@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bitsmoe_kernels._triton import gemm, prepare
+from bitsmoe_kernels._triton import gemm, prepare, rounding
 from bitsmoe_kernels.backends.launch_config import DECODE, PREFILL, TILES, Tile, kwidth_of
 from bitsmoe_kernels.layout.fields import CLASSES, TILE
 
@@ -126,6 +126,22 @@ def other_kernels(capability: int, fp16: bool) -> Iterator[tuple[str, Any]]:
              "arrived": "*i32", "expert_map": "*i32"}  # fmt: skip
     constants = {"E": 128, "E_POW2": 128, "BT": 16, "CHUNK": 64, "EXPERTS": 128, "EXPERT_MAP": True}
     yield "route", compiled(prepare.route_kernel, capability, constants, types, 4)
+
+
+def rounding_kernels(capability: int) -> Iterator[tuple[str, Any]]:
+    """The quantizer's kernels as a row of N values takes them, compiled."""
+    floats = ("F", "U", "M", "half", "power", "c", "a", "norms", "errors", "total", "left", "gradient", "change")
+    types = dict.fromkeys(floats, "*fp32") | {"codes": "*u8"}
+    for N in (2048, 7168):
+        for columns in (False, True):
+            row = rounding.row_options(N, columns)
+            warps, constants = row.pop("num_warps"), row | {"ROUGH": False}
+            for kernel in (rounding.feedback_kernel, rounding.alone_kernel):
+                name = f"{kernel.__name__}, rows of {N}{', widths of columns' * columns}"
+                yield name, compiled(kernel, capability, constants, types, warps)
+            tile = rounding.descent_options(N, columns)
+            warps = tile.pop("num_warps")
+            yield f"descent_kernel, rows of {N}", compiled(rounding.descent_kernel, capability, tile, types, warps)
 
 
 def _said_of(kernel: Any, tool: str, option: str) -> str:

@@ -17,10 +17,12 @@ from offline_quant.layer.plan import LayerPlan
 from offline_quant.layer.view import LayerView, RoundingProblem
 from offline_quant.linalg import add_damping, output_energy
 from offline_quant.model.expert_weights import ExpertWeights
-from offline_quant.rounding import compensator, native
+from offline_quant.rounding import compensator
 from offline_quant.rounding.correction import correct_down
-from offline_quant.rounding.error_feedback import Quantized, RoundingMode, quantize
+from offline_quant.rounding.error_feedback import RoundingMode, quantize
+from offline_quant.rounding.grid import Quantized
 from offline_quant.rounding.joint_fit import fit_jointly
+from offline_quant.rounding.packing import pack_codes
 
 SCALE_RANGE = 2.0**-10, 2.0**14
 """Where the largest scales of an expert lie as a rule. Beyond it they are shared out anew between its two sides."""
@@ -218,8 +220,7 @@ def _quantize_projection(view: LayerView, plan: LayerPlan, problem: RoundingProb
     error = output_energy(residual, M) if error is None else error
     lost, total = (float((frequency * x).sum()) for x in (error, energy))
     codes = [
-        native.pack_codes((q.codes[i] if problem.on_input else q.codes[i].T).cpu(), bits[i], G)
-        for i in range(len(chunk))
+        pack_codes((q.codes[i] if problem.on_input else q.codes[i].T).cpu(), bits[i], G) for i in range(len(chunk))
     ]
     scales, features = (q.a, q.c) if problem.on_input else (q.c, q.a)
     features = features if roots is None else features / roots

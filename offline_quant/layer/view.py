@@ -16,7 +16,8 @@ from offline_quant.layer.context import LayerContext
 from offline_quant.layer.first_pass import LayerMeasurements
 from offline_quant.linalg import CholeskyFactor, factorize, on_diagonal, permute
 from offline_quant.model.expert_weights import ExpertWeights
-from offline_quant.rounding.error_feedback import Quantized, RoundingMode, quantize
+from offline_quant.rounding.error_feedback import RoundingMode, quantize
+from offline_quant.rounding.grid import Quantized
 
 Result = TypeVar("Result")
 

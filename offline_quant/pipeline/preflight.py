@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from bitsmoe_kernels._cpu import library
 from bitsmoe_kernels.errors import BitsmoeError, Faults
 from bitsmoe_kernels.format.linear_layers import DenseConfig
 from bitsmoe_kernels.format.safetensors_io import read_json
@@ -27,6 +26,7 @@ from offline_quant.model.streaming import StreamedModel, transformers_config
 from offline_quant.pipeline.hidden_states import batch_windows
 from offline_quant.pipeline.memory import MemoryEstimate, check_memory, estimate_run
 from offline_quant.pipeline.resume import EarlierRun, held_bytes, state_directory
+from offline_quant.rounding.backends.select import why_no_kernels
 from offline_quant.runtime.chunks import matrix_bytes
 from offline_quant.runtime.device import check_device
 from offline_quant.runtime.distributed import Workers
@@ -124,8 +124,8 @@ def check_inputs(
     assert inputs is not None
     if workers.rank == 0:
         inputs.original.warn_of_ignored()
-        if device == "cpu" and (reason := library.why_not()):
-            console.print(f"Rounding takes several times as long without the CPU kernels: {reason}")
+        if reason := why_no_kernels(torch.device(device)):
+            console.print(f"Rounding takes several times as long {reason}")
         if lost := missing_code(directory):
             console.print(
                 f"{directory}: config.json names {', '.join(lost)}, which are not there; the result names none"

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from bitsmoe_kernels.expert_mlp import gated
-from bitsmoe_kernels.format.packing import code_dtype, pack_codes
-from bitsmoe_kernels.format.schema import Layer, ProjectionName
+from bitsmoe_kernels.format.schema import Layer, ProjectionName, code_dtype
 from bitsmoe_kernels.reference import LayerWeights, ProjectionWeights, moe_forward
 from offline_quant.model.expert_inputs import ExpertInputs
+from offline_quant.rounding.packing import pack_codes
 
 STEPS = 96
 BATCH_TOKENS = 2_048

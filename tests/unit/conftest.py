@@ -8,6 +8,7 @@ torch.set_num_threads(1)
 # before anything else of this process imports it. Processes that tests start do not inherit the choice.
 with pytest.MonkeyPatch.context() as environment:
     environment.setenv("TRITON_INTERPRET", "1")
+    import bitsmoe_kernels._triton.rounding
     import bitsmoe_kernels.backends.triton_launch  # noqa: F401
 
 

@@ -1,6 +1,5 @@
 """The backend of the Triton kernels. Importing it needs no Triton: `triton_launch.py` does, at the first call."""
 
-import importlib.util
 import json
 from collections.abc import Sequence
 from functools import lru_cache
@@ -8,6 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from bitsmoe_kernels import _triton
 from bitsmoe_kernels.backends.base import Backend, Prepared, Target, moe_op
 from bitsmoe_kernels.backends.launch_config import kwidth_of, why_no_table
 from bitsmoe_kernels.format.schema import Layer
@@ -73,9 +73,7 @@ class TritonMoE(Backend):
             return reason
         if target.dtype not in DTYPES:
             return f"activations are {target.dtype_name}, not float16 or bfloat16"
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed"
-        return unsupported(layer)
+        return _triton.why_not() or unsupported(layer)
 
     def describe(self, target: Target) -> str:
         """See `Backend`."""

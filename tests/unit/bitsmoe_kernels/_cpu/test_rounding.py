@@ -1,6 +1,5 @@
 """The compiled rounding against float64 loops that say what it should compute, and against itself."""
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -8,39 +7,13 @@ from torch import Tensor
 from bitsmoe_kernels._cpu import library
 from bitsmoe_kernels._cpu import rounding as compiled
 from bitsmoe_kernels.format import packing
+from rounding_cases import CASES, STEP, RoundingCase, check_alone, check_descent, check_feedback, check_scales
 
 pytestmark = pytest.mark.skipif(library.why_not() is not None, reason=str(library.why_not()))
 
-# n, K, N, along, what it is for
-CASES = {
-    "one row, one column": (1, 1, 1, "K"),
-    "one row, widths of columns": (2, 1, 5, "N"),
-    "one column": (3, 70, 1, "K"),
-    "one column, width of its own": (3, 33, 1, "N"),
-    "a block and a panel exactly": (2, 32, 48, "K"),
-    "one more of each": (2, 33, 49, "N"),
-    "ragged, several blocks and panels": (3, 150, 131, "K"),
-    "more rows than one depth of products": (2, 300, 100, "N"),
-    "more experts than threads": (5, 40, 20, "K"),
-}
-STEP = (0.0, 1.5957, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
 
-
-class Problem:
-    """Factors, moments and levels of one case; every width from 0 to 8."""
-
-    def __init__(self, n: int, K: int, N: int, along: str, scale: float = 1.0):
-        g = torch.Generator().manual_seed(n + 10 * K + 1000 * N)
-        self.F = torch.randn(n, K, N, generator=g) * scale
-        x = torch.randn(n, 4 * K + 8, K, generator=g) @ (torch.eye(K) + 0.3 * torch.randn(n, K, K, generator=g))
-        self.M = x.mT @ x / x.shape[1]
-        self.M.diagonal(dim1=1, dim2=2).add_(0.01 * self.M.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True))
-        inverse = torch.from_numpy(np.linalg.inv(self.M.double().numpy()))
-        self.U = torch.linalg.cholesky(inverse).mT.float().contiguous()
-        width = torch.randint(0, 9, (n, K, 1) if along == "K" else (n, 1, N), generator=g)
-        self.half = (torch.exp2(width.float()) - 1) / 2
-        self.power = torch.where(width > 0, torch.tensor(STEP)[width].clamp(min=1e-6).pow(-2), 0.0)
-        self.c = ((0.5 + torch.rand(n, N, generator=g)) * scale**0.5).clamp(max=2.0**15).half().float()
+class Problem(RoundingCase):
+    """A case and the compiled kernels."""
 
     def feedback(self, rough: bool = False, isa: str | None = None, threads: int = 0) -> compiled.Rounded:
         return compiled.round_with_feedback(self.F, self.U, self.half, self.power, self.c, rough, isa, threads)
@@ -63,22 +36,6 @@ class Problem:
         c = compiled.refit_columns_(gradient, MF, self.half, found.codes, found.a, self.c, isa, threads)
         return system.tril(), right, A, c, gradient
 
-    def value(self, codes: Tensor, a: Tensor) -> Tensor:
-        """What codes mean, float64."""
-        return a.double()[:, :, None] * self.c.double()[:, None] * (codes.double() - self.half.double())
-
-    def error(self, codes: Tensor, a: Tensor) -> Tensor:
-        """tr((F - F^)^T M (F - F^)) [n], float64."""
-        left = self.F.double() - self.value(codes, a)
-        return (left * (self.M.double() @ left)).sum((1, 2))
-
-    def nearest(self, x: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes of x [n, K, N] or of a row of it, and how far x lies from a boundary between two, float64."""
-        half = self.half.double()
-        inside = x / step.masked_fill(step == 0, torch.inf) + half
-        codes = torch.minimum(inside.round().clamp(min=0), 2 * half)
-        return codes, ((inside - inside.floor()) - 0.5).abs()
-
 
 def equal(first: tuple[Tensor | None, ...], second: tuple[Tensor | None, ...]) -> bool:
     pairs = zip(first, second, strict=True)
@@ -100,60 +57,25 @@ def test_bits_depend_neither_on_the_instruction_set_nor_on_threads(case: str, ro
 
 @pytest.mark.parametrize("case", CASES)
 def test_feedback_hands_every_error_on(case: str) -> None:
-    """w_k = F_k - sum over j < k of U_jk e_j and e_k = (w_k - rounded) / U_kk, with the scales that were found."""
     problem = Problem(*CASES[case])
-    found = problem.feedback()
-    F, U, value = problem.F.double(), problem.U.double(), problem.value(found.codes, found.a)
-    handed, K = torch.zeros_like(F), F.shape[1]
-    for k in range(K):
-        row = F[:, k] - (U[:, :k, k, None] * handed[:, :k]).sum(1)
-        step = (found.a.double()[:, k, None] * problem.c.double())[:, None]
-        codes, margin = problem.nearest(row[:, None].expand(-1, K, -1), step)
-        # Within float32 rounding of a boundary a value may fall either way.
-        sure = margin[:, k] > 1e-3
-        assert torch.equal(codes[:, k][sure], found.codes[:, k].double()[sure])
-        assert torch.allclose(found.norms[:, k].double(), row.square().sum(-1), rtol=1e-3, atol=1e-6)
-        handed[:, k] = (row - value[:, k]) / U[:, k, k, None]
-    assert found.error is not None
-    assert torch.allclose(found.error.double(), problem.error(found.codes, found.a), rtol=1e-3)
+    codes, a, norms, error, _ = problem.feedback()
+    assert error is not None
+    check_feedback(problem, codes, a, norms, error)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_alone_every_row_gets_its_nearest_levels(case: str) -> None:
     problem = Problem(*CASES[case])
-    found = problem.alone()
-    codes, margin = problem.nearest(problem.F.double(), found.a.double()[:, :, None] * problem.c.double()[:, None])
-    sure = margin > 1e-4
-    assert torch.equal(codes[sure], found.codes.double()[sure])
-    assert found.left is not None
-    left = problem.F.double() - problem.value(found.codes, found.a)
-    assert torch.allclose(found.left.double(), left, atol=1e-5)
-    assert torch.allclose(found.norms.double(), problem.F.double().square().sum(-1), rtol=1e-5)
+    codes, a, norms, _, left = problem.alone()
+    assert left is not None
+    check_alone(problem, codes, a, norms, left)
 
 
 @pytest.mark.parametrize("along", ["K", "N"])
 @pytest.mark.parametrize("rough", [False, True])
 def test_scales_are_those_of_alternating_least_squares(along: str, rough: bool) -> None:
-    """From four starts, or from one; every column weighed by its scale's square."""
     problem = Problem(3, 20, 200, along)
-    half, weight = problem.half.double(), problem.c.double().square()[:, None]
-    v = problem.F.double() / problem.c.double()[:, None]
-
-    def nearest(a: Tensor) -> Tensor:
-        return problem.nearest(v * problem.c.double()[:, None], a[..., None] * problem.c.double()[:, None])[0] - half
-
-    def lost(a: Tensor) -> Tensor:
-        return (weight * (v - a[..., None] * nearest(a)).square()).sum(-1)
-
-    start = ((weight * v.square()).sum(-1) / (weight * problem.power.double()).sum(-1).clamp(min=1e-30)).sqrt()
-    results = []
-    for candidate in (1.0,) if rough else (0.7, 0.85, 1.0, 1.2):
-        a = candidate * start
-        for _ in range(1 if rough else 3):
-            level = nearest(a)
-            a = (weight * v * level).sum(-1) / (weight * level.square()).sum(-1).clamp(min=1e-30)
-        results.append(lost(a.half().double()))
-    assert torch.allclose(lost(problem.alone(rough).a.double()), torch.stack(results).amin(0), rtol=1e-2)
+    check_scales(problem, problem.alone(rough).a, rough)
 
 
 @pytest.mark.parametrize("bits", range(1, 6))
@@ -177,18 +99,8 @@ def test_descent_gives_every_row_its_best_codes_in_turn(case: str) -> None:
     problem = Problem(*CASES[case])
     first = problem.alone(rough=True)
     codes, error = problem.descend(first)
-    F, M, value = problem.F.double(), problem.M.double(), problem.value(first.codes, first.a)
-    after = problem.value(codes, first.a)
-    K = F.shape[1]
-    for k in range(K):
-        target = value[:, k] + (M[:, k, None] @ (F - value))[:, 0] / M[:, k, k, None]
-        step = (first.a.double()[:, k, None] * problem.c.double())[:, None]
-        best, margin = problem.nearest(target[:, None].expand(-1, K, -1), step)
-        sure = margin[:, k] > 1e-3
-        assert torch.equal(best[:, k][sure], codes[:, k].double()[sure])
-        value[:, k] = after[:, k]
+    check_descent(problem, first.codes, codes, first.a)
     assert torch.allclose(error.double(), problem.error(codes, first.a), rtol=1e-3, atol=1e-6)
-    assert bool((error.double() <= 1.0001 * problem.error(first.codes, first.a)).all())
 
 
 @pytest.mark.parametrize("case", CASES)

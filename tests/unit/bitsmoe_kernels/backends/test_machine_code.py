@@ -83,3 +83,16 @@ def test_every_tile_compiles_without_spills(capability: int) -> None:
     for name, regime, tokens, used in found:
         assert used["spill_bytes"] == 0, (name, regime, tokens, used)
         assert used["shared_bytes"] <= 99 * 1024  # what a program may have on the smallest of them, sm_86 and sm_120
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_rows_of_the_quantizer_stay_in_registers(capability: int) -> None:
+    """A row is searched for its scale where it lies. Rows of 7,168 values in four starts are too many for registers."""
+    found = measured(
+        "import json; from benchmarks.kernels.machine_code import *\n"
+        f"print(json.dumps([[name, resources(kernel)] for name, kernel in rounding_kernels({capability})]))"
+    )
+    assert len(found) == 2 * 2 * 3
+    for name, used in found:
+        assert used["spill_bytes"] <= (600 if "rows of 7168" in name else 8), (name, used)
+        assert used["shared_bytes"] <= 256, (name, used)  # sums over columns

@@ -22,9 +22,11 @@ from offline_quant.layer.quantizer import quantize_chunk, quantize_layer
 from offline_quant.linalg import DAMPING, add_damping, add_product, factorize, mirrored, on_diagonal, output_energy
 from offline_quant.model.expert_inputs import ExpertInputs
 from offline_quant.report.collect import width_histogram
+from offline_quant.rounding.backends.torch_reference import _Rows
 from offline_quant.rounding.correction import correct_down
-from offline_quant.rounding.error_feedback import Quantized, RoundingMode, _Grid, quantize
+from offline_quant.rounding.error_feedback import RoundingMode, quantize
 from offline_quant.rounding.gaussian import gaussian_quantizer
+from offline_quant.rounding.grid import Grid, Quantized
 from offline_quant.rounding.joint_fit import fit_jointly
 from offline_quant.runtime import chunks as chunks_module
 
@@ -208,9 +210,9 @@ def test_a_representable_row_comes_back_exactly(bits):
     c = torch.rand(3, 512, generator=g).half().float() + 0.5
     scale = torch.tensor([0.125, 1.0, 3.5])  # exact in float16
     row, width = level * scale[:, None] * c, torch.full((3, 1), bits, dtype=torch.uint8)
-    grid = _Grid.of(width[:, :, None]).row(0)
-    a = grid.scale(row, c)
-    codes, value = grid.round(row, a, c)
+    rows = _Rows.of(Grid.of(width[:, :, None]), 0)
+    a = rows.scale(row, c)
+    codes, value = rows.round(row, a, c)
     assert a.tolist() == scale.tolist()
     assert torch.equal(codes, (level + half).to(torch.uint8))
     assert torch.equal(value, row)

@@ -14,8 +14,9 @@ from families import make_model
 from offline_quant.config import QuantizeConfig
 from offline_quant.evaluation.evaluate import Reference, evaluate
 from offline_quant.pipeline.quantize import quantize_model
-from offline_quant.rounding import native
 from offline_quant.rounding import tuning as tune
+from offline_quant.rounding.backends import select
+from offline_quant.rounding.backends.torch_reference import TorchRounding
 from offline_quant.rounding.error_feedback import RoundingMode, quantize
 from offline_quant.runtime.chunks import chunks_of
 from offline_quant.runtime.offload import OffloadCache
@@ -36,6 +37,15 @@ SAME_BYTES: list[tuple[str, dict[str, Any]]] = [
     ("DeepseekV3ForCausalLM", {}),
     ("Qwen3NextForCausalLM", {}),
 ]
+
+
+@pytest.fixture(autouse=True)
+def torch_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of the pretended device would run in Triton's interpreter, and those of the CPU add in another order.
+
+    `rounding/test_backends.py` has a device with its kernels.
+    """
+    monkeypatch.setattr(select, "backend_of", lambda tensor: TorchRounding())
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +71,8 @@ def quantized(folder: Path, source: Path, out: Path, device: str, **changed: Any
 
 @pytest.mark.parametrize(("architecture", "changed"), SAME_BYTES)
 def test_a_checkpoint_is_that_of_a_cpu(
-    folder: Path, tmp_path: Path, architecture: str, changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, architecture: str, changed: dict[str, Any]
 ) -> None:
-    """Of one where torch rounds, as on a GPU: the compiled kernels add in another order."""
-    monkeypatch.setattr(native, "runs_on", lambda tensor: False)
     source = model(folder, architecture)
     with sdpa_kernel(SDPBackend.MATH):
         expected = quantized(folder, source, tmp_path / "cpu", "cpu", **changed)
@@ -141,8 +149,7 @@ def test_launches_grow_with_rows_and_not_with_experts(experts: int) -> None:
         assert 100 * K < launches() - before < 200 * K
 
 
-def test_without_feedback_all_rows_are_rounded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "runs_on", lambda tensor: False)
+def test_without_feedback_all_rows_are_rounded_at_once() -> None:
     gen = torch.Generator().manual_seed(0)
     F, x = torch.randn(16, 256, 64, generator=gen), torch.randn(16, 512, 256, generator=gen)
     width = torch.randint(0, 5, (16, 256), generator=gen, dtype=torch.uint8)

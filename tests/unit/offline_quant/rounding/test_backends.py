@@ -1,22 +1,34 @@
-"""Rounding by the compiled kernels beside rounding by torch, and which of the two runs."""
+"""Rounding by kernels beside rounding by torch, and which of them runs where."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from bitsmoe_kernels import _triton
 from bitsmoe_kernels._cpu import library
 from bitsmoe_kernels._cpu import rounding as compiled
+from bitsmoe_kernels._triton import rounding as triton_kernels
 from bitsmoe_kernels.errors import BitsmoeError
 from builders import REPO
 from offline_quant.config import QuantizeConfig
 from offline_quant.linalg import add_damping, factorize
 from offline_quant.pipeline.quantize import quantize_model
-from offline_quant.rounding import native
-from offline_quant.rounding.error_feedback import Quantized, RoundingMode, quantize
+from offline_quant.rounding import packing
+from offline_quant.rounding.backends import select
+from offline_quant.rounding.backends.base import RoundingBackend
+from offline_quant.rounding.backends.cpu_kernels import CpuRounding
+from offline_quant.rounding.backends.torch_reference import TorchRounding
+from offline_quant.rounding.backends.triton_kernels import TritonRounding
+from offline_quant.rounding.error_feedback import RoundingMode, quantize
+from offline_quant.rounding.grid import Quantized
+from pretended_cuda import pretended_cuda
 
 needs_library = pytest.mark.skipif(library.why_not() is not None, reason=str(library.why_not()))
+KERNELS = [pytest.param(CpuRounding, marks=needs_library), pytest.param(TritonRounding, marks=pytest.mark.slow)]
 MODES = {
     "feedback": RoundingMode(0),
     "guessed scales": RoundingMode.pilot(),
@@ -24,6 +36,8 @@ MODES = {
     "refined": RoundingMode(2),
     "rows alone, refined": RoundingMode(1, feedback=False),
 }
+
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 
 def problem(n: int, K: int, N: int, along: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,23 +47,29 @@ def problem(n: int, K: int, N: int, along: str) -> tuple[Tensor, Tensor, Tensor]
     return torch.randn(n, K, N, generator=g), x.mT @ x / x.shape[1], widths
 
 
-def by_torch(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Quantized:
-    with monkeypatch.context() as patch:
-        patch.setattr(native, "runs_on", lambda tensor: False)
-        return quantize(*arguments)  # type: ignore[arg-type]
+@pytest.fixture
+def by(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Quantized]:
+    """`quantize` by a backend."""
+
+    def run(backend: type[RoundingBackend], *arguments: Any) -> Quantized:
+        with monkeypatch.context() as patch:
+            patch.setattr(select, "backend_of", lambda tensor: backend())
+            return quantize(*arguments)
+
+    return run
 
 
-@needs_library
 @pytest.mark.parametrize("along", ["K", "N"])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 9), (3, 70, 1), (2, 33, 49), (3, 100, 130)])
-def test_both_paths_round_alike(
-    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], mode: str, along: str
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 9), (1, 70, 1), (2, 33, 49)])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_kernels_round_as_torch_does(
+    by: Callable[..., Quantized], backend: type[RoundingBackend], shape: tuple[int, int, int], mode: str, along: str
 ) -> None:
     """Sums in another order move a value that lies on a boundary, and then what follows in its column."""
     F, M, widths = problem(*shape, along)
-    found = quantize(F, M, widths, along, MODES[mode])
-    expected = by_torch(monkeypatch, F, M, widths, along, MODES[mode])
+    found = by(backend, F, M, widths, along, MODES[mode])
+    expected = by(TorchRounding, F, M, widths, along, MODES[mode])
     # What is refitted may fall to the other side of a boundary of float16.
     assert torch.allclose(found.c, expected.c, rtol=2e-3 if MODES[mode].refine else 0, atol=0)
     assert torch.allclose(found.error, expected.error, rtol=0.02)
@@ -61,12 +81,12 @@ def test_both_paths_round_alike(
     assert torch.allclose(found.error.double(), (left * (metric @ left)).sum((1, 2)), rtol=2e-3)
 
 
-@needs_library
-def test_moments_that_are_not_finite_are_refused() -> None:
+@pytest.mark.parametrize("backend", [*KERNELS, TorchRounding])
+def test_moments_that_are_not_finite_are_refused(by: Callable[..., Quantized], backend: type[RoundingBackend]) -> None:
     F, M, widths = problem(2, 20, 10, "K")
     M[1, 3, 3] = float("nan")
     with pytest.raises(BitsmoeError, match="not finite"):
-        quantize(F, M, widths, "K")
+        by(backend, F, M, widths, "K")
 
 
 @needs_library
@@ -79,7 +99,7 @@ def test_the_compiled_kernels_run_where_they_can(monkeypatch: pytest.MonkeyPatch
     F, M, widths = problem(2, 20, 10, "K")
     quantize(F, M, widths, "K", RoundingMode(1))
     quantize(F, M, widths, "K", RoundingMode(0, feedback=False))
-    native.pack_codes(torch.zeros(16, 3, dtype=torch.uint8), torch.ones(1, dtype=torch.uint8), 16)
+    packing.pack_codes(torch.zeros(16, 3, dtype=torch.uint8), torch.ones(1, dtype=torch.uint8), 16)
     assert ran == [*names, "pack_codes"]
 
 
@@ -104,13 +124,45 @@ def test_scales_are_refitted_where_float32_has_no_cholesky_factor(monkeypatch: p
 
 
 def test_without_the_library_torch_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    F, M, widths = problem(2, 20, 10, "K")
-    expected = by_torch(monkeypatch, F, M, widths, "K")
     monkeypatch.setattr(library, "why_not", lambda: "they were not compiled")
     monkeypatch.setattr(library, "load", lambda: pytest.fail("the library was used"))
-    assert torch.equal(quantize(F, M, widths, "K").codes, expected.codes)
-    words = native.pack_codes(torch.ones(16, 3, dtype=torch.uint8), torch.ones(1, dtype=torch.uint8), 16)
+    F, M, widths = problem(2, 20, 10, "K")
+    assert bool(quantize(F, M, widths, "K").error.isfinite().all())
+    assert type(select.backend_of(F)) is TorchRounding
+    words = packing.pack_codes(torch.ones(16, 3, dtype=torch.uint8), torch.ones(1, dtype=torch.uint8), 16)
     assert words.tolist() == [[-1, -1, -1]]
+
+
+@pytest.mark.slow
+def test_a_gpu_rounds_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few launches for a block of rows, on the device that holds the factors, whichever is the current one."""
+    launched, given = [], problem(2, 70, 24, "K")
+
+    def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        launched.append((kernel.__name__, torch.cuda.current_device()))
+        held = [x.held if isinstance(x, Tensor) else x for x in arguments]  # type: ignore[attr-defined]
+        kernel[grid](*held, **options)
+
+    monkeypatch.setattr(triton_kernels, "_launch", launch)
+    expected = {mode: quantize(*given, "K", MODES[mode]) for mode in ("refined", "rows alone")}
+    with pretended_cuda() as operations:
+        there = [t.to("cuda") for t in given]
+        for mode, host in expected.items():
+            before = operations()
+            with torch.cuda.device(1):
+                found = quantize(*there, "K", MODES[mode])
+            assert operations() - before < 7 * 70  # torch alone: 141 for a row
+            assert torch.allclose(found.error.cpu(), host.error, rtol=0.02)
+    names = ["feedback_kernel"] * 3 + ["descent_kernel"] * 3 * 2 + ["alone_kernel"]
+    assert launched == [(name, 0) for name in names]
+
+
+def test_a_device_without_kernels_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert select.why_no_kernels(torch.device("cuda")) is None
+    monkeypatch.setattr(_triton, "why_not", lambda: "triton is not installed")
+    assert select.why_no_kernels(torch.device("cuda")) == "without the Triton kernels: triton is not installed"
+    assert select.why_no_kernels(torch.device("mps")) == "on mps, for which there are no kernels"
+    assert type(select.backend_of(torch.empty(1, device="meta"))) is TorchRounding
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""What rounds rows: torch, the compiled CPU kernels, the Triton kernels."""
