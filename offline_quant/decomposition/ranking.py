@@ -41,6 +41,10 @@ class Components:
         """The same in the CPU's memory."""
         return Components(self.order.cpu(), self.norms.cpu(), self.variance.cpu(), self.total.cpu())
 
+    def part(self, experts: slice) -> "Components":
+        """Those of some experts."""
+        return Components(*(getattr(self, f)[experts] for f in ("order", "norms", "variance", "total")))
+
     @classmethod
     def concatenate(cls, parts: "Sequence[Components]", device: torch.device) -> "Components":
         """Those of several chunks of experts, on a device."""

@@ -37,6 +37,7 @@ class LayerContext:
         workers: processes that share the work.
         cache: keeps tensors between passes.
         on_progress: called after every chunk of every pass with its number of experts, see `pass_count`.
+        sampled: chunks that stand for the layer, the first ones; None: all of them.
     """
 
     load: Callable[[range], ExpertWeights]
@@ -47,6 +48,7 @@ class LayerContext:
     workers: Workers = field(default_factory=Workers)
     cache: LayerCache = field(default_factory=LayerCache)
     on_progress: Callable[[int], None] = _ignore
+    sampled: Sequence[range] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -57,7 +59,12 @@ class LayerContext:
     def chunks(self) -> Sequence[range]:
         """Experts that are worked on together. They depend on sizes alone, so any number of workers cuts alike."""
         s = self.shape
-        return chunks_of(s.num_experts, s.hidden_size, s.intermediate_size, self.device)
+        return self.sampled or chunks_of(s.num_experts, s.hidden_size, s.intermediate_size, self.device)
+
+    def sample(self, experts: int) -> "LayerContext":
+        """The layer with its first chunks only, of so many experts at least. It counts no progress."""
+        count = next((i for i, chunk in enumerate(self.chunks, 1) if chunk.stop >= experts), len(self.chunks))
+        return replace(self, sampled=self.chunks[:count], on_progress=_ignore)
 
     @property
     def local_experts(self) -> list[int]:

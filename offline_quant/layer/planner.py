@@ -4,7 +4,7 @@ With a pilot, a rough quantization of every form measures what rows hand to one 
 decided again, and the form that lost least is taken.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -31,6 +31,10 @@ SHARED_BASIS_HANDICAP = 1.09
 end better (docs/log/2026-11-25.md). Tuning evens that out."""
 SHARED_BASIS_GAIN = 0.0012
 """And if that spares this much of the relative error, for every token served pays for the projection."""
+SAMPLE_EXPERTS = 16
+"""Experts, at least, that choose the form of a layer that has over twice as many."""
+DECISIVE = 1.05
+"""By how much the best form must beat the others there; else all experts choose."""
 
 
 def pass_count(config: QuantizeConfig) -> int:
@@ -53,15 +57,14 @@ def plan_layer(view: LayerView, budget: int | None = None, trim: bool = True) ->
     config, shape = view.config, view.shape
     weights = shape.num_weights // len(shape.layers)
     whole = int(config.bits * weights) if budget is None else budget
+    forms = _likely_forms(view, _allowed_forms(view), whole)
     best: LayerPlan | None = None
     least = np.inf
-    for table in choice_tables(view):
+    for table in choice_tables(view, forms):
         least = min(least, table.least_bits / table.schema.num_weights)
         if table.least_bits > whole:
             continue
-        plan = _decide(view, table, whole - table.overhead)
-        if runs_pilot(config):
-            plan = _pilot(view, plan, whole - table.overhead)
+        plan = _plan(view, table, whole)
         if best is None or _loss(plan, config) < _loss(best, config):
             best, worse = plan, best
         else:
@@ -76,26 +79,66 @@ def plan_layer(view: LayerView, budget: int | None = None, trim: bool = True) ->
     return _trim(view, best, whole) if trim and "trim" not in config.ablations else best
 
 
-def choice_tables(view: LayerView) -> Iterator[ChoiceTable]:
-    """The choices under every form the budget allows.
+def _allowed_forms(view: LayerView) -> list[Form]:
+    """Those the budget allows.
 
     Raises:
         BitsmoeError: it allows none; names the smallest possible one.
     """
     config = view.config
-    refusals, allowed = [], False
+    refusals, allowed = [], []
     for form in forms_of(config):
-        schema = form.schema(view.shape, config.basis_bits)
         try:
-            budget_bits(schema, config, view.ctx.prefix)
+            budget_bits(form.schema(view.shape, config.basis_bits), config, view.ctx.prefix)
         except BitsmoeError as e:
             refusals.append(e)
-            continue
-        allowed = True
-        ranked, overhead = _rank(view, form, schema), 8 * schema.nbytes(config.block_size)
-        yield choice_table(OBJECTIVES[config.objective], view, form.name, schema, ranked, overhead)
+        else:
+            allowed.append(form)
     if not allowed:
         raise refusals[0]
+    return allowed
+
+
+def _likely_forms(view: LayerView, forms: list[Form], whole: int) -> list[Form]:
+    """The one form that wins clearly on a sample of many experts; all of them where none does.
+
+    Args:
+        view: the layer.
+        forms: that are allowed.
+        whole: all-in bits of the layer.
+    """
+    experts = view.shape.num_experts
+    if len(forms) < 2 or experts <= 2 * SAMPLE_EXPERTS or not runs_pilot(view.config):
+        return forms
+    sample = view.sample(SAMPLE_EXPERTS)
+    share = whole * sample.shape.num_experts // experts
+    losses: dict[float, Form] = {}
+    for form, table in zip(forms, choice_tables(sample, forms), strict=True):
+        if table.least_bits > share:
+            return forms
+        plan = _plan(sample, table, share)
+        losses[_loss(plan, view.config)] = form
+        _forget(sample, plan)
+    best, *others = sorted(losses)
+    return [losses[best]] if others and min(others) > DECISIVE * best else forms
+
+
+def choice_tables(view: LayerView, forms: Iterable[Form]) -> Iterator[ChoiceTable]:
+    """The choices under every form. A sample of a layer bears its share of what the whole layer stores but once."""
+    config, whole = view.config, view.ctx.shape
+    for form in forms:
+        schema = form.schema(view.shape, config.basis_bits)
+        stored = 8 * form.schema(whole, config.basis_bits).nbytes(config.block_size)
+        overhead = stored * view.shape.num_experts // whole.num_experts
+        ranked = _rank(view, form, schema)
+        yield choice_table(OBJECTIVES[config.objective], view, form.name, schema, ranked, overhead)
+
+
+def _plan(view: LayerView, table: ChoiceTable, whole: int) -> LayerPlan:
+    """The plan for one table and all-in bits of the layer."""
+    budget = whole - table.overhead
+    plan = _decide(view, table, budget)
+    return _pilot(view, plan, budget) if runs_pilot(view.config) else plan
 
 
 def _rank(view: LayerView, form: Form, schema: Layer) -> RankedProjections:

@@ -1,7 +1,7 @@
 """A measured layer as planning and quantizing see it: channels sorted, outputs weighed, moments in stored order."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -85,13 +85,20 @@ class LayerView:
 
     @property
     def shape(self) -> MoEShape:
-        """Sizes of the model's experts."""
-        return self.ctx.shape
+        """Sizes of the model's experts, and their number here."""
+        return replace(self.ctx.shape, num_experts=self.ctx.chunks[-1].stop)
 
     @property
     def routing_frequency(self) -> Tensor:
         """See `LayerMoments.routing_frequency`."""
-        return self.ctx.moments.routing_frequency
+        return self.ctx.moments.routing_frequency[: self.shape.num_experts]
+
+    def sample(self, experts: int) -> "LayerView":
+        """The layer with its first experts only, see `LayerContext.sample`."""
+        ctx, down = self.ctx.sample(experts), self.measurements.down
+        own = slice(ctx.chunks[-1].stop)
+        down = replace(down, components=down.components.part(own), ridge=down.ridge[own])
+        return LayerView(ctx, replace(self.measurements, down=down))
 
     def each(self, work: Callable[[range], Result]) -> Iterator[Result]:
         """See `LayerContext.each`."""

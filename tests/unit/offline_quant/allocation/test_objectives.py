@@ -11,6 +11,7 @@ from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.reference import LayerWeights
 from layers import measured_layer
 from offline_quant.allocation.heavy_tail import alpha_hill, tail_length
+from offline_quant.allocation.objectives import forms_of
 from offline_quant.config import QuantizeConfig
 from offline_quant.layer.planner import choice_tables, plan_layer
 from offline_quant.layer.quantizer import quantize_layer
@@ -96,7 +97,7 @@ def test_programs_equal_brute_force(objective):
 
 def test_alphaq_values_matrices_as_its_paper_does():
     view, gate_up, down = view_of("alphaq", gamma=2.0)
-    (table,) = choice_tables(view)
+    (table,) = choice_tables(view, forms_of(view.config))
     matrices = [*gate_up[:, :I], *gate_up[:, I:], *down]
     expected = [float(alpha_hill(W)) ** -2 * float(W.double().var(correction=0)) for W in matrices]
     for bits, choice in zip(table.width, table.loss.T, strict=True):
@@ -107,7 +108,7 @@ def test_alphaq_values_matrices_as_its_paper_does():
 def test_bt_moe_measures_what_a_choice_costs_at_the_layers_output():
     """A dropped expert's loss is its frequency times the L2 norm of its output, to first order in gate and up."""
     view, *_ = view_of("bt-moe", ranks=(0, 4, 8))
-    (table,) = choice_tables(view)
+    (table,) = choice_tables(view, forms_of(view.config))
     zero = (table.width == 0) & (table.rank == 0)
     share = view.ctx.moments.routing_frequency.numpy()
     gate_up, down = view.load(range(E))
@@ -174,7 +175,7 @@ def test_feedback_lowers_the_error():
 
 def test_prediction_scales_with_kappa():
     view, *_ = view_of("bitsmoe", basis="natural")
-    (table,) = choice_tables(view)
+    (table,) = choice_tables(view, forms_of(view.config))
     zero = table.loss[:, table.width == 0]
     for b in (1, 2, 3):
         assert table.loss[:, table.width == b] == pytest.approx(zero * kappa(b))

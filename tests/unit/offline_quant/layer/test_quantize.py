@@ -15,6 +15,7 @@ from offline_quant.calibration.moments import LayerMoments, RoutedTokens
 from offline_quant.config import QuantizeConfig
 from offline_quant.decomposition.bases import natural, paper, whitened
 from offline_quant.decomposition.ranking import rank_components
+from offline_quant.layer import planner
 from offline_quant.layer import quantizer as quantizer_module
 from offline_quant.layer.outputs import original_output, output_error, quantized_output
 from offline_quant.layer.planner import plan_layer
@@ -414,6 +415,31 @@ def layer(*args, **options):
     plan = plan_layer(view)
     quantized = quantize_layer(view, plan)
     return gate_up, down, view.ctx.moments, plan, quantized.tensors, quantized.errors, config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "best"), [(2, "whitened"), (None, "natural")])
+def test_a_sample_of_many_experts_chooses_their_form(rank, best, monkeypatch):
+    """Where it wins clearly, the same plan as where all experts tried both forms, and most never do."""
+
+    def planned():
+        tried = []
+        monkeypatch.setattr(
+            planner, "_rank", lambda v, f, s: tried.append((f.name, s.num_experts)) or rank_all(v, f, s)
+        )
+        return plan_layer(view_of("auto", 4.0, E=48, rank=rank)[2]), tried
+
+    rank_all = planner._rank
+    monkeypatch.setattr(planner, "DECISIVE", 1.0)
+    plan, tried = planned()
+    assert plan.basis == best
+    assert tried == [("natural", 16), ("whitened", 16), (best, 48)]
+    monkeypatch.setattr(planner, "DECISIVE", 1e9)
+    expected, tried = planned()
+    assert tried[2:] == [("natural", 48), ("whitened", 48)]
+    assert plan.pilot_error == expected.pilot_error
+    assert plan.bits.keys() == expected.bits.keys()
+    assert all(torch.equal(plan.bits[name], expected.bits[name]) for name in plan.bits)
 
 
 @pytest.mark.slow
