@@ -123,6 +123,19 @@ def draw_layer(data: Mapping[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def _held_over_stored(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Memory that the experts take in a server, over their bytes in the file.
+
+    All but the experts takes what it takes in the server of the 16-bit model, where experts are their bytes.
+    """
+    plain = next((r for r in rows if r["method"].endswith("16-bit") and "resident_bytes" in r), None)
+    if plain is None or row.get("expert_bytes") is None or row["dense_bits"] != 16:
+        return None
+    others: int = plain["resident_bytes"] - plain["expert_bytes"]
+    held: float = (row["resident_bytes"] - others) / row["expert_bytes"]
+    return held
+
+
 def serving_table(data: Mapping[str, Any]) -> str:
     """Tokens per second, one table for each model, as Markdown."""
     lines = [machine_line(data["machine"]), ""]
@@ -140,8 +153,11 @@ def serving_table(data: Mapping[str, Any]) -> str:
             for b in batches:
                 times = rates[b]["median"] / plain[b]["median"] if b in rates and b in plain else None
                 cells += [_number(rates[b]["median"] if b in rates else None, 1), _number(times, 2)]
+            cells += [_number(r["resident_bytes"] / 1e9 if "resident_bytes" in r else None, 2)]
+            cells += [_number(_held_over_stored(r, rows), 3)]
             body.append(cells)
         head = [cell for b in batches for cell in (f"tokens/s, {b} at a time", "times 16 bits")]
+        head += ["server's memory, GB", "experts in it, over the file's"]
         lines += [*_table(["", "bits per weight", *head], body), ""]
     lines += [
         f"Failed: {r['model']}, {r['method']}: {r['failed'].splitlines()[-1]}" for r in data["rows"] if "failed" in r

@@ -23,6 +23,7 @@ import torch
 from benchmarks.cpu.layer import machine
 from benchmarks.scale import MODELS, TOKENIZER
 from benchmarks.serving import BITSMOE, GPTQ, PLAIN, quantization
+from bitsmoe_kernels.models.families import moe_shape
 from vllm_server import SERVED_NAME, Server, serve
 
 VOCABULARY = 4096
@@ -103,6 +104,12 @@ def write_model(model: str, layers: int, method: Method, directory: Path) -> flo
     return found["bpw"] if found is not None and method.name == BITSMOE else None
 
 
+def expert_bytes(model: str, layers: int, bits: float | None) -> int | None:
+    """Bytes of the routed experts in the checkpoint, at so many bits per weight."""
+    config = MODELS[model].config | {"num_hidden_layers": layers, **CHANGES.get(model, {})}
+    return None if bits is None else int(moe_shape(config, model).num_weights * bits / 8)
+
+
 def requests(batch: int, prompt: int, output: int, number: int) -> list[dict[str, Any]]:
     """Bodies of the requests of a batch: prompts of random tokens, which `number` seeds, answers of a fixed length."""
     generator = torch.Generator().manual_seed(number)
@@ -155,19 +162,22 @@ def _row(model: str, method: Method, plan: Plan) -> dict[str, Any]:
         "--load-format", "dummy", "--dtype", "bfloat16", "--max-model-len", str(plan.prompt + plan.output),
         "--max-num-seqs", str(max(plan.batches)), "--no-enable-prefix-caching", "--seed", "0", *plan.options,
     ]  # fmt: skip
+    layers = plan.layers or LAYERS[model]
     with tempfile.TemporaryDirectory() as folder:
         directory, log = Path(folder) / "model", Path(folder) / "log.txt"
         directory.mkdir()
-        bits = write_model(model, plan.layers or LAYERS[model], method, directory)
+        bits = write_model(model, layers, method, directory)
         began = time.monotonic()
         try:
             with serve(directory, *options, log=log, timeout_s=600) as server:
                 started = time.monotonic() - began
                 found = rates(server, plan)
+                resident = server.resident_bytes()
         except RuntimeError as e:
             return {"failed": str(e)}
         said = BACKEND.search(log.read_text(encoding="utf-8", errors="replace"))
     return {
-        "tokens_per_second": found, "start_seconds": started, "bits_per_weight": bits,
-        "backend": said[1] if said else None,
+        "tokens_per_second": found, "start_seconds": started, "bits_per_weight": bits, "resident_bytes": resident,
+        "expert_bytes": expert_bytes(model, layers, 16 if method.name == PLAIN else bits),
+        "dense_bits": method.dense_bits, "backend": said[1] if said else None,
     }  # fmt: skip

@@ -270,15 +270,40 @@ def test_table_of_serving():
         return {"1": {"median": value}}
 
     rows = [
-        {"model": "m", "method": "vLLM, 16-bit", "tokens_per_second": rates(10), "bits_per_weight": None},
-        {"model": "m", "method": "bitsmoe natural", "tokens_per_second": rates(25), "bits_per_weight": 2.125},
+        {
+            "model": "m",
+            "method": "vLLM, 16-bit",
+            "tokens_per_second": rates(10),
+            "bits_per_weight": None,
+            "resident_bytes": 11_000_000_000,
+            "expert_bytes": 8_000_000_000,
+            "dense_bits": 16,
+        },
+        {
+            "model": "m",
+            "method": "bitsmoe natural",
+            "tokens_per_second": rates(25),
+            "bits_per_weight": 2.125,
+            "resident_bytes": 4_100_000_000,
+            "expert_bytes": 1_000_000_000,
+            "dense_bits": 16,
+        },
+        {
+            "model": "m",
+            "method": "bitsmoe natural, dense 4 bits",
+            "tokens_per_second": rates(20),
+            "resident_bytes": 3_000_000_000,
+            "expert_bytes": 1_000_000_000,
+            "dense_bits": 4,
+        },
         {"model": "m", "method": "bitsmoe 8-bit basis", "failed": "RuntimeError:\nno memory"},
     ]
     text = report.serving_table({"machine": machine(), "layers": {"m": 12}, "vocabulary": 4096, "rows": rows})
     assert "### m, 12 layers, 4096 words" in text
-    assert "| vLLM, 16-bit |  | 10.0 | 1.00 |" in text
-    assert "| bitsmoe natural | 2.125 | 25.0 | 2.50 |" in text
-    assert "| bitsmoe 8-bit basis |  |  |  |" in text
+    assert "| vLLM, 16-bit |  | 10.0 | 1.00 | 11.00 | 1.000 |" in text
+    assert "| bitsmoe natural | 2.125 | 25.0 | 2.50 | 4.10 | 1.100 |" in text
+    assert "| bitsmoe natural, dense 4 bits |  | 20.0 | 2.00 | 3.00 |  |" in text
+    assert "| bitsmoe 8-bit basis |  |  |  |  |  |" in text
     assert "Failed: m, bitsmoe 8-bit basis: no memory" in text
 
 
