@@ -34,7 +34,7 @@ SHARED_BASIS_GAIN = 0.0012
 SAMPLE_EXPERTS = 16
 """Experts, at least, that choose the form of a layer that has over twice as many."""
 DECISIVE = 1.05
-"""By how much the best form must beat the others there; else all experts choose. Both were tried on the same experts."""
+"""By how much the best form must beat the others there, on the same experts; else all experts choose."""
 
 
 def pass_count(config: QuantizeConfig) -> int:
