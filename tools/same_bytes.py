@@ -155,14 +155,22 @@ def checkout(name: str) -> Iterator[tuple[Path, str | None]]:
         tree = Path(folder, "tree")
         subprocess.run([*git, "worktree", "add", "--detach", "--quiet", str(tree), revision], check=True)
         try:
+            compile_kernels(tree)
             yield tree, revision
         finally:
             subprocess.run([*git, "worktree", "remove", "--force", str(tree)], check=True)
 
 
+def compile_kernels(tree: Path) -> None:
+    """Compile a checkout's CPU kernels, where it has any: without them torch rounds, to other bytes."""
+    if (tree / "kernels" / "bitsmoe_kernels" / "_cpu" / "build.py").is_file():
+        environment = os.environ | {"PYTHONPATH": str(tree / "kernels")}
+        subprocess.run([sys.executable, "-m", "bitsmoe_kernels._cpu.build"], cwd=tree, env=environment, check=True)
+
+
 def measured(tree: Path, revision: str | None, name: str, case: Case) -> tuple[Hashes, float]:
     """Hashes of what one case writes, and the seconds it took; from an earlier run where the same commit gave them."""
-    key = hashlib.sha256(repr((revision, case, TEXT.read_bytes())).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((revision, case, "compiled", TEXT.read_bytes())).encode()).hexdigest()[:16]
     kept = CACHE / f"{key}.json"
     if revision is not None and kept.exists():
         data = json.loads(kept.read_text())
