@@ -24,18 +24,25 @@ MAX_ERROR = 1e-4
 """Of a token's log-probability in float32, and how far apart two are that count as a tie, see test_serving.py."""
 MAX_ERROR_FLOAT16 = 5e-2
 """The same in float16, where the root mean square of either's error is up to 3e-3."""
+NARROW_FLOAT16 = 2e-3
+"""Of two router logits in float16: twice the distance of its numbers around 1. Either expert may be taken then."""
 BFLOAT16_ONLY = "Qwen3NextForCausalLM"
 """vLLM's linear attention on a CPU is written for nothing else."""
 
 
-def assert_same(got: Completions, want: Completions, max_error: float = MAX_ERROR) -> None:
-    """Of `PROMPTS`."""
-    for prompt, a, b in zip(PROMPTS, got, want, strict=True):
+def assert_same(
+    got: Completions, want: Completions, max_error: float = MAX_ERROR, narrow: torch.Tensor | None = None
+) -> None:
+    """Of `PROMPTS`; `narrow` [prompts, TOKENS] marks steps that do not count, see `narrow_choices`."""
+    for p, (prompt, a, b) in enumerate(zip(PROMPTS, got, want, strict=True)):
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            ignored = narrow is not None and bool(narrow[p, i])
             if x.token != y.token:
-                assert y.margin <= max_error, f"{prompt}: step {i} is {x}, the reference has {y}"
+                assert ignored or y.margin <= max_error, f"{prompt}: step {i} is {x}, the reference has {y}"
                 break
-            assert abs(x.logprob - y.logprob) <= max_error, f"{prompt}: step {i} is {x}, the reference has {y}"
+            assert ignored or abs(x.logprob - y.logprob) <= max_error, (
+                f"{prompt}: step {i} is {x}, the reference has {y}"
+            )
 
 
 def errors(prompts: list[list[int]], completions: Completions, model: torch.nn.Module) -> torch.Tensor:
@@ -48,6 +55,18 @@ def errors(prompts: list[list[int]], completions: Completions, model: torch.nn.M
         exact = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         out.append(torch.tensor([step.logprob for step in made]) - exact)
     return torch.cat(out)
+
+
+def narrow_choices(prompts: list[list[int]], completions: Completions, model: torch.nn.Module) -> torch.Tensor:
+    """Steps before which a router of the exact model prefers an expert by less than NARROW_FLOAT16: bool [n, TOKENS]."""
+    out = []
+    for prompt, made in zip(prompts, completions, strict=True):
+        ids = torch.tensor([[*prompt, *(step.token for step in made)]])
+        with torch.no_grad():
+            logits = torch.stack(model(ids, output_router_logits=True).router_logits)[:, len(prompt) - 1 : -1]
+        best = logits.topk(model.config.num_experts_per_tok + 1).values
+        out.append((best[..., -2] - best[..., -1] < NARROW_FLOAT16).any(0))
+    return torch.stack(out)
 
 
 @pytest.fixture
@@ -104,8 +123,13 @@ def test_linear_layers_outside_the_experts_at_four_and_eight_bits(
         quantize_model(str(source), quantized, config)
         dequantize_checkpoint(quantized, plain, torch.float32)
         got, want = (generate(directory, PROMPTS, TOKENS, "float16") for directory in (quantized, plain))
-        assert_same(got, want, MAX_ERROR_FLOAT16)
         exact = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
-        ours, theirs = (errors(PROMPTS, completions, exact).square().mean().sqrt() for completions in (got, want))
+        narrow = narrow_choices(PROMPTS, want, exact)
+        assert float(narrow.float().mean()) < 0.1
+        assert_same(got, want, MAX_ERROR_FLOAT16, narrow)
+        ours, theirs = (
+            errors(PROMPTS, made, exact)[~narrow_choices(PROMPTS, made, exact).flatten()].square().mean().sqrt()
+            for made in (got, want)
+        )
         assert ours <= 1.25 * theirs, (ours, theirs)
         assert theirs < 0.01

@@ -6,6 +6,8 @@ What is computed stands in `offline_quant/rounding/error_feedback.py`; `_cpu/rou
 Torch's own operations take a hundred launches for each row. Everything is float32.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -171,7 +173,7 @@ def descent_kernel(M, half, a, c, codes, gradient, change, start, end, K, N,
         tl.debug_barrier()  # as in `feedback_kernel`
 
 
-def _launch(kernel, grid, *args, **options):  # type: ignore[no-untyped-def]
+def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Every kernel goes through here: tests count them."""
     kernel[grid](*args, **options)
 
