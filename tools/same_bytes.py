@@ -170,6 +170,7 @@ def compile_kernels(tree: Path) -> None:
 
 def measured(tree: Path, revision: str | None, name: str, case: Case) -> tuple[Hashes, float]:
     """Hashes of what one case writes, and the seconds it took; from an earlier run where the same commit gave them."""
+    # "compiled": what was kept before checkouts had kernels does not count.
     key = hashlib.sha256(repr((revision, case, "compiled", TEXT.read_bytes())).encode()).hexdigest()[:16]
     kept = CACHE / f"{key}.json"
     if revision is not None and kept.exists():

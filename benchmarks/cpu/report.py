@@ -123,13 +123,12 @@ def draw_layer(data: Mapping[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _held_over_stored(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> float | None:
+def _held_over_stored(row: Mapping[str, Any], plain: Mapping[str, Any]) -> float | None:
     """Memory that the experts take in a server, over their bytes in the file.
 
-    All but the experts takes what it takes in the server of the 16-bit model, where experts are their bytes.
+    All but the experts takes what it takes in the server of the 16-bit model, `plain`, where experts are their bytes.
     """
-    plain = next((r for r in rows if r["method"].endswith("16-bit") and "resident_bytes" in r), None)
-    if plain is None or row.get("expert_bytes") is None or row["dense_bits"] != 16:
+    if "resident_bytes" not in plain or row.get("expert_bytes") is None or row["dense_bits"] != 16:
         return None
     others: int = plain["resident_bytes"] - plain["expert_bytes"]
     held: float = (row["resident_bytes"] - others) / row["expert_bytes"]
@@ -141,9 +140,8 @@ def serving_table(data: Mapping[str, Any]) -> str:
     lines = [machine_line(data["machine"]), ""]
     for model in dict.fromkeys(r["model"] for r in data["rows"]):
         rows = [r for r in data["rows"] if r["model"] == model]
-        plain: dict[str, Any] = next(
-            (r.get("tokens_per_second", {}) for r in rows if r["method"].endswith("16-bit")), {}
-        )
+        plain_row: dict[str, Any] = next((r for r in rows if r["method"].endswith("16-bit")), {})
+        plain = plain_row.get("tokens_per_second", {})
         batches = list(dict.fromkeys(b for r in rows for b in r.get("tokens_per_second", {})))
         lines += [f"### {model}, {data['layers'][model]} layers, {data['vocabulary']} words", ""]
         body = []
@@ -154,7 +152,7 @@ def serving_table(data: Mapping[str, Any]) -> str:
                 times = rates[b]["median"] / plain[b]["median"] if b in rates and b in plain else None
                 cells += [_number(rates[b]["median"] if b in rates else None, 1), _number(times, 2)]
             cells += [_number(r["resident_bytes"] / 1e9 if "resident_bytes" in r else None, 2)]
-            cells += [_number(_held_over_stored(r, rows), 3)]
+            cells += [_number(_held_over_stored(r, plain_row), 3)]
             body.append(cells)
         head = [cell for b in batches for cell in (f"tokens/s, {b} at a time", "times 16 bits")]
         head += ["server's memory, GB", "experts in it, over the file's"]

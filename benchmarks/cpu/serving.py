@@ -91,9 +91,14 @@ class Plan:
     options: tuple[str, ...] = ()
 
 
+def config_of(model: str, layers: int) -> dict[str, Any]:
+    """The config.json of a model with few layers and a small vocabulary."""
+    return MODELS[model].config | {"num_hidden_layers": layers, "vocab_size": VOCABULARY, **CHANGES.get(model, {})}
+
+
 def write_model(model: str, layers: int, method: Method, directory: Path) -> float | None:
     """Write what vLLM needs to make a model up; bits per weight of its experts, where they are ours."""
-    config = MODELS[model].config | {"num_hidden_layers": layers, "vocab_size": VOCABULARY, **CHANGES.get(model, {})}
+    config = config_of(model, layers)
     bare = quantization(BITSMOE, config, 0, method.basis)
     assert bare is not None
     found = quantization(method.name, config, BITS - bare["bpw"], method.basis, method.dense_bits)
@@ -106,8 +111,7 @@ def write_model(model: str, layers: int, method: Method, directory: Path) -> flo
 
 def expert_bytes(model: str, layers: int, bits: float | None) -> int | None:
     """Bytes of the routed experts in the checkpoint, at so many bits per weight."""
-    config = MODELS[model].config | {"num_hidden_layers": layers, **CHANGES.get(model, {})}
-    return None if bits is None else int(moe_shape(config, model).num_weights * bits / 8)
+    return None if bits is None else int(moe_shape(config_of(model, layers), model).num_weights * bits / 8)
 
 
 def requests(batch: int, prompt: int, output: int, number: int) -> list[dict[str, Any]]:

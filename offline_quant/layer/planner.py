@@ -120,7 +120,7 @@ def _likely_forms(view: LayerView, forms: list[Form], whole: int) -> list[Form]:
         losses[_loss(plan, view.config)] = form
         _forget(sample, plan)
     best, *others = sorted(losses)
-    return [losses[best]] if others and min(others) > DECISIVE * best else forms
+    return [losses[best]] if others and others[0] > DECISIVE * best else forms
 
 
 def choice_tables(view: LayerView, forms: Iterable[Form]) -> Iterator[ChoiceTable]:

@@ -55,9 +55,13 @@ class Quantized:
     error: Tensor
     lost: Tensor | None = None
 
+    def values(self, grid: Grid) -> Tensor:
+        """F^ [n, K, N], float32."""
+        return self.a[:, :, None] * self.c[:, None] * grid.levels(self.codes)
+
     def dequantize(self, width: Tensor) -> Tensor:
-        """F^ [n, K, N], float32, for widths [n, K, 1] or [n, 1, N]."""
-        return self.a[:, :, None] * self.c[:, None] * Grid.of(width).levels(self.codes)
+        """The same for widths [n, K, 1] or [n, 1, N]."""
+        return self.values(Grid.of(width))
 
 
 @lru_cache

@@ -202,15 +202,7 @@ def _of_columns(half: Tensor, K: int) -> bool:
 def round_with_feedback(
     F: Tensor, U: Tensor, half: Tensor, power: Tensor, c: Tensor, rough: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Round rows in turn; each hands its error on to those after it.
-
-    Args:
-        F: float32 [n, K, N].
-        U: float32 [n, K, K], upper triangular, see `CholeskyFactor`.
-        half: float32, largest level, 0 for 0 bits: [n, K, 1], or [n, 1, N] where widths run along N.
-        power: float32, of half's shape, mean square of the levels that suit a unit Gaussian.
-        c: float32 [n, N], column scales.
-        rough: guess row scales instead of searching for them.
+    """Round rows in turn; arguments as those of `_cpu.rounding.round_with_feedback`.
 
     Returns:
         Codes uint8 [n, K, N], row scales [n, K] that float16 holds, squared norms of the rows as they were rounded
@@ -258,10 +250,7 @@ def descend(M: Tensor, half: Tensor, codes: Tensor, a: Tensor, c: Tensor, gradie
 
     Args:
         M: float32 [n, K, K], damped second moments.
-        half: see `round_with_feedback`.
-        codes: uint8 [n, K, N].
-        a: float32 [n, K].
-        c: float32 [n, N].
+        half, codes, a, c: as those of `_cpu.rounding.descend`.
         gradient: float32 [n, K, N], contiguous, M (F - F^) for F^ of the given codes and scales; becomes that of each
             row when its turn came.
 

@@ -79,7 +79,7 @@ class TorchRounding(RoundingBackend):
     def descend(self, F: Tensor, M: Tensor, q: Quantized, grid: Grid, gradient: Tensor) -> Quantized:
         """See `RoundingBackend`."""
         codes = q.codes.clone()
-        value = q.a[:, :, None] * q.c[:, None] * grid.levels(q.codes)
+        value = q.values(grid)
         error = ((F - value) * gradient).sum((1, 2))
         change = torch.empty_like(F)
         K, own = F.shape[1], M.diagonal(dim1=-2, dim2=-1)[:, :, None]

@@ -22,7 +22,7 @@ class TritonRounding(TorchRounding):
 
     def descend(self, F: Tensor, M: Tensor, q: Quantized, grid: Grid, gradient: Tensor) -> Quantized:
         """See `RoundingBackend`."""
-        error = ((F - q.a[:, :, None] * q.c[:, None] * grid.levels(q.codes)) * gradient).sum((1, 2))
+        error = ((F - q.values(grid)) * gradient).sum((1, 2))
         codes, change = kernels.descend(M, grid.half, q.codes, q.a, q.c, gradient)
         own = M.diagonal(dim1=-2, dim2=-1)[:, :, None]
         return Quantized(codes, q.a, q.c, q.norms, error - gained(gradient, change, own))

@@ -101,6 +101,7 @@ def test_descent_gives_every_row_its_best_codes_in_turn(case: str) -> None:
     codes, error = problem.descend(first)
     check_descent(problem, first.codes, codes, first.a)
     assert torch.allclose(error.double(), problem.error(codes, first.a), rtol=1e-3, atol=1e-6)
+    assert bool((error.double() <= 1.0001 * problem.error(first.codes, first.a)).all())
 
 
 @pytest.mark.parametrize("case", CASES)
