@@ -33,8 +33,6 @@ SHARED_BASIS_GAIN = 0.0012
 """And if that spares this much of the relative error, for every token served pays for the projection."""
 SAMPLE_EXPERTS = 16
 """Experts, at least, that choose the form of a layer that has over twice as many."""
-DECISIVE = 1.05
-"""By how much the best form must beat the others there, on the same experts; else all experts choose."""
 
 
 def pass_count(config: QuantizeConfig) -> int:
@@ -100,7 +98,7 @@ def _allowed_forms(view: LayerView) -> list[Form]:
 
 
 def _likely_forms(view: LayerView, forms: list[Form], whole: int) -> list[Form]:
-    """The one form that wins clearly on a sample of many experts; all of them where none does.
+    """The one form that loses least on a sample of many experts; all of them where no sample is taken.
 
     Args:
         view: the layer.
@@ -119,8 +117,7 @@ def _likely_forms(view: LayerView, forms: list[Form], whole: int) -> list[Form]:
         plan = _plan(sample, table, share)
         losses[_loss(plan, view.config)] = form
         _forget(sample, plan)
-    best, *others = sorted(losses)
-    return [losses[best]] if others and others[0] > DECISIVE * best else forms
+    return [losses[min(losses)]]
 
 
 def choice_tables(view: LayerView, forms: Iterable[Form]) -> Iterator[ChoiceTable]:

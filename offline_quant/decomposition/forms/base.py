@@ -10,6 +10,7 @@ from torch import Tensor
 from bitsmoe_kernels.format.schema import Basis, Layer, Projection, ProjectionName
 from bitsmoe_kernels.models.families import MoEShape
 from offline_quant.decomposition.bases import Decomposition
+from offline_quant.linalg import add_product, mirrored
 
 Projections = dict[ProjectionName, Projection]
 Grams = dict[ProjectionName, Tensor]
@@ -80,6 +81,12 @@ class Form(ABC):
 
 NATURAL_DOWN = Projection(code_rows=0)
 """Intermediate channels without a basis are permuted with the expert's other matrices, which costs no bytes."""
+
+
+def gram_of(W: Tensor, weights: Tensor | None = None) -> Tensor:
+    """W^T diag(weights) W [K, K] of W [N, K]; weights [N], None: of one."""
+    weighed = W if weights is None else W * weights[:, None]
+    return mirrored(add_product(W.new_zeros(W.shape[1], W.shape[1]), W, weighed))
 
 
 def add_grams(total: Grams, grams: Mapping[ProjectionName, Tensor]) -> None:

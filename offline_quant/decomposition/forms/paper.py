@@ -4,7 +4,7 @@ from torch import Tensor
 
 from bitsmoe_kernels.format.schema import Basis, Projection, ProjectionName
 from offline_quant.decomposition.bases import Decomposition, paper
-from offline_quant.decomposition.forms.base import Form, Grams, MeasuredWeights, Projections
+from offline_quant.decomposition.forms.base import Form, Grams, MeasuredWeights, Projections, gram_of
 
 
 class Paper(Form):
@@ -22,9 +22,9 @@ class Paper(Form):
         """See `Form.grams`."""
         (gate, up), (of_gate, of_up) = expert.gate_up.chunk(2), expert.output_weights.chunk(2)
         return {
-            "gate": ((gate * of_gate[:, None]).T @ gate).double(),
-            "up": ((up * of_up[:, None]).T @ up).double(),
-            "down": (expert.down @ expert.down.T).double(),
+            "gate": gram_of(gate, of_gate).double(),
+            "up": gram_of(up, of_up).double(),
+            "down": gram_of(expert.down.T).double(),
         }
 
     def decompositions(

@@ -4,7 +4,14 @@ from torch import Tensor
 
 from bitsmoe_kernels.format.schema import Basis, Projection, ProjectionName
 from offline_quant.decomposition.bases import Decomposition, natural, whitened
-from offline_quant.decomposition.forms.base import NATURAL_DOWN, Form, Grams, MeasuredWeights, Projections
+from offline_quant.decomposition.forms.base import (
+    NATURAL_DOWN,
+    Form,
+    Grams,
+    MeasuredWeights,
+    Projections,
+    gram_of,
+)
 
 
 class Whitened(Form):
@@ -18,8 +25,8 @@ class Whitened(Form):
 
     def grams(self, expert: MeasuredWeights) -> Grams:
         """See `Form.grams`."""
-        weighed = expert.gate_up * expert.output_weights[:, None]
-        return {"gate_up": (weighed.T @ expert.gate_up).double() * expert.routing_frequency}
+        gram = gram_of(expert.gate_up, expert.output_weights)
+        return {"gate_up": gram.double() * expert.routing_frequency}
 
     def decompositions(
         self, grams: Grams, moments: Tensor, output_unit: float, bits: int
