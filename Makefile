@@ -8,7 +8,7 @@ CPU_KERNELS := $(CPU)/libbitsmoe_cpu.so
 QUANTIZER_TESTS := tests/unit/offline_quant tests/unit/bitsmoe
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quick test lint style docs wheel clean
+.PHONY: help setup demo quick test nightly lint style docs wheel clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -43,6 +43,9 @@ test: lint ## lint and run every test that needs no GPU
 	$(PY) -m pytest tests/unit --ignore=$(TRITON_TESTS) > build/unit-tests.log 2>&1 & unit=$$!; \
 	$(PY) -m pytest tests/integration $(TRITON_TESTS); other=$$?; \
 	wait $$unit; unit=$$?; cat build/unit-tests.log; exit $$((unit | other))
+
+nightly: $(STAMP) ## what `make test` leaves to the night: serving of every family
+	HF_HUB_OFFLINE=1 $(PY) -m pytest tests/integration -m nightly
 
 lint: style ## ruff, codespell and mypy
 	$(PY) -m mypy

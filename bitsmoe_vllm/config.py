@@ -9,6 +9,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.linear_layers import DenseConfig
 from bitsmoe_kernels.format.schema import PARTS, PROJECTION_NAMES, QUANT_METHOD, CheckpointConfig, Layer
+from bitsmoe_kernels.models.families import stored_prefix
 from bitsmoe_vllm import _compat, startup
 from bitsmoe_vllm.weight_loading import LayerLoader
 
@@ -138,9 +139,9 @@ class BitsmoeConfig(QuantizationConfig):
         if not self._options_checked:  # the main process was not shown vLLM's configuration
             startup.check_options(self.checkpoint, None, get_current_vllm_config())
             self._options_checked = True
-        name = prefix.removeprefix(_DRAFT_PREFIX)
+        name = stored_prefix(prefix.removeprefix(_DRAFT_PREFIX), self.layers)
         if name in self.layers:
-            return BitsmoeMoEMethod(layer, prefix, self.layers[name], self.checkpoint.block_size, self.loaders)
+            return BitsmoeMoEMethod(layer, name, self.layers[name], self.checkpoint.block_size, self.loaders)
         if self.plain_experts is None:
             plain = startup.is_draft_layer(name, self._num_layers)
         else:

@@ -50,6 +50,7 @@ class LayerLoader:
         self.shard: Layer | None = None
         self._arrived: dict[str, Tensor] = {}
         self._replace: Callable[[Layer, dict[str, Tensor]], None] | None = None
+        self._module: Callable[[], torch.nn.Module | None] = lambda: None
 
     def register(self, module: torch.nn.Module) -> None:
         """Give `module` an empty parameter for each tensor, with the `weight_loader` that vLLM's models call."""
@@ -74,16 +75,20 @@ class LayerLoader:
             The names taken.
 
         Raises:
-            BitsmoeError: a tensor the schema does not know.
+            BitsmoeError: a tensor that neither the schema nor vLLM's module knows.
         """
+        module = self._module()
         for name, tensor in weights:
             name = name.removeprefix(_RUNNER_PREFIX)
-            if name not in self.specs:
+            if name in self.specs:
+                self.receive(name, tensor)
+            elif isinstance(own := getattr(module, name, None), torch.nn.Parameter):
+                own.data.copy_(tensor)  # of the router, stored beside the experts (Laguna)
+            else:
                 raise BitsmoeError(
                     f"the checkpoint holds {self.prefix}.{name}, which its quantization_config does not describe: "
                     "quantize the model again"
                 )
-            self.receive(name, tensor)
             yield name
 
     def receive(self, name: str, tensor: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.safetensors_io import ShardReader, read_json
 from bitsmoe_kernels.format.schema import TensorSpec
-from bitsmoe_kernels.models.families import MoEShape, moe_shape
+from bitsmoe_kernels.models.families import FUSED_NAMES, MoEShape, moe_shape
 from offline_quant.model.expert_weights import ExpertWeights
 from offline_quant.model.float8 import Float8Reader
 from offline_quant.model.side_files import check_side_files
@@ -85,8 +85,8 @@ class SourceModel:
         self._check_experts()
 
     def _fused_names(self, layer: int) -> tuple[str, str]:
-        prefix = self.shape.prefix(layer)
-        return f"{prefix}.gate_up_proj", f"{prefix}.down_proj"
+        gate_up, down = (f"{self.shape.prefix(layer)}.{name}" for name in FUSED_NAMES)
+        return gate_up, down
 
     def _check_experts(self) -> None:
         s = self.shape

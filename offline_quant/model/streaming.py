@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bitsmoe_kernels.errors import BitsmoeError, fault_list, one_line
 from bitsmoe_kernels.expert_mlp import gated
 from bitsmoe_kernels.format.checkpoint import plain_config
-from bitsmoe_kernels.models.families import MODULE_EXPERTS, kept_tensors
+from bitsmoe_kernels.models.families import FUSED_NAMES, MODULE_EXPERTS, kept_tensors
 from offline_quant.model.expert_inputs import ExpertInputs
 from offline_quant.model.sizes import FLOAT, RunSizes
 from offline_quant.model.source import WeightSource
@@ -81,11 +81,34 @@ class StreamedModel:
         self._place = {module: index for index, module in enumerate(self.decoder.layers)}
         self._arguments: dict[torch.Size, Arguments] = {}
         self.vocabulary: int = self.decoder.embed_tokens.num_embeddings
+        self._check_experts()
         self._check_tensors()
         self.decoder.embed_tokens.forward = self._embedding
         self._fill(self.decoder.norm, "model.norm")
         # Rotary tables are buffers computed at construction; "meta" left them empty.
         self.decoder.rotary_emb = type(self.decoder.rotary_emb)(config=config).to(self.device)
+
+    def _check_experts(self) -> None:
+        """Compare the experts that config.json was read to have with those of transformers' modules."""
+        s = self.shape
+        size = [
+            (s.num_experts, 2 * s.intermediate_size, s.hidden_size),
+            (s.num_experts, s.hidden_size, s.intermediate_size),
+        ]
+        expected = {f"{index}.{MODULE_EXPERTS}": size for index in s.layers}
+        found = {
+            name: [tuple(own[part].shape) for part in FUSED_NAMES]
+            for name, module in self.decoder.layers.named_modules()
+            if (own := dict(module.named_parameters(recurse=False))).keys() >= set(FUSED_NAMES)
+        }
+        if found != expected:
+            faults = [
+                f"decoder layer {name}: matrices of {found.get(name, 'no experts')}, where "
+                f"{expected.get(name, 'no experts')} was read from config.json"
+                for name in sorted(found.keys() | expected.keys(), key=lambda n: int(n.partition(".")[0]))
+                if found.get(name) != expected.get(name)
+            ]
+            raise BitsmoeError(fault_list(f"{self.source.directory}: transformers builds other experts", faults))
 
     def _check_tensors(self) -> None:
         """Compare all tensors outside the routed experts with the modules they go to. Tied ones count once."""
@@ -207,10 +230,12 @@ class StreamedModel:
         entered: list[Tensor] = []
         arguments: Arguments = []
 
-        def catch(hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        unused = (None,) * (self.shape.family.layer_outputs - 1)
+
+        def catch(hidden_states: Tensor, **kwargs: Any) -> Any:
             entered.append(hidden_states)
             arguments.append(kwargs)
-            return hidden_states
+            return (hidden_states, *unused) if unused else hidden_states
 
         for module in self.decoder.layers:
             module.forward = catch

@@ -27,6 +27,16 @@ _DENSE_FIRST = {
     "intermediate_size": 128, "moe_intermediate_size": 96, "n_routed_experts": 8, "first_k_dense_replace": 1,
     "routed_scaling_factor": 1.5,
 }  # fmt: skip
+_ONE_GROUP = {"n_group": 1, "topk_group": 1}
+_LISTED = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+_FULL = {"layer_types": ["full_attention"] * 3}
+_INDEXER = {"index_n_heads": 2, "index_head_dim": 96, "index_topk": 8}
+_MIMO = {
+    "head_dim": 32, "v_head_dim": 32, "swa_head_dim": 32, "swa_v_head_dim": 32, "swa_num_attention_heads": 2,
+    "swa_num_key_value_heads": 1, "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    "hybrid_layer_pattern": [0, 1, 0], "moe_layer_freq": [0, 1, 1], "add_swa_attention_sink_bias": True,
+    "sliding_window_size": 16, "layernorm_epsilon": 1e-6,
+}  # fmt: skip
 _QWEN = {"intermediate_size": 128, "moe_intermediate_size": 96, "num_experts": 8}
 _DELTA_NET = {
     "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
@@ -37,6 +47,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen3NextForCausalLM": _QWEN
     | _DELTA_NET
     | {"head_dim": 32, "shared_expert_intermediate_size": 64, "num_hidden_layers": 4},
+    "Qwen3_5MoeForCausalLM": _QWEN
+    | _DELTA_NET
+    | {"head_dim": 32, "shared_expert_intermediate_size": 64, "num_hidden_layers": 4},
     "MixtralForCausalLM": {"intermediate_size": 96, "num_local_experts": 8},
     "OlmoeForCausalLM": {"intermediate_size": 96, "num_experts": 8},
     "DeepseekV2ForCausalLM": _DENSE_FIRST
@@ -45,7 +58,58 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "DeepseekV3ForCausalLM": _DENSE_FIRST
     | _MLA
     | {"q_lora_rank": 48, "n_shared_experts": 1, "topk_method": "noaux_tc", "norm_topk_prob": True},
-    "Glm4MoeForCausalLM": _DENSE_FIRST | {"head_dim": 32, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    "DeepseekV32ForCausalLM": _DENSE_FIRST | _MLA | {"q_lora_rank": 48, "n_shared_experts": 1} | _INDEXER,
+    "Glm4MoeForCausalLM": _DENSE_FIRST | _ONE_GROUP | {"head_dim": 32, "n_shared_experts": 1},
+    "Glm4MoeLiteForCausalLM": _DENSE_FIRST | _MLA | _ONE_GROUP | _LISTED | {"q_lora_rank": 48, "n_shared_experts": 1},
+    "GlmMoeDsaForCausalLM": _DENSE_FIRST
+    | _MLA
+    | _ONE_GROUP
+    | {"q_lora_rank": 48, "n_shared_experts": 1, "first_k_dense_replace": 2}
+    | _INDEXER,
+    "SolarOpenForCausalLM": _DENSE_FIRST
+    | _ONE_GROUP
+    | {"head_dim": 32, "n_shared_experts": 1, "first_k_dense_replace": 0},
+    "MiniMaxM2ForCausalLM": {
+        "intermediate_size": 96,
+        "num_local_experts": 8,
+        "head_dim": 32,
+        "rotary_dim": 32,
+        "scoring_func": "sigmoid",
+        "use_routing_bias": True,
+    },
+    "HYV3ForCausalLM": _QWEN
+    | _LISTED
+    | {
+        "head_dim": 32,
+        "num_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "route_norm": True,
+        "expert_hidden_dim": 96,
+        "qk_norm": True,
+    },
+    "MiMoV2FlashForCausalLM": _DENSE_FIRST | _LISTED | _MIMO,
+    "LagunaForCausalLM": _QWEN | _LISTED | _FULL | {"head_dim": 32, "shared_expert_intermediate_size": 64},
+    "ExaoneMoeForCausalLM": _QWEN
+    | _LISTED
+    | _FULL
+    | {"head_dim": 32, "num_shared_experts": 1, "sliding_window": 64, "routed_scaling_factor": 1.5},
+    "MellumForCausalLM": _QWEN | _FULL | {"head_dim": 32},
+    "HunYuanMoEV1ForCausalLM": {
+        "intermediate_size": 96,
+        "num_experts": 8,
+        "moe_topk": 2,
+        "head_dim": 32,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "Ernie4_5_MoeForCausalLM": {
+        "intermediate_size": 128,
+        "moe_intermediate_size": 96,
+        "moe_num_experts": 8,
+        "moe_k": 2,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": -1,
+    },
 }
 
 

@@ -16,11 +16,24 @@ import json, os, signal, sys, traceback
 answers = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)  # vLLM writes to standard output
 from vllm import LLM, ModelRegistry, SamplingParams
+from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+
+class OneGroup:
+    # vLLM's router for CPUs refuses sigmoid scores without groups. One group of all experts is the same function.
+    compute = CPURouter._compute_routing
+
+    def routing(self, *args, **kwargs):
+        if self.scoring_func == "sigmoid" and not self.use_grouped_topk:
+            self.use_grouped_topk, self.num_expert_group, self.topk_group = True, 1, 1
+        return OneGroup.compute(self, *args, **kwargs)
+
+CPURouter._compute_routing = OneGroup.routing
 
 def generate(model, dtype, prompts, tokens, architectures, reload, options):
     # As it is, vLLM looks at a model's class in one more process, which imports everything again.
     for name in [*json.load(open(model + "/config.json"))["architectures"], *architectures]:
-        ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+        if name in ModelRegistry.models:  # others run on its Transformers backend
+            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
     llm = LLM(model, dtype=dtype, enforce_eager=True, max_model_len=256, max_num_seqs=1, enable_prefix_caching=False,
               disable_log_stats=False, **options)
     if reload:

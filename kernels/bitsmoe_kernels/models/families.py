@@ -4,10 +4,10 @@ Names are those of checkpoint files, which vLLM follows. transformers' modules d
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -27,10 +27,20 @@ _LAYER_NUMBER = re.compile(r"model\.layers\.(\d+)\.")
 _CODES = "codes of some quantization, not weights; quantize the 16-bit model instead"
 MODULE_EXPERTS = "mlp.experts"
 """transformers' experts module within a decoder layer, in every family."""
-EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+FUSED_NAMES = ("gate_up_proj", "down_proj")
+"""Stacked matrices of all experts, [E, 2 I, H] and [E, H, I]: as transformers' experts modules name them, and files."""
+EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Names of the number of routed experts in config.json; a config without any is no MoE model."""
-TOP_K_KEY = "num_experts_per_tok"
-"""How many experts a token is routed to; transformers knows the family's own number where it is left out."""
+LAYER_KINDS_KEY = "mlp_layer_types"
+"""The kind of every decoder layer's MLP, one of `LAYER_KINDS`. Where it is, transformers reads nothing else."""
+LAYER_KINDS = ("dense", "sparse")
+Tested = Literal["tokens", "bfloat16", "transformers"]
+"""How far a family is tested, on small random models. In each case streaming equals transformers' own forward pass.
+
+    tokens          vLLM on a CPU generates the tokens of the dequantized checkpoint
+    bfloat16        vLLM on a CPU has nothing but bfloat16, and is as close to exact logits as with that checkpoint
+    transformers    vLLM cannot run the architecture on a CPU
+"""
 
 
 MAX_LAYERS, MAX_SIZE, MAX_SCALING = 10_000, 2**31 - 1, 1000
@@ -47,8 +57,26 @@ def _all_layers(config: dict[str, Any]) -> list[int]:
     return list(range(config["num_hidden_layers"]))
 
 
-def _after_the_first(config: dict[str, Any]) -> list[int]:
-    return list(range(config.get("first_k_dense_replace") or 0, config["num_hidden_layers"]))
+def _sparse_layers(config: dict[str, Any]) -> list[int]:
+    layers = range(config["num_hidden_layers"])
+    if (kinds := config.get(LAYER_KINDS_KEY)) is not None:
+        return [i for i in layers if kinds[i] == "sparse"]
+    return list(layers[config.get("first_k_dense_replace") or 0 :])
+
+
+def _all_but_the_first(config: dict[str, Any]) -> list[int]:
+    """Where config.json lists no kinds, of models whose only dense layer is the first."""
+    return _sparse_layers({"first_k_dense_replace": 1, **config})
+
+
+def _ernie_layers(config: dict[str, Any]) -> list[int]:
+    first, last, step = (
+        default if (given := config.get(f"moe_layer_{key}")) is None else given
+        for key, default in (("start_index", 1), ("end_index", -1), ("interval", 1))
+    )
+    layers = config["num_hidden_layers"]
+    last = layers - 1 if last == -1 else last
+    return [i for i in range(layers) if (i + 1) % step == 0 and first <= i <= last]
 
 
 _SIZES = ("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
@@ -66,10 +94,14 @@ class Family:
         intermediate_size_key: I of a routed expert in config.json.
         moe_layers: indices of the decoder layers that have routed experts, from config.json.
         experts: the experts within a decoder layer.
+        served_experts: what vLLM calls them, where that is another name.
         projections: names of gate, up and down of one expert.
         module_names: (in files, in transformers' modules) parts of names that differ.
         optional_sizes: further keys of config.json that must be whole numbers above 0 where present.
         fixed: keys of config.json that must have this value where present.
+        top_k_key: how many experts a token is routed to; transformers knows the family's own number without it.
+        layer_outputs: values that transformers' decoder layers return; nothing but the first, hidden states, is used.
+        tested: how far, see `Tested`.
     """
 
     architecture: str
@@ -79,10 +111,14 @@ class Family:
     intermediate_size_key: str
     moe_layers: Callable[[dict[str, Any]], list[int]]
     experts: str = "mlp.experts"
+    served_experts: str | None = None
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     module_names: tuple[tuple[str, str], ...] = ()
     optional_sizes: tuple[str, ...] = _SIZES
     fixed: tuple[tuple[str, Any], ...] = ()
+    top_k_key: str = "num_experts_per_tok"
+    layer_outputs: int = 1
+    tested: Tested = "tokens"
 
     def decoder(self, layer: int) -> str:
         """Tensor prefix of a decoder layer."""
@@ -104,9 +140,22 @@ _QWEN: dict[str, Any] = {
 _DEEPSEEK: dict[str, Any] = {
     "num_experts_key": "n_routed_experts",
     "intermediate_size_key": "moe_intermediate_size",
-    "moe_layers": _after_the_first,
+    "moe_layers": _sparse_layers,
     "optional_sizes": (*(key for key in _SIZES if key != "head_dim"), "n_group", "topk_group"),
     "fixed": (("moe_layer_freq", 1),),
+}
+_SPARSE: dict[str, Any] = {
+    "num_experts_key": "num_experts",
+    "intermediate_size_key": "moe_intermediate_size",
+    "moe_layers": _sparse_layers,
+}
+_BLOCK_SPARSE: dict[str, Any] = {
+    "num_experts_key": "num_local_experts",
+    "intermediate_size_key": "intermediate_size",
+    "moe_layers": _all_layers,
+    "experts": "block_sparse_moe.experts",
+    "projections": ("w1", "w3", "w2"),
+    "module_names": ((".block_sparse_moe.", ".mlp."),),
 }
 
 FAMILIES: dict[str, Family] = {
@@ -114,18 +163,11 @@ FAMILIES: dict[str, Family] = {
     for f in (
         Family("Qwen3MoeForCausalLM", "qwen3_moe", "Qwen3-MoE", **_QWEN),
         Family("Qwen2MoeForCausalLM", "qwen2_moe", "Qwen1.5-MoE, Qwen2-MoE", **_QWEN),
-        Family("Qwen3NextForCausalLM", "qwen3_next", "Qwen3-Next", **_QWEN),
+        Family("Qwen3NextForCausalLM", "qwen3_next", "Qwen3-Next", tested="bfloat16", **_QWEN),
         Family(
-            "MixtralForCausalLM",
-            "mixtral",
-            "Mixtral",
-            num_experts_key="num_local_experts",
-            intermediate_size_key="intermediate_size",
-            moe_layers=_all_layers,
-            experts="block_sparse_moe.experts",
-            projections=("w1", "w3", "w2"),
-            module_names=((".block_sparse_moe.", ".mlp."),),
+            "Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", "Qwen3.5, Qwen3.6 (text only)", tested="transformers", **_QWEN
         ),
+        Family("MixtralForCausalLM", "mixtral", "Mixtral", **_BLOCK_SPARSE),
         Family(
             "OlmoeForCausalLM",
             "olmoe",
@@ -136,7 +178,83 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("DeepseekV2ForCausalLM", "deepseek_v2", "DeepSeek-V2, V2-Lite", **_DEEPSEEK),
         Family("DeepseekV3ForCausalLM", "deepseek_v3", "DeepSeek-V3, R1", **_DEEPSEEK),
-        Family("Glm4MoeForCausalLM", "glm4_moe", "GLM-4.5, GLM-4.6", **_DEEPSEEK),
+        Family("DeepseekV32ForCausalLM", "deepseek_v32", "DeepSeek-V3.2", tested="transformers", **_DEEPSEEK),
+        Family("Glm4MoeForCausalLM", "glm4_moe", "GLM-4.5 to GLM-4.7", **_DEEPSEEK),
+        Family("Glm4MoeLiteForCausalLM", "glm4_moe_lite", "GLM-4.7-Flash", **_DEEPSEEK),
+        Family(
+            "GlmMoeDsaForCausalLM",
+            "glm_moe_dsa",
+            "GLM-5",
+            **_DEEPSEEK | {"fixed": (*_DEEPSEEK["fixed"], ("index_topk_freq", 1), ("index_topk_pattern", None))},
+            layer_outputs=2,
+            tested="transformers",
+        ),
+        Family("SolarOpenForCausalLM", "solar_open", "Solar-Open", **_DEEPSEEK),
+        Family(
+            "MiniMaxM2ForCausalLM", "minimax_m2", "MiniMax-M2 to M2.7", **_BLOCK_SPARSE, served_experts="mlp.experts"
+        ),
+        Family(
+            "HYV3ForCausalLM",
+            "hy_v3",
+            "Hy3",
+            **_SPARSE,
+            module_names=(
+                (".mlp.router.gate.", ".mlp.gate."),
+                (".mlp.expert_bias", ".mlp.e_score_correction_bias"),
+                (".mlp.shared_mlp.", ".mlp.shared_experts."),
+            ),
+        ),
+        Family(
+            "MiMoV2FlashForCausalLM",
+            "mimo_v2_flash",
+            "MiMo-V2-Flash",
+            num_experts_key="n_routed_experts",
+            intermediate_size_key="moe_intermediate_size",
+            moe_layers=_all_but_the_first,
+            module_names=((".self_attn.attention_sink_bias", ".self_attn.sinks"),),
+        ),
+        Family(
+            "LagunaForCausalLM",
+            "laguna",
+            "Laguna",
+            num_experts_key="num_experts",
+            intermediate_size_key="moe_intermediate_size",
+            moe_layers=_all_but_the_first,
+            module_names=(
+                (".mlp.experts.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),
+                (".mlp.shared_expert.", ".mlp.shared_experts."),
+            ),
+            fixed=(("moe_apply_router_weight_on_input", False),),
+        ),
+        Family(
+            "ExaoneMoeForCausalLM",
+            "exaone_moe",
+            "K-EXAONE",
+            **_SPARSE,
+            module_names=((".mlp.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),),
+            fixed=(("swiglu_limits", None),),
+        ),
+        Family("MellumForCausalLM", "mellum", "Mellum2", **_SPARSE),
+        Family(
+            "HunYuanMoEV1ForCausalLM",
+            "hunyuan_v1_moe",
+            "Hunyuan-A13B",
+            num_experts_key="num_experts",
+            intermediate_size_key="intermediate_size",
+            moe_layers=_all_layers,
+            top_k_key="moe_topk",
+        ),
+        Family(
+            "Ernie4_5_MoeForCausalLM",
+            "ernie4_5_moe",
+            "ERNIE-4.5",
+            num_experts_key="moe_num_experts",
+            intermediate_size_key="moe_intermediate_size",
+            moe_layers=_ernie_layers,
+            module_names=((".mlp.moe_statics.", ".mlp.gate.moe_statics."),),
+            optional_sizes=(*_SIZES, "moe_layer_interval"),
+            top_k_key="moe_k",
+        ),
     )
 }
 
@@ -168,7 +286,13 @@ class MoEShape:
     def is_expert_tensor(self, name: str) -> bool:
         """Whether a stored tensor belongs to routed experts."""
         start = name.find(f".{self.family.experts}.")
-        return start >= 0 and name[: start + 1 + len(self.family.experts)] in self._prefixes
+        own = start >= 0 and name[: start + 1 + len(self.family.experts)] in self._prefixes
+        return own and not name.endswith(self._beside_experts)
+
+    @cached_property
+    def _beside_experts(self) -> tuple[str, ...]:
+        """Ends of names that begin like those of experts, but are of the router (Laguna)."""
+        return tuple(stored for stored, _ in self.family.module_names if stored.startswith(f".{self.family.experts}."))
 
     @cached_property
     def _prefixes(self) -> frozenset[str]:
@@ -232,6 +356,18 @@ class MoEShape:
         return sorted(name for name in specs.keys() - known.keys() if not self.is_expert_tensor(name))
 
 
+def stored_prefix(served: str, stored: Collection[str]) -> str:
+    """The prefix in files of the experts that vLLM calls `served`, of those stored; `served` itself where none is."""
+    if served in stored:
+        return served
+    for family in FAMILIES.values():
+        if family.served_experts and served.endswith(end := f".{family.served_experts}"):
+            candidate = f"{served.removesuffix(end)}.{family.experts}"
+            if candidate in stored:
+                return candidate
+    return served
+
+
 def kept_tensors(module: Any) -> list[tuple[str, Any]]:
     """Parameters and those buffers that belong in files, of a torch module; tied ones once, under the first name."""
     own = module.state_dict(keep_vars=True)
@@ -273,16 +409,17 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
     first = config.get("first_k_dense_replace")
     if first is not None and (type(first) is not int or first < 0):
         faults.append(f"first_k_dense_replace is {first!r:.80}, but must be a whole number, 0 or more")
+    faults += _layer_kind_faults(config)
     faults += [
         f"{key} is {config[key]!r}, but {counts[0]} {config[counts[0]]!r}"
         for key in counts[1:]
         if config[key] != config[counts[0]]
     ]
-    if TOP_K_KEY in config:
-        top_k, most_experts = config[TOP_K_KEY], config[counts[0]]
+    if (key := family.top_k_key) in config:
+        top_k, most_experts = config[key], config[counts[0]]
         if type(top_k) is not int or top_k < 1 or (type(most_experts) is int and top_k > most_experts):
             faults.append(
-                f"{TOP_K_KEY} is {top_k!r:.80}, but must be a whole number from 1 to {counts[0]}, "
+                f"{key} is {top_k!r:.80}, but must be a whole number from 1 to {counts[0]}, "
                 f"which is {most_experts!r:.80}"
             )
     scaling = config.get("routed_scaling_factor")
@@ -312,11 +449,25 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
     return MoEShape(family, layers, config[counts[0]], config["hidden_size"], config[family.intermediate_size_key])
 
 
+def _layer_kind_faults(config: dict[str, Any]) -> list[str]:
+    """Faults of the listed kinds of layers. transformers and vLLM may read different keys, so these must agree."""
+    kinds, layers, first = (config.get(k) for k in (LAYER_KINDS_KEY, "num_hidden_layers", "first_k_dense_replace"))
+    if kinds is None or type(layers) is not int or layers > MAX_LAYERS:
+        return []
+    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in LAYER_KINDS for kind in kinds):
+        named = " or ".join(map(repr, LAYER_KINDS))
+        return [f"{LAYER_KINDS_KEY} is {kinds!r:.80}, but must list {named} for each of {layers} layers"]
+    if type(first) is int and first >= 0 and kinds != ["dense"] * min(first, layers) + ["sparse"] * (layers - first):
+        return [f"first_k_dense_replace is {first}, but {LAYER_KINDS_KEY} lists other layers"]
+    return []
+
+
 def models_table() -> str:
     """The table as docs/quantizing.md shows it."""
-    lines = ["| models | architecture | sizes of experts in config.json |", "|---|---|---|"]
+    lines = ["| models | architecture | sizes of experts in config.json | tested |", "|---|---|---|---|"]
     for f in FAMILIES.values():
-        lines.append(f"| {f.title} | `{f.architecture}` | `{f.num_experts_key}`, `{f.intermediate_size_key}` |")
+        sizes = f"`{f.num_experts_key}`, `{f.intermediate_size_key}`"
+        lines.append(f"| {f.title} | `{f.architecture}` | {sizes} | {f.tested} |")
     return "\n".join(lines)
 
 

@@ -74,6 +74,20 @@ def test_unknown_tensor() -> None:
         list(loader.load_weights([("0.gate_proj.weight", torch.zeros(1))]))
 
 
+def test_a_parameter_of_the_router_beside_the_experts() -> None:
+    """vLLM's RoutedExperts shares it with the router (Laguna)."""
+    made = build_form("natural", block_size=G)
+    module = torch.nn.Module()
+    module.e_score_correction_bias = torch.nn.Parameter(torch.zeros(4), requires_grad=False)
+    bias = module.e_score_correction_bias
+    loader = LayerLoader(PREFIX, made.layer, G)
+    loader.register(module)
+    tensors = {**made.tensors, "e_score_correction_bias": torch.arange(4.0)}
+    assert set(loader.load_weights(tensors.items())) == tensors.keys()
+    assert not loader.missing()
+    assert bias.tolist() == [0, 1, 2, 3]
+
+
 def test_wrong_shapes_and_dtypes_are_all_named() -> None:
     made = build_form("natural", block_size=G)
     tensors = dict(made.tensors)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bitsmoe_kernels.errors import BitsmoeError
-from bitsmoe_kernels.models.families import FAMILIES, REFUSED, models_table, moe_shape
+from bitsmoe_kernels.models.families import FAMILIES, REFUSED, models_table, moe_shape, stored_prefix
 from builders import REPO
 from families import CONFIGS, make_model, streamed_logits, to_float8, whole_logits
 from offline_quant.checkpoint.dequantize import dequantize_checkpoint
@@ -16,6 +16,7 @@ from offline_quant.config import QuantizeConfig
 from offline_quant.model.float8 import Float8Reader
 from offline_quant.model.quantized import open_model
 from offline_quant.model.source import SourceModel
+from offline_quant.model.streaming import StreamedModel
 from offline_quant.pipeline.quantize import quantize_model
 
 TEXT = "She opened the door, and there stood her brother with the lamp in his hand. " * 40
@@ -157,12 +158,59 @@ QWEN = DEEPSEEK | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen
         (DEEPSEEK | {"first_k_dense_replace": "1"}, "first_k_dense_replace is '1', but must be a whole number, 0 or"),
         (DEEPSEEK | {"first_k_dense_replace": -1}, "first_k_dense_replace is -1, but must be"),
         (DEEPSEEK | {"first_k_dense_replace": 2}, "no Mixture-of-Experts layers"),
+        (
+            DEEPSEEK | {"mlp_layer_types": ["sparse"]},
+            r"mlp_layer_types is \['sparse'\], but must list .* each of 2 layers",
+        ),
+        (DEEPSEEK | {"mlp_layer_types": ["dense", "moe"]}, "mlp_layer_types is .* but must list 'dense' or 'sparse'"),
+        (DEEPSEEK | {"mlp_layer_types": 2}, "mlp_layer_types is 2, but must list"),
+        (
+            DEEPSEEK | {"mlp_layer_types": ["dense", "sparse"], "first_k_dense_replace": 0},
+            "first_k_dense_replace is 0, but mlp_layer_types lists other layers",
+        ),
+        (DEEPSEEK | {"mlp_layer_types": ["dense", "dense"]}, "no Mixture-of-Experts layers"),
         (DEEPSEEK | {"architectures": ["x" * 10**5]}, "architecture .{200} is not supported"),
     ],
 )
 def test_a_config_that_cannot_be_right(config: dict[str, object], said: str) -> None:
     with pytest.raises(BitsmoeError, match=said):
         moe_shape(config, "here")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "layers"),
+    [
+        ("DeepseekV3ForCausalLM", {"mlp_layer_types": ["sparse", "dense", "sparse", "dense"]}, (0, 2)),
+        ("DeepseekV3ForCausalLM", {"mlp_layer_types": None, "first_k_dense_replace": 3}, (3,)),
+        ("LagunaForCausalLM", {}, (1, 2, 3)),
+        ("Ernie4_5_MoeForCausalLM", {}, (1, 2, 3)),
+        ("Ernie4_5_MoeForCausalLM", {"moe_layer_start_index": 0, "moe_layer_end_index": 2}, (0, 1, 2)),
+        ("Ernie4_5_MoeForCausalLM", {"moe_layer_interval": 2}, (1, 3)),
+    ],
+)
+def test_layers_with_experts(architecture: str, config: dict[str, object], layers: tuple[int, ...]) -> None:
+    family = FAMILIES[architecture]
+    sizes = {family.num_experts_key: 8, family.intermediate_size_key: 4}
+    base = DEEPSEEK | {"architectures": [architecture], "model_type": family.model_type, "num_hidden_layers": 4}
+    del base["n_routed_experts"]
+    assert moe_shape(base | sizes | config, "here").layers == layers
+
+
+def test_experts_that_transformers_builds_elsewhere_are_refused(tmp_path: Path) -> None:
+    """transformers knows `mlp_layer_types` alone here, and takes the first layer only for dense without it."""
+    model = make_model("Glm4MoeLiteForCausalLM", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {"first_k_dense_replace": 2}
+    del config["mlp_layer_types"]
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BitsmoeError, match=r"(?s)other experts.*decoder layer 1\.mlp\.experts: .*no experts was read"):
+        StreamedModel(SourceModel(model))
+
+
+def test_names_that_vllm_gives_experts() -> None:
+    stored = ["model.layers.0.block_sparse_moe.experts", "model.layers.1.mlp.experts"]
+    assert stored_prefix("model.layers.0.mlp.experts", stored) == stored[0]
+    assert stored_prefix("model.layers.1.mlp.experts", stored) == stored[1]
+    assert stored_prefix("model.layers.2.mlp.experts", stored) == "model.layers.2.mlp.experts"
 
 
 def test_null_means_left_out() -> None:
