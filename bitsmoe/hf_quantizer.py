@@ -289,7 +289,10 @@ def _refuse_parallel(model: Any) -> None:
 def _places(model: Any, source: QuantizedModel) -> dict[str, str]:
     """Modules that are stored in another form: stored name to path in the model."""
     base = "" if model.base_model is model else f"{model.base_model_prefix}."
-    decoder = source.shape.family.decoder
+    family = source.shape.family
+    # Of a model of several parts transformers builds all, or the language model alone.
+    alone = family.text is not None and isinstance(model.get_decoder(), type(model.base_model))
+    decoder = family.module_decoder if alone else family.decoder
     names = {source.shape.prefix(i): f"{decoder(i)}.{MODULE_EXPERTS}" for i in source.shape.layers}
     names |= {name: name for name in (source.dense.matrices if source.dense else ())}
     paths = {name: f"{base}{path.removeprefix('model.')}" if "." in path else path for name, path in names.items()}

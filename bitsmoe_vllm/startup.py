@@ -122,7 +122,7 @@ def _other_faults(checkpoint: Checkpoint, specs: Mapping[str, TensorSpec], hf_co
     if type(hf_config) is not own or hf_config.architectures != checkpoint.model_config["architectures"]:
         hf_config = own.from_dict(checkpoint.model_config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config)
+        model = AutoModelForCausalLM.from_config(hf_config.get_text_config())
     return shape.other_faults(model, specs)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.models.families import language_config
 from offline_quant.calibration.row_readers import PlainText
 from offline_quant.calibration.text_file import BLOCK_BYTES
 from offline_quant.calibration.text_source import Reading, TextSource
@@ -45,7 +46,7 @@ def load_tokenizer(directory: Path) -> Any:
 
 def window_length(config: dict[str, Any], wanted: int) -> int:
     """Tokens in a window: what was asked for, or the model's maximum if that is less."""
-    return min(wanted, int(config.get("max_position_embeddings") or wanted))
+    return min(wanted, int(language_config(config).get("max_position_embeddings") or wanted))
 
 
 def text_windows(tokenizer: Any, source: TextSource, length: int, limit: int | None = None, seed: int = 0) -> Tensor:

@@ -37,6 +37,11 @@ def dense_plan(source: SourceModel, bits: Literal[4, 8, 16]) -> DenseConfig | No
     """
     if bits == 16:
         return None
+    if source.shape.family.text:
+        raise BitsmoeError(
+            f"--dense-bits {bits}: {source.directory} is a model of several parts, whose linear layers stay at 16 "
+            "bits; use --dense-bits 16"
+        )
     specs, per_word = source.tensors.specs, 32 // bits
     targets: dict[str, list[str]] = {"group": [], "channel": []}
     faults = []

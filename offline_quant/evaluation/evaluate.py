@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.models.families import language_config
 from offline_quant.calibration.sources.file import FileCalibration
 from offline_quant.calibration.sources.registry import open_text, text_kind
 from offline_quant.calibration.text_source import TextSource
@@ -151,10 +152,11 @@ class Reference:
 
 
 def _check_comparable(model: WeightSource, reference: WeightSource) -> None:
-    if reference.config["vocab_size"] != model.config["vocab_size"]:
+    own, other = (language_config(m.config)["vocab_size"] for m in (model, reference))
+    if own != other:
         raise BitsmoeError(
-            f"--reference {reference.directory}: vocab_size is {reference.config['vocab_size']}, that of "
-            f"{model.directory} is {model.config['vocab_size']}; only models with one vocabulary can be compared"
+            f"--reference {reference.directory}: vocab_size is {other}, that of {model.directory} is {own}; only "
+            "models with one vocabulary can be compared"
         )
 
 

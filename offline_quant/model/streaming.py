@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bitsmoe_kernels.errors import BitsmoeError, fault_list, one_line
 from bitsmoe_kernels.expert_mlp import gated
 from bitsmoe_kernels.format.checkpoint import plain_config
-from bitsmoe_kernels.models.families import FUSED_NAMES, MODULE_EXPERTS, kept_tensors
+from bitsmoe_kernels.models.families import FUSED_NAMES, MODULE_EXPERTS, kept_tensors, language_config
 from offline_quant.model.expert_inputs import ExpertInputs
 from offline_quant.model.sizes import FLOAT, RunSizes
 from offline_quant.model.source import WeightSource
@@ -73,7 +73,7 @@ class StreamedModel:
         self.source = source
         self.shape = source.shape
         self.device = torch.device(device)
-        config = transformers_config(source.config, source.directory)
+        config = transformers_config(language_config(source.config), source.directory)
         with _building(source.directory), torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         self.decoder = self.model.get_decoder()
@@ -155,7 +155,7 @@ class StreamedModel:
 
     def _embedding(self, ids: Tensor) -> Tensor:
         """Rows of the embedding, float32; the matrix itself stays in the checkpoint."""
-        rows = self.source.tensors.get("model.embed_tokens.weight")[ids.cpu()]
+        rows = self.source.tensors.get(self._embedding_name)[ids.cpu()]
         return rows.to(self.device, torch.float32)
 
     def check_ids(self, ids: Tensor) -> None:
@@ -313,7 +313,11 @@ class StreamedModel:
     def _stored_head(self) -> Tensor:
         # A stored head is used whatever config.json says of tying, as in transformers and vLLM.
         own = "lm_head.weight"
-        return self.source.tensors.get(own if own in self.source.tensors else "model.embed_tokens.weight")
+        return self.source.tensors.get(own if own in self.source.tensors else self._embedding_name)
+
+    @property
+    def _embedding_name(self) -> str:
+        return self.shape.family.stored_name("model.embed_tokens.weight")
 
     @property
     def head(self) -> Tensor:

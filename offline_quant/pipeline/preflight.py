@@ -9,7 +9,7 @@ import torch
 from bitsmoe_kernels.errors import BitsmoeError, Faults
 from bitsmoe_kernels.format.linear_layers import DenseConfig
 from bitsmoe_kernels.format.safetensors_io import read_json
-from bitsmoe_kernels.models.families import moe_shape
+from bitsmoe_kernels.models.families import language_config, moe_shape
 from offline_quant.allocation.budget import budget_bits
 from offline_quant.allocation.objectives import OBJECTIVES, forms_of
 from offline_quant.calibration.sources.base import CalibrationSource
@@ -139,8 +139,8 @@ def run_sizes(inputs: RunInputs, config: QuantizeConfig) -> RunSizes:
     length = window_length(source.config, config.calib_length)
     batch = min(config.calib_samples, batch_windows(length, source.shape.hidden_size))
     return RunSizes(
-        source.shape, source.tensors.specs, source.config, config.bits, config.calib_samples * length, batch * length,
-        length, torch.device(config.device),
+        source.shape, source.tensors.specs, language_config(source.config), config.bits, config.calib_samples * length,
+        batch * length, length, torch.device(config.device),
     )  # fmt: skip
 
 

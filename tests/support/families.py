@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from bitsmoe_kernels.models.families import FAMILIES, moe_shape
+from bitsmoe_kernels.models.families import FAMILIES, Family, moe_shape
 from builders import TINY_MOE, build_form, write_checkpoint
 from offline_quant.model.source import WeightSource
 from offline_quant.model.streaming import StreamedModel
@@ -27,6 +27,7 @@ _DENSE_FIRST = {
     "intermediate_size": 128, "moe_intermediate_size": 96, "n_routed_experts": 8, "first_k_dense_replace": 1,
     "routed_scaling_factor": 1.5,
 }  # fmt: skip
+_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
 _ONE_GROUP = {"n_group": 1, "topk_group": 1}
 _LISTED = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
 _FULL = {"layer_types": ["full_attention"] * 3}
@@ -48,6 +49,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | _DELTA_NET
     | {"head_dim": 32, "shared_expert_intermediate_size": 64, "num_hidden_layers": 4},
     "Qwen3_5MoeForCausalLM": _QWEN
+    | _DELTA_NET
+    | {"head_dim": 32, "shared_expert_intermediate_size": 64, "num_hidden_layers": 4},
+    "Qwen3_5MoeForConditionalGeneration": _QWEN
     | _DELTA_NET
     | {"head_dim": 32, "shared_expert_intermediate_size": 64, "num_hidden_layers": 4},
     "MixtralForCausalLM": {"intermediate_size": 96, "num_local_experts": 8},
@@ -113,11 +117,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+def _class_of(family: Family) -> Any:
+    return AutoModelForImageTextToText if family.text else AutoModelForCausalLM
+
+
 def make_model(architecture: str, directory: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Write a random model; returns its directory."""
-    config = AutoConfig.for_model(FAMILIES[architecture].model_type, **_ALL | CONFIGS[architecture])
+    family, sizes = FAMILIES[architecture], _ALL | CONFIGS[architecture]
+    parts = {family.text[0]: sizes, "vision_config": _VISION} if family.text else sizes
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = _class_of(family).from_config(AutoConfig.for_model(family.model_type, **parts), dtype=torch.float32)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim > 1:
@@ -178,9 +187,11 @@ IDS = torch.randint(0, 4096, (2, 24), generator=torch.Generator().manual_seed(0)
 
 
 def whole_logits(directory: Path) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    config = json.loads((directory / "config.json").read_text())
+    family = FAMILIES[config["architectures"][0]]
+    model = _class_of(family).from_pretrained(directory, dtype=torch.float32).eval()
     with torch.no_grad():
-        return model(IDS).logits
+        return model(input_ids=IDS).logits
 
 
 def streamed_logits(source: WeightSource) -> torch.Tensor:

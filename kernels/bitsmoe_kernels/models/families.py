@@ -25,6 +25,8 @@ _CODE_PARTS = (
 """How tensors begin that lie beside codes, in the forms other quantizers write."""
 _LAYER_NUMBER = re.compile(r"model\.layers\.(\d+)\.")
 _CODES = "codes of some quantization, not weights; quantize the 16-bit model instead"
+_MODULE_BASE = "model."
+"""How names of transformers' language models begin, but for the head's."""
 MODULE_EXPERTS = "mlp.experts"
 """transformers' experts module within a decoder layer, in every family."""
 FUSED_NAMES = ("gate_up_proj", "down_proj")
@@ -99,6 +101,8 @@ class Family:
         module_names: (in files, in transformers' modules) parts of names that differ.
         optional_sizes: further keys of config.json that must be whole numbers above 0 where present.
         fixed: keys of config.json that must have this value where present.
+        text: of a model of several parts: the language model's entry in config.json, and the prefix of its tensors in
+            place of `model.`.
         top_k_key: how many experts a token is routed to; transformers knows the family's own number without it.
         layer_outputs: values that transformers' decoder layers return; nothing but the first, hidden states, is used.
         tested: how far, see `Tested`.
@@ -116,19 +120,34 @@ class Family:
     module_names: tuple[tuple[str, str], ...] = ()
     optional_sizes: tuple[str, ...] = _SIZES
     fixed: tuple[tuple[str, Any], ...] = ()
+    text: tuple[str, str] | None = None
     top_k_key: str = "num_experts_per_tok"
     layer_outputs: int = 1
     tested: Tested = "tokens"
 
     def decoder(self, layer: int) -> str:
         """Tensor prefix of a decoder layer."""
-        return f"model.layers.{layer}"
+        return f"{self._base}layers.{layer}"
+
+    def module_decoder(self, layer: int) -> str:
+        """Name of a decoder layer in transformers' language model."""
+        return f"{_MODULE_BASE}layers.{layer}"
+
+    @property
+    def _base(self) -> str:
+        """Prefix of the tensors of the language model, but for its head."""
+        return self.text[1] if self.text else _MODULE_BASE
 
     def stored_name(self, name: str) -> str:
-        """The name in files of a parameter of transformers' model."""
+        """The name in files of a parameter of transformers' language model."""
         for stored, module in self.module_names:
             name = name.replace(module, stored)
-        return name
+        inside = name.startswith(_MODULE_BASE) and not name.startswith(self._base)
+        return self._base + name.removeprefix(_MODULE_BASE) if inside else name
+
+    def describes(self, name: str) -> bool:
+        """Whether a stored tensor should be one of transformers' language model; others are of other parts."""
+        return self.text is None or name.startswith(self._base) or "." not in name.removesuffix(".weight")
 
 
 _QWEN: dict[str, Any] = {
@@ -166,6 +185,14 @@ FAMILIES: dict[str, Family] = {
         Family("Qwen3NextForCausalLM", "qwen3_next", "Qwen3-Next", tested="bfloat16", **_QWEN),
         Family(
             "Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", "Qwen3.5, Qwen3.6 (text only)", tested="transformers", **_QWEN
+        ),
+        Family(
+            "Qwen3_5MoeForConditionalGeneration",
+            "qwen3_5_moe",
+            "Qwen3.5, Qwen3.6, Qwen3.8",
+            text=("text_config", "model.language_model."),
+            tested="transformers",
+            **_QWEN,
         ),
         Family("MixtralForCausalLM", "mixtral", "Mixtral", **_BLOCK_SPARSE),
         Family(
@@ -344,7 +371,9 @@ class MoEShape:
         return [
             name
             for name in self._unread(self._model_tensors(model), specs)
-            if not name.startswith("mtp.") and not ((number := _LAYER_NUMBER.match(name)) and int(number[1]) >= layers)
+            if self.family.describes(name)
+            and not name.startswith("mtp.")
+            and not ((number := _LAYER_NUMBER.match(name)) and int(number[1]) >= layers)
         ]
 
     def _model_tensors(self, model: Any) -> dict[str, Any]:
@@ -374,15 +403,29 @@ def kept_tensors(module: Any) -> list[tuple[str, Any]]:
     return list({id(tensor): (name, tensor) for name, tensor in reversed(own.items())}.values())[::-1]
 
 
+def _named_architectures(config: Mapping[str, Any]) -> list[str]:
+    architectures = config.get("architectures")
+    return [a for a in architectures if isinstance(a, str)] if isinstance(architectures, list) else []
+
+
+def _family(config: Mapping[str, Any]) -> Family | None:
+    return next((FAMILIES[a] for a in _named_architectures(config) if a in FAMILIES), None)
+
+
+def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of the language model: all of it, or the entry of a model of several parts."""
+    family = _family(config)
+    part = config.get(family.text[0]) if family and family.text else config
+    return dict(part) if isinstance(part, Mapping) else {}
+
+
 def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
     """Find a model's experts from its config.json.
 
     Raises:
         BitsmoeError: not a MoE model, or an architecture outside the table.
     """
-    architectures = config.get("architectures")
-    named = [a for a in architectures if isinstance(a, str)] if isinstance(architectures, list) else []
-    family = next((FAMILIES[a] for a in named if a in FAMILIES), None)
+    named, family = _named_architectures(config), _family(config)
     if family is None:
         known, shown = ", ".join(sorted(FAMILIES)), f"{named!s:.200}"
         if not any(k for k in config if "expert" in k):
@@ -392,6 +435,7 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
             )
         why = "".join(f" ({REFUSED[a]})" for a in named if a in REFUSED)
         raise BitsmoeError(f"{subject}: architecture {shown} is not supported{why}. Supported: {known}")
+    model_type, config = config.get("model_type", family.model_type), language_config(config)
     # transformers 5 may save the number of experts under another family's name.
     counts = [k for k in EXPERT_COUNT_KEYS if k in config] or [family.num_experts_key]
     sizes = (*counts, family.intermediate_size_key, "hidden_size", "num_hidden_layers", "vocab_size")
@@ -436,9 +480,10 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
         for key, value in (("hidden_act", HIDDEN_ACT), *family.fixed)
         if config.get(key, value) != value
     ]
-    if config["model_type"] != family.model_type:
-        found, known = config["model_type"], family.model_type
-        unsupported.append(f"model_type is {found!r:.80}, but {family.architecture} is supported with {known!r}")
+    if model_type != family.model_type:
+        unsupported.append(
+            f"model_type is {model_type!r:.80}, but {family.architecture} is supported with {family.model_type!r}"
+        )
     if faults:
         raise BitsmoeError(fault_list(f"{subject}: config.json cannot be right", faults + unsupported))
     if unsupported:

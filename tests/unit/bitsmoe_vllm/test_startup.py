@@ -450,6 +450,29 @@ def test_the_tensor_names_carried_to_vllms_parameters(checkpoint: CheckpointConf
     assert mapper.apply_list(others) == others
 
 
+@pytest.mark.parametrize(
+    ("stored", "served"),
+    [
+        ("model.language_model.layers.0.mlp.experts", "language_model.model.layers.0.mlp.experts"),
+        ("model.layers.0.block_sparse_moe.experts", "model.layers.0.mlp.experts"),
+    ],
+    ids=["a model of several parts", "MiniMax-M2"],
+)
+def test_experts_that_vllm_calls_otherwise(stored: str, served: str) -> None:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    from bitsmoe_vllm.config import BitsmoeConfig
+
+    made = build_form("natural", num_experts=8, hidden_size=64, intermediate_size=96, block_size=32)
+    config = BitsmoeConfig(make_config({stored: made}).dump())
+    config._options_checked = True
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.language_model.": "language_model.model."}))
+    assert routed_experts(served, config).schema == made.layer
+    config.plain_experts = frozenset()
+    with pytest.raises(BitsmoeError, match="quantize the whole model"):
+        routed_experts(served.replace("layers.0", "layers.1"), config)
+
+
 def test_the_config_survives_being_sent_to_a_worker(checkpoint: CheckpointConfig) -> None:
     import pickle
 

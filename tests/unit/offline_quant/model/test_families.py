@@ -206,6 +206,43 @@ def test_experts_that_transformers_builds_elsewhere_are_refused(tmp_path: Path) 
         StreamedModel(SourceModel(model))
 
 
+@pytest.mark.slow
+def test_the_language_model_of_several_parts(tmp_path: Path, calib: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Experts stacked as on the Hub; the other parts are copied, and config.json keeps what it says of them."""
+    model = make_model("Qwen3_5MoeForConditionalGeneration", tmp_path / "model")
+    source, tensors = SourceModel(model), load_file(model / "model.safetensors")
+    tensors["mtp.fc.weight"] = torch.ones(2, 2, dtype=torch.bfloat16)
+    for layer in source.shape.layers:
+        gate_up, down = (matrices.bfloat16() for matrices in source.experts(layer))
+        for e in range(source.shape.num_experts):
+            for name in source.shape.expert_names(layer, e):
+                del tensors[name]
+        prefix = source.shape.prefix(layer)
+        tensors |= {f"{prefix}.gate_up_proj": gate_up, f"{prefix}.down_proj": down}
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert torch.allclose(streamed_logits(SourceModel(model)), whole_logits(model), atol=2e-4)
+    with pytest.raises(BitsmoeError, match=r"--dense-bits 4: .* a model of several parts"):
+        quantize_model(str(model), tmp_path / "q", quick(calib).model_copy(update={"dense_bits": 4}))
+    quantize_model(str(model), tmp_path / "q", quick(calib))
+    assert "not part of the model" not in "".join(capsys.readouterr())
+    written = load_file(tmp_path / "q" / "model.safetensors")
+    others = {name for name in tensors if name.startswith(("model.visual.", "mtp."))}
+    assert len(others) > 10
+    assert all(torch.equal(written[name], tensors[name]) for name in others)
+    config, before = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("q", "model"))
+    assert {key: config[key] for key in before} == before
+    assert set(config["quantization_config"]["layers"]) == {
+        f"model.language_model.layers.{i}.mlp.experts" for i in range(4)
+    }
+
+
+def test_a_model_of_several_parts_that_does_not_describe_its_language_model() -> None:
+    config = {"architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe", "num_experts": 8}
+    for part in ({}, {"text_config": None}, {"text_config": {"hidden_size": 8}}):
+        with pytest.raises(BitsmoeError, match=r"config\.json lacks \['num_experts', 'moe_intermediate_size'"):
+            moe_shape(config | part, "here")
+
+
 def test_names_that_vllm_gives_experts() -> None:
     stored = ["model.layers.0.block_sparse_moe.experts", "model.layers.1.mlp.experts"]
     assert stored_prefix("model.layers.0.mlp.experts", stored) == stored[0]
