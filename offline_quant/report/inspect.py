@@ -4,7 +4,7 @@ from pathlib import Path
 
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.format.schema import Layer, ProjectionName
-from bitsmoe_kernels.models.families import moe_shape
+from bitsmoe_kernels.models.families import language_config, moe_shape
 from bitsmoe_kernels.sharding import ParallelSizes, parallel_sizes
 from offline_quant.checkpoint.directory import existing_directory
 from offline_quant.report.collect import linear_layers_report, width_histogram
@@ -16,7 +16,7 @@ def parallel_sizes_of(checkpoint: Checkpoint) -> ParallelSizes:
     shape = moe_shape(checkpoint.model_config, str(checkpoint.directory))
     return parallel_sizes(
         shape.num_experts, shape.intermediate_size, len(shape.layers), checkpoint.config.block_size,
-        checkpoint.model_config,
+        language_config(checkpoint.model_config),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.models.families import FAMILIES, REFUSED, models_table, moe_shape, stored_prefix
 from builders import REPO
 from families import CONFIGS, make_model, streamed_logits, to_float8, whole_logits
@@ -18,6 +19,7 @@ from offline_quant.model.quantized import open_model
 from offline_quant.model.source import SourceModel
 from offline_quant.model.streaming import StreamedModel
 from offline_quant.pipeline.quantize import quantize_model
+from offline_quant.report.inspect import parallel_sizes_of
 
 TEXT = "She opened the door, and there stood her brother with the lamp in his hand. " * 40
 
@@ -228,6 +230,7 @@ def test_the_language_model_of_several_parts(tmp_path: Path, calib: str, capsys:
     written = load_file(tmp_path / "q" / "model.safetensors")
     others = {name for name in tensors if name.startswith(("model.visual.", "mtp."))}
     assert len(others) > 10
+    assert parallel_sizes_of(Checkpoint(tmp_path / "q")).tensor == (1, 2)
     assert all(torch.equal(written[name], tensors[name]) for name in others)
     config, before = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("q", "model"))
     assert {key: config[key] for key in before} == before
