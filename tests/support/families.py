@@ -1,6 +1,7 @@
 """Small random models of every architecture in the table, with the demo model's tokenizer."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -161,21 +162,21 @@ def make_quantized(architecture: str, directory: Path, form: str = "natural", ma
     return directory
 
 
-def to_float8(directory: Path, block: int = 32) -> dict[str, torch.Tensor]:
+def to_float8(directory: Path, block: int = 32, scales: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Store every matrix of the experts and of attention as block-wise float8; returns what they stand for."""
     file = directory / "model.safetensors"
     tensors, meaning = load_file(file), {}
-    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+    for name in [n for n in tensors if re.search(r"(_proj|\.w[123])\.weight$", n)]:
         w = tensors[name].float()
         rows, columns = (-(-size // block) for size in w.shape)
         padded = torch.nn.functional.pad(w, (0, columns * block - w.shape[1], 0, rows * block - w.shape[0]))
         tiles = padded.view(rows, block, columns, block)
-        scale = tiles.abs().amax((1, 3)).clamp(min=1e-12) / 448
+        scale = (tiles.abs().amax((1, 3)).clamp(min=1e-12) / 440).to(scales).float()
         codes = (tiles / scale[:, None, :, None]).to(torch.float8_e4m3fn)
         back = (codes.float() * scale[:, None, :, None]).view(padded.shape)
         meaning[name] = back[: w.shape[0], : w.shape[1]].bfloat16()
         tensors[name] = codes.view(padded.shape)[: w.shape[0], : w.shape[1]].contiguous()
-        tensors[f"{name}_scale_inv"] = scale
+        tensors[f"{name}_scale_inv"] = scale.to(scales)
     save_file(tensors, file, metadata={"format": "pt"})
     config = json.loads((directory / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [block, block]}

@@ -60,10 +60,20 @@ def test_other_source_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_float8_sources_are_read_as_what_they_stand_for(tmp_path: Path, calib: str) -> None:
-    model = make_model("DeepseekV3ForCausalLM", tmp_path / "model")
-    plain = make_model("DeepseekV3ForCausalLM", tmp_path / "plain")
-    meaning = to_float8(model)
+@pytest.mark.parametrize(
+    ("architecture", "scales"),
+    [
+        ("DeepseekV3ForCausalLM", torch.float32),
+        ("MiniMaxM2ForCausalLM", torch.float32),
+        ("Qwen3_5MoeForConditionalGeneration", torch.bfloat16),
+    ],
+)
+def test_float8_sources_are_read_as_what_they_stand_for(
+    architecture: str, scales: torch.dtype, tmp_path: Path, calib: str
+) -> None:
+    model = make_model(architecture, tmp_path / "model")
+    plain = make_model(architecture, tmp_path / "plain")
+    meaning = to_float8(model, scales=scales)
     save_file(load_file(plain / "model.safetensors") | meaning, plain / "model.safetensors", metadata={"format": "pt"})
     source = SourceModel(model)
     assert not [name for name in source.tensors if name.endswith("_scale_inv")]
