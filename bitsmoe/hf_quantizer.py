@@ -21,7 +21,6 @@ from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.checkpoint import WEIGHTS_KEY
 from bitsmoe_kernels.format.linear_layers import DenseWeights, dequantize
 from bitsmoe_kernels.format.schema import QUANT_METHOD, Layer, TensorSpec
-from bitsmoe_kernels.models.families import MODULE_EXPERTS
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
 from offline_quant.model.quantized import QuantizedModel
 
@@ -293,7 +292,7 @@ def _places(model: Any, source: QuantizedModel) -> dict[str, str]:
     # Of a model of several parts transformers builds all, or the language model alone.
     alone = family.text is not None and isinstance(model.get_decoder(), type(model.base_model))
     decoder = family.module_decoder if alone else family.decoder
-    names = {source.shape.prefix(i): f"{decoder(i)}.{MODULE_EXPERTS}" for i in source.shape.layers}
+    names = {source.shape.prefix(i): f"{decoder(i)}.{family.module_experts}" for i in source.shape.layers}
     names |= {name: name for name in (source.dense.matrices if source.dense else ())}
     paths = {name: f"{base}{path.removeprefix('model.')}" if "." in path else path for name, path in names.items()}
     return {name: path for name, path in paths.items() if path != "lm_head" or hasattr(model, path)}

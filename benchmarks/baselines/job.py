@@ -25,7 +25,7 @@ WINDOWS = "windows"
 """Name of the tensor in a file of calibration windows: token ids, int64 [windows, length]."""
 JOB_FILE, RESULT_FILE, EXPERTS_FILE = "job.json", "result.json", "experts.safetensors"
 SCALE_BITS = 16
-EXPERT = r"\.mlp\.experts\.\d+\.(gate|up|down)_proj$"
+EXPERT = r"\.(mlp|feed_forward)\.experts\.\d+\.(gate|up|down)_proj$"
 """The end of the name of a routed expert's matrix as a module."""
 
 

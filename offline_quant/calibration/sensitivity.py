@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitsmoe_kernels.models.families import MODULE_EXPERTS
 from offline_quant.model.sizes import FLOAT, RunSizes
 from offline_quant.model.streaming import Arguments, StreamedModel
 
@@ -51,7 +50,7 @@ def layer_sensitivities(
     energy: dict[int, float] = {}
     for index in range(model.num_layers):
         with model.layer(index) as module, torch.no_grad():
-            outputs = _OutputEnergy(module, MODULE_EXPERTS if index in model.shape.layers else None)
+            outputs = _OutputEnergy(module, model.experts_name if index in model.shape.layers else None)
             entering.append(
                 [model.run(module, h, args).cpu() for h, (_, args) in zip(entering[-1], batches, strict=True)]
             )
@@ -98,7 +97,7 @@ def _top_gradients(model: StreamedModel, hidden: list[Tensor], seed: int) -> lis
     for batch in hidden:
         with torch.enable_grad():
             h = batch.to(model.device).requires_grad_(True)
-            logp = (model.decoder.norm(h) @ head.T).log_softmax(-1)
+            logp = (model.norm(h) @ head.T).log_softmax(-1)
             drawn = torch.multinomial(logp.detach().exp().flatten(0, 1), 1, generator=generator)
             loss = -logp.flatten(0, 1).gather(1, drawn).sum()
             out.append(torch.autograd.grad(loss, h)[0].cpu())

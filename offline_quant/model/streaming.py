@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bitsmoe_kernels.errors import BitsmoeError, fault_list, one_line
 from bitsmoe_kernels.expert_mlp import gated
 from bitsmoe_kernels.format.checkpoint import plain_config
-from bitsmoe_kernels.models.families import FUSED_NAMES, MODULE_EXPERTS, kept_tensors, language_config
+from bitsmoe_kernels.models.families import FUSED_NAMES, kept_tensors, language_config
 from offline_quant.model.expert_inputs import ExpertInputs
 from offline_quant.model.sizes import FLOAT, RunSizes
 from offline_quant.model.source import WeightSource
@@ -84,9 +84,21 @@ class StreamedModel:
         self._check_experts()
         self._check_tensors()
         self.decoder.embed_tokens.forward = self._embedding
-        self._fill(self.decoder.norm, "model.norm")
+        self._fill(self.norm, f"model.{self.shape.family.module_norm}")
         # Rotary tables are buffers computed at construction; "meta" left them empty.
-        self.decoder.rotary_emb = type(self.decoder.rotary_emb)(config=config).to(self.device)
+        for name, child in self.decoder.named_children():
+            if any(True for _ in child.buffers()) and not any(True for _ in child.parameters()):
+                setattr(self.decoder, name, type(child)(config=config).to(self.device))
+
+    @property
+    def experts_name(self) -> str:
+        """The experts within a decoder layer that has some."""
+        return self.shape.family.module_experts
+
+    @property
+    def norm(self) -> nn.Module:
+        """The norm before the head."""
+        return self.decoder.get_submodule(self.shape.family.module_norm)
 
     def _check_experts(self) -> None:
         """Compare the experts that config.json was read to have with those of transformers' modules."""
@@ -95,7 +107,7 @@ class StreamedModel:
             (s.num_experts, 2 * s.intermediate_size, s.hidden_size),
             (s.num_experts, s.hidden_size, s.intermediate_size),
         ]
-        expected = {f"{index}.{MODULE_EXPERTS}": size for index in s.layers}
+        expected = {f"{index}.{self.experts_name}": size for index in s.layers}
         found = {
             name: [tuple(own[part].shape) for part in FUSED_NAMES]
             for name, module in self.decoder.layers.named_modules()
@@ -185,8 +197,8 @@ class StreamedModel:
         """
         module = self.decoder.layers[index]
         moe = index in self.shape.layers
-        self._fill(module, self.shape.family.decoder(index), MODULE_EXPERTS if moe else None)
-        experts: Any = module.get_submodule(MODULE_EXPERTS) if moe else None
+        self._fill(module, self.shape.family.decoder(index), self.experts_name if moe else None)
+        experts: Any = module.get_submodule(self.experts_name) if moe else None
         if moe:
             experts.forward = partial(self.routed, index)
         try:
@@ -285,7 +297,7 @@ class StreamedModel:
             seen.append(ExpertInputs(x.reshape(-1, x.shape[-1]).float(), ids.long(), weights.float()))
             return torch.zeros_like(x)
 
-        experts: Any = module.get_submodule(MODULE_EXPERTS)
+        experts: Any = module.get_submodule(self.experts_name)
         usual, experts.forward = experts.forward, catch
         try:
             rest = self.run(module, hidden, arguments).cpu()
@@ -332,7 +344,7 @@ class StreamedModel:
     @torch.no_grad()
     def normed(self, hidden: Tensor) -> Tensor:
         """Inputs of the head, from the hidden states [..., H] that leave the last layer."""
-        return self.decoder.norm(hidden.to(self.device))
+        return self.norm(hidden.to(self.device))
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, head: Tensor) -> Tensor:
@@ -346,9 +358,9 @@ class StreamedModel:
             if index not in self.shape.layers:
                 self._fill(module, prefix)
                 continue
-            self._fill(module, prefix, MODULE_EXPERTS)
+            self._fill(module, prefix, self.experts_name)
             for name, weights in zip(("gate_up_proj", "down_proj"), self.source.experts(index), strict=True):
-                _assign(module.get_submodule(MODULE_EXPERTS), name, weights.to(self.device))
+                _assign(module.get_submodule(self.experts_name), name, weights.to(self.device))
         del self.decoder.embed_tokens.forward
         self._fill(self.decoder.embed_tokens, "model.embed_tokens")
         _assign(self.model, "lm_head.weight", self.head)

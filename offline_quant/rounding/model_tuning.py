@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from bitsmoe_kernels.expert_mlp import gated
 from bitsmoe_kernels.format.schema import Layer, ProjectionName
-from bitsmoe_kernels.models.families import MODULE_EXPERTS
 from bitsmoe_kernels.reference import LayerWeights, ProjectionWeights
 from offline_quant.model.sizes import FLOAT, RunSizes
 from offline_quant.model.streaming import StreamedModel
@@ -113,7 +112,7 @@ class _Tuner:
     def _layer(self, index: int) -> Iterator[nn.Module]:
         with self.model.layer(index) as module:
             if index in self.changes:
-                experts: Any = module.get_submodule(MODULE_EXPERTS)
+                experts: Any = module.get_submodule(self.model.experts_name)
                 weights = self.stored.weights(index, self.model.device)
                 experts.forward = partial(self._experts, weights, self.changes[index])
             yield module
@@ -178,7 +177,7 @@ def _divergence(model: StreamedModel, head: Tensor, hidden: Tensor, wanted: Tens
         logp = model.logits(other, head).log_softmax(-1)
         with torch.enable_grad():
             h = own.detach().requires_grad_(True)
-            found = (model.decoder.norm(h) @ head.T).log_softmax(-1)
+            found = (model.norm(h) @ head.T).log_softmax(-1)
             loss = nn.functional.kl_div(found, logp, reduction="sum", log_target=True)
             gradients.append(torch.autograd.grad(loss, h)[0])
         total += float(loss.detach())

@@ -98,6 +98,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | _LISTED
     | _FULL
     | {"head_dim": 32, "num_shared_experts": 1, "sliding_window": 64, "routed_scaling_factor": 1.5},
+    "Lfm2MoeForCausalLM": _QWEN
+    | {"num_dense_layers": 1, "layer_types": ["full_attention", "conv", "full_attention"], "use_expert_bias": True},
+    "JambaForCausalLM": {
+        "intermediate_size": 96,
+        "num_experts": 8,
+        "num_hidden_layers": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "mamba_d_state": 16,
+        "mamba_dt_rank": 8,
+    },
     "MellumForCausalLM": _QWEN | _FULL | {"head_dim": 32},
     "HunYuanMoEV1ForCausalLM": {
         "intermediate_size": 96,
@@ -133,7 +146,7 @@ def make_model(architecture: str, directory: Path, dtype: torch.dtype = torch.bf
             if p.ndim > 1:
                 p.normal_(std=1.0 if "embed" in name else 0.12)
         for name, b in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(("e_score_correction_bias", "expert_bias")):
                 b.normal_(std=0.05)
     model.to(dtype).save_pretrained(directory)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):

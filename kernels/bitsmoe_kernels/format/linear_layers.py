@@ -45,18 +45,22 @@ _IN_LAYER = (
     Linear(("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"), None),
     Linear(("self_attn.q_b_proj",), "output"),
     Linear(("self_attn.o_proj",), "input"),
+    Linear(("self_attn.out_proj",), "input"),
+    Linear(("feed_forward.w1", "feed_forward.w3"), "output"),
+    Linear(("feed_forward.w2",), "input"),
     Linear(("linear_attn.in_proj_qkvz",), "output"),
     Linear(("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"), "output"),
     Linear(("linear_attn.out_proj",), "input"),
     *(
         linear
-        for mlp in ("mlp", "mlp.shared_expert", "mlp.shared_experts", "mlp.shared_mlp")
+        for mlp in ("mlp", "mlp.shared_expert", "mlp.shared_experts", "mlp.shared_mlp", "feed_forward")
         for linear in (Linear((f"{mlp}.gate_proj", f"{mlp}.up_proj"), "output"), Linear((f"{mlp}.down_proj",), "input"))
     ),
 )
 """All there are within a decoder layer, over all families. Left out on purpose: routers and the gates of shared experts
 and the indexers of sparse attention (few weights, and they decide), `kv_b_proj` (vLLM multiplies it into its
-neighbours, for which it needs the matrix itself), `in_proj_ba`, gates of attention and convolutions (few weights)."""
+neighbours, for which it needs the matrix itself), `in_proj_ba` and gates of attention (few weights), convolutions and
+state-space layers (vLLM's were not tried with them)."""
 
 _PLAIN_HEADS = frozenset({"Qwen3NextForCausalLM"})
 """Architectures in which vLLM has no place for a quantized `lm_head`."""

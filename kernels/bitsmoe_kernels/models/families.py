@@ -27,8 +27,6 @@ _LAYER_NUMBER = re.compile(r"model\.layers\.(\d+)\.")
 _CODES = "codes of some quantization, not weights; quantize the 16-bit model instead"
 _MODULE_BASE = "model."
 """How names of transformers' language models begin, but for the head's."""
-MODULE_EXPERTS = "mlp.experts"
-"""transformers' experts module within a decoder layer, in every family."""
 FUSED_NAMES = ("gate_up_proj", "down_proj")
 """Stacked matrices of all experts, [E, 2 I, H] and [E, H, I]: as transformers' experts modules name them, and files."""
 EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -71,6 +69,19 @@ def _all_but_the_first(config: dict[str, Any]) -> list[int]:
     return _sparse_layers({"first_k_dense_replace": 1, **config})
 
 
+def _after_the_dense(config: dict[str, Any]) -> list[int]:
+    dense = config.get("num_dense_layers")
+    return list(range(2 if dense is None else dense, config["num_hidden_layers"]))
+
+
+def _every_so_many(config: dict[str, Any]) -> list[int]:
+    period, offset = (
+        default if (given := config.get(f"expert_layer_{key}")) is None else given
+        for key, default in (("period", 2), ("offset", 1))
+    )
+    return [i for i in range(config["num_hidden_layers"]) if i % period == offset]
+
+
 def _ernie_layers(config: dict[str, Any]) -> list[int]:
     first, last, step = (
         default if (given := config.get(f"moe_layer_{key}")) is None else given
@@ -99,6 +110,9 @@ class Family:
         served_experts: what vLLM calls them, where that is another name.
         projections: names of gate, up and down of one expert.
         module_names: (in files, in transformers' modules) parts of names that differ.
+        module_experts: transformers' experts within a decoder layer.
+        module_norm: transformers' norm before the head.
+        has_hidden_act: whether config.json names the activation; it is `HIDDEN_ACT` without.
         optional_sizes: further keys of config.json that must be whole numbers above 0 where present.
         fixed: keys of config.json that must have this value where present.
         text: of a model of several parts: the language model's entry in config.json, and the prefix of its tensors in
@@ -118,6 +132,9 @@ class Family:
     served_experts: str | None = None
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     module_names: tuple[tuple[str, str], ...] = ()
+    module_experts: str = "mlp.experts"
+    module_norm: str = "norm"
+    has_hidden_act: bool = True
     optional_sizes: tuple[str, ...] = _SIZES
     fixed: tuple[tuple[str, Any], ...] = ()
     text: tuple[str, str] | None = None
@@ -260,6 +277,32 @@ FAMILIES: dict[str, Family] = {
             **_SPARSE,
             module_names=((".mlp.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),),
             fixed=(("swiglu_limits", None),),
+        ),
+        Family(
+            "Lfm2MoeForCausalLM",
+            "lfm2_moe",
+            "LFM2-8B-A1B, LFM2.5-8B-A1B",
+            num_experts_key="num_experts",
+            intermediate_size_key="moe_intermediate_size",
+            moe_layers=_after_the_dense,
+            experts="feed_forward.experts",
+            projections=("w1", "w3", "w2"),
+            module_experts="feed_forward.experts",
+            module_norm="embedding_norm",
+            has_hidden_act=False,
+        ),
+        Family(
+            "JambaForCausalLM",
+            "jamba",
+            "Jamba 1.5 to 1.7",
+            num_experts_key="num_experts",
+            intermediate_size_key="intermediate_size",
+            moe_layers=_every_so_many,
+            experts="feed_forward.experts",
+            module_experts="feed_forward.experts",
+            module_norm="final_layernorm",
+            optional_sizes=(*_SIZES, "expert_layer_period"),
+            tested="transformers",
         ),
         Family("MellumForCausalLM", "mellum", "Mellum2", **_SPARSE),
         Family(
@@ -439,7 +482,8 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
     # transformers 5 may save the number of experts under another family's name.
     counts = [k for k in EXPERT_COUNT_KEYS if k in config] or [family.num_experts_key]
     sizes = (*counts, family.intermediate_size_key, "hidden_size", "num_hidden_layers", "vocab_size")
-    if missing := [k for k in (*sizes, "hidden_act", "model_type") if k not in config]:
+    sizes_and_kinds = (*sizes, *(["hidden_act"] if family.has_hidden_act else []), "model_type")
+    if missing := [k for k in sizes_and_kinds if k not in config]:
         raise BitsmoeError(f"{subject}: config.json lacks {missing}")
     most = {"num_hidden_layers": MAX_LAYERS}
     faults = [

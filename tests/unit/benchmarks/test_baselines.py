@@ -238,7 +238,9 @@ def test_every_family_has_the_same_names_in_modules():
         names = Names(family.module_names, family.projections)
         prefix = f"{family.decoder(3)}.{family.experts}.7"
         found = [names.module(f"{prefix}.{projection}.weight") for projection in family.projections]
-        assert found == [f"model.layers.3.mlp.experts.7.{name}_proj.weight" for name in ("gate", "up", "down")]
+        assert found == [
+            f"model.layers.3.{family.module_experts}.7.{name}_proj.weight" for name in ("gate", "up", "down")
+        ]
         assert all(is_expert(name.removesuffix(".weight")) for name in found)
 
 

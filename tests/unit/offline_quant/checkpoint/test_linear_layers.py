@@ -185,7 +185,10 @@ def test_every_linear_layer_but_the_named_exceptions(architecture: str, tmp_path
     source = SourceModel(model)
     with torch.device("meta"):
         modules = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-    kept = r"\.(kv_b_proj|in_proj_(ba|a|b)|shared_expert_gate|gate|gate\.wg|g_proj|indexer\.\w+|mlp\.experts)$"
+    kept = (
+        r"\.(kv_b_proj|in_proj_(ba|a|b)|shared_expert_gate|gate|gate\.wg|router|g_proj|indexer\.\w+|experts"
+        r"|conv\.\w+|mamba\.\w+)$"
+    )
     expected = {
         FAMILIES[architecture].stored_name(name)
         for name, module in modules.named_modules()

@@ -76,10 +76,11 @@ def test_gradients_are_those_of_the_whole_model(architecture: str, form: str, tm
         gate_up, down = LayerWeights(stored.schemas[index], stored.block_size, given).experts(
             range(stored.schemas[index].num_experts)
         )
-        weights |= {f"model.layers.{index}.mlp.experts.{n}_proj": w for n, w in (("gate_up", gate_up), ("down", down))}
+        name = f"model.layers.{index}.{FAMILIES[architecture].module_experts}"
+        weights |= {f"{name}.{n}_proj": w for n, w in (("gate_up", gate_up), ("down", down))}
     logits = functional_call(whole, weights, (IDS,)).logits
     with torch.no_grad():
-        target = whole.lm_head(whole.model.norm(aim)).log_softmax(-1)
+        target = whole.lm_head(whole.model.get_submodule(FAMILIES[architecture].module_norm)(aim)).log_softmax(-1)
     loss = (target.exp() * (target - logits.log_softmax(-1))).sum()
     assert lost == pytest.approx(float(loss.detach()), rel=1e-3)
     loss.backward()
