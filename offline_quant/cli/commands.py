@@ -15,9 +15,10 @@ from offline_quant.checkpoint.dequantize import dequantize_checkpoint
 from offline_quant.checkpoint.directory import existing_directory
 from offline_quant.checkpoint.hub import push as push_checkpoint
 from offline_quant.cli.options import options_of, split_lists
-from offline_quant.cli.tables import output, print_evaluation, print_inspection, print_run, print_times
+from offline_quant.cli.tables import output, print_evaluation, print_inspection, print_probe, print_run, print_times
 from offline_quant.config import RunOptions, named_options
 from offline_quant.evaluation.evaluate import evaluate_named
+from offline_quant.model.probe import probe as probe_model
 from offline_quant.pipeline.memory import parse_bytes
 from offline_quant.pipeline.quantize import quantize_model
 from offline_quant.report.inspect import inspect_directory
@@ -86,6 +87,22 @@ def quantize(
     if result is not None:
         print_run(result.report, out, run.plan)
         print_times(result.report, time.monotonic() - start, result.seconds)
+
+
+@app.command()
+def probe(
+    model: Annotated[str, typer.Argument(help="Model directory, or a name on the Hugging Face Hub.")],
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a Hub name. Default: main.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say whether a model can be quantized, from config.json and the index of its weights alone."""
+    found = probe_model(model, revision)
+    if as_json:
+        print(json.dumps(found.as_dict()))
+    else:
+        print_probe(found, model)
 
 
 @app.command()

@@ -7,9 +7,16 @@ import rich.box
 from rich.console import Console
 from rich.table import Table
 
+from bitsmoe_kernels.models.families import Tested
 from offline_quant.checkpoint.directory import PAGE_FILE
+from offline_quant.model.probe import Probe
 from offline_quant.report.schema import Inspection, LayerReport, ModelReport
 
+TESTED: dict[Tested, str] = {
+    "tokens": "vLLM on a CPU gives the tokens of the dequantized checkpoint",
+    "bfloat16": "vLLM on a CPU is as exact as with the dequantized checkpoint, in bfloat16",
+    "transformers": "against transformers' own logits; no test serves it, as vLLM cannot on a CPU",
+}
 output = Console(highlight=False, markup=False, emoji=False)
 
 
@@ -39,6 +46,24 @@ def print_run(report: ModelReport, out: Path, plan_only: bool) -> None:
     if report.dense_layers is not None:
         output.print(str(report.dense_layers))
     output.print(f"Report: {out / PAGE_FILE}")
+
+
+def print_probe(found: Probe, model: str) -> None:
+    """Results of `bitsmoe probe`."""
+    size = found.expert_weights
+    output.print(f"{model}: {found.architecture} ({found.models}), can be quantized")
+    output.print(
+        f"{found.moe_layers} of {found.num_layers} layers have routed experts: {found.num_experts} each, hidden_size "
+        f"{found.hidden_size}, intermediate_size {found.intermediate_size}"
+    )
+    output.print(
+        f"{size / 1e9:.3g} billion weights in experts: {2 * size / 1e9:.3g} GB at 16 bits, {size / 4e9:.3g} GB at 2"
+    )
+    output.print(f"Tested on small random models: {TESTED[found.tested]}")
+    if not found.index:
+        output.print(
+            "No index of the weights to compare with: names and shapes are checked when the model is quantized"
+        )
 
 
 def _print_unusual_experts(layers: list[LayerReport]) -> None:

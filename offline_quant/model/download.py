@@ -7,6 +7,7 @@ from typing import cast
 from huggingface_hub.errors import HfHubHTTPError
 
 from bitsmoe_kernels.errors import BitsmoeError, one_line
+from bitsmoe_kernels.format.safetensors_io import INDEX_FILE
 from offline_quant.model.side_files import CARD_FILE, CODE_FILES, SIDE_FILES
 
 NETWORK_ERRORS = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
@@ -38,13 +39,16 @@ def hub_snapshot(directory: Path) -> HubSnapshot | None:
     return HubSnapshot(name.replace("--", "/"), here.name)
 
 
-def resolve_model(name: str, revision: str | None = None, option: str = "--revision") -> Path:
+def resolve_model(
+    name: str, revision: str | None = None, option: str = "--revision", with_weights: bool = True
+) -> Path:
     """Find a model: a local directory, or a Hub name, whose files are downloaded into the local cache.
 
     Args:
         name: of the directory, or on the Hub.
         revision: branch, tag or commit of a Hub name; None: the main branch.
         option: the command line's option of the revision, for messages.
+        with_weights: download all that quantizing needs; else config.json and the index of the weights.
 
     Raises:
         BitsmoeError: no such directory, or the Hub does not give it.
@@ -67,7 +71,9 @@ def resolve_model(name: str, revision: str | None = None, option: str = "--revis
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     errors: tuple[type[Exception], ...] = (*NETWORK_ERRORS, HFValidationError, LocalEntryNotFoundError)
-    wanted = ["config.json", "*.safetensors*", CARD_FILE, *SIDE_FILES, CODE_FILES]
+    wanted = ["config.json", INDEX_FILE]
+    if with_weights:
+        wanted += ["*.safetensors*", CARD_FILE, *SIDE_FILES, CODE_FILES]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except errors as e:

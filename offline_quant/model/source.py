@@ -60,6 +60,19 @@ class WeightSource(Protocol):
         """Routed experts of a layer, all or a chunk of them."""
 
 
+def float8_config(config: dict[str, Any], directory: Path) -> dict[str, Any] | None:
+    """`quantization_config` of a model that is published in float8; None of one in 16 or 32 bits.
+
+    Raises:
+        BitsmoeError: config.json names another quantization.
+    """
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if quantization is not None and not (isinstance(quantization, dict) and method in (None, "fp8")):
+        raise BitsmoeError(f"{directory}: is already quantized ({method!r:.80}); quantize the 16-bit model instead")
+    return quantization if method == "fp8" else None
+
+
 class SourceModel:
     """An unquantized checkpoint directory: config, tensors, and its experts as stacked matrices.
 
@@ -72,14 +85,12 @@ class SourceModel:
     def __init__(self, directory: Path):
         self.directory = directory
         self.config = read_json(directory / "config.json")
-        quantization = self.config.pop("quantization_config", None)
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        if quantization is not None and not (isinstance(quantization, dict) and method in (None, "fp8")):
-            raise BitsmoeError(f"{directory}: is already quantized ({method!r:.80}); quantize the 16-bit model instead")
+        float8 = float8_config(self.config, directory)
+        self.config.pop("quantization_config", None)
         self.shape = moe_shape(self.config, str(directory))
         check_side_files(directory)
-        if isinstance(quantization, dict) and method == "fp8":
-            self.tensors: ShardReader = Float8Reader(directory, quantization)
+        if float8 is not None:
+            self.tensors: ShardReader = Float8Reader(directory, float8)
         else:
             self.tensors = ShardReader(directory)
         self._check_experts()

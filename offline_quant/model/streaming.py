@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bitsmoe_kernels.errors import BitsmoeError, fault_list, one_line
 from bitsmoe_kernels.expert_mlp import gated
 from bitsmoe_kernels.format.checkpoint import plain_config
-from bitsmoe_kernels.models.families import FUSED_NAMES, kept_tensors, language_config
+from bitsmoe_kernels.models.families import MoEShape, kept_tensors, language_config
 from offline_quant.model.expert_inputs import ExpertInputs
 from offline_quant.model.sizes import FLOAT, RunSizes
 from offline_quant.model.source import WeightSource
@@ -61,6 +61,19 @@ def transformers_config(config: Mapping[str, Any], directory: Path) -> Any:
         return AutoConfig.for_model(**plain_config(config))
 
 
+def model_without_memory(config: Any, shape: MoEShape, directory: Path) -> Any:
+    """transformers' model of its config, tensors on "meta", with the routed experts that were read from config.json.
+
+    Raises:
+        BitsmoeError: transformers refuses the config, or builds other experts.
+    """
+    with _building(directory), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    if faults := shape.expert_faults(model):
+        raise BitsmoeError(fault_list(f"{directory}: transformers builds other experts", faults))
+    return model
+
+
 class StreamedModel:
     """A model whose layers are filled on demand.
 
@@ -74,14 +87,12 @@ class StreamedModel:
         self.shape = source.shape
         self.device = torch.device(device)
         config = transformers_config(language_config(source.config), source.directory)
-        with _building(source.directory), torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        self.model = model_without_memory(config, self.shape, source.directory)
         self.decoder = self.model.get_decoder()
         self.num_layers = len(self.decoder.layers)
         self._place = {module: index for index, module in enumerate(self.decoder.layers)}
         self._arguments: dict[torch.Size, Arguments] = {}
         self.vocabulary: int = self.decoder.embed_tokens.num_embeddings
-        self._check_experts()
         self._check_tensors()
         self.decoder.embed_tokens.forward = self._embedding
         self._fill(self.norm, f"model.{self.shape.family.module_norm}")
@@ -99,28 +110,6 @@ class StreamedModel:
     def norm(self) -> nn.Module:
         """The norm before the head."""
         return self.decoder.get_submodule(self.shape.family.module_norm)
-
-    def _check_experts(self) -> None:
-        """Compare the experts that config.json was read to have with those of transformers' modules."""
-        s = self.shape
-        size = [
-            (s.num_experts, 2 * s.intermediate_size, s.hidden_size),
-            (s.num_experts, s.hidden_size, s.intermediate_size),
-        ]
-        expected = {f"{index}.{self.experts_name}": size for index in s.layers}
-        found = {
-            name: [tuple(own[part].shape) for part in FUSED_NAMES]
-            for name, module in self.decoder.layers.named_modules()
-            if (own := dict(module.named_parameters(recurse=False))).keys() >= set(FUSED_NAMES)
-        }
-        if found != expected:
-            faults = [
-                f"decoder layer {name}: matrices of {found.get(name, 'no experts')}, where "
-                f"{expected.get(name, 'no experts')} was read from config.json"
-                for name in sorted(found.keys() | expected.keys(), key=lambda n: int(n.partition(".")[0]))
-                if found.get(name) != expected.get(name)
-            ]
-            raise BitsmoeError(fault_list(f"{self.source.directory}: transformers builds other experts", faults))
 
     def _check_tensors(self) -> None:
         """Compare all tensors outside the routed experts with the modules they go to. Tied ones count once."""

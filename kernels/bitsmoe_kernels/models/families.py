@@ -373,6 +373,26 @@ class MoEShape:
         """Weights in all routed experts."""
         return 3 * len(self.layers) * self.num_experts * self.hidden_size * self.intermediate_size
 
+    def expert_faults(self, model: Any) -> list[str]:
+        """Routed experts of transformers' model that are not those of this shape.
+
+        Args:
+            model: transformers' language model; its tensors may be without memory.
+        """
+        E, H, I = self.num_experts, self.hidden_size, self.intermediate_size  # noqa: E741
+        expected = {f"{i}.{self.family.module_experts}": [(E, 2 * I, H), (E, H, I)] for i in self.layers}
+        found = {
+            name: [tuple(own[part].shape) for part in FUSED_NAMES]
+            for name, module in model.get_decoder().layers.named_modules()
+            if (own := dict(module.named_parameters(recurse=False))).keys() >= set(FUSED_NAMES)
+        }
+        return [
+            f"decoder layer {name}: matrices of {found.get(name, 'no experts')}, where "
+            f"{expected.get(name, 'no experts')} was read from config.json"
+            for name in sorted(found.keys() | expected.keys(), key=lambda name: int(name.partition(".")[0]))
+            if found.get(name) != expected.get(name)
+        ]
+
     def other_faults(self, model: Any, specs: Mapping[str, TensorSpec]) -> list[str]:
         """Faults of the tensors outside the routed experts: missing, misshapen, or codes in the place of weights.
 

@@ -1,0 +1,90 @@
+"""What is known of a model from config.json and the index of its weights, before anything large is downloaded."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bitsmoe_kernels.errors import BitsmoeError, fault_list
+from bitsmoe_kernels.format.safetensors_io import INDEX_FILE, read_json
+from bitsmoe_kernels.models.families import FUSED_NAMES, MoEShape, Tested, language_config, moe_shape
+from offline_quant.model.download import resolve_model
+from offline_quant.model.source import float8_config
+from offline_quant.model.streaming import model_without_memory, transformers_config
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A model that can be quantized, as far as config.json and the index say.
+
+    Attributes:
+        architecture: of config.json.
+        models: what is published with it.
+        tested: how far the architecture is tested, see `Tested`.
+        num_layers: decoder layers.
+        moe_layers: those with routed experts.
+        num_experts: of a layer.
+        hidden_size, intermediate_size: of an expert.
+        expert_weights: weights in all routed experts.
+        index: whether there was an index of the weights to compare with.
+    """
+
+    architecture: str
+    models: str
+    tested: Tested
+    num_layers: int
+    moe_layers: int
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    expert_weights: int
+    index: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """As `--json` prints it."""
+        return asdict(self)
+
+
+def probe(name: str, revision: str | None = None) -> Probe:
+    """Look at a model without its weights, with the checks that `quantize` makes of config.json.
+
+    Args:
+        name: of a directory, or on the Hub.
+        revision: branch, tag or commit of a Hub name; None: the main branch.
+
+    Raises:
+        BitsmoeError: the model cannot be quantized, and why.
+    """
+    directory = resolve_model(name, revision, with_weights=False)
+    config = read_json(directory / "config.json")
+    float8_config(config, directory)
+    shape = moe_shape(config, str(directory))
+    built = model_without_memory(transformers_config(language_config(config), directory), shape, directory)
+    index = directory / INDEX_FILE
+    if index.is_file() and (faults := _index_faults(index, shape)):
+        raise BitsmoeError(fault_list(f"{index}: does not name the experts of config.json", faults))
+    return Probe(
+        architecture=shape.family.architecture,
+        models=shape.family.title,
+        tested=shape.family.tested,
+        num_layers=built.config.num_hidden_layers,
+        moe_layers=len(shape.layers),
+        num_experts=shape.num_experts,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        expert_weights=shape.num_weights,
+        index=index.is_file(),
+    )
+
+
+def _index_faults(index: Path, shape: MoEShape) -> list[str]:
+    """Matrices of experts that the index does not name, in neither form."""
+    named = read_json(index).get("weight_map")
+    names = named.keys() if isinstance(named, dict) else set()
+    faults = []
+    for layer in shape.layers:
+        if all(f"{shape.prefix(layer)}.{part}" in names for part in FUSED_NAMES):
+            continue
+        matrices = (matrix for e in range(shape.num_experts) for matrix in shape.expert_names(layer, e))
+        if (missing := next((matrix for matrix in matrices if matrix not in names), None)) is not None:
+            faults.append(f"tensor {missing} is missing")
+    return faults
