@@ -236,7 +236,7 @@ def check_model(checkpoint: CheckpointConfig, text_config: Any) -> None:
     faults = []
     for prefix, layer in checkpoint.layers.items():
         for ours, keys in _SIZES.items():
-            theirs = next((v for k in keys if (v := getattr(text_config, k, None)) is not None), None)
+            theirs = next((v for k in keys if isinstance(v := getattr(text_config, k, None), int)), None)
             if theirs is not None and theirs != getattr(layer, ours):
                 faults.append(f"{prefix}: {ours} is {getattr(layer, ours)}, but config.json says {theirs}")
     if faults:

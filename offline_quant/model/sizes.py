@@ -47,7 +47,7 @@ class RunSizes:
     @property
     def top_k(self) -> int:
         """Experts of a token."""
-        return int(self.model_config.get(self.shape.family.top_k_key, 1))
+        return int(self.shape.family.top_k(self.model_config))
 
     @property
     def num_layers(self) -> int:

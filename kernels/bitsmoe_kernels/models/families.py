@@ -66,7 +66,8 @@ def _sparse_layers(config: dict[str, Any]) -> list[int]:
 
 def _all_but_the_first(config: dict[str, Any]) -> list[int]:
     """Where config.json lists no kinds, of models whose only dense layer is the first."""
-    return _sparse_layers({"first_k_dense_replace": 1, **config})
+    first = config.get("first_k_dense_replace")
+    return _sparse_layers(config | {"first_k_dense_replace": 1 if first is None else first})
 
 
 def _after_the_dense(config: dict[str, Any]) -> list[int]:
@@ -141,6 +142,11 @@ class Family:
     top_k_key: str = "num_experts_per_tok"
     layer_outputs: int = 1
     tested: Tested = "tokens"
+
+    def top_k(self, config: Mapping[str, Any]) -> Any:
+        """How many experts a token is routed to, as config.json says; one of them where it lists one for each layer."""
+        found = config.get(self.top_k_key, 1)
+        return found[0] if isinstance(found, list) and found and found.count(found[0]) == len(found) else found
 
     def decoder(self, layer: int) -> str:
         """Tensor prefix of a decoder layer."""
@@ -514,9 +520,11 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
     dense = config.get("mlp_only_layers")
     if dense is not None and not (isinstance(dense, list) and all(type(i) is int for i in dense)):
         faults.append(f"mlp_only_layers is {dense!r:.80}, but must be a list of layer numbers")
-    first = config.get("first_k_dense_replace")
-    if first is not None and (type(first) is not int or first < 0):
-        faults.append(f"first_k_dense_replace is {first!r:.80}, but must be a whole number, 0 or more")
+    faults += [
+        f"{key} is {found!r:.80}, but must be a whole number, {least} or more"
+        for key, least in _LAYER_BOUNDS.items()
+        if (found := config.get(key)) is not None and (type(found) is not int or found < least)
+    ]
     faults += _layer_kind_faults(config)
     faults += [
         f"{key} is {config[key]!r}, but {counts[0]} {config[counts[0]]!r}"
@@ -524,7 +532,7 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
         if config[key] != config[counts[0]]
     ]
     if (key := family.top_k_key) in config:
-        top_k, most_experts = config[key], config[counts[0]]
+        top_k, most_experts = family.top_k(config), config[counts[0]]
         if type(top_k) is not int or top_k < 1 or (type(most_experts) is int and top_k > most_experts):
             faults.append(
                 f"{key} is {top_k!r:.80}, but must be a whole number from 1 to {counts[0]}, "
@@ -556,6 +564,13 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
     if not layers:
         raise BitsmoeError(f"{subject}: the model has no Mixture-of-Experts layers (config.json)")
     return MoEShape(family, layers, config[counts[0]], config["hidden_size"], config[family.intermediate_size_key])
+
+
+_LAYER_BOUNDS = {
+    "first_k_dense_replace": 0, "num_dense_layers": 0, "expert_layer_offset": 0, "moe_layer_start_index": 0,
+    "moe_layer_end_index": -1,
+}  # fmt: skip
+"""Keys of config.json that say which layers have experts, and their least values."""
 
 
 def _layer_kind_faults(config: dict[str, Any]) -> list[str]:

@@ -181,6 +181,9 @@ QWEN = DEEPSEEK | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen
             "first_k_dense_replace is 0, but mlp_layer_types lists other layers",
         ),
         (DEEPSEEK | {"mlp_layer_types": ["dense", "dense"]}, "no Mixture-of-Experts layers"),
+        (DEEPSEEK | {"num_dense_layers": "2"}, "num_dense_layers is '2', but must be a whole number, 0 or more"),
+        (DEEPSEEK | {"moe_layer_end_index": -2}, "moe_layer_end_index is -2, but must be a whole number, -1 or more"),
+        (DEEPSEEK | {"num_experts_per_tok": [2, 3]}, r"num_experts_per_tok is \[2, 3\], but must be a whole number"),
         (DEEPSEEK | {"architectures": ["x" * 10**5]}, "architecture .{200} is not supported"),
     ],
 )
@@ -195,6 +198,8 @@ def test_a_config_that_cannot_be_right(config: dict[str, object], said: str) -> 
         ("DeepseekV3ForCausalLM", {"mlp_layer_types": ["sparse", "dense", "sparse", "dense"]}, (0, 2)),
         ("DeepseekV3ForCausalLM", {"mlp_layer_types": None, "first_k_dense_replace": 3}, (3,)),
         ("LagunaForCausalLM", {}, (1, 2, 3)),
+        ("LagunaForCausalLM", {"first_k_dense_replace": None}, (1, 2, 3)),
+        ("HunYuanMoEV1ForCausalLM", {"moe_topk": [2, 2, 2, 2]}, (0, 1, 2, 3)),
         ("Lfm2MoeForCausalLM", {}, (2, 3)),
         ("Lfm2MoeForCausalLM", {"num_dense_layers": 0}, (0, 1, 2, 3)),
         ("JambaForCausalLM", {}, (1, 3)),
