@@ -44,8 +44,8 @@ test: lint ## lint and run every test that needs no GPU
 	$(PY) -m pytest tests/integration $(TRITON_TESTS); other=$$?; \
 	wait $$unit; unit=$$?; cat build/unit-tests.log; exit $$((unit | other))
 
-nightly: $(STAMP) ## what `make test` leaves to the night: serving of every family
-	HF_HUB_OFFLINE=1 $(PY) -m pytest tests/integration -m nightly
+nightly: $(STAMP) ## what `make test` leaves to the night: families that go the way of others
+	HF_HUB_OFFLINE=1 $(PY) -m pytest tests/unit tests/integration -m nightly
 
 lint: style ## ruff, codespell and mypy
 	$(PY) -m mypy

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from bitsmoe_kernels.models.families import FAMILIES
 from builders import TINY_MOE
-from families import make_model
+from families import family_cases, make_model
 from offline_quant.checkpoint.dequantize import dequantize_checkpoint
 from offline_quant.config import QuantizeConfig
 from offline_quant.pipeline.quantize import quantize_model
@@ -28,11 +28,6 @@ NARROW_FLOAT16 = 2e-3
 """Of two router logits in float16: twice the distance of its numbers around 1. Either expert may be taken then."""
 ELSEWHERE = "Qwen3MoeForCausalLM"
 """In test_serving.py, through real servers."""
-NIGHTLY = {
-    "Glm4MoeLiteForCausalLM", "SolarOpenForCausalLM", "HYV3ForCausalLM", "MiMoV2FlashForCausalLM",
-    "ExaoneMoeForCausalLM", "MellumForCausalLM", "Ernie4_5_MoeForCausalLM",
-}  # fmt: skip
-"""Whose way to and through vLLM others have too; `make nightly` runs them."""
 
 
 def assert_same(
@@ -81,11 +76,7 @@ def calib(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize(
     "architecture",
-    [
-        pytest.param(name, marks=[pytest.mark.nightly] if name in NIGHTLY else [])
-        for name, family in FAMILIES.items()
-        if family.tested != "transformers" and name != ELSEWHERE
-    ],
+    family_cases(name for name, family in FAMILIES.items() if family.tested != "transformers" and name != ELSEWHERE),
 )
 def test_tokens_equal_those_of_the_dequantized_checkpoint(
     architecture: str, tmp_path: Path, calib: str, generate: Generator

@@ -3,9 +3,11 @@
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -129,6 +131,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "moe_layer_end_index": -1,
     },
 }
+
+
+NIGHTLY = {
+    "Glm4MoeLiteForCausalLM", "SolarOpenForCausalLM", "HYV3ForCausalLM", "MiMoV2FlashForCausalLM",
+    "ExaoneMoeForCausalLM", "MellumForCausalLM", "Ernie4_5_MoeForCausalLM",
+}  # fmt: skip
+"""Architectures whose way through transformers and vLLM others have too. `make test` reads, quantizes and dequantizes
+them; `make nightly` does the rest."""
+
+
+def family_cases(names: Iterable[str], *more: str) -> list[Any]:
+    """Parameters of a test of architectures, and what follows each; those of `NIGHTLY` are marked so."""
+    return [pytest.param(name, *more, marks=[pytest.mark.nightly] if name in NIGHTLY else []) for name in names]
 
 
 def _class_of(family: Family) -> Any:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.models.families import FAMILIES, moe_shape
 from bitsmoe_kernels.reference import LayerWeights
-from families import IDS, make_quantized
+from families import IDS, family_cases, make_quantized
 from offline_quant.checkpoint.dequantize import dequantize_checkpoint
 from offline_quant.model.quantized import open_model
 from offline_quant.model.streaming import StreamedModel
@@ -48,7 +48,7 @@ def noisy_states(directory: Path, windows: Tensor, noise: float) -> Callable[[in
 @pytest.mark.parametrize(
     ("architecture", "form"),
     [
-        *((a, "natural") for a in FAMILIES),
+        *family_cases(FAMILIES, "natural"),
         *(("Qwen3MoeForCausalLM", f) for f in ("expert_order_basis", "paper", "extras")),
     ],
 )
