@@ -12,7 +12,7 @@ from torch import Tensor
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.safetensors_io import ShardReader, read_json
 from bitsmoe_kernels.format.schema import TensorSpec
-from bitsmoe_kernels.models.families import FUSED_NAMES, MoEShape, moe_shape
+from bitsmoe_kernels.models.families import FUSED_NAMES, MoEShape, language_config, moe_shape
 from offline_quant.model.expert_weights import ExpertWeights
 from offline_quant.model.float8 import Float8Reader
 from offline_quant.model.side_files import check_side_files
@@ -66,6 +66,9 @@ def float8_config(config: dict[str, Any], directory: Path) -> dict[str, Any] | N
     Raises:
         BitsmoeError: config.json names another quantization.
     """
+    nested = language_config(config).get("quantization_config")
+    if nested is not None and nested is not config.get("quantization_config"):
+        raise BitsmoeError(f"{directory}: its language model is already quantized; quantize the 16-bit model instead")
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if quantization is not None and not (isinstance(quantization, dict) and method in (None, "fp8")):

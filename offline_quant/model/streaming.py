@@ -70,7 +70,9 @@ def model_without_memory(config: Any, shape: MoEShape, directory: Path) -> Any:
     with _building(directory), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     if faults := shape.expert_faults(model):
-        raise BitsmoeError(fault_list(f"{directory}: transformers builds other experts", faults))
+        raise BitsmoeError(
+            fault_list(f"{directory}: transformers builds other experts; is a key of their layers missing?", faults)
+        )
     return model
 
 

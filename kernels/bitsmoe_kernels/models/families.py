@@ -104,6 +104,7 @@ class Family:
         architecture: as config.json names it.
         model_type: as config.json names it.
         title: of the models, for people.
+        aliases: other names of the architecture.
         num_experts_key: E in config.json.
         intermediate_size_key: I of a routed expert in config.json.
         moe_layers: indices of the decoder layers that have routed experts, from config.json.
@@ -138,6 +139,7 @@ class Family:
     has_hidden_act: bool = True
     optional_sizes: tuple[str, ...] = _SIZES
     fixed: tuple[tuple[str, Any], ...] = ()
+    aliases: tuple[str, ...] = ()
     text: tuple[str, str] | None = None
     top_k_key: str = "num_experts_per_tok"
     layer_outputs: int = 1
@@ -146,7 +148,8 @@ class Family:
     def top_k(self, config: Mapping[str, Any]) -> Any:
         """How many experts a token is routed to, as config.json says; one of them where it lists one for each layer."""
         found = config.get(self.top_k_key, 1)
-        return found[0] if isinstance(found, list) and found and found.count(found[0]) == len(found) else found
+        each = isinstance(found, list) and len(found) == config.get("num_hidden_layers")
+        return found[0] if each and found.count(found[0]) == len(found) else found
 
     def decoder(self, layer: int) -> str:
         """Tensor prefix of a decoder layer."""
@@ -230,7 +233,12 @@ FAMILIES: dict[str, Family] = {
         Family("DeepseekV3ForCausalLM", "deepseek_v3", "DeepSeek-V3, R1", **_DEEPSEEK),
         Family("DeepseekV32ForCausalLM", "deepseek_v32", "DeepSeek-V3.2", tested="transformers", **_DEEPSEEK),
         Family("Glm4MoeForCausalLM", "glm4_moe", "GLM-4.5 to GLM-4.7", **_DEEPSEEK),
-        Family("Glm4MoeLiteForCausalLM", "glm4_moe_lite", "GLM-4.7-Flash", **_DEEPSEEK),
+        Family(
+            "Glm4MoeLiteForCausalLM",
+            "glm4_moe_lite",
+            "GLM-4.7-Flash",
+            **_DEEPSEEK | {"moe_layers": _all_but_the_first},
+        ),
         Family(
             "GlmMoeDsaForCausalLM",
             "glm_moe_dsa",
@@ -247,7 +255,7 @@ FAMILIES: dict[str, Family] = {
             "HYV3ForCausalLM",
             "hy_v3",
             "Hy3",
-            **_SPARSE,
+            **_SPARSE | {"moe_layers": _all_but_the_first},
             module_names=(
                 (".mlp.router.gate.", ".mlp.gate."),
                 (".mlp.expert_bias", ".mlp.e_score_correction_bias"),
@@ -280,7 +288,8 @@ FAMILIES: dict[str, Family] = {
             "ExaoneMoeForCausalLM",
             "exaone_moe",
             "K-EXAONE",
-            **_SPARSE,
+            **_SPARSE | {"moe_layers": _all_but_the_first},
+            aliases=("ExaoneMoEForCausalLM",),
             module_names=((".mlp.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),),
             fixed=(("swiglu_limits", None),),
         ),
@@ -333,6 +342,8 @@ FAMILIES: dict[str, Family] = {
         ),
     )
 }
+
+_BY_NAME = FAMILIES | {alias: f for f in FAMILIES.values() for alias in f.aliases}
 
 REFUSED = {
     "GptOssForCausalLM": "its experts have biases and a clamped activation, which the checkpoint format does not hold",
@@ -478,7 +489,7 @@ def _named_architectures(config: Mapping[str, Any]) -> list[str]:
 
 
 def _family(config: Mapping[str, Any]) -> Family | None:
-    return next((FAMILIES[a] for a in _named_architectures(config) if a in FAMILIES), None)
+    return next((_BY_NAME[a] for a in _named_architectures(config) if a in _BY_NAME), None)
 
 
 def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -504,6 +515,8 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
             )
         why = "".join(f" ({REFUSED[a]})" for a in named if a in REFUSED)
         raise BitsmoeError(f"{subject}: architecture {shown} is not supported{why}. Supported: {known}")
+    if family.text and not isinstance(config.get(family.text[0]), dict):
+        raise BitsmoeError(f"{subject}: config.json lacks {family.text[0]}, which describes the language model")
     model_type, config = config.get("model_type", family.model_type), language_config(config)
     # transformers 5 may save the number of experts under another family's name.
     counts = [k for k in EXPERT_COUNT_KEYS if k in config] or [family.num_experts_key]
@@ -539,7 +552,11 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
                 f"which is {most_experts!r:.80}"
             )
     scaling = config.get("routed_scaling_factor")
-    if scaling is not None and not (type(scaling) in (int, float) and 0 < scaling <= MAX_SCALING):
+    if (
+        scaling is not None
+        and scaling is not False
+        and not (type(scaling) in (int, float) and 0 < scaling <= MAX_SCALING)
+    ):
         faults.append(f"routed_scaling_factor is {scaling!r:.80}, but must be a number above 0, at most {MAX_SCALING}")
     groups, chosen = config.get("n_group"), config.get("topk_group")
     if type(groups) is int and type(config[counts[0]]) is int and groups > 0:
@@ -552,6 +569,9 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
         for key, value in (("hidden_act", HIDDEN_ACT), *family.fixed)
         if config.get(key, value) != value
     ]
+    indexers = config.get("indexer_types")
+    if isinstance(indexers, list) and any(kind != "full" for kind in indexers):
+        unsupported.append("indexer_types lists layers that share the indexer of an earlier one")
     if model_type != family.model_type:
         unsupported.append(
             f"model_type is {model_type!r:.80}, but {family.architecture} is supported with {family.model_type!r}"
@@ -561,6 +581,9 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
     if unsupported:
         raise BitsmoeError(fault_list(f"{subject}: this model is not supported", unsupported))
     layers = tuple(family.moe_layers(config))
+    listed = config.get("moe_layer_freq")
+    if isinstance(listed, list) and tuple(i for i, sparse in enumerate(listed) if sparse) != layers:
+        raise BitsmoeError(f"{subject}: config.json cannot be right: moe_layer_freq lists other layers than {layers}")
     if not layers:
         raise BitsmoeError(f"{subject}: the model has no Mixture-of-Experts layers (config.json)")
     return MoEShape(family, layers, config[counts[0]], config["hidden_size"], config[family.intermediate_size_key])

@@ -184,6 +184,9 @@ QWEN = DEEPSEEK | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen
         (DEEPSEEK | {"num_dense_layers": "2"}, "num_dense_layers is '2', but must be a whole number, 0 or more"),
         (DEEPSEEK | {"moe_layer_end_index": -2}, "moe_layer_end_index is -2, but must be a whole number, -1 or more"),
         (DEEPSEEK | {"num_experts_per_tok": [2, 3]}, r"num_experts_per_tok is \[2, 3\], but must be a whole number"),
+        (DEEPSEEK | {"moe_layer_freq": [1, 0]}, "moe_layer_freq is .*, but only 1 is supported"),
+        (DEEPSEEK | {"indexer_types": ["full", "shared"]}, "indexer_types lists layers that share the indexer"),
+        (DEEPSEEK | {"routed_scaling_factor": 0}, "routed_scaling_factor is 0, but must be a number above 0"),
         (DEEPSEEK | {"architectures": ["x" * 10**5]}, "architecture .{200} is not supported"),
     ],
 )
@@ -204,6 +207,9 @@ def test_a_config_that_cannot_be_right(config: dict[str, object], said: str) -> 
         ("Lfm2MoeForCausalLM", {"num_dense_layers": 0}, (0, 1, 2, 3)),
         ("JambaForCausalLM", {}, (1, 3)),
         ("JambaForCausalLM", {"expert_layer_period": 4, "expert_layer_offset": 2}, (2,)),
+        ("ExaoneMoeForCausalLM", {"architectures": ["ExaoneMoEForCausalLM"]}, (1, 2, 3)),
+        ("MiMoV2FlashForCausalLM", {"moe_layer_freq": [0, 1, 1, 1]}, (1, 2, 3)),
+        ("HunYuanMoEV1ForCausalLM", {"routed_scaling_factor": False, "n_group": False}, (0, 1, 2, 3)),
         ("Ernie4_5_MoeForCausalLM", {}, (1, 2, 3)),
         ("Ernie4_5_MoeForCausalLM", {"moe_layer_start_index": 0, "moe_layer_end_index": 2}, (0, 1, 2)),
         ("Ernie4_5_MoeForCausalLM", {"moe_layer_interval": 2}, (1, 3)),
@@ -260,9 +266,17 @@ def test_the_language_model_of_several_parts(tmp_path: Path, calib: str, capsys:
 
 def test_a_model_of_several_parts_that_does_not_describe_its_language_model() -> None:
     config = {"architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe", "num_experts": 8}
-    for part in ({}, {"text_config": None}, {"text_config": {"hidden_size": 8}}):
-        with pytest.raises(BitsmoeError, match=r"config\.json lacks \['num_experts', 'moe_intermediate_size'"):
+    for part in ({}, {"text_config": None}, {"text_config": [8]}):
+        with pytest.raises(BitsmoeError, match=r"config\.json lacks text_config, which describes"):
             moe_shape(config | part, "here")
+    with pytest.raises(BitsmoeError, match=r"config\.json lacks \['num_experts', 'moe_intermediate_size'"):
+        moe_shape(config | {"text_config": {"hidden_size": 8}}, "here")
+
+
+def test_layers_of_mimo_must_be_those_that_transformers_builds() -> None:
+    config = DEEPSEEK | {"architectures": ["MiMoV2FlashForCausalLM"], "model_type": "mimo_v2_flash"}
+    with pytest.raises(BitsmoeError, match=r"moe_layer_freq lists other layers than \(1,\)"):
+        moe_shape(config | {"moe_layer_freq": [1, 1]}, "here")
 
 
 def test_names_that_vllm_gives_experts() -> None:

@@ -85,6 +85,16 @@ def test_a_quantized_model(tmp_path: Path) -> None:
         probe(str(without_weights(model, tmp_path / "bare", quantization_config={"quant_method": "gptq"})))
 
 
+def test_a_quantized_language_model(tmp_path: Path) -> None:
+    model = make_model("Qwen3_5MoeForConditionalGeneration", tmp_path / "model")
+    text = json.loads((model / "config.json").read_text())["text_config"] | {
+        "quantization_config": {"quant_method": "x"}
+    }
+    assert probe(str(without_weights(model, tmp_path / "whole"))).num_experts == 8
+    with pytest.raises(BitsmoeError, match="its language model is already quantized"):
+        probe(str(without_weights(model, tmp_path / "bare", text_config=text)))
+
+
 def test_the_command() -> None:
     result = CliRunner().invoke(app, ["probe", str(TINY_MOE)])
     assert result.exit_code == 0
