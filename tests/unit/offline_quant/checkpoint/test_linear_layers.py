@@ -349,9 +349,8 @@ def test_shapes_that_cannot_be_packed_are_refused_before_any_work(tmp_path: Path
         "model.layers.0.mlp.down_proj.weight": TensorSpec(torch.bfloat16, (64, 70)),
         "model.layers.0.self_attn.q_proj.weight": TensorSpec(torch.bfloat16, (64, 64)),
     }
-    source: Any = SimpleNamespace(
-        config={"num_hidden_layers": 1}, tensors=SimpleNamespace(specs=specs), directory=tmp_path
-    )
+    shape, config = SimpleNamespace(family=FAMILIES["Qwen3MoeForCausalLM"]), {"num_hidden_layers": 1}
+    source: Any = SimpleNamespace(config=config, shape=shape, tensors=SimpleNamespace(specs=specs), directory=tmp_path)
     with pytest.raises(BitsmoeError) as caught:
         dense_plan(source, 4)
     assert "--dense-bits 4: cannot store, so use --dense-bits 16" in str(caught.value)
@@ -362,9 +361,9 @@ def test_shapes_that_cannot_be_packed_are_refused_before_any_work(tmp_path: Path
         dense_plan(source, 8)
     assert "o_proj" not in str(caught.value)  # 36 columns are 9 words of 4
     assert dense_plan(source, 16) is None
-    empty: Any = SimpleNamespace(config={"num_hidden_layers": 1}, tensors=SimpleNamespace(specs={}), directory=tmp_path)
+    source.tensors = SimpleNamespace(specs={})
     with pytest.raises(BitsmoeError, match="no linear layers outside its routed experts"):
-        dense_plan(empty, 4)
+        dense_plan(source, 4)
 
 
 # ---- what a reader refuses ----
