@@ -6,7 +6,7 @@ from typing import Any
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.safetensors_io import INDEX_FILE, read_json
-from bitsmoe_kernels.models.families import FUSED_NAMES, MoEShape, Tested, language_config, moe_shape
+from bitsmoe_kernels.models.families import MoEShape, Tested, language_config, moe_shape
 from offline_quant.model.download import resolve_model
 from offline_quant.model.source import float8_config
 from offline_quant.model.streaming import model_without_memory, transformers_config
@@ -82,7 +82,7 @@ def _index_faults(index: Path, shape: MoEShape) -> list[str]:
     names = named.keys() if isinstance(named, dict) else set()
     faults = []
     for layer in shape.layers:
-        if all(f"{shape.prefix(layer)}.{part}" in names for part in FUSED_NAMES):
+        if all(name in names for name in shape.fused_names(layer)):
             continue
         matrices = (matrix for e in range(shape.num_experts) for matrix in shape.expert_names(layer, e))
         if (missing := next((matrix for matrix in matrices if matrix not in names), None)) is not None:

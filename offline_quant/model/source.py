@@ -12,7 +12,7 @@ from torch import Tensor
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.safetensors_io import ShardReader, read_json
 from bitsmoe_kernels.format.schema import TensorSpec
-from bitsmoe_kernels.models.families import FUSED_NAMES, MoEShape, language_config, moe_shape
+from bitsmoe_kernels.models.families import MoEShape, language_config, moe_shape
 from offline_quant.model.expert_weights import ExpertWeights
 from offline_quant.model.float8 import Float8Reader
 from offline_quant.model.side_files import check_side_files
@@ -98,10 +98,6 @@ class SourceModel:
             self.tensors = ShardReader(directory)
         self._check_experts()
 
-    def _fused_names(self, layer: int) -> tuple[str, str]:
-        gate_up, down = (f"{self.shape.prefix(layer)}.{name}" for name in FUSED_NAMES)
-        return gate_up, down
-
     def _check_experts(self) -> None:
         s = self.shape
         E, H, I = s.num_experts, s.hidden_size, s.intermediate_size  # noqa: E741
@@ -113,7 +109,7 @@ class SourceModel:
             if len(faults) > MAX_FAULTS:
                 break  # config.json may claim any number of layers and experts
             expected: dict[str, tuple[int, ...]] = {}
-            gate_up, down = self._fused_names(layer)
+            gate_up, down = s.fused_names(layer)
             if gate_up in self.tensors:
                 expected = {gate_up: (E, 2 * I, H), down: (E, H, I)}
             else:
@@ -154,7 +150,7 @@ class SourceModel:
     def _prefix_fault(self) -> str | None:
         """The fault of names that all have a part too many or too few in front; None where there is none."""
         layer = self.shape.layers[0]
-        wanted = (self.shape.expert_names(layer, 0)[0], self._fused_names(layer)[0])
+        wanted = (self.shape.expert_names(layer, 0)[0], self.shape.fused_names(layer)[0])
         if any(name in self.tensors for name in wanted):
             return None
         bare = [(name, name.removeprefix("model.")) for name in wanted]
@@ -171,7 +167,7 @@ class SourceModel:
         """Routed experts of a layer, see `WeightSource`."""
         s = self.shape
         chunk = range(s.num_experts) if chunk is None else chunk
-        fused = self._fused_names(layer)
+        fused = s.fused_names(layer)
         if fused[0] in self.tensors:
             part = slice(chunk.start, chunk.stop)
             return ExpertWeights(*(self.tensors.get(name)[part].float() for name in fused))

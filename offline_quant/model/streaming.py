@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bitsmoe_kernels.errors import BitsmoeError, fault_list, one_line
 from bitsmoe_kernels.expert_mlp import gated
 from bitsmoe_kernels.format.checkpoint import plain_config
-from bitsmoe_kernels.models.families import MoEShape, kept_tensors, language_config
+from bitsmoe_kernels.models.families import FUSED_NAMES, MoEShape, kept_tensors, language_config
 from offline_quant.model.expert_inputs import ExpertInputs
 from offline_quant.model.sizes import FLOAT, RunSizes
 from offline_quant.model.source import WeightSource
@@ -350,7 +350,7 @@ class StreamedModel:
                 self._fill(module, prefix)
                 continue
             self._fill(module, prefix, self.experts_name)
-            for name, weights in zip(("gate_up_proj", "down_proj"), self.source.experts(index), strict=True):
+            for name, weights in zip(FUSED_NAMES, self.source.experts(index), strict=True):
                 _assign(module.get_submodule(self.experts_name), name, weights.to(self.device))
         del self.decoder.embed_tokens.forward
         self._fill(self.decoder.embed_tokens, "model.embed_tokens")

@@ -194,6 +194,7 @@ _SPARSE: dict[str, Any] = {
     "intermediate_size_key": "moe_intermediate_size",
     "moe_layers": _sparse_layers,
 }
+_FIRST_DENSE: dict[str, Any] = _SPARSE | {"moe_layers": _all_but_the_first}
 _BLOCK_SPARSE: dict[str, Any] = {
     "num_experts_key": "num_local_experts",
     "intermediate_size_key": "intermediate_size",
@@ -255,7 +256,7 @@ FAMILIES: dict[str, Family] = {
             "HYV3ForCausalLM",
             "hy_v3",
             "Hy3",
-            **_SPARSE | {"moe_layers": _all_but_the_first},
+            **_FIRST_DENSE,
             module_names=(
                 (".mlp.router.gate.", ".mlp.gate."),
                 (".mlp.expert_bias", ".mlp.e_score_correction_bias"),
@@ -266,18 +267,14 @@ FAMILIES: dict[str, Family] = {
             "MiMoV2FlashForCausalLM",
             "mimo_v2_flash",
             "MiMo-V2-Flash",
-            num_experts_key="n_routed_experts",
-            intermediate_size_key="moe_intermediate_size",
-            moe_layers=_all_but_the_first,
+            **_FIRST_DENSE | {"num_experts_key": "n_routed_experts"},
             module_names=((".self_attn.attention_sink_bias", ".self_attn.sinks"),),
         ),
         Family(
             "LagunaForCausalLM",
             "laguna",
             "Laguna",
-            num_experts_key="num_experts",
-            intermediate_size_key="moe_intermediate_size",
-            moe_layers=_all_but_the_first,
+            **_FIRST_DENSE,
             module_names=(
                 (".mlp.experts.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),
                 (".mlp.shared_expert.", ".mlp.shared_experts."),
@@ -288,7 +285,7 @@ FAMILIES: dict[str, Family] = {
             "ExaoneMoeForCausalLM",
             "exaone_moe",
             "K-EXAONE",
-            **_SPARSE | {"moe_layers": _all_but_the_first},
+            **_FIRST_DENSE,
             aliases=("ExaoneMoEForCausalLM",),
             module_names=((".mlp.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),),
             fixed=(("swiglu_limits", None),),
@@ -297,9 +294,7 @@ FAMILIES: dict[str, Family] = {
             "Lfm2MoeForCausalLM",
             "lfm2_moe",
             "LFM2-8B-A1B, LFM2.5-8B-A1B",
-            num_experts_key="num_experts",
-            intermediate_size_key="moe_intermediate_size",
-            moe_layers=_after_the_dense,
+            **_SPARSE | {"moe_layers": _after_the_dense},
             experts="feed_forward.experts",
             projections=("w1", "w3", "w2"),
             module_experts="feed_forward.experts",
@@ -369,6 +364,11 @@ class MoEShape:
         """Names of gate, up and down of one expert, per-expert form."""
         gate, up, down = (f"{self.prefix(layer)}.{expert}.{n}.weight" for n in self.family.projections)
         return gate, up, down
+
+    def fused_names(self, layer: int) -> tuple[str, str]:
+        """Names of the stacked matrices of a layer's experts."""
+        gate_up, down = (f"{self.prefix(layer)}.{name}" for name in FUSED_NAMES)
+        return gate_up, down
 
     def is_expert_tensor(self, name: str) -> bool:
         """Whether a stored tensor belongs to routed experts."""
