@@ -139,7 +139,7 @@ def push(
     ] = None,
 ) -> None:
     """Check a checkpoint in full, then upload it to the Hugging Face Hub."""
-    output.print(push_checkpoint(existing_directory(directory), repo_id, private, revision), soft_wrap=True)
+    output.print(push_checkpoint(existing_directory(directory), repo_id, private, revision))
 
 
 @app.command("eval")

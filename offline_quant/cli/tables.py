@@ -17,7 +17,8 @@ TESTED: dict[Tested, str] = {
     "bfloat16": "vLLM on a CPU is as exact as with the dequantized checkpoint, in bfloat16",
     "transformers": "against transformers' own logits; no test serves it, as vLLM cannot on a CPU",
 }
-output = Console(highlight=False, markup=False, emoji=False)
+# A line of text is one line however narrow the terminal, so that paths and figures can be searched for in it.
+output = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def print_run(report: ModelReport, out: Path, plan_only: bool) -> None:
@@ -130,8 +131,8 @@ def print_evaluation(figures: dict[str, Any], title: str) -> None:
 
 def _show(title: str, table: Table) -> None:
     """Print a table below its title. The title is whole, even where it is wider than the table."""
-    output.print(f"\n{title}", style="italic", soft_wrap=True, markup=False, highlight=False)
-    output.print(table)
+    output.print(f"\n{title}", style="italic")
+    output.print(table, soft_wrap=False)
 
 
 def _table(*columns: str) -> Table:

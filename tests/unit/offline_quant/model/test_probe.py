@@ -85,9 +85,9 @@ def test_a_quantized_language_model(tmp_path: Path) -> None:
 
 
 def test_the_command() -> None:
-    result = CliRunner().invoke(app, ["probe", str(TINY_MOE)])
+    result = CliRunner(env={"COLUMNS": "40"}).invoke(app, ["probe", str(TINY_MOE)])
     assert result.exit_code == 0
-    assert "Qwen3MoeForCausalLM (Qwen3-MoE), can be quantized" in result.output
+    assert f"{TINY_MOE}: Qwen3MoeForCausalLM (Qwen3-MoE), can be quantized\n" in result.output
     assert "No index of the weights" in result.output
     found = json.loads(CliRunner().invoke(app, ["probe", str(TINY_MOE), "--json"]).output)
     assert (found["num_experts"], found["tested"], found["index"]) == (16, "tokens", False)
