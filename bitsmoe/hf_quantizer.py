@@ -288,13 +288,12 @@ def _refuse_parallel(model: Any) -> None:
 def _places(model: Any, source: QuantizedModel) -> dict[str, str]:
     """Modules that are stored in another form: stored name to path in the model."""
     base = "" if model.base_model is model else f"{model.base_model_prefix}."
-    family = source.shape.family
     # Of a model of several parts transformers builds all, or the language model alone.
-    alone = family.text is not None and isinstance(model.get_decoder(), type(model.base_model))
-    decoder = family.module_decoder if alone else family.decoder
-    names = {source.shape.prefix(i): f"{decoder(i)}.{family.module_experts}" for i in source.shape.layers}
-    names |= {name: name for name in (source.dense.matrices if source.dense else ())}
-    paths = {name: f"{base}{path.removeprefix('model.')}" if "." in path else path for name, path in names.items()}
+    decoder = next(path for path, module in model.named_modules() if module is model.get_decoder())
+    layers = f"{decoder}.layers".removeprefix(".")
+    paths = {source.shape.prefix(i): f"{layers}.{i}.{source.shape.family.module_experts}" for i in source.shape.layers}
+    for name in source.dense.matrices if source.dense else ():
+        paths[name] = f"{base}{name.removeprefix('model.')}" if "." in name else name
     return {name: path for name, path in paths.items() if path != "lm_head" or hasattr(model, path)}
 
 
@@ -309,8 +308,11 @@ def _stored_module(source: QuantizedModel, stored: str, plain: nn.Module) -> _St
 
 def _missing_tensors(model: Any, source: QuantizedModel) -> list[str]:
     """Tensors that the file lacks. Without this check transformers would initialize them at random."""
+    text = source.shape.family.text
+    undivided = text is not None and text.whole is not None
+    auto: Any = transformers.AutoModelForImageTextToText if undivided else transformers.AutoModelForCausalLM
     with torch.device("meta"):
-        whole = transformers.AutoModelForCausalLM.from_config(model.config)
+        whole = auto.from_config(model.config if undivided or text is None else model.config.get_text_config())
     for tied, kept in whole.all_tied_weights_keys.items():  # transformers ties them after loading
         path, _, name = tied.rpartition(".")
         setattr(whole.get_submodule(path), name, whole.get_parameter(kept))

@@ -60,15 +60,16 @@ def layer_sensitivities(
     found = {}
     for index in reversed(range(model.num_layers)):
         hidden = entering.pop()
-        power = sum(float(g.double().square().sum()) for g in gradients) / windows.numel()
-        if index in model.shape.layers:
-            found[index] = power * energy[index] / (2 * gradients[0].shape[-1])
-        if index:
+        moe = index in model.shape.layers
+        if moe or index:
             with model.layer(index) as module:
+                power = _GradientPower(module, model.experts_name if moe else None)
                 gradients = [
                     _backward(model, module, h, args, g)
                     for h, (_, args), g in zip(hidden, batches, gradients, strict=True)
                 ]
+            if moe:
+                found[index] = power.close() / windows.numel() * energy[index] / (2 * gradients[0].shape[-1])
         on_progress()
     return found
 
@@ -78,16 +79,25 @@ class _OutputEnergy:
 
     def __init__(self, module: nn.Module, path: str | None):
         self.total = 0.0
-        self._handle = module.get_submodule(path).register_forward_hook(self._add) if path else None
+        self._handle = module.get_submodule(path).register_forward_hook(self._hook) if path else None
 
-    def _add(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        y = output[0] if isinstance(output, tuple) else output
-        self.total += float(y.double().square().sum())
+    def _hook(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
+        self._add(output)
+
+    def _add(self, values: Tensor) -> None:
+        self.total += float(values.double().square().sum())
 
     def close(self) -> float:
         if self._handle:
             self._handle.remove()
         return self.total
+
+
+class _GradientPower(_OutputEnergy):
+    """Sums the squared gradients at the outputs of the routed experts, while a layer runs backwards."""
+
+    def _hook(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
+        output.register_hook(self._add)
 
 
 def _top_gradients(model: StreamedModel, hidden: list[Tensor], seed: int) -> list[Tensor]:
@@ -97,7 +107,7 @@ def _top_gradients(model: StreamedModel, hidden: list[Tensor], seed: int) -> lis
     for batch in hidden:
         with torch.enable_grad():
             h = batch.to(model.device).requires_grad_(True)
-            logp = (model.norm(h) @ head.T).log_softmax(-1)
+            logp = head(model.norm(h)).log_softmax(-1)
             drawn = torch.multinomial(logp.detach().exp().flatten(0, 1), 1, generator=generator)
             loss = -logp.flatten(0, 1).gather(1, drawn).sum()
             out.append(torch.autograd.grad(loss, h)[0].cpu())

@@ -8,13 +8,16 @@ import torch
 from bitsmoe_kernels.format.checkpoint import plain_config
 from bitsmoe_kernels.format.safetensors_io import ShardWriter
 from offline_quant.checkpoint.directory import check_output, check_space, new_directory
+from offline_quant.model.expert_files import expert_tensors
 from offline_quant.model.quantized import QuantizedModel
 from offline_quant.model.side_files import copy_side_files
 from offline_quant.runtime.progress import track
 
 
 def dequantize_checkpoint(source: Path, out: Path, dtype: torch.dtype) -> None:
-    """Write every expert as three ordinary matrices; other tensors are copied, quantized ones as ordinary matrices.
+    """Write the experts as ordinary matrices, in the form of the family's files.
+
+    Other tensors are copied, quantized ones as ordinary matrices.
 
     Channels of an expert stay in the quantized checkpoint's order, which changes nothing about its function.
 
@@ -43,11 +46,8 @@ def dequantize_checkpoint(source: Path, out: Path, dtype: torch.dtype) -> None:
                 tensor = model.tensors.get(name)
                 writer.add(name, tensor.to(dtype) if name in dense else tensor)
         for layer in track(model.shape.layers, "Dequantizing"):
-            gate_up, down = model.experts(layer)
-            for e in range(model.shape.num_experts):
-                gate, up = gate_up[e].chunk(2)
-                for name, weight in zip(model.shape.expert_names(layer, e), (gate, up, down[e]), strict=True):
-                    writer.add(name, weight.to(dtype))
+            for name, weights in expert_tensors(model.shape, layer, model.experts(layer)):
+                writer.add(name, weights.to(dtype))
         writer.finish()
         config = plain_config(model.config)
         config["dtype" if "dtype" in model.config else "torch_dtype"] = str(dtype).removeprefix("torch.")

@@ -17,7 +17,7 @@ from offline_quant.calibration.windows import load_tokenizer, text_windows, wind
 from offline_quant.model.download import resolve_model
 from offline_quant.model.quantized import QuantizedModel, open_model
 from offline_quant.model.source import WeightSource
-from offline_quant.model.streaming import StreamedModel
+from offline_quant.model.streaming import Head, StreamedModel
 from offline_quant.runtime.device import check_device
 from offline_quant.runtime.progress import bar
 
@@ -218,12 +218,12 @@ class States:
 
     Attributes:
         hidden: float32 [n, L, H], on the CPU.
-        head: output embedding [V, H].
+        head: makes logits.
         model: gives the final norm.
     """
 
     hidden: Tensor
-    head: Tensor
+    head: Head
     model: StreamedModel
 
     def log_probabilities(self, start: int, count: int) -> Tensor:

@@ -92,15 +92,15 @@ def tally(model: StreamedModel, windows: Tensor, hidden: Iterable[Tensor]) -> Ta
     best, log_total = (states.new_full((len(states),), -torch.inf) for _ in range(2))
     target_logit, likeliest = torch.zeros_like(best), torch.zeros_like(target)
     start = 0
-    for head in model.head_rows(VOCABULARY_ROWS):
-        logits = states @ head.T
-        inside = ((target >= start) & (target < start + len(head))).nonzero()[:, 0]
+    for head in model.head_parts(VOCABULARY_ROWS):
+        logits = head(states)
+        inside = ((target >= start) & (target < start + logits.shape[1])).nonzero()[:, 0]
         target_logit[inside] = logits[inside, target[inside] - start]
         top, token = logits.max(-1)
         better = ~(top <= best)  # true for NaN, which nothing replaces later
         best, likeliest = torch.where(better, top, best), torch.where(better, start + token, likeliest)
         log_total = torch.logaddexp(log_total, logits.logsumexp(-1))
-        start += len(head)
+        start += logits.shape[1]
     nll = float((log_total.double() - target_logit.double()).sum())
     return Tally(nll, len(target), torch.bincount(likeliest.cpu(), minlength=start))
 

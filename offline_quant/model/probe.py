@@ -4,12 +4,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.safetensors_io import INDEX_FILE, read_json
-from bitsmoe_kernels.models.families import MoEShape, Tested, language_config, moe_shape
+from bitsmoe_kernels.format.schema import TensorSpec
+from bitsmoe_kernels.models.families import MoEShape, Tested, moe_shape
 from offline_quant.model.download import resolve_model
+from offline_quant.model.expert_files import expert_tensor_shapes
 from offline_quant.model.source import float8_config
-from offline_quant.model.streaming import model_without_memory, transformers_config
+from offline_quant.model.streaming import model_without_memory
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def probe(name: str, revision: str | None = None) -> Probe:
     config = read_json(directory / "config.json")
     float8_config(config, directory)
     shape = moe_shape(config, str(directory))
-    built = model_without_memory(transformers_config(language_config(config), directory), shape, directory)
+    built = model_without_memory(config, shape, directory)
     index = directory / INDEX_FILE
     if index.is_file() and (faults := _index_faults(index, shape)):
         raise BitsmoeError(fault_list(f"{index}: does not name the experts of config.json", faults))
@@ -66,7 +70,7 @@ def probe(name: str, revision: str | None = None) -> Probe:
         architecture=shape.family.architecture,
         models=shape.family.title,
         tested=shape.family.tested,
-        num_layers=built.config.num_hidden_layers,
+        num_layers=len(built.get_decoder().layers),
         moe_layers=len(shape.layers),
         num_experts=shape.num_experts,
         hidden_size=shape.hidden_size,
@@ -77,14 +81,13 @@ def probe(name: str, revision: str | None = None) -> Probe:
 
 
 def _index_faults(index: Path, shape: MoEShape) -> list[str]:
-    """Matrices of experts that the index does not name, in neither form."""
+    """Tensors of experts that the index does not name, the first of every layer."""
     named = read_json(index).get("weight_map")
-    names = named.keys() if isinstance(named, dict) else set()
+    unknown = TensorSpec(torch.bfloat16, ())  # only names are compared
+    names = dict.fromkeys(named if isinstance(named, dict) else (), unknown)
     faults = []
     for layer in shape.layers:
-        if all(name in names for name in shape.fused_names(layer)):
-            continue
-        matrices = (matrix for e in range(shape.num_experts) for matrix in shape.expert_names(layer, e))
-        if (missing := next((matrix for matrix in matrices if matrix not in names), None)) is not None:
+        wanted = expert_tensor_shapes(shape, layer, names, shape.num_experts)
+        if (missing := next((name for name in wanted if name not in names), None)) is not None:
             faults.append(f"tensor {missing} is missing")
     return faults

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,12 +11,13 @@ from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.safetensors_io import ShardReader, read_json
-from bitsmoe_kernels.format.schema import TensorSpec
 from bitsmoe_kernels.models.families import MoEShape, language_config, moe_shape
+from offline_quant.model.expert_files import expert_tensor_shapes, read_experts
 from offline_quant.model.expert_weights import ExpertWeights
 from offline_quant.model.float8 import Float8Reader
 from offline_quant.model.side_files import check_side_files
 from offline_quant.model.sizes import RunSizes
+from offline_quant.model.tensors import Tensors
 
 CHECKED_VALUES = 1 << 24
 """Values of a tensor that are checked at a time."""
@@ -28,21 +29,6 @@ _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", 
 _EXPERT_NUMBER = re.compile(r"(.*?\.experts\.)(\d+)\.")
 MAX_FAULTS = 1_000
 """Faults after which no more are looked for."""
-
-
-class Tensors(Protocol):
-    """Tensors by name, as `ShardReader` has them."""
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """Dtype and shape of each."""
-
-    def __contains__(self, name: object) -> bool: ...
-
-    def __iter__(self) -> Iterator[str]: ...
-
-    def get(self, name: str) -> Tensor:
-        """One tensor, on the CPU."""
 
 
 class WeightSource(Protocol):
@@ -100,7 +86,6 @@ class SourceModel:
 
     def _check_experts(self) -> None:
         s = self.shape
-        E, H, I = s.num_experts, s.hidden_size, s.intermediate_size  # noqa: E741
         if fault := self._prefix_fault():
             raise BitsmoeError(f"{self.directory}: {fault}")
         faults = self._count_faults()
@@ -108,14 +93,7 @@ class SourceModel:
         for layer in s.layers:
             if len(faults) > MAX_FAULTS:
                 break  # config.json may claim any number of layers and experts
-            expected: dict[str, tuple[int, ...]] = {}
-            gate_up, down = s.fused_names(layer)
-            if gate_up in self.tensors:
-                expected = {gate_up: (E, 2 * I, H), down: (E, H, I)}
-            else:
-                for e in range(min(E, len(self.tensors.specs) + 1)):
-                    gate, up, down = s.expert_names(layer, e)
-                    expected |= {gate: (I, H), up: (I, H), down: (H, I)}
+            expected = expert_tensor_shapes(s, layer, self.tensors.specs, len(self.tensors.specs) + 1)
             known |= expected.keys()
             for name, shape in expected.items():
                 spec = self.tensors.specs.get(name)
@@ -165,22 +143,8 @@ class SourceModel:
 
     def experts(self, layer: int, chunk: range | None = None) -> ExpertWeights:
         """Routed experts of a layer, see `WeightSource`."""
-        s = self.shape
-        chunk = range(s.num_experts) if chunk is None else chunk
-        fused = s.fused_names(layer)
-        if fused[0] in self.tensors:
-            part = slice(chunk.start, chunk.stop)
-            return ExpertWeights(*(self.tensors.get(name)[part].float() for name in fused))
-        experts = ExpertWeights(
-            torch.empty(len(chunk), 2 * s.intermediate_size, s.hidden_size),
-            torch.empty(len(chunk), s.hidden_size, s.intermediate_size),
-        )
-        for i, e in enumerate(chunk):
-            gate, up, down = s.expert_names(layer, e)
-            experts.gate_up[i, : s.intermediate_size] = self.tensors.get(gate)
-            experts.gate_up[i, s.intermediate_size :] = self.tensors.get(up)
-            experts.down[i] = self.tensors.get(down)
-        return experts
+        whole = range(self.shape.num_experts)
+        return read_experts(self.tensors, self.shape, layer, whole if chunk is None else chunk)
 
     def check_finite(self, progress: Callable[[Sequence[str], str], Iterable[str]]) -> None:
         """Read every tensor once and refuse values that nothing can be computed with, see `value_faults`.

@@ -4,22 +4,24 @@ The modules are transformers' own, built without memory ("meta") and filled from
 float32. Calibration and evaluation both run on this, for ordinary and for quantized checkpoints.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
-from itertools import islice
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list, one_line
 from bitsmoe_kernels.expert_mlp import gated
 from bitsmoe_kernels.format.checkpoint import plain_config
-from bitsmoe_kernels.models.families import FUSED_NAMES, MoEShape, kept_tensors, language_config
+from bitsmoe_kernels.models.families import FUSED_NAMES, MoEShape, built_config, kept_tensors
 from offline_quant.model.expert_inputs import ExpertInputs
 from offline_quant.model.sizes import FLOAT, RunSizes
 from offline_quant.model.source import WeightSource
@@ -36,7 +38,9 @@ COMPUTING_ERRORS = (
 )  # fmt: skip
 """Errors of a model whose config.json describes what cannot be computed."""
 TRIED_TOKENS = 4
-"""Tokens that `StreamedModel.try_out` runs."""
+"""Tokens that `StreamedModel.try_out` runs, and those that `StreamedModel.expert_factor` is measured with."""
+LINEAR = 1e-4
+"""Relative deviation below which a layer's output is linear in that of its experts, and below which a factor is 1."""
 TOGETHER = 8
 """Batches for which a layer's experts are read once."""
 SCORE_COPIES = 2.5
@@ -52,28 +56,69 @@ def _building(directory: Path) -> Iterator[None]:
 
 
 def transformers_config(config: Mapping[str, Any], directory: Path) -> Any:
-    """transformers' config of a config.json, without the keys on how weights are stored.
+    """transformers' config of what it builds of a config.json, without the keys on how weights are stored.
 
     Raises:
         BitsmoeError: transformers refuses it.
     """
     with _building(directory):
-        return AutoConfig.for_model(**plain_config(config))
+        return AutoConfig.for_model(**_with_special_floats(plain_config(built_config(config))))
 
 
-def model_without_memory(config: Any, shape: MoEShape, directory: Path) -> Any:
-    """transformers' model of its config, tensors on "meta", with the routed experts that were read from config.json.
+def _with_special_floats(value: Any) -> Any:
+    """A value of config.json with infinities and NaN for what transformers writes in their place."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_special_floats(inner) for key, inner in value.items()}
+    return [_with_special_floats(inner) for inner in value] if isinstance(value, list) else value
+
+
+def model_without_memory(config: Mapping[str, Any], shape: MoEShape, directory: Path) -> Any:
+    """transformers' model of a config.json, tensors on "meta", with the routed experts that were read from it.
 
     Raises:
         BitsmoeError: transformers refuses the config, or builds other experts.
     """
+    whole = shape.family.text is not None and shape.family.text.whole is not None
+    auto: Any = AutoModelForImageTextToText if whole else AutoModelForCausalLM
+    known = transformers_config(config, directory)
     with _building(directory), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = auto.from_config(known, dtype=torch.float32).eval()
     if faults := shape.expert_faults(model):
         raise BitsmoeError(
             fault_list(f"{directory}: transformers builds other experts; is a key of their layers missing?", faults)
         )
     return model
+
+
+@dataclass(frozen=True)
+class Head:
+    """What makes logits of normed hidden states: the output embedding, or some rows of it.
+
+    Attributes:
+        weight: float32 [V, H].
+        bias: float32 [V], where the model has one.
+        finish: what the model does to the products, such as scaling (Granite) or capping (Gemma); None: nothing.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    finish: Callable[[Tensor], Tensor] | None
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Logits [..., V] of states [..., H], with gradients where they are enabled."""
+        logits = states @ self.weight.T
+        if self.bias is not None:
+            logits = logits + self.bias
+        return logits if self.finish is None else self.finish(logits)
+
+
+class _Given(MoeModelOutputWithPast):
+    """States in the place of a decoder's output; all else that a model reads of it is None."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 class StreamedModel:
@@ -88,25 +133,30 @@ class StreamedModel:
         self.source = source
         self.shape = source.shape
         self.device = torch.device(device)
-        config = transformers_config(language_config(source.config), source.directory)
-        self.model = model_without_memory(config, self.shape, source.directory)
+        self.model = model_without_memory(source.config, self.shape, source.directory)
         self.decoder = self.model.get_decoder()
         self.num_layers = len(self.decoder.layers)
         self._place = {module: index for index, module in enumerate(self.decoder.layers)}
         self._arguments: dict[torch.Size, Arguments] = {}
+        self._factors: dict[int, float | None] = {}
         self.vocabulary: int = self.decoder.embed_tokens.num_embeddings
         self._check_tensors()
         self.decoder.embed_tokens.forward = self._embedding
-        self._fill(self.norm, f"model.{self.shape.family.module_norm}")
-        # Rotary tables are buffers computed at construction; "meta" left them empty.
-        for name, child in self.decoder.named_children():
-            if any(True for _ in child.buffers()) and not any(True for _ in child.parameters()):
-                setattr(self.decoder, name, type(child)(config=config).to(self.device))
+        self._fill(self.norm, f"{self._base}{self.shape.family.module_norm}")
+        # Rotary tables are buffers computed at construction; "meta" left them empty. Some models have several.
+        for name, module in list(self.decoder.named_modules()):
+            if not name.startswith("layers.") and module._buffers and not module._parameters:
+                made = type(module)(config=getattr(module, "config", self.decoder.config)).to(self.device)
+                self.decoder.set_submodule(name, made)
 
     @property
     def experts_name(self) -> str:
         """The experts within a decoder layer that has some."""
         return self.shape.family.module_experts
+
+    @property
+    def _base(self) -> str:
+        return self.shape.family.module_base
 
     @property
     def norm(self) -> nn.Module:
@@ -133,7 +183,7 @@ class StreamedModel:
         Raises:
             BitsmoeError: config.json describes a model that cannot be computed.
         """
-        kinds = getattr(self.model.config, "layer_types", None) or [""] * self.num_layers
+        kinds = getattr(self.decoder.config, "layer_types", None) or [""] * self.num_layers
         firsts = {(index in self.shape.layers, kind): index for index, kind in reversed(list(enumerate(kinds)))}
         try:
             hidden, arguments = self.embed(torch.zeros(1, TRIED_TOKENS, dtype=torch.int64))
@@ -177,8 +227,9 @@ class StreamedModel:
         """Read a module's parameters and kept buffers from the checkpoint, but for those of one submodule."""
         for name, _ in kept_tensors(module):
             if but is None or not name.startswith(f"{but}."):
-                stored = self.shape.family.stored_name(f"{prefix}.{name}")
-                _assign(module, name, self.source.tensors.get(stored).to(self.device, torch.float32))
+                stored = self.shape.family.stored_names(f"{prefix}.{name}")
+                parts = [self.source.tensors.get(part).to(self.device, torch.float32) for part in stored]
+                _assign(module, name, parts[0] if len(parts) == 1 else torch.cat(parts))
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -188,11 +239,13 @@ class StreamedModel:
         """
         module = self.decoder.layers[index]
         moe = index in self.shape.layers
-        self._fill(module, self.shape.family.decoder(index), self.experts_name if moe else None)
+        self._fill(module, self.shape.family.module_decoder(index), self.experts_name if moe else None)
         experts: Any = module.get_submodule(self.experts_name) if moe else None
         if moe:
             experts.forward = partial(self.routed, index)
         try:
+            if moe and index not in self._factors:
+                self._factors[index] = self._measured_factor(module)
             yield module
         finally:
             if moe:
@@ -288,19 +341,54 @@ class StreamedModel:
             seen.append(ExpertInputs(x.reshape(-1, x.shape[-1]).float(), ids.long(), weights.float()))
             return torch.zeros_like(x)
 
-        experts: Any = module.get_submodule(self.experts_name)
-        usual, experts.forward = experts.forward, catch
-        try:
+        with self._experts_as(module, catch):
             rest = self.run(module, hidden, arguments).cpu()
+        return seen[0], rest
+
+    @contextmanager
+    def _experts_as(self, module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+        """Another function in the place of a layer's routed experts."""
+        experts: Any = module.get_submodule(self.experts_name)
+        usual, experts.forward = experts.forward, forward
+        try:
+            yield
         finally:
             experts.forward = usual
-        return seen[0], rest
+
+    def expert_factor(self, index: int) -> float | None:
+        """Factor with which the output of a layer's routed experts enters the layer's own; 1 in most models.
+
+        None where that is not linear, because a norm follows, say (Trinity). Known once the layer was open.
+        """
+        return self._factors[index]
+
+    @torch.no_grad()
+    def _measured_factor(self, module: nn.Module) -> float | None:
+        arguments = self.arguments(torch.zeros(1, TRIED_TOKENS, dtype=torch.int64))
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(1, TRIED_TOKENS, self.shape.hidden_size, generator=generator)
+        rest = self.expert_inputs(module, hidden, arguments)[1]
+        output = torch.randn(hidden.shape, generator=generator) * rest.square().mean().sqrt()
+        share = (self.with_output(module, hidden, arguments, output) - rest).double()
+        factor = float((share * output).sum() / output.double().square().sum())
+        if not float((share - factor * output).norm()) <= LINEAR * float(share.norm()):
+            return None
+        return 1.0 if abs(factor - 1) < LINEAR else factor
+
+    @torch.no_grad()
+    def with_output(self, module: nn.Module, hidden: Tensor, arguments: Arguments, output: Tensor) -> Tensor:
+        """Output of a decoder layer, [n, L, H] on the CPU, whose routed experts put out `output`, as many values."""
+        with self._experts_as(module, lambda x, *_: output.to(x).view_as(x)):
+            return self.run(module, hidden, arguments).cpu()
 
     @torch.no_grad()
     def through(self, module: nn.Module, batches: Iterable[tuple[Tensor, Arguments]]) -> Iterator[Tensor]:
-        """`run` of every batch, results on the CPU one after another. Experts are read once for several batches."""
+        """`run` of every batch, results on the CPU one after another. Experts are read once for several batches.
+
+        A layer that is not linear in their output (`expert_factor`) runs twice.
+        """
         index, waiting = self._place[module], iter(batches)
-        while group := list(islice(waiting, TOGETHER)):
+        while group := list(itertools.islice(waiting, TOGETHER)):
             if index not in self.shape.layers:
                 yield from (self.run(module, *batch).cpu() for batch in group)
                 continue
@@ -308,29 +396,57 @@ class StreamedModel:
             lengths = [len(x.x) for x in entering]
             # Each is freed once it is copied.
             inputs = ExpertInputs.gathered((entering.pop(0) for _ in lengths), sum(lengths), self.device)
-            share = self.routed(index, inputs.x, inputs.topk_ids, inputs.topk_weights).cpu()
-            for rest, own in zip(rests, share.split(lengths), strict=True):
-                yield rest + own.view_as(rest)
+            output = self.routed(index, inputs.x, inputs.topk_ids, inputs.topk_weights).cpu()
+            factor = self.expert_factor(index)
+            for batch, rest, own in zip(group, rests, output.split(lengths), strict=True):
+                if factor is None:
+                    yield self.with_output(module, *batch, own)
+                else:
+                    yield rest.add(own.view_as(rest), alpha=factor)
 
     @property
     def _stored_head(self) -> Tensor:
         # A stored head is used whatever config.json says of tying, as in transformers and vLLM.
-        own = "lm_head.weight"
+        own = self.shape.family.stored_name("lm_head.weight")
         return self.source.tensors.get(own if own in self.source.tensors else self._embedding_name)
 
     @property
     def _embedding_name(self) -> str:
-        return self.shape.family.stored_name("model.embed_tokens.weight")
+        return self.shape.family.stored_name(f"{self._base}embed_tokens.weight")
+
+    def head_parts(self, count: int) -> Iterator[Head]:
+        """`head`, `count` rows at a time; the matrix itself stays in the checkpoint."""
+        weights, biases = self._stored_head.split(count), itertools.repeat(None)
+        if (name := "lm_head.bias") in self.model.state_dict():
+            biases = self.source.tensors.get(self.shape.family.stored_name(name)).split(count)
+        for weight, bias in zip(weights, biases, strict=False):
+            yield Head(
+                weight.to(self.device, torch.float32),
+                None if bias is None else bias.to(self.device, torch.float32),
+                self._finish,
+            )
 
     @property
-    def head(self) -> Tensor:
-        """Output embedding [V, H], float32."""
-        return self._stored_head.to(self.device, torch.float32)
+    def head(self) -> Head:
+        """All of the head in memory."""
+        return next(self.head_parts(self.vocabulary))
 
-    def head_rows(self, count: int) -> Iterator[Tensor]:
-        """`head`, `count` rows at a time; the matrix itself stays in the checkpoint."""
-        for rows in self._stored_head.split(count):
-            yield rows.to(self.device, torch.float32)
+    @cached_property
+    def _finish(self) -> Callable[[Tensor], Tensor] | None:
+        """What transformers' model does to the products of its head; None: nothing."""
+
+        def finish(products: Tensor) -> Tensor:
+            parts = (self.model.base_model, self.model.get_output_embeddings())
+            given = _Given(last_hidden_state=products.view(1, -1, products.shape[-1]))
+            parts[0].forward, parts[1].forward = (lambda **_: given), (lambda states: states)
+            try:
+                return self.model(input_ids=None).logits.view_as(products)
+            finally:
+                for part in parts:
+                    del part.forward
+
+        tried = torch.linspace(-100, 100, 64, device=self.device)[None]
+        return None if torch.equal(finish(tried), tried) else finish
 
     @torch.no_grad()
     def normed(self, hidden: Tensor) -> Tensor:
@@ -338,14 +454,14 @@ class StreamedModel:
         return self.norm(hidden.to(self.device))
 
     @torch.no_grad()
-    def logits(self, hidden: Tensor, head: Tensor) -> Tensor:
-        """Logits [..., V] of hidden states that leave the last layer; head as `self.head` returns it."""
-        return self.normed(hidden) @ head.T
+    def logits(self, hidden: Tensor, head: Head) -> Tensor:
+        """Logits [..., V] of hidden states that leave the last layer."""
+        return head(self.normed(hidden))
 
     def materialize(self) -> nn.Module:
         """The whole model in memory, for generation."""
         for index in range(self.num_layers):
-            module, prefix = self.decoder.layers[index], self.shape.family.decoder(index)
+            module, prefix = self.decoder.layers[index], self.shape.family.module_decoder(index)
             if index not in self.shape.layers:
                 self._fill(module, prefix)
                 continue
@@ -353,8 +469,11 @@ class StreamedModel:
             for name, weights in zip(FUSED_NAMES, self.source.experts(index), strict=True):
                 _assign(module.get_submodule(self.experts_name), name, weights.to(self.device))
         del self.decoder.embed_tokens.forward
-        self._fill(self.decoder.embed_tokens, "model.embed_tokens")
-        _assign(self.model, "lm_head.weight", self.head)
+        self._fill(self.decoder.embed_tokens, f"{self._base}embed_tokens")
+        head = self.head
+        _assign(self.model, "lm_head.weight", head.weight)
+        if head.bias is not None:
+            _assign(self.model, "lm_head.bias", head.bias)
         return self.model
 
 

@@ -1,6 +1,7 @@
 """Hidden states between decoder layers, on disk: those of the calibration text and those of the original model."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from enum import StrEnum
 
 import torch
@@ -111,22 +112,31 @@ class HiddenStates:
             windows: complete the batches of this many windows; no more of `routed` is computed.
         """
         pieces: list[Tensor] = []
-        for i, tokens in enumerate(self.batches[: -(-windows // len(self.batches[0]))]):
-            while sum(map(len, pieces)) < tokens.numel():
-                pieces.append(next(routed).cpu())
-            output, *pieces = torch.cat(pieces).tensor_split([tokens.numel()])
-            if i in self.local:
-                hidden = self.read(layer, i)
-                self._write(layer, i, hidden + output.view_as(hidden))
+        factor = self._model.expert_factor(layer)
+        with self._model.layer(layer) if factor is None else nullcontext() as module:
+            for i, tokens in enumerate(self.batches[: -(-windows // len(self.batches[0]))]):
+                while sum(map(len, pieces)) < tokens.numel():
+                    pieces.append(next(routed).cpu())
+                output, *pieces = torch.cat(pieces).tensor_split([tokens.numel()])
+                if i not in self.local:
+                    continue
+                if module is None:
+                    rest = self.read(layer, i)
+                    hidden = rest.add(output.view_as(rest), alpha=factor)
+                else:
+                    arguments = self._model.arguments(tokens)
+                    hidden = self._model.with_output(module, self.read(layer - 1, i), arguments, output)
+                self._write(layer, i, hidden)
 
 
-def target_output(original: HiddenStates, calibration: HiddenStates, layer: int) -> Tensor:
+def target_output(original: HiddenStates, calibration: HiddenStates, layer: int, factor: float) -> Tensor:
     """The experts' output that would make a layer's hidden states those of the original model.
 
     Args:
         original: hidden states of the original model; of the same windows.
         calibration: those of the quantized model, after `enter_experts`.
         layer: index of the decoder layer.
+        factor: `StreamedModel.expert_factor` of the layer.
 
     Returns:
         float32 [T, H], on the CPU.
@@ -137,7 +147,7 @@ def target_output(original: HiddenStates, calibration: HiddenStates, layer: int)
         if target is None:
             target = torch.empty(calibration.tokens, wanted.shape[-1])
         part = target[start : start + wanted[..., 0].numel()]
-        torch.sub(wanted.view_as(part), rest.view_as(part), out=part)
+        torch.sub(wanted.view_as(part), rest.view_as(part), out=part).div_(factor)
         start += len(part)
     assert target is not None
     return target

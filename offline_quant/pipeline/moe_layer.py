@@ -79,7 +79,7 @@ def quantize_moe_layer(
             error, output = output_error(view), quantized_output(view.ctx)
         else:
             inputs = view.ctx.moments.inputs
-            target = target_output(run.originals, run.calibration, index).to(run.streamed.device)
+            target = _target(run, index, view).to(run.streamed.device)
             quantized = quantize_layer(view, plan, target.clone())
             errors = quantized.errors
             run.clock.lap("quantization")
@@ -95,6 +95,14 @@ def quantize_moe_layer(
         report = layer_report(prefix, plan, counts, run.config, errors, error, extreme)
         record = MoELayerRecord(plan.layer, report, layer_picture(plan, counts))
         return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}, record
+
+
+def _target(run: RunContext, index: int, view: LayerView) -> Tensor:
+    """What a layer's experts should put out, float32 [T, H]."""
+    factor = run.streamed.expert_factor(index)
+    if factor is None:  # errors of the layers before it then stay as they are
+        return torch.cat(list(original_output(view.ctx)))
+    return target_output(run.originals, run.calibration, index, factor)
 
 
 def _measured_layer(run: RunContext, index: int, on_progress: "LayerProgress") -> LayerView:

@@ -21,7 +21,7 @@ from bitsmoe_kernels.expert_mlp import gated
 from bitsmoe_kernels.format.schema import Layer, ProjectionName
 from bitsmoe_kernels.reference import LayerWeights, ProjectionWeights
 from offline_quant.model.sizes import FLOAT, RunSizes
-from offline_quant.model.streaming import StreamedModel
+from offline_quant.model.streaming import Head, StreamedModel
 from offline_quant.rounding.tuning import ScaleChanges
 
 STEP_TOKENS = 2_048
@@ -169,7 +169,7 @@ class _Tuner:
             on_layer()
 
 
-def _divergence(model: StreamedModel, head: Tensor, hidden: Tensor, wanted: Tensor) -> tuple[float, Tensor]:
+def _divergence(model: StreamedModel, head: Head, hidden: Tensor, wanted: Tensor) -> tuple[float, Tensor]:
     """Sum over tokens of KL(original || model), and its gradient at the hidden states [n, L, H] of the last layer."""
     total, gradients = 0.0, []
     rows, others = hidden.flatten(0, 1).split(HEAD_TOKENS), wanted.flatten(0, 1).split(HEAD_TOKENS)
@@ -177,7 +177,7 @@ def _divergence(model: StreamedModel, head: Tensor, hidden: Tensor, wanted: Tens
         logp = model.logits(other, head).log_softmax(-1)
         with torch.enable_grad():
             h = own.detach().requires_grad_(True)
-            found = (model.norm(h) @ head.T).log_softmax(-1)
+            found = head(model.norm(h)).log_softmax(-1)
             loss = nn.functional.kl_div(found, logp, reduction="sum", log_target=True)
             gradients.append(torch.autograd.grad(loss, h)[0])
         total += float(loss.detach())

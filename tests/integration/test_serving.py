@@ -101,7 +101,9 @@ def assert_same_tokens(got: Completions, want: Completions) -> None:
             assert abs(x.logprob - y.logprob) <= MAX_ERROR, f"{prompt!r}: step {i} is {x}, the reference has {y}"
 
 
-@pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.parametrize(
+    "setup", [pytest.param(name, marks=[pytest.mark.nightly] if name == "pp2-compiled" else []) for name in SETUPS]
+)
 def test_tokens_equal_those_of_the_dequantized_checkpoint(
     setup: str, quantized: Path, reference: Completions, serve_once: Serve
 ) -> None:

@@ -1,6 +1,7 @@
 """Small random models of every architecture in the table, with the demo model's tokenizer."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterable
@@ -14,6 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from bitsmoe_kernels.models.families import FAMILIES, Family, moe_shape
 from builders import TINY_MOE, build_form, write_checkpoint
+from offline_quant.calibration.sources.registry import open_text
+from offline_quant.calibration.windows import load_tokenizer, text_windows
+from offline_quant.evaluation import sanity
+from offline_quant.model.quantized import open_model
 from offline_quant.model.source import WeightSource
 from offline_quant.model.streaming import StreamedModel
 
@@ -41,9 +46,14 @@ _MIMO = {
     "hybrid_layer_pattern": [0, 1, 0], "moe_layer_freq": [0, 1, 1], "add_swa_attention_sink_bias": True,
     "sliding_window_size": 16, "layernorm_epsilon": 1e-6,
 }  # fmt: skip
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _QWEN = {"intermediate_size": 128, "moe_intermediate_size": 96, "num_experts": 8}
 _DELTA_NET = {
     "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+}  # fmt: skip
+_GRANITE = {
+    "intermediate_size": 96, "num_local_experts": 8, "embedding_multiplier": 3.0, "logits_scaling": 2.0,
+    "residual_multiplier": 0.4, "attention_multiplier": 0.2,
 }  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen3MoeForCausalLM": _QWEN | {"head_dim": 32, "norm_topk_prob": True},
@@ -119,7 +129,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_experts": 8,
         "moe_topk": 2,
         "head_dim": 32,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "rope_parameters": _ROPE,
     },
     "Ernie4_5_MoeForCausalLM": {
         "intermediate_size": 128,
@@ -130,15 +140,94 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "moe_layer_start_index": 1,
         "moe_layer_end_index": -1,
     },
+    "GraniteMoeForCausalLM": _GRANITE,
+    "GraniteMoeSharedForCausalLM": _GRANITE | {"shared_intermediate_size": 64},
+    "GraniteMoeSWAForCausalLM": _GRANITE
+    | {"shared_intermediate_size": 64, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    "GraniteMoeHybridForCausalLM": _GRANITE
+    | {
+        "shared_intermediate_size": 64,
+        "layer_types": ["mamba", "attention", "mamba"],
+        "mamba_n_heads": 8,
+        "mamba_d_state": 32,
+    },
+    "AfmoeForCausalLM": _QWEN
+    | _ONE_GROUP
+    | {
+        "head_dim": 32,
+        "num_shared_experts": 1,
+        "mup_enabled": True,
+        "route_scale": 1.5,
+        "score_func": "sigmoid",
+        "route_norm": True,
+    },
+    "Cohere2MoeForCausalLM": _LISTED
+    | {
+        "intermediate_size": 96,
+        "num_experts": 8,
+        "head_dim": 32,
+        "num_shared_experts": 1,
+        "prefix_dense_intermediate_size": 128,
+        "logit_scale": 0.25,
+    },
+    "AXK1ForCausalLM": _DENSE_FIRST | _MLA | {"q_lora_rank": 48, "n_shared_experts": 1, "first_k_dense_replace": 0},
+    "FlexOlmoForCausalLM": {"intermediate_size": 96, "num_experts": 8},
+    "PhiMoEForCausalLM": {
+        "intermediate_size": 96,
+        "num_local_experts": 8,
+        "lm_head_bias": True,
+        "attention_bias": True,
+    },
+    "KimiLinearForCausalLM": _MLA
+    | _ONE_GROUP
+    | _LISTED
+    | {
+        "intermediate_size": 128,
+        "moe_intermediate_size": 96,
+        "num_local_experts": 8,
+        "n_shared_experts": 1,
+        "linear_head_dim": 32,
+        "linear_num_heads": 2,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    },
+    "AXK2ForCausalLM": _DENSE_FIRST
+    | _MLA
+    | _LISTED
+    | _INDEXER
+    | {"q_lora_rank": 48, "n_shared_experts": 1, "gated_norm_rank": 4},
+    "KimiK25ForConditionalGeneration": _DENSE_FIRST | _MLA | {"q_lora_rank": 48, "n_shared_experts": 1},
+    "MiniMaxForCausalLM": {
+        "intermediate_size": 96,
+        "num_local_experts": 8,
+        "head_dim": 32,
+        "block_size": 16,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "full_attn_alpha_factor": 1.5,
+        "mlp_alpha_factor": 2.0,
+        "mlp_beta_factor": 0.5,
+    },
+    "Qwen3VLMoeForConditionalGeneration": _QWEN
+    | {"head_dim": 32, "norm_topk_prob": True, "rope_parameters": _ROPE | {"mrope_section": [6, 5, 5]}},
+    "Glm4vMoeForConditionalGeneration": _DENSE_FIRST
+    | _ONE_GROUP
+    | {
+        "head_dim": 32,
+        "n_shared_experts": 1,
+        "rope_parameters": _ROPE | {"mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5},
+    },
+    "Dots1ForCausalLM": _DENSE_FIRST | _ONE_GROUP | {"head_dim": 32, "n_shared_experts": 1},
 }
 
 
 NIGHTLY = {
     "Glm4MoeLiteForCausalLM", "SolarOpenForCausalLM", "HYV3ForCausalLM", "MiMoV2FlashForCausalLM",
-    "ExaoneMoeForCausalLM", "MellumForCausalLM", "Ernie4_5_MoeForCausalLM",
+    "ExaoneMoeForCausalLM", "MellumForCausalLM", "Ernie4_5_MoeForCausalLM", "GraniteMoeSharedForCausalLM",
+    "GraniteMoeSWAForCausalLM", "GraniteMoeHybridForCausalLM", "Cohere2MoeForCausalLM", "AXK1ForCausalLM",
+    "AXK2ForCausalLM", "FlexOlmoForCausalLM", "Dots1ForCausalLM", "MiniMaxForCausalLM",
+    "Glm4vMoeForConditionalGeneration",
 }  # fmt: skip
-"""Architectures whose way through transformers and vLLM others have too. `make test` reads, quantizes and dequantizes
-them; `make nightly` does the rest."""
+"""Architectures whose way through transformers and vLLM others have too. `make test` reads them; `make nightly` does
+the rest."""
 
 
 def family_cases(names: Iterable[str], *more: str) -> list[Any]:
@@ -146,16 +235,24 @@ def family_cases(names: Iterable[str], *more: str) -> list[Any]:
     return [pytest.param(name, *more, marks=[pytest.mark.nightly] if name in NIGHTLY else []) for name in names]
 
 
-def _class_of(family: Family) -> Any:
+_PUBLISHED = {
+    "KimiK25ForConditionalGeneration": (r"^language_model\.model\.blocks\.", "language_model.model.layers."),
+    "KimiLinearForCausalLM": (r"\.block_sparse_moe\.(gate|up|down)_proj\.", r".mlp.\1_proj."),
+}
+"""Where transformers 5.19 saves other names than those of published files: (what it saves, what they have)."""
+
+
+def class_of(family: Family) -> Any:
+    """transformers' class for models of a family."""
     return AutoModelForImageTextToText if family.text else AutoModelForCausalLM
 
 
 def make_model(architecture: str, directory: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Write a random model; returns its directory."""
     family, sizes = FAMILIES[architecture], _ALL | CONFIGS[architecture]
-    parts = {family.text[0]: sizes, "vision_config": _VISION} if family.text else sizes
+    parts = {"text_config": sizes, "vision_config": _VISION, "tie_word_embeddings": False} if family.text else sizes
     torch.manual_seed(0)
-    model = _class_of(family).from_config(AutoConfig.for_model(family.model_type, **parts), dtype=torch.float32)
+    model = class_of(family).from_config(AutoConfig.for_model(family.model_type, **parts), dtype=torch.float32)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim > 1:
@@ -164,6 +261,13 @@ def make_model(architecture: str, directory: Path, dtype: torch.dtype = torch.bf
             if name.endswith(("e_score_correction_bias", "expert_bias")):
                 b.normal_(std=0.05)
     model.to(dtype).save_pretrained(directory)
+    if architecture in _PUBLISHED:
+        file, tensors = directory / "model.safetensors", load_file(directory / "model.safetensors")
+        names = {name: re.sub(*_PUBLISHED[architecture], name) for name in tensors}
+        save_file({names[name]: tensor for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    config["architectures"] = [architecture]  # as published; transformers' classes of Phi and Kimi are called otherwise
+    (directory / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copyfile(TINY_MOE / name, directory / name)
     return directory
@@ -215,12 +319,15 @@ def to_float8(directory: Path, block: int = 32, scales: torch.dtype = torch.floa
 IDS = torch.randint(0, 4096, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
-def whole_logits(directory: Path) -> torch.Tensor:
+def whole_model(directory: Path) -> Any:
+    """transformers' own, float32."""
     config = json.loads((directory / "config.json").read_text())
-    family = FAMILIES[config["architectures"][0]]
-    model = _class_of(family).from_pretrained(directory, dtype=torch.float32).eval()
+    return class_of(moe_shape(config, str(directory)).family).from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def whole_logits(directory: Path) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=IDS).logits
+        return whole_model(directory)(input_ids=IDS).logits
 
 
 def streamed_logits(source: WeightSource) -> torch.Tensor:
@@ -230,3 +337,15 @@ def streamed_logits(source: WeightSource) -> torch.Tensor:
         with model.layer(index) as module:
             batches = [(h, batch[1]) for h, batch in zip(model.through(module, batches), batches, strict=True)]
     return model.logits(torch.cat([h for h, _ in batches]), model.head)
+
+
+def calibration_perplexity(directory: Path, calib: str | Path) -> float:
+    """On 4 windows of 64 tokens of a text."""
+    streamed = StreamedModel(open_model(directory))
+    windows = text_windows(load_tokenizer(directory), open_text(str(calib)), 64, 4)
+    batches = streamed.embed_windows(windows, 256)
+    for index in range(streamed.num_layers):
+        with streamed.layer(index) as module:
+            batches = [(h, batch[1]) for h, batch in zip(streamed.through(module, batches), batches, strict=True)]
+    found = sanity.tally(streamed, windows, [hidden for hidden, _ in batches])
+    return math.exp(found.nll / found.tokens)

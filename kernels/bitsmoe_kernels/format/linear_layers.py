@@ -40,6 +40,10 @@ class Linear:
     split: Literal["output", "input"] | None
 
 
+_MLPS = (
+    "mlp", "mlp.shared_expert", "mlp.shared_experts", "mlp.shared_mlp", "feed_forward",
+    "block_sparse_moe.shared_experts",
+)  # fmt: skip
 _IN_LAYER = (
     Linear(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "output"),
     Linear(("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"), None),
@@ -53,14 +57,14 @@ _IN_LAYER = (
     Linear(("linear_attn.out_proj",), "input"),
     *(
         linear
-        for mlp in ("mlp", "mlp.shared_expert", "mlp.shared_experts", "mlp.shared_mlp", "feed_forward")
+        for mlp in _MLPS
         for linear in (Linear((f"{mlp}.gate_proj", f"{mlp}.up_proj"), "output"), Linear((f"{mlp}.down_proj",), "input"))
     ),
 )
 """All there are within a decoder layer, over all families. Left out on purpose: routers and the gates of shared experts
 and the indexers of sparse attention (few weights, and they decide), `kv_b_proj` (vLLM multiplies it into its
-neighbours, for which it needs the matrix itself), `in_proj_ba` and gates of attention (few weights), convolutions and
-state-space layers (vLLM's were not tried with them)."""
+neighbours, for which it needs the matrix itself), `in_proj_ba`, gates of attention and of norms (few weights),
+convolutions, state-space layers, MiniMax-01's linear attention and Granite's `shared_mlp` (not tried with vLLM's)."""
 
 _PLAIN_HEADS = frozenset({"Qwen3NextForCausalLM"})
 """Architectures in which vLLM has no place for a quantized `lm_head`."""

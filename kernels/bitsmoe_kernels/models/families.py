@@ -97,6 +97,27 @@ _SIZES = ("num_attention_heads", "num_key_value_heads", "head_dim", "max_positio
 
 
 @dataclass(frozen=True)
+class LanguagePart:
+    """The language model of a model of several parts.
+
+    Attributes:
+        config: the entries of config.json that lead to its own.
+        prefix: of its tensors in files, in the place of `model.`; the embedding's and the layers', not the head's.
+        head: the head's name in files.
+        whole: transformers has no class for the language model alone. The entries of config.json that lead to the part
+            that it builds, the prefix of that part's tensors in files, and the language model's prefix within it.
+    """
+
+    config: tuple[str, ...] = ("text_config",)
+    prefix: str = "model.language_model."
+    head: str = "lm_head"
+    whole: tuple[tuple[str, ...], str, str] | None = None
+
+
+_WHOLE: tuple[tuple[str, ...], str, str] = ((), "", "model.language_model.")
+
+
+@dataclass(frozen=True)
 class Family:
     """Tensor and configuration names of one architecture.
 
@@ -111,14 +132,17 @@ class Family:
         experts: the experts within a decoder layer.
         served_experts: what vLLM calls them, where that is another name.
         projections: names of gate, up and down of one expert.
+        stacked: names within a decoder layer of the matrices of all experts together, where files have no other form.
+            Other files may have these too, with names after `FUSED_NAMES`.
+        transposed: whether stacked matrices may be [E, H, 2 I] and [E, I, H], as published files have them.
         module_names: (in files, in transformers' modules) parts of names that differ.
+        joined: (transformers' part of a name, parts in files): tensors of equal shapes, in one behind each other.
         module_experts: transformers' experts within a decoder layer.
         module_norm: transformers' norm before the head.
         has_hidden_act: whether config.json names the activation; it is `HIDDEN_ACT` without.
         optional_sizes: further keys of config.json that must be whole numbers above 0 where present.
         fixed: keys of config.json that must have this value where present.
-        text: of a model of several parts: the language model's entry in config.json, and the prefix of its tensors in
-            place of `model.`.
+        text: where a model of several parts keeps its language model.
         top_k_key: how many experts a token is routed to; transformers knows the family's own number without it.
         layer_outputs: values that transformers' decoder layers return; nothing but the first, hidden states, is used.
         tested: how far, see `Tested`.
@@ -133,14 +157,17 @@ class Family:
     experts: str = "mlp.experts"
     served_experts: str | None = None
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    stacked: tuple[str, str] | None = None
+    transposed: bool = False
     module_names: tuple[tuple[str, str], ...] = ()
+    joined: tuple[tuple[str, tuple[str, ...]], ...] = ()
     module_experts: str = "mlp.experts"
     module_norm: str = "norm"
     has_hidden_act: bool = True
     optional_sizes: tuple[str, ...] = _SIZES
     fixed: tuple[tuple[str, Any], ...] = ()
     aliases: tuple[str, ...] = ()
-    text: tuple[str, str] | None = None
+    text: LanguagePart | None = None
     top_k_key: str = "num_experts_per_tok"
     layer_outputs: int = 1
     tested: Tested = "tokens"
@@ -156,24 +183,41 @@ class Family:
         return f"{self._base}layers.{layer}"
 
     def module_decoder(self, layer: int) -> str:
-        """Name of a decoder layer in transformers' language model."""
-        return f"{_MODULE_BASE}layers.{layer}"
+        """Name of a decoder layer in the model that transformers builds."""
+        return f"{self.module_base}layers.{layer}"
+
+    @property
+    def module_base(self) -> str:
+        """How the names of the language model begin in the model that transformers builds, but for the head's."""
+        return self.text.whole[2] if self.text and self.text.whole else _MODULE_BASE
 
     @property
     def _base(self) -> str:
         """Prefix of the tensors of the language model, but for its head."""
-        return self.text[1] if self.text else _MODULE_BASE
+        return self.text.prefix if self.text else _MODULE_BASE
 
     def stored_name(self, name: str) -> str:
-        """The name in files of a parameter of transformers' language model."""
+        """The name in files of a parameter, or of a module, of the model that transformers builds."""
         for stored, module in self.module_names:
             name = name.replace(module, stored)
-        inside = name.startswith(_MODULE_BASE) and not name.startswith(self._base)
-        return self._base + name.removeprefix(_MODULE_BASE) if inside else name
+        if self.text is None:
+            return name
+        if name.startswith(self.module_base):
+            return self._base + name.removeprefix(self.module_base)
+        if name.partition(".")[0] == "lm_head":
+            return self.text.head + name.removeprefix("lm_head")
+        return self.text.whole[1] + name if self.text.whole else name
+
+    def stored_names(self, name: str) -> list[str]:
+        """`stored_name`; several where files hold in parts what transformers joins (Kimi-Linear)."""
+        name = self.stored_name(name)
+        return next(
+            ([name.replace(whole, part) for part in parts] for whole, parts in self.joined if whole in name), [name]
+        )
 
     def describes(self, name: str) -> bool:
         """Whether a stored tensor should be one of transformers' language model; others are of other parts."""
-        return self.text is None or name.startswith(self._base) or "." not in name.removesuffix(".weight")
+        return self.text is None or name.startswith((self._base, f"{self.text.head}."))
 
 
 _QWEN: dict[str, Any] = {
@@ -203,6 +247,15 @@ _BLOCK_SPARSE: dict[str, Any] = {
     "projections": ("w1", "w3", "w2"),
     "module_names": ((".block_sparse_moe.", ".mlp."),),
 }
+_GRANITE: dict[str, Any] = {
+    "num_experts_key": "num_local_experts",
+    "intermediate_size_key": "intermediate_size",
+    "moe_layers": _all_layers,
+    "experts": "block_sparse_moe.experts",
+    "stacked": ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
+    "module_names": ((".block_sparse_moe.router.layer.", ".block_sparse_moe.router."),),
+    "module_experts": "block_sparse_moe.experts",
+}
 
 FAMILIES: dict[str, Family] = {
     f.architecture: f
@@ -217,7 +270,7 @@ FAMILIES: dict[str, Family] = {
             "Qwen3_5MoeForConditionalGeneration",
             "qwen3_5_moe",
             "Qwen3.5, Qwen3.6, Qwen3.8",
-            text=("text_config", "model.language_model."),
+            text=LanguagePart(),
             tested="transformers",
             **_QWEN,
         ),
@@ -335,6 +388,115 @@ FAMILIES: dict[str, Family] = {
             optional_sizes=(*_SIZES, "moe_layer_interval"),
             top_k_key="moe_k",
         ),
+        Family("GraniteMoeForCausalLM", "granitemoe", "Granite 3, PowerMoE", **_GRANITE),
+        Family("GraniteMoeSharedForCausalLM", "granitemoeshared", "Granite 3 with shared experts", **_GRANITE),
+        Family(
+            "GraniteMoeSWAForCausalLM",
+            "granitemoe_swa",
+            "Granite Swash",
+            **_GRANITE
+            | {
+                "stacked": ("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"),
+                "module_names": (),
+            },
+        ),
+        Family("GraniteMoeHybridForCausalLM", "granitemoehybrid", "Granite 4 H", **_GRANITE),
+        Family("AfmoeForCausalLM", "afmoe", "Trinity", **_SPARSE | {"moe_layers": _after_the_dense}),
+        Family(
+            "Cohere2MoeForCausalLM",
+            "cohere2_moe",
+            "Command A+, North-Mini-Code",
+            num_experts_key="num_experts",
+            intermediate_size_key="intermediate_size",
+            moe_layers=_sparse_layers,
+        ),
+        Family(
+            "AXK1ForCausalLM",
+            "axk1",
+            "A.X-K1",
+            **_DEEPSEEK,
+            module_names=((".post_mlp_layernorm.", ".mlp.post_mlp_layernorm."),),
+        ),
+        Family(
+            "FlexOlmoForCausalLM",
+            "flex_olmo",
+            "FlexOlmo",
+            num_experts_key="num_experts",
+            intermediate_size_key="intermediate_size",
+            moe_layers=_all_layers,
+        ),
+        Family(
+            "PhiMoEForCausalLM",
+            "phimoe",
+            "Phi-3.5-MoE, Phi-mini-MoE, Phi-tiny-MoE",
+            **_BLOCK_SPARSE
+            | {"module_names": ((".block_sparse_moe.gate.", ".mlp.router."), (".block_sparse_moe.", ".mlp."))},
+            aliases=("PhimoeForCausalLM",),
+        ),
+        Family("Dots1ForCausalLM", "dots1", "dots.llm1", **_DEEPSEEK),
+        Family(
+            "KimiLinearForCausalLM",
+            "kimi_linear",
+            "Kimi-Linear",
+            **_BLOCK_SPARSE
+            | {
+                "intermediate_size_key": "moe_intermediate_size",
+                "moe_layers": _all_but_the_first,
+                "module_names": (
+                    # The dense first layer is called .mlp. in files too.
+                    *(
+                        (f".block_sparse_moe.{part}.", f".mlp.{part}.")
+                        for part in ("gate", "experts", "shared_experts")
+                    ),
+                    *(
+                        (f".self_attn.{part}", f".self_attn.forget_gate.{part}")
+                        for part in ("f_a_proj", "f_b_proj", "dt_bias", "A_log")
+                    ),
+                ),
+            },
+            joined=((".self_attn.conv1d.", tuple(f".self_attn.{part}_conv1d." for part in "qkv")),),
+            tested="transformers",
+        ),
+        Family(
+            "AXK2ForCausalLM",
+            "axk2",
+            "A.X-K2",
+            **_DEEPSEEK,
+            module_names=(
+                (".self_attn.q_b_proj", ".self_attn.q_gate_proj"),
+                (".W_down", ".mlp.fc1"),
+                (".W_up", ".mlp.fc2"),
+            ),
+            tested="transformers",
+        ),
+        Family(
+            "KimiK25ForConditionalGeneration",
+            "kimi_k25",
+            "Kimi-K2.5 to K2.7",
+            **_DEEPSEEK,
+            aliases=("Kimi_K25ForConditionalGeneration",),
+            text=LanguagePart(prefix="language_model.model.", head="language_model.lm_head"),
+            tested="transformers",
+        ),
+        Family("MiniMaxForCausalLM", "minimax", "MiniMax-Text-01, MiniMax-M1", **_BLOCK_SPARSE, tested="transformers"),
+        Family(
+            "Qwen3VLMoeForConditionalGeneration",
+            "qwen3_vl_moe",
+            "Qwen3-VL",
+            **_QWEN,
+            text=LanguagePart(whole=_WHOLE),
+            stacked=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+            transposed=True,
+            tested="transformers",
+        ),
+        Family(
+            "Glm4vMoeForConditionalGeneration",
+            "glm4v_moe",
+            "GLM-4.5V, GLM-4.6V",
+            **_DEEPSEEK,
+            text=LanguagePart(whole=_WHOLE),
+            tested="transformers",
+        ),
     )
 }
 
@@ -367,14 +529,15 @@ class MoEShape:
 
     def fused_names(self, layer: int) -> tuple[str, str]:
         """Names of the stacked matrices of a layer's experts."""
-        gate_up, down = (f"{self.prefix(layer)}.{name}" for name in FUSED_NAMES)
+        names = self.family.stacked or tuple(f"{self.family.experts}.{name}" for name in FUSED_NAMES)
+        gate_up, down = (f"{self.family.decoder(layer)}.{name}" for name in names)
         return gate_up, down
 
     def is_expert_tensor(self, name: str) -> bool:
         """Whether a stored tensor belongs to routed experts."""
         start = name.find(f".{self.family.experts}.")
         own = start >= 0 and name[: start + 1 + len(self.family.experts)] in self._prefixes
-        return own and not name.endswith(self._beside_experts)
+        return (own and not name.endswith(self._beside_experts)) or name in self._stacked
 
     @cached_property
     def _beside_experts(self) -> tuple[str, ...]:
@@ -384,6 +547,13 @@ class MoEShape:
     @cached_property
     def _prefixes(self) -> frozenset[str]:
         return frozenset(map(self.prefix, self.layers))
+
+    @cached_property
+    def _stacked(self) -> frozenset[str]:
+        """Names of stacked matrices of experts that do not begin like those of experts (Granite)."""
+        return (
+            frozenset(name for i in self.layers for name in self.fused_names(i)) if self.family.stacked else frozenset()
+        )
 
     @property
     def num_weights(self) -> int:
@@ -418,7 +588,7 @@ class MoEShape:
             specs: the file's tensors.
         """
         faults = []
-        kept = {self.family.stored_name(name) for name, _ in kept_tensors(model)}
+        kept = {stored for name, _ in kept_tensors(model) for stored in self.family.stored_names(name)}
         known = self._model_tensors(model)
         for name, tensor in known.items():
             shape = tuple(tensor.shape)
@@ -447,7 +617,7 @@ class MoEShape:
 
         Layers for multi-token prediction are left out: they are known to be there for others.
         """
-        layers = model.config.num_hidden_layers
+        layers = model.get_decoder().config.num_hidden_layers
         return [
             name
             for name in self._unread(self._model_tensors(model), specs)
@@ -458,7 +628,8 @@ class MoEShape:
 
     def _model_tensors(self, model: Any) -> dict[str, Any]:
         """All tensors of transformers' model, tied ones too, by their names in files."""
-        return {self.family.stored_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+        found = ((self.family.stored_names(name), whole) for name, whole in model.state_dict(keep_vars=True).items())
+        return {name: part for names, whole in found for name, part in zip(names, whole.chunk(len(names)), strict=True)}
 
     def _unread(self, known: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> list[str]:
         """Stored tensors outside the routed experts that the model does not have, in order of names."""
@@ -495,7 +666,24 @@ def _family(config: Mapping[str, Any]) -> Family | None:
 def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json says of the language model: all of it, or the entry of a model of several parts."""
     family = _family(config)
-    part = config.get(family.text[0]) if family and family.text else config
+    return _entry(config, family.text.config if family and family.text else ())
+
+
+def built_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of the part that transformers builds: the language model, or what it cannot be parted from.
+
+    Most keys of the language model are in `language_config`.
+    """
+    family = _family(config)
+    whole = family.text.whole if family and family.text else None
+    return language_config(config) if whole is None else _entry(config, whole[0])
+
+
+def _entry(config: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """An entry of config.json within others; empty where there is none."""
+    part: Any = config
+    for key in keys:
+        part = part.get(key) if isinstance(part, Mapping) else None
     return dict(part) if isinstance(part, Mapping) else {}
 
 
@@ -515,8 +703,10 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
             )
         why = "".join(f" ({REFUSED[a]})" for a in named if a in REFUSED)
         raise BitsmoeError(f"{subject}: architecture {shown} is not supported{why}. Supported: {known}")
-    if family.text and not isinstance(config.get(family.text[0]), dict):
-        raise BitsmoeError(f"{subject}: config.json lacks {family.text[0]}, which describes the language model")
+    if family.text and not language_config(config):
+        raise BitsmoeError(
+            f"{subject}: config.json lacks {'.'.join(family.text.config)}, which describes the language model"
+        )
     model_type, config = config.get("model_type", family.model_type), language_config(config)
     # transformers 5 may save the number of experts under another family's name.
     counts = [k for k in EXPERT_COUNT_KEYS if k in config] or [family.num_experts_key]

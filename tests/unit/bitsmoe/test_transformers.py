@@ -27,7 +27,7 @@ from bitsmoe_kernels.format.checkpoint import WEIGHTS_KEY, WEIGHTS_NOTE
 from bitsmoe_kernels.format.linear_layers import DenseBits
 from bitsmoe_kernels.models.families import FAMILIES
 from builders import FORMS, REPO, store_dense, write_tiny_qwen3_moe
-from families import IDS, family_cases, make_quantized, whole_logits
+from families import IDS, class_of, family_cases, make_quantized, whole_logits
 from offline_quant.checkpoint.dequantize import dequantize_checkpoint
 
 QWEN, MIXTRAL = "Qwen3MoeForCausalLM", "MixtralForCausalLM"
@@ -135,7 +135,7 @@ def test_logits_of_every_family(architecture: str, tmp_path: Path) -> None:
     directory = make_quantized(architecture, tmp_path / "q")
     plain = dequantized(directory)
     assert torch.allclose(whole_logits(directory), whole_logits(plain), rtol=0, atol=MAX_ERROR)
-    for auto in (AutoModelForCausalLM, AutoModel):
+    for auto in (class_of(FAMILIES[architecture]), AutoModel):
         models = [auto.from_pretrained(d, dtype=torch.float16) for d in (directory, plain)]
         got, want = ({n: p.dtype for n, p in m.state_dict().items() if ".experts." not in n} for m in models)
         assert got == want

@@ -1,7 +1,6 @@
 """Linear layers outside the experts at 8 and 4 bits, against compressed-tensors' reader and transformers' models."""
 
 import json
-import math
 import pickle
 import re
 from pathlib import Path
@@ -41,18 +40,14 @@ from bitsmoe_vllm import startup
 from bitsmoe_vllm.config import BitsmoeConfig
 from bitsmoe_vllm.linear_kernel import DequantizedLinearKernel
 from builders import store_dense, vllm_config, write_tiny_qwen3_moe
-from families import make_model, streamed_logits, whole_logits
-from offline_quant.calibration.sources.registry import open_text
-from offline_quant.calibration.windows import load_tokenizer, text_windows
+from families import calibration_perplexity, make_model, streamed_logits, whole_logits
 from offline_quant.checkpoint.dequantize import dequantize_checkpoint
 from offline_quant.checkpoint.linear_layers import dense_plan, quantize_matrix
 from offline_quant.cli.commands import app
 from offline_quant.config import QuantizeConfig
-from offline_quant.evaluation import sanity
 from offline_quant.evaluation.evaluate import evaluate
 from offline_quant.model.quantized import QuantizedModel, open_model
 from offline_quant.model.source import SourceModel
-from offline_quant.model.streaming import StreamedModel
 from offline_quant.pipeline.quantize import quantize_model
 
 SPEC = (Path(format_package.__file__).parent / "SPEC.md").read_text(encoding="utf-8")
@@ -187,7 +182,8 @@ def test_every_linear_layer_but_the_named_exceptions(architecture: str, tmp_path
         modules = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
     kept = (
         r"\.(kv_b_proj|in_proj_(ba|a|b)|shared_expert_gate|gate|gate\.wg|router|g_proj|indexer\.\w+|experts"
-        r"|conv\.\w+|mamba\.\w+)$"
+        r"|conv\.\w+|mamba\.\w+|self_attn\.gate_proj|forget_gate\.\w+|g_[ab]_proj|b_proj|\w+_layernorm\.mlp\.\w+"
+        r"|self_attn\.(output_gate|qkv_proj)|shared_mlp\.(input|output)_linear)$"
     )
     expected = {
         FAMILIES[architecture].stored_name(name)
@@ -300,18 +296,6 @@ def test_inspect_and_report_count_the_bytes_of_the_files(quantized: Path) -> Non
     assert report["dense_layers"] == figures
     assert f"at {bits} bits: {size / 1e6:.2f} MB" in (quantized / "report.html").read_text()
     assert f"{figures['bits_per_weight']:.4f} bits per weight with scales" in succeed("inspect", quantized)
-
-
-def calibration_perplexity(directory: Path, calib: Path) -> float:
-    """On the windows the fixture calibrates on."""
-    streamed = StreamedModel(open_model(directory))
-    windows = text_windows(load_tokenizer(directory), open_text(str(calib)), 64, 4)
-    batches = streamed.embed_windows(windows, 256)
-    for index in range(streamed.num_layers):
-        with streamed.layer(index) as module:
-            batches = [(h, batch[1]) for h, batch in zip(streamed.through(module, batches), batches, strict=True)]
-    found = sanity.tally(streamed, windows, [hidden for hidden, _ in batches])
-    return math.exp(found.nll / found.tokens)
 
 
 @pytest.mark.slow

@@ -11,7 +11,16 @@ from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.models.families import FAMILIES, REFUSED, models_table, moe_shape, stored_prefix
 from builders import REPO
-from families import CONFIGS, make_model, streamed_logits, to_float8, whole_logits
+from families import (
+    CONFIGS,
+    IDS,
+    calibration_perplexity,
+    family_cases,
+    make_model,
+    streamed_logits,
+    to_float8,
+    whole_logits,
+)
 from offline_quant.checkpoint.dequantize import dequantize_checkpoint
 from offline_quant.config import QuantizeConfig
 from offline_quant.model.float8 import Float8Reader
@@ -41,16 +50,87 @@ def test_every_family_is_tried() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_a_family_is_read_quantized_and_dequantized(architecture: str, tmp_path: Path, calib: str) -> None:
+def test_a_family_is_read(architecture: str, tmp_path: Path) -> None:
     model = make_model(architecture, tmp_path / "model")
-    source = SourceModel(model)
-    layers = source.shape.layers
-    assert torch.allclose(streamed_logits(source), whole_logits(model), atol=2e-4)
-    outcome = quantize_model(str(model), tmp_path / "q", quick(calib))
-    assert len(outcome.report.layers) == len(layers)
-    assert all(0 < row.output_error < 0.02 for row in outcome.report.layers)
+    assert torch.allclose(streamed_logits(SourceModel(model)), whole_logits(model), atol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", family_cases(FAMILIES))
+def test_a_family_is_quantized_and_dequantized(architecture: str, tmp_path: Path, calib: str) -> None:
+    model = make_model(architecture, tmp_path / "model")
+    report = quantize_model(str(model), tmp_path / "q", quick(calib)).report
+    assert len(report.layers) == len(SourceModel(model).shape.layers)
+    assert all(0 < row.output_error < 0.02 for row in report.layers)
+    # Hidden states of the calibration, which passed through layers in parts, are those of the quantized model.
+    assert report.sanity.perplexity_quantized == pytest.approx(calibration_perplexity(tmp_path / "q", calib), rel=1e-4)
     dequantize_checkpoint(tmp_path / "q", tmp_path / "d", torch.float32)
     assert torch.allclose(streamed_logits(open_model(tmp_path / "q")), whole_logits(tmp_path / "d"), atol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "factor"), [("GraniteMoeForCausalLM", 0.4), ("AfmoeForCausalLM", None), ("MixtralForCausalLM", 1)]
+)
+def test_layers_that_do_not_just_add_the_output_of_their_experts(
+    architecture: str, factor: float | None, tmp_path: Path, calib: str
+) -> None:
+    """Granite scales it, Trinity norms it. Tuning aims at what experts put out, before that."""
+    model = make_model(architecture, tmp_path / "model")
+    streamed = StreamedModel(SourceModel(model))
+    for index in streamed.shape.layers:
+        with streamed.layer(index):
+            assert streamed.expert_factor(index) == (factor if factor is None else pytest.approx(factor, rel=1e-6))
+    outcomes = [
+        quantize_model(str(model), tmp_path / str(tune), quick(calib).model_copy(update={"bits": 2.5, "tune": tune}))
+        for tune in (False, True)
+    ]
+    # The first layer has no errors of others to make up for.
+    plain, tuned = (outcome.report.layers[0].output_error for outcome in outcomes)
+    assert tuned < plain
+    sane = outcomes[1].report.sanity
+    assert sane.perplexity_quantized == pytest.approx(calibration_perplexity(tmp_path / "True", calib), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["GraniteMoeForCausalLM", "Cohere2MoeForCausalLM", "PhiMoEForCausalLM"])
+def test_heads_that_scale_or_have_a_bias(architecture: str, tmp_path: Path) -> None:
+    """Some rows of the head give what all give; the model in memory is transformers' own."""
+    model = make_model(architecture, tmp_path / "model")
+    streamed = StreamedModel(SourceModel(model))
+    states = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    whole = streamed.head(states)
+    assert torch.equal(torch.cat([part(states) for part in streamed.head_parts(1000)], -1), whole)
+    bias = streamed.head.bias
+    assert (bias is not None) == (architecture == "PhiMoEForCausalLM")
+    plain = states @ streamed.head.weight.T + (0 if bias is None else bias)
+    scale = {"GraniteMoeForCausalLM": 0.5, "Cohere2MoeForCausalLM": 0.25, "PhiMoEForCausalLM": 1.0}[architecture]
+    assert torch.allclose(whole, plain * scale, rtol=1e-6, atol=1e-6)
+    want = whole_logits(model)
+    with torch.no_grad():
+        assert torch.allclose(streamed.materialize()(input_ids=IDS).logits, want, atol=2e-4)
+
+
+@pytest.mark.slow
+def test_stacked_files_in_both_orientations(tmp_path: Path, calib: str) -> None:
+    """Qwen3-VL is published transposed; what transformers saves is not. 96 channels of experts, hidden size 64."""
+    model = make_model("Qwen3VLMoeForConditionalGeneration", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    want = whole_logits(model)
+    stacked = [name for name in tensors if ".experts." in name]
+    assert tensors[stacked[0]].shape != tensors[stacked[0]].mT.shape
+    turned = tensors | {name: tensors[name].mT.contiguous() for name in stacked}
+    save_file(turned, model / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(whole_logits(model), want)
+    assert torch.allclose(streamed_logits(SourceModel(model)), want, atol=2e-4)
+    quantize_model(str(model), tmp_path / "q", quick(calib))
+    dequantize_checkpoint(tmp_path / "q", tmp_path / "d", torch.float32)
+    written = load_file(tmp_path / "d" / "model.safetensors")
+    assert {name: written[name].shape for name in stacked} == {name: turned[name].shape for name in stacked}
+    del turned[stacked[0]]
+    save_file(turned, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BitsmoeError, match=f"tensor {stacked[0]} is missing"):
+        SourceModel(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -28,14 +28,17 @@ TEXT = "She opened the door, and there stood her brother with the lamp in his ha
 QUICK = {"bits": 4.5, "calib_samples": 3, "calib_length": 48, "refine": 1}
 SAME_BYTES: list[tuple[str, dict[str, Any]]] = [
     ("Qwen3MoeForCausalLM", {}),
-    ("Qwen3MoeForCausalLM", {"basis": "paper"}),
-    ("Qwen3MoeForCausalLM", {"objective": "alphaq"}),
     ("Qwen3MoeForCausalLM", {"objective": "bt-moe", "refine": 0, "widths": (2, 4)}),
     ("Qwen3MoeForCausalLM", {"objective": "uniform", "feedback": False, "without": ["correction", "trim"]}),
+    ("DeepseekV3ForCausalLM", {}),
+]
+SAME_BYTES_NIGHTLY: list[tuple[str, dict[str, Any]]] = [
+    ("Qwen3MoeForCausalLM", {"basis": "paper"}),
+    ("Qwen3MoeForCausalLM", {"objective": "alphaq"}),
     ("Qwen3MoeForCausalLM", {"calib": "self"}),
     ("Qwen2MoeForCausalLM", {"dense_bits": 4}),
-    ("DeepseekV3ForCausalLM", {}),
     ("Qwen3NextForCausalLM", {}),
+    ("AfmoeForCausalLM", {}),
 ]
 
 
@@ -69,7 +72,10 @@ def quantized(folder: Path, source: Path, out: Path, device: str, **changed: Any
     return {name: (out / name).read_bytes() for name in ("model.safetensors", "config.json")}
 
 
-@pytest.mark.parametrize(("architecture", "changed"), SAME_BYTES)
+@pytest.mark.parametrize(
+    ("architecture", "changed"),
+    [*SAME_BYTES, *(pytest.param(*case, marks=pytest.mark.nightly) for case in SAME_BYTES_NIGHTLY)],
+)
 def test_a_checkpoint_is_that_of_a_cpu(
     folder: Path, tmp_path: Path, architecture: str, changed: dict[str, Any]
 ) -> None:
