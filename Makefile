@@ -16,7 +16,7 @@ help: ## list the targets
 setup: $(STAMP) ## make .venv with vLLM for CPUs and everything else
 
 # The stamp is written last, so a set-up that failed midway starts afresh.
-$(STAMP): pyproject.toml tools/setup.sh tools/vllm-metadata/pyproject.toml
+$(STAMP): pyproject.toml tools/setup.sh tools/torchvision_operators.py tools/vllm-metadata/pyproject.toml
 	@PYTHON="$(PYTHON)" tools/setup.sh
 	@touch $@
 
@@ -44,7 +44,7 @@ test: lint ## lint and run every test that needs no GPU
 	$(PY) -m pytest tests/integration $(TRITON_TESTS); other=$$?; \
 	wait $$unit; unit=$$?; cat build/unit-tests.log; exit $$((unit | other))
 
-nightly: $(STAMP) ## what `make test` leaves to the night: families that go the way of others
+nightly: $(STAMP) ## what `make test` leaves to the night: families and options that go the way of others
 	HF_HUB_OFFLINE=1 $(PY) -m pytest tests/unit tests/integration -m nightly
 
 lint: style ## ruff, codespell and mypy

@@ -308,11 +308,9 @@ def _stored_module(source: QuantizedModel, stored: str, plain: nn.Module) -> _St
 
 def _missing_tensors(model: Any, source: QuantizedModel) -> list[str]:
     """Tensors that the file lacks. Without this check transformers would initialize them at random."""
-    text = source.shape.family.text
-    undivided = text is not None and text.whole is not None
-    auto: Any = transformers.AutoModelForImageTextToText if undivided else transformers.AutoModelForCausalLM
+    family = source.shape.family
     with torch.device("meta"):
-        whole = auto.from_config(model.config if undivided or text is None else model.config.get_text_config())
+        whole = getattr(transformers, family.auto_class).from_config(family.built_part(model.config))
     for tied, kept in whole.all_tied_weights_keys.items():  # transformers ties them after loading
         path, _, name = tied.rpartition(".")
         setattr(whole.get_submodule(path), name, whole.get_parameter(kept))

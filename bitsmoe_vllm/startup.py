@@ -115,14 +115,17 @@ def _other_faults(checkpoint: Checkpoint, specs: Mapping[str, TensorSpec], hf_co
     vLLM does not notice when one is missing from a quantized checkpoint, and would serve uninitialized memory.
     """
     shape = moe_shape(checkpoint.model_config, str(checkpoint.directory))
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     # --trust-remote-code and --hf-overrides change how vLLM reads the file, not what is in it.
-    own = CONFIG_MAPPING[shape.family.model_type]
+    # vLLM has classes of its own for some, which it puts in the place of transformers' in `CONFIG_MAPPING`.
+    own = getattr(transformers, CONFIG_MAPPING_NAMES[shape.family.model_type])
     if type(hf_config) is not own or hf_config.architectures != checkpoint.model_config["architectures"]:
         hf_config = own.from_dict(checkpoint.model_config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config.get_text_config())
+        auto = getattr(transformers, shape.family.auto_class)
+        model = auto.from_config(shape.family.built_part(hf_config))
     return shape.other_faults(model, specs)
 
 

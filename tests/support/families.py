@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from bitsmoe_kernels.models.families import FAMILIES, Family, moe_shape
 from builders import TINY_MOE, build_form, write_checkpoint
@@ -35,7 +35,10 @@ _DENSE_FIRST = {
     "intermediate_size": 128, "moe_intermediate_size": 96, "n_routed_experts": 8, "first_k_dense_replace": 1,
     "routed_scaling_factor": 1.5,
 }  # fmt: skip
-_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+_VISION = {
+    "depth": 1, "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2,
+    "num_attention_heads": 2, "out_hidden_size": 64, "projection_hidden_size": 64,
+}  # fmt: skip
 _ONE_GROUP = {"n_group": 1, "topk_group": 1}
 _LISTED = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
 _FULL = {"layer_types": ["full_attention"] * 3}
@@ -195,7 +198,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | _LISTED
     | _INDEXER
     | {"q_lora_rank": 48, "n_shared_experts": 1, "gated_norm_rank": 4},
-    "KimiK25ForConditionalGeneration": _DENSE_FIRST | _MLA | {"q_lora_rank": 48, "n_shared_experts": 1},
+    "KimiK25ForConditionalGeneration": _DENSE_FIRST
+    | _MLA
+    | {"q_lora_rank": 48, "n_shared_experts": 1, "topk_method": "noaux_tc", "norm_topk_prob": True},
     "MiniMaxForCausalLM": {
         "intermediate_size": 96,
         "num_local_experts": 8,
@@ -213,6 +218,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | {
         "head_dim": 32,
         "n_shared_experts": 1,
+        "use_qk_norm": False,
         "rope_parameters": _ROPE | {"mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5},
     },
     "Dots1ForCausalLM": _DENSE_FIRST | _ONE_GROUP | {"head_dim": 32, "n_shared_experts": 1},
@@ -220,7 +226,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 NIGHTLY = {
-    "Glm4MoeLiteForCausalLM", "SolarOpenForCausalLM", "HYV3ForCausalLM", "MiMoV2FlashForCausalLM",
+    "Qwen3_5MoeForCausalLM", "Glm4MoeLiteForCausalLM", "SolarOpenForCausalLM", "HYV3ForCausalLM", "MiMoV2FlashForCausalLM",
     "ExaoneMoeForCausalLM", "MellumForCausalLM", "Ernie4_5_MoeForCausalLM", "GraniteMoeSharedForCausalLM",
     "GraniteMoeSWAForCausalLM", "GraniteMoeHybridForCausalLM", "Cohere2MoeForCausalLM", "AXK1ForCausalLM",
     "AXK2ForCausalLM", "FlexOlmoForCausalLM", "Dots1ForCausalLM", "MiniMaxForCausalLM",
@@ -236,15 +242,30 @@ def family_cases(names: Iterable[str], *more: str) -> list[Any]:
 
 
 _PUBLISHED = {
-    "KimiK25ForConditionalGeneration": (r"^language_model\.model\.blocks\.", "language_model.model.layers."),
-    "KimiLinearForCausalLM": (r"\.block_sparse_moe\.(gate|up|down)_proj\.", r".mlp.\1_proj."),
+    "KimiK25ForConditionalGeneration": [
+        (r"^language_model\.model\.blocks\.", "language_model.model.layers."),
+        (r"^model\.mm_projector\.", "mm_projector."),
+    ],
+    "KimiLinearForCausalLM": [(r"\.block_sparse_moe\.(gate|up|down)_proj\.", r".mlp.\1_proj.")],
 }
 """Where transformers 5.19 saves other names than those of published files: (what it saves, what they have)."""
 
 
+_PREPROCESSORS = {
+    "KimiK25ForConditionalGeneration": {
+        "media_proc_cfg": {
+            "patch_size": 14, "merge_kernel_size": 2, "temporal_merge_kernel_size": 4, "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3, "in_patch_limit": 64, "in_patch_limit_each_frame": 64, "patch_limit_on_one_side": 8,
+            "fixed_output_tokens": None,
+        }
+    }
+}  # fmt: skip
+"""Preprocessors of images that vLLM makes even for text alone."""
+
+
 def class_of(family: Family) -> Any:
     """transformers' class for models of a family."""
-    return AutoModelForImageTextToText if family.text else AutoModelForCausalLM
+    return transformers.AutoModelForImageTextToText if family.text else transformers.AutoModelForCausalLM
 
 
 def make_model(architecture: str, directory: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -252,7 +273,9 @@ def make_model(architecture: str, directory: Path, dtype: torch.dtype = torch.bf
     family, sizes = FAMILIES[architecture], _ALL | CONFIGS[architecture]
     parts = {"text_config": sizes, "vision_config": _VISION, "tie_word_embeddings": False} if family.text else sizes
     torch.manual_seed(0)
-    model = class_of(family).from_config(AutoConfig.for_model(family.model_type, **parts), dtype=torch.float32)
+    model = class_of(family).from_config(
+        transformers.AutoConfig.for_model(family.model_type, **parts), dtype=torch.float32
+    )
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim > 1:
@@ -263,11 +286,16 @@ def make_model(architecture: str, directory: Path, dtype: torch.dtype = torch.bf
     model.to(dtype).save_pretrained(directory)
     if architecture in _PUBLISHED:
         file, tensors = directory / "model.safetensors", load_file(directory / "model.safetensors")
-        names = {name: re.sub(*_PUBLISHED[architecture], name) for name in tensors}
-        save_file({names[name]: tensor for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
-    config = json.loads((directory / "config.json").read_text())
-    config["architectures"] = [architecture]  # as published; transformers' classes of Phi and Kimi are called otherwise
-    (directory / "config.json").write_text(json.dumps(config))
+        for saved, published in _PUBLISHED[architecture]:
+            tensors = {re.sub(saved, published, name): tensor for name, tensor in tensors.items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    written = json.loads((directory / "config.json").read_text())
+    written["architectures"] = [
+        architecture
+    ]  # as published; transformers' classes of Phi and Kimi are called otherwise
+    (directory / "config.json").write_text(json.dumps(written))
+    if architecture in _PREPROCESSORS:
+        (directory / "preprocessor_config.json").write_text(json.dumps(_PREPROCESSORS[architecture]))
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copyfile(TINY_MOE / name, directory / name)
     return directory

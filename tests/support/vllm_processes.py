@@ -17,6 +17,7 @@ answers = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)  # vLLM writes to standard output
 from vllm import LLM, ModelRegistry, SamplingParams
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+from vllm.platforms import current_platform
 
 class OneGroup:
     # vLLM's router for CPUs refuses sigmoid scores without groups. One group of all experts is the same function.
@@ -28,6 +29,11 @@ class OneGroup:
         return OneGroup.compute(self, *args, **kwargs)
 
 CPURouter._compute_routing = OneGroup.routing
+
+# vLLM registers its kernels for CPUs with every engine, and looks for their names in all modules. It fails over those
+# of numba, which models with images import. Once is enough, before they do.
+current_platform.register_triton_kernel_overrides()
+type(current_platform).register_triton_kernel_overrides = lambda *_: None
 
 def generate(model, dtype, prompts, tokens, architectures, reload, options):
     # As it is, vLLM looks at a model's class in one more process, which imports everything again.

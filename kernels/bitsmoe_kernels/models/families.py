@@ -178,6 +178,15 @@ class Family:
         each = isinstance(found, list) and len(found) == config.get("num_hidden_layers")
         return found[0] if each and found.count(found[0]) == len(found) else found
 
+    @property
+    def auto_class(self) -> str:
+        """The class of transformers that builds the model, or its language model alone where it can."""
+        return "AutoModelForImageTextToText" if self.text and self.text.whole else "AutoModelForCausalLM"
+
+    def built_part(self, config: Any) -> Any:
+        """Of transformers' config of a whole model, or of its language model: the part for `auto_class`."""
+        return config if self.text and self.text.whole else config.get_text_config()
+
     def decoder(self, layer: int) -> str:
         """Tensor prefix of a decoder layer."""
         return f"{self._base}layers.{layer}"
@@ -263,15 +272,13 @@ FAMILIES: dict[str, Family] = {
         Family("Qwen3MoeForCausalLM", "qwen3_moe", "Qwen3-MoE", **_QWEN),
         Family("Qwen2MoeForCausalLM", "qwen2_moe", "Qwen1.5-MoE, Qwen2-MoE", **_QWEN),
         Family("Qwen3NextForCausalLM", "qwen3_next", "Qwen3-Next", tested="bfloat16", **_QWEN),
-        Family(
-            "Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", "Qwen3.5, Qwen3.6 (text only)", tested="transformers", **_QWEN
-        ),
+        Family("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", "Qwen3.5, Qwen3.6 (text only)", tested="bfloat16", **_QWEN),
         Family(
             "Qwen3_5MoeForConditionalGeneration",
             "qwen3_5_moe",
             "Qwen3.5, Qwen3.6, Qwen3.8",
             text=LanguagePart(),
-            tested="transformers",
+            tested="bfloat16",
             **_QWEN,
         ),
         Family("MixtralForCausalLM", "mixtral", "Mixtral", **_BLOCK_SPARSE),
@@ -476,7 +483,7 @@ FAMILIES: dict[str, Family] = {
             **_DEEPSEEK,
             aliases=("Kimi_K25ForConditionalGeneration",),
             text=LanguagePart(prefix="language_model.model.", head="language_model.lm_head"),
-            tested="transformers",
+            tested="tokens",
         ),
         Family("MiniMaxForCausalLM", "minimax", "MiniMax-Text-01, MiniMax-M1", **_BLOCK_SPARSE, tested="transformers"),
         Family(
@@ -487,7 +494,7 @@ FAMILIES: dict[str, Family] = {
             text=LanguagePart(whole=_WHOLE),
             stacked=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
             transposed=True,
-            tested="transformers",
+            tested="tokens",
         ),
         Family(
             "Glm4vMoeForConditionalGeneration",
@@ -495,7 +502,7 @@ FAMILIES: dict[str, Family] = {
             "GLM-4.5V, GLM-4.6V",
             **_DEEPSEEK,
             text=LanguagePart(whole=_WHOLE),
-            tested="transformers",
+            tested="tokens",
         ),
     )
 }
