@@ -226,7 +226,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 NIGHTLY = {
-    "Qwen3_5MoeForCausalLM", "Glm4MoeLiteForCausalLM", "SolarOpenForCausalLM", "HYV3ForCausalLM", "MiMoV2FlashForCausalLM",
+    "Qwen3_5MoeForCausalLM", "Glm4MoeLiteForCausalLM", "SolarOpenForCausalLM", "HYV3ForCausalLM",
+    "MiMoV2FlashForCausalLM",
     "ExaoneMoeForCausalLM", "MellumForCausalLM", "Ernie4_5_MoeForCausalLM", "GraniteMoeSharedForCausalLM",
     "GraniteMoeSWAForCausalLM", "GraniteMoeHybridForCausalLM", "Cohere2MoeForCausalLM", "AXK1ForCausalLM",
     "AXK2ForCausalLM", "FlexOlmoForCausalLM", "Dots1ForCausalLM", "MiniMaxForCausalLM",
