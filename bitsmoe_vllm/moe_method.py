@@ -13,7 +13,7 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from bitsmoe_kernels.backends.base import Prepared
 from bitsmoe_kernels.backends.select import select
 from bitsmoe_kernels.errors import BitsmoeError, FormatError
-from bitsmoe_kernels.expert_mlp import HIDDEN_ACT
+from bitsmoe_kernels.expert_mlp import HiddenAct
 from bitsmoe_kernels.format.schema import Layer
 from bitsmoe_kernels.reference import LayerWeights
 from bitsmoe_vllm import _compat
@@ -21,6 +21,10 @@ from bitsmoe_vllm.startup import compute_target
 from bitsmoe_vllm.weight_loading import LayerLoader
 
 logger = init_logger(f"vllm.{__name__}")
+
+
+_NAMES: dict[HiddenAct, str] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""vLLM's names of activations."""
 
 
 class BitsmoeMoEMethod(FusedMoEMethodBase):
@@ -93,8 +97,9 @@ class BitsmoeMoEMethod(FusedMoEMethodBase):
     def _refuse_unsupported(self, layer: Any) -> None:
         parallel = self.moe.moe_parallel_config
         faults = []
-        if layer.activation != MoEActivation(HIDDEN_ACT):
-            faults.append(f"activation {layer.activation.value!r} (only {HIDDEN_ACT!r})")
+        stored = self.schema.hidden_act
+        if layer.activation != MoEActivation(_NAMES[stored]):
+            faults.append(f"activation {layer.activation.value!r} of a layer that was quantized for {stored!r}")
         if layer.apply_router_weight_on_input:
             faults.append("routing weights applied to the input")
         if self.moe.has_bias:

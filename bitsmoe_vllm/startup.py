@@ -11,7 +11,6 @@ import torch
 from bitsmoe_kernels.backends.base import Target
 from bitsmoe_kernels.backends.select import select
 from bitsmoe_kernels.errors import BitsmoeError, FormatError, fault_list
-from bitsmoe_kernels.expert_mlp import HIDDEN_ACT
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.format.linear_layers import DenseConfig, DenseWeights, Linear, dense_linears, plain_specs
 from bitsmoe_kernels.format.safetensors_io import SINGLE_FILE, read_index
@@ -292,9 +291,12 @@ def check_options(checkpoint: CheckpointConfig, text_config: Any, vllm_config: A
     if fault := _compat.cpu_parallel_fault(parallel, vllm_config.model_config.enforce_eager):
         faults.append(fault)
     faults += _graph_faults(checkpoint, vllm_config.model_config)
-    activation = getattr(text_config, "hidden_act", HIDDEN_ACT)
-    if activation != HIDDEN_ACT:
-        faults.append(f"hidden_act of config.json is {activation!r}; only {HIDDEN_ACT!r} is supported")
+    faults += [
+        f"{key} of config.json is {found!r}, but the experts were quantized for {layer.hidden_act!r}"
+        for key in ("hidden_act", "hidden_activation")
+        for layer in checkpoint.layers.values()
+        if (found := getattr(text_config, key, None)) is not None and found != layer.hidden_act
+    ]
     if faults:
         raise BitsmoeError("\n".join(dict.fromkeys(faults)))
 

@@ -95,15 +95,19 @@ def compiled(kernel: Any, capability: int, constants: dict[str, Any], types: dic
     return triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=options)
 
 
-def gemm_kernels(capability: int, tile: Tile, fp16: bool, widths: int) -> Iterator[tuple[str, Any]]:
-    """Both GEMM kernels as a layer without extras runs them, compiled, under their names."""
+def gemm_kernels(capability: int, tile: Tile, fp16: bool, widths: int, act: int = 0) -> Iterator[tuple[str, Any]]:
+    """Both GEMM kernels as a layer without extras runs them, compiled, under their names.
+
+    `act`: see `expert_mlp.ACTIVATION_NUMBERS`.
+    """
     kind = "*fp16" if fp16 else "*bf16"
     types = {**_POINTERS, "act": kind, "dense": kind, "out": kind}
     common = {
         "BN": 2 * TILE, "BT": tile.tokens, "DENSE": False, "WIDTHS": widths, "KWIDTH": kwidth_of(capability),
         "FP16": fp16, "ASM": True, "UNROLL": tile.unroll, "STAGES": tile.stages,
     }  # fmt: skip
-    inputs = {"NCORR": 4, "NCORR_POW2": 4, "CORR_CHUNK": 512, "OUT_NCORR": 12, "SPLIT": False, "FUSED": True}
+    inputs = {"NCORR": 4, "NCORR_POW2": 4, "CORR_CHUNK": 512, "OUT_NCORR": 12, "SPLIT": False, "FUSED": True,
+              "ACT": act}  # fmt: skip
     yield "gate_up", compiled(gemm.gate_up_kernel, capability, common | inputs, types, tile.warps)
     down = {"NCORR": 12, "NCORR_POW2": 16, "CORR_CHUNK": TILE, "TOP_K": 8, "EVEN": True, "BN": tile.outputs}
     yield "down", compiled(gemm.down_kernel, capability, common | down, types, tile.warps)

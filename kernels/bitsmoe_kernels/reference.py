@@ -233,7 +233,7 @@ def moe_forward(
         token, slot = (ids == expert).nonzero(as_tuple=True)
         hidden = [w.forward(expert, xf[token], z[token]) for w, z in zip(inputs, shared, strict=True)]
         gate, up = hidden[0].chunk(2, -1) if len(hidden) == 1 else hidden
-        h = gated(gate, up)
+        h = gated(gate, up, weights.layer.hidden_act)
         y = down.forward(expert, h, down.project(h))
         out.index_add_(0, token, y * topk_weights[token, slot, None].float())
     return out.to(x.dtype)

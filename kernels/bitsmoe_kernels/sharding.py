@@ -153,6 +153,7 @@ def shard_layer(
         num_experts=len(picked),
         hidden_size=layer.hidden_size,
         intermediate_size=len(channels),
+        hidden_act=layer.hidden_act,
         projections=projections,
     )
     return shard, out

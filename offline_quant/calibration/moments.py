@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bitsmoe_kernels.expert_mlp import activation_with_slope_, gated_
+from bitsmoe_kernels.expert_mlp import HIDDEN_ACT, HiddenAct, activation_with_slope_, gated_
 from offline_quant.linalg import add_product, mirrored
 from offline_quant.model.expert_inputs import ExpertInputs
 
@@ -89,10 +89,11 @@ class LayerMoments:
     Args:
         inputs: calibration activations of the layer.
         num_experts: E.
+        hidden_act: the experts' activation.
     """
 
-    def __init__(self, inputs: ExpertInputs, num_experts: int):
-        self.inputs = inputs
+    def __init__(self, inputs: ExpertInputs, num_experts: int, hidden_act: HiddenAct = HIDDEN_ACT):
+        self.inputs, self.hidden_act = inputs, hidden_act
         tokens, self.top_k = inputs.topk_ids.shape
         flat = inputs.topk_ids.flatten()
         self.counts = torch.bincount(flat, minlength=num_experts)
@@ -148,13 +149,13 @@ class LayerMoments:
         for part in _blocks(len(tokens)):
             x, m = self.inputs.x.index_select(0, tokens[part]), mass[part]
             gate, up = x @ W_gate, x @ W_up
-            silu, slope = activation_with_slope_(gate)
-            h = torch.mul(silu, up, out=hidden[part])
+            value, slope = activation_with_slope_(gate, self.hidden_act)
+            h = torch.mul(value, up, out=hidden[part])
             slope.mul_(up).square_()
-            silu.square_()
-            torch.add(slope @ norms, silu @ norms, out=token[part])
+            value.square_()
+            torch.add(slope @ norms, value @ norms, out=token[part])
             outputs[:I] += m @ slope
-            outputs[I:] += m @ silu
+            outputs[I:] += m @ value
             # D decides who gets bits, not what is rounded to what: part of the tokens will do.
             some = h[::step]
             add_product(D, some * (step * m[::step, None]), some)
@@ -191,7 +192,7 @@ class LayerMoments:
         moments, crossed = gate_up.new_zeros(I, I), gate_up.new_zeros(I, I)
         for part in _blocks(len(tokens)):
             x = self.inputs.x.index_select(0, tokens[part])
-            h = gated_(x @ W_gate, x @ W_up, out=seen[part])
+            h = gated_(x @ W_gate, x @ W_up, seen[part], self.hidden_act)
             weighed = h * mass[part, None]
             add_product(moments, h, weighed)
             crossed.addmm_(original[part].T, weighed)

@@ -10,7 +10,7 @@ from torch import Tensor
 from bitsmoe_kernels.format.checkpoint import with_schema
 from bitsmoe_kernels.format.linear_layers import DenseConfig
 from bitsmoe_kernels.format.safetensors_io import ShardWriter, largest_shard
-from bitsmoe_kernels.format.schema import FORMAT_VERSION, QUANT_METHOD, CheckpointConfig, Layer
+from bitsmoe_kernels.format.schema import QUANT_METHOD, CheckpointConfig, Layer, least_version
 from offline_quant import VERSION
 from offline_quant.checkpoint.linear_layers import write_other_tensors
 from offline_quant.model.side_files import copy_side_files, missing_code
@@ -49,7 +49,7 @@ def write_checkpoint(
     writer.finish()
     draft = CheckpointConfig(
         quant_method=QUANT_METHOD,
-        format_version=FORMAT_VERSION,
+        format_version=least_version(layers.values()),
         block_size=block_size,
         bpw=0.0,
         layers=layers,

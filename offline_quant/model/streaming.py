@@ -4,8 +4,9 @@ The modules are transformers' own, built without memory ("meta") and filled from
 float32. Calibration and evaluation both run on this, for ordinary and for quantized checkpoints.
 """
 
+import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,6 +17,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list, one_line
@@ -74,14 +76,23 @@ def _with_special_floats(value: Any) -> Any:
     return [_with_special_floats(inner) for inner in value] if isinstance(value, list) else value
 
 
+class _WithoutMemory(TorchFunctionMode):
+    """Puts what modules allocate and do not fill on "meta"; what they compute, such as rotary tables, is real."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.empty and (kwargs or {}).get("device") is None:
+            return func(*args, **{**(kwargs or {}), "device": "meta"})
+        return func(*args, **(kwargs or {}))
+
+
 def model_without_memory(config: Mapping[str, Any], shape: MoEShape, directory: Path) -> Any:
-    """transformers' model of a config.json, tensors on "meta", with the routed experts that were read from it.
+    """transformers' model of a config.json, matrices on "meta", with the routed experts that were read from it.
 
     Raises:
         BitsmoeError: transformers refuses the config, or builds other experts.
     """
     known, auto = transformers_config(config, directory), getattr(transformers, shape.family.auto_class)
-    with _building(directory), torch.device("meta"):
+    with _building(directory), _WithoutMemory():
         model = auto.from_config(known, dtype=torch.float32).eval()
     if faults := shape.expert_faults(model):
         raise BitsmoeError(
@@ -140,12 +151,11 @@ class StreamedModel:
         self.vocabulary: int = self.decoder.embed_tokens.num_embeddings
         self._check_tensors()
         self.decoder.embed_tokens.forward = self._embedding
+        self.decoder.embed_tokens.padding_idx = None  # of rows that are not all there
         self._fill(self.norm, f"{self._base}{self.shape.family.module_norm}")
-        # Rotary tables are buffers computed at construction; "meta" left them empty. Some models have several.
-        for name, module in list(self.decoder.named_modules()):
-            if not name.startswith("layers.") and module._buffers and not module._parameters:
-                made = type(module)(config=getattr(module, "config", self.decoder.config)).to(self.device)
-                self.decoder.set_submodule(name, made)
+        for module in self.decoder.modules():
+            for name, table in module._buffers.items():
+                module._buffers[name] = table if table is None or table.is_meta else table.to(self.device)
 
     @property
     def experts_name(self) -> str:
@@ -205,9 +215,15 @@ class StreamedModel:
             ) from None
 
     def _embedding(self, ids: Tensor) -> Tensor:
-        """Rows of the embedding, float32; the matrix itself stays in the checkpoint."""
-        rows = self.source.tensors.get(self._embedding_name)[ids.cpu()]
-        return rows.to(self.device, torch.float32)
+        """Embedded tokens, float32, as the model's own module makes them of these rows; the others are not read."""
+        module = self.decoder.embed_tokens
+        needed, place = ids.cpu().unique(return_inverse=True)
+        rows = self.source.tensors.get(self._embedding_name)[needed].to(self.device, torch.float32)
+        usual, module.weight = module.weight, nn.Parameter(rows, requires_grad=False)
+        try:
+            return type(module).forward(module, place.to(self.device))
+        finally:
+            module.weight = usual
 
     def check_ids(self, ids: Tensor) -> None:
         """Refuse token ids beyond the vocabulary.
@@ -269,7 +285,7 @@ class StreamedModel:
             gate_up, down = self.source.experts(index, chunk).to(self.device)
             for i, (token, slot) in enumerate(called):
                 gate, up = (x[token] @ gate_up[i].T).chunk(2, -1)
-                out = gated(gate, up) @ down[i].T
+                out = gated(gate, up, s.hidden_act) @ down[i].T
                 y.index_add_(0, token, out * topk_weights[token, slot, None])
         return y
 
@@ -286,13 +302,14 @@ class StreamedModel:
 
         unused = (None,) * (self.shape.family.layer_outputs - 1)
 
-        def catch(hidden_states: Tensor, **kwargs: Any) -> Any:
+        def catch(names: Sequence[str], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             entered.append(hidden_states)
-            arguments.append(kwargs)
+            arguments.append(dict(zip(names, args, strict=False)) | kwargs)
             return (hidden_states, *unused) if unused else hidden_states
 
         for module in self.decoder.layers:
-            module.forward = catch
+            names = list(inspect.signature(type(module).forward).parameters)[2:]
+            module.forward = partial(catch, names)
         try:
             self.decoder(input_ids=ids.to(self.device), use_cache=False)
         finally:

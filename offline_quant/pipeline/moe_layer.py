@@ -116,7 +116,7 @@ def _measured_layer(run: RunContext, index: int, on_progress: "LayerProgress") -
         )
     run.clock.lap("calibration")
     offload = OffloadCache(run.state.directory, device_bytes=gpu_share(device))
-    moments = LayerMoments(inputs, run.shape.num_experts)
+    moments = LayerMoments(inputs, run.shape.num_experts, run.shape.hidden_act)
 
     def load(chunk: range) -> ExpertWeights:
         return run.source.experts(index, chunk).to(device)

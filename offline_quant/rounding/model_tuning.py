@@ -134,7 +134,7 @@ class _Tuner:
                 for name, part in z.items()
             ]
             gate, up = torch.cat(gate_up, -1).chunk(2, -1)
-            h = gated(gate, up)
+            h = gated(gate, up, weights.layer.hidden_act)
             out = _projected(changes["down"], parts["down"], e, h, parts["down"].project(h))
             y = y.index_add(0, token, out * shares[token, slot, None])
         return y.view_as(x)

@@ -95,6 +95,7 @@ class _TunedLayer:
 
     def __init__(self, weights: LayerWeights):
         experts = weights.layer.num_experts
+        self.hidden_act = weights.layer.hidden_act
         self.parts = {n: _TunedProjection(p, experts) for n, p in weights.projections.items()}
 
     def groups(self) -> list[dict[str, object]]:
@@ -112,7 +113,7 @@ class _TunedLayer:
         """One expert on its tokens, [n, H]."""
         outputs = [part(expert, x, z[n]) for n, part in self.parts.items() if n != "down"]
         gate, up = torch.cat(outputs, -1).chunk(2, -1)
-        h = gated(gate, up)
+        h = gated(gate, up, self.hidden_act)
         down = self.parts["down"]
         return down(expert, h, down.weights.project(h))
 

@@ -3,7 +3,7 @@
     PYTHONPATH=tests:kernels python -m golden.make_v1
 
 The files are frozen once a release has written the format: a difference is a change of format, not a reason to run this
-again. When a version 2 comes, this script goes and the files stay.
+again. `make_v2` adds those of version 2.
 
 All values are drawn with `random.Random.random`, the one generator Python promises to keep. Scales are powers of two
 and all else are small integers over a power of two, so that every sum stays below 2^24 steps of its grid (at most
@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -123,8 +123,11 @@ def parts(
     return made
 
 
-def write(directory: Path, block_size: Literal[16, 32]) -> None:
-    """Write the checkpoint `block{G}/` and `block{G}.expected.safetensors` into a directory."""
+def write(directory: Path, block_size: Literal[16, 32], version: int = 1, **more: Any) -> None:
+    """Write the checkpoint `block{G}/` and `block{G}.expected.safetensors` into a directory.
+
+    `more` are keys of every layer that came after version 1.
+    """
     random = Random(block_size)
     # Every width from 0 to 8, neighbours in no order.
     widths = iter([(5 * i + 3) % 9 for i in range(1000)])
@@ -141,7 +144,7 @@ def write(directory: Path, block_size: Literal[16, 32]) -> None:
             made = parts(draft, name, block_size, widths, random)
             tensors |= {f"{name}_{part}": tensor for part, tensor in made.items()}
             projections[name] = p.model_copy(update={"code_rows": int(made["bits"].sum())})
-        schemas[prefix] = layer = draft.model_copy(update={"projections": projections})
+        schemas[prefix] = layer = draft.model_copy(update={"projections": projections} | more)
         for key, tensor in tensors.items():
             writer.add(f"{prefix}.{key}", tensor)
         weights = expert_weights(layer.model_dump(mode="json"), block_size, tensors)
@@ -152,7 +155,7 @@ def write(directory: Path, block_size: Literal[16, 32]) -> None:
     writer.finish()
     config = CheckpointConfig(
         quant_method="bitsmoe",
-        format_version=1,
+        format_version=version,
         block_size=block_size,
         bpw=0.0,
         layers=schemas,

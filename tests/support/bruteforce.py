@@ -97,12 +97,21 @@ def expert_weights(layer: dict[str, Any], block_size: int, tensors: Mapping[str,
     return gate, up, down
 
 
+def activation(g: Array, hidden_act: str) -> Array:
+    """The activation that `hidden_act` of config.json names."""
+    if hidden_act == "gelu_pytorch_tanh":
+        return 0.5 * g * (1 + np.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3)))
+    assert hidden_act == "silu"
+    return g / (1 + np.exp(-g))
+
+
 def moe(
     experts: tuple[Array, Array, Array],
     x: Tensor,
     topk_weights: Tensor,
     topk_ids: Tensor,
     expert_map: Tensor | None = None,
+    hidden_act: str = "silu",
 ) -> Array:
     """Routed experts of a layer, one token and one of its experts at a time: [T, H]. Ids of no expert add nothing."""
     out = np.zeros(tuple(x.shape))
@@ -116,7 +125,7 @@ def moe(
                     continue
                 v = array(x[token])
                 g, u = gate[expert] @ v, up[expert] @ v
-                out[token] += float(topk_weights[token, slot]) * (down[expert] @ (g / (1 + np.exp(-g)) * u))
+                out[token] += float(topk_weights[token, slot]) * (down[expert] @ (activation(g, hidden_act) * u))
     return out
 
 

@@ -22,7 +22,6 @@ from bitsmoe_kernels.format.linear_layers import DenseBits, DenseConfig, DenseGr
 from bitsmoe_kernels.format.packing import pack_codes
 from bitsmoe_kernels.format.safetensors_io import ShardWriter
 from bitsmoe_kernels.format.schema import (
-    FORMAT_VERSION,
     QUANT_METHOD,
     Axis,
     Basis,
@@ -30,6 +29,7 @@ from bitsmoe_kernels.format.schema import (
     Layer,
     Projection,
     ProjectionName,
+    least_version,
     num_blocks,
     order_dtype,
 )
@@ -266,7 +266,7 @@ def make_config(layers: Mapping[str, MadeLayer], **updates: Any) -> CheckpointCo
     config = CheckpointConfig.model_validate(
         {
             "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": least_version(made.layer for made in layers.values()),
             "block_size": next(iter(layers.values())).block_size,
             "bpw": 0.0,
             "layers": {prefix: made.layer for prefix, made in layers.items()},

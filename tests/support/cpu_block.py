@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 LANES, STRIPS, STEP_BYTES, MAX_RUNS, ACT_ALIGN = 16, 4, 64, 8, 64
-MAGIC = int.from_bytes(b"PCU2", "little")
+MAGIC = int.from_bytes(b"PCU3", "little")
 
 
 class Head(NamedTuple):
@@ -39,6 +39,7 @@ class Head(NamedTuple):
     input_acts: int
     down_acts: int
     ranks: int
+    activation: int
 
 
 class Record(NamedTuple):

@@ -54,6 +54,12 @@ _QWEN = {"intermediate_size": 128, "moe_intermediate_size": 96, "num_experts": 8
 _DELTA_NET = {
     "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
 }  # fmt: skip
+_GEMMA = _QWEN | {
+    "enable_moe_block": True, "pad_token_id": 0, "top_k_experts": 2, "head_dim": 32, "global_head_dim": 32,
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 0, "final_logit_softcapping": 5.0,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "sliding_window": 16,
+}  # fmt: skip
 _GRANITE = {
     "intermediate_size": 96, "num_local_experts": 8, "embedding_multiplier": 3.0, "logits_scaling": 2.0,
     "residual_multiplier": 0.4, "attention_multiplier": 0.2,
@@ -181,6 +187,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "lm_head_bias": True,
         "attention_bias": True,
     },
+    "Gemma4ForCausalLM": _GEMMA,
+    "Gemma4ForConditionalGeneration": _GEMMA,
     "KimiLinearForCausalLM": _MLA
     | _ONE_GROUP
     | _LISTED

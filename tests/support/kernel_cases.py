@@ -18,7 +18,7 @@ from bitsmoe_kernels.backends import triton_launch as moe
 from bitsmoe_kernels.format.schema import ProjectionName
 from bitsmoe_kernels.layout.pack import KernelLayer, to_kernel_layout
 from bitsmoe_kernels.sharding import shard_channels
-from bruteforce import Array, array, assert_close, matrices
+from bruteforce import Array, activation, array, assert_close, matrices
 from builders import MadeLayer
 from moe_cases import CASES, bytes_of, call_of, check_outputs, exact, guarded_memory, made_layer, poisoned_call, shards
 
@@ -159,7 +159,7 @@ def bounds(name: str, dtype: torch.dtype) -> tuple[float, float]:
                 M, S, stored_M, stored_S = parts_of[p, expert]
                 out.append((S @ v)[None] @ M.T if exact else noisy(stored_S @ v) @ stored_M.T)
         gate, up = np.split(np.concatenate(out, 1), 2, 1)
-        return gate / (1 + np.exp(-gate)) * up
+        return activation(gate, made.layer.hidden_act) * up
 
     used = sorted({e for row in ids.tolist() for e in row if 0 <= e < case.experts})
     parts_of = {(p, e): contractions(made, p, e, dtype) for p in made.layer.projections for e in used}

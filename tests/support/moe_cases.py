@@ -107,6 +107,11 @@ def with_large_gates(made: MadeLayer) -> MadeLayer:
     return _with_gates(made, 16)
 
 
+def with_gelu(made: MadeLayer) -> MadeLayer:
+    """With the activation of Gemma."""
+    return replace(made, layer=made.layer.model_copy(update={"hidden_act": "gelu_pytorch_tanh"}))
+
+
 @dataclass(frozen=True)
 class Case:
     """One layer, one call.
@@ -364,6 +369,21 @@ def _cases() -> dict[str, Case]:
             intermediate=24, ids=[[0]] * 17, triton=False,
         ),
     }  # fmt: skip
+    cases |= {
+        "gelu": Case("another activation, of small and large numbers", widths(2, 3), change=with_gelu, amplitude=3.0),
+        "gelu, compensators of down": Case(
+            "another activation, written before it is scaled for down", together(Plan(), Plan(ranks=(2, 0, 1))),
+            change=with_gelu, kwidth=4,
+        ),
+        "many experts": Case(
+            "as many experts and routes as Kimi-K3 and Nemotron 3 have", widths(1, 2), experts=896, hidden=24,
+            intermediate=16, ids=spread(3, 22, 896),
+        ),
+        "sizes of Gemma 4": Case(
+            "a hidden size and an intermediate size that few tiles divide", widths(2), experts=1, hidden=2816,
+            intermediate=704, ids=((0,),), change=with_gelu, kwidth=4,
+        ),
+    }  # fmt: skip
     return cases
 
 
@@ -434,7 +454,7 @@ def shards(name: str) -> list[tuple[LayerWeights, Tensor | None]]:
 
 def exact(name: str, dtype: torch.dtype) -> Array:
     """What a case should give, float64, from its input as rounded to the dtype."""
-    return brute_moe(exact_weights(name), *call_of(name, dtype))
+    return brute_moe(exact_weights(name), *call_of(name, dtype), hidden_act=made_layer(name).layer.hidden_act)
 
 
 MARGIN = 4096

@@ -78,8 +78,15 @@ inline float exponential(float v) {
     return of_bits(bits_of(p) + (bits_of(shifted) << 23));
 }
 
-// h = silu(gate) up
-inline void silu_times(const float* gate, const float* up, float* h, int64_t n) {
+// h = act(gate) up; the activation by its number in expert_mlp.py
+inline void activation_times(int64_t activation, const float* gate, const float* up, float* h, int64_t n) {
+    if (activation == 1) {  // gelu by tanh, in terms of the sigmoid
+        for (int64_t i = 0; i < n; i++) {
+            const float g = gate[i], u = 1.59576912f * g * __builtin_fmaf(0.044715f * g, g, 1.0f);
+            h[i] = g / (1.0f + exponential(-u)) * up[i];
+        }
+        return;
+    }
     for (int64_t i = 0; i < n; i++) h[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
 }
 
@@ -452,7 +459,7 @@ void work(Pass& p, int thread, int threads, float* scratch) {
             product<ROWS>(p, matrices(p, l.gate)[e], g, p.gate, p.gate, i, n, plain, one);
             product<ROWS>(p, matrices(p, l.up)[e], g, up_acts, p.up, i, n, plain, two);
             for (int t = 0; t < n; t++)
-                silu_times(one + t * GROUP, two + t * GROUP, p.h + (i + t) * I + g * GROUP, width);
+                activation_times(l.activation, one + t * GROUP, two + t * GROUP, p.h + (i + t) * I + g * GROUP, width);
         }
     }
 #pragma omp barrier

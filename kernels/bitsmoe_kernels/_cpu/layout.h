@@ -33,7 +33,7 @@ struct Matrix {
     int64_t rank, in_at, out_at;  // compensator: float16 [rank][inputs] and [rank][strips of 16]
 };
 
-constexpr int64_t LAYER_MAGIC = 0x32554350;  // changes with this file
+constexpr int64_t LAYER_MAGIC = 0x33554350;  // changes with this file
 
 struct Layer {
     int64_t magic, bytes;
@@ -44,6 +44,7 @@ struct Layer {
     int64_t shared_acts;                     // 1: gate and up of an expert contract the same activations
     int64_t basis_acts, input_acts, down_acts;  // bytes of a row of activations, the largest of all matrices
     int64_t ranks;                           // of compensators, the largest of all matrices
+    int64_t activation;                      // its number in expert_mlp.py
 };
 
 enum Dtype { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };

@@ -124,9 +124,12 @@ def _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, row, KMAX,
 
 
 @triton.jit
-def silu(gate):
-    """The activation that `expert_mlp.ACTIVATIONS` names."""
-    return gate * tl.sigmoid(gate)
+def activated(gate, ACT: tl.constexpr):
+    """The activation, by its number in `expert_mlp.ACTIVATION_NUMBERS`."""
+    if ACT == 1:  # gelu by tanh, in terms of the sigmoid
+        return gate * tl.sigmoid(1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate))
+    else:
+        return gate * tl.sigmoid(gate)
 
 
 @triton.jit
@@ -136,9 +139,10 @@ def gate_up_kernel(act, corr, codes32, codes16, dense, start, tiles, columns, sc
                    KMAX, NMAX, KDOWN, OUT_STRIDE,
                    NCORR: tl.constexpr, NCORR_POW2: tl.constexpr, CORR_CHUNK: tl.constexpr, OUT_NCORR: tl.constexpr,
                    BN: tl.constexpr, BT: tl.constexpr, SPLIT: tl.constexpr, FUSED: tl.constexpr, DENSE: tl.constexpr,
+                   ACT: tl.constexpr,
                    WIDTHS: tl.constexpr, KWIDTH: tl.constexpr, FP16: tl.constexpr, ASM: tl.constexpr,
                    UNROLL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """h = silu(gate) * up of BN / 2 components of down.
+    """h = act(gate) * up of BN / 2 components of down.
 
     FUSED: writes down's scaled activations `out` [slots, OUT_STRIDE] and their partial corrections `out_corr` [slots,
     OUT_NCORR], one for each program of a row; else h itself, float32 [slots, OUT_STRIDE].
@@ -169,7 +173,7 @@ def gate_up_kernel(act, corr, codes32, codes16, dense, start, tiles, columns, sc
                      n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, BN, BT, KWIDTH, FP16, ASM, True, DENSE, WIDTHS,
                      UNROLL, STAGES)  # fmt: skip
         gate, up = tl.split(tl.permute(tl.reshape(y, (HALF, 2, BT)), (0, 2, 1)))
-    h = silu(gate) * up
+    h = activated(gate, ACT) * up
     pout = out + row[None, :] * OUT_STRIDE + at[:, None]
     if FUSED:
         where = expert.to(tl.int64) * KDOWN + at

@@ -163,7 +163,7 @@ def _forward(
             act.shape[-1], layer.inputs.scale.shape[1], k_down, hidden.shape[1],
             NCORR=corr.shape[-1], NCORR_POW2=_pow2(corr.shape[-1]), CORR_CHUNK=SCALE_CHUNK,
             OUT_NCORR=hidden_corr.shape[-1], BN=2 * TILE, BT=tile.tokens, SPLIT=layer.split, FUSED=layer.fused,
-            DENSE=layer.inputs.dense.numel() > 1, WIDTHS=layer.input_widths, **common)  # fmt: skip
+            DENSE=layer.inputs.dense.numel() > 1, WIDTHS=layer.input_widths, ACT=layer.act, **common)  # fmt: skip
     chunk = TILE
     if not layer.fused:
         hidden, hidden_corr = _scaled(layer.down, hidden, route.local, S, 1, 1, out, 0, device.asm)

@@ -11,7 +11,7 @@ Shapes follow from the schema alone, so a checkpoint can be checked from its saf
 tensor data is read. See SPEC.md for the meaning of each tensor.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal, get_args
 
@@ -19,8 +19,12 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from bitsmoe_kernels.errors import FormatError
+from bitsmoe_kernels.expert_mlp import HIDDEN_ACT, HiddenAct
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest that this version reads and writes. Older ones are read for ever."""
+LEAST_VERSION = {"hidden_act": 2}
+"""Keys of a layer that came later, and the format version they came with."""
 QUANT_METHOD: Final = "bitsmoe"
 MAX_BITS = 8
 """Widest code. Whole experts may also stay at 16 bits (`Projection.kept_experts`)."""
@@ -121,6 +125,8 @@ class Layer(StrictModel):
     num_experts: Size
     hidden_size: Size
     intermediate_size: Size
+    hidden_act: HiddenAct = HIDDEN_ACT
+    """The activation of the experts. Version 1 of the format knows `HIDDEN_ACT` alone, and does not name it."""
     projections: dict[ProjectionName, Projection]
 
     @model_validator(mode="after")
@@ -239,22 +245,35 @@ class CheckpointConfig(StrictModel):
                 judged under another version.
         """
         version = data.get("format_version")
-        if type(version) is not int or version != FORMAT_VERSION:
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise FormatError(
                 subject,
                 [
-                    f"format_version is {version!r}, but this version of bitsmoe-vllm reads {FORMAT_VERSION}: "
+                    f"format_version is {version!r}, but this version of bitsmoe-vllm reads 1 to {FORMAT_VERSION}: "
                     "install the version that wrote the checkpoint, or quantize the model again"
                 ],
             )
         try:
-            return cls.model_validate(data)
+            config = cls.model_validate(data)
         except ValidationError as e:
             raise FormatError(subject, pydantic_faults(e)) from None
+        later = [
+            f"layers.{prefix}.{key}: is not of format_version {version}"
+            for prefix, layer in data["layers"].items()
+            for key, least in LEAST_VERSION.items()
+            if version < least and key in layer
+        ]
+        if later:
+            raise FormatError(subject, later)
+        return config
 
     def dump(self) -> dict[str, Any]:
         """JSON data; `parse` of it gives an equal object."""
-        return self.model_dump(mode="json")
+        data = self.model_dump(mode="json")
+        for layer in data["layers"].values():
+            if layer["hidden_act"] == HIDDEN_ACT:  # so that readers of version 1 know all keys
+                del layer["hidden_act"]
+        return data
 
     def tensor_specs(self) -> dict[str, TensorSpec]:
         """Every bitsmoe tensor of the checkpoint, by full name."""
@@ -277,6 +296,11 @@ class CheckpointConfig(StrictModel):
     def all_in_bpw(self) -> float:
         """All-in bits per weight as the tensors say; `bpw` must equal it."""
         return 8 * self.nbytes / max(1, self.num_weights)
+
+
+def least_version(layers: Iterable[Layer]) -> int:
+    """The oldest format version that can hold these layers: older readers go on reading what they can."""
+    return LEAST_VERSION["hidden_act"] if any(layer.hidden_act != HIDDEN_ACT for layer in layers) else 1
 
 
 def pydantic_faults(error: ValidationError) -> list[str]:

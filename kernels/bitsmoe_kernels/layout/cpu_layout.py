@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_kernels._cpu import library
+from bitsmoe_kernels.expert_mlp import ACTIVATION_NUMBERS
 from bitsmoe_kernels.format.schema import Layer
 from bitsmoe_kernels.layout.forms import restricted
 from bitsmoe_kernels.reference import LayerWeights, ProjectionWeights
@@ -35,12 +36,12 @@ PLANES = {
 """Planes of each width: their bits, and the place of their lowest bit."""
 RUNS = ((4, 0), (4, 4), (2, 0), (2, 4), (1, 0), (1, 2), (1, 4), (1, 6))
 """Runs in the order in which a matrix has them."""
-MAGIC = 0x32554350
+MAGIC = 0x33554350
 MOST_INPUTS = 32_768
 """Beyond it a sum of products of a basis in 8 bits does not fit int32."""
 MOST_RANKS = 65_536
 """Of the bases of gate and up together: an index has 16 bits."""
-_MATRIX, _LAYER, _RUN = struct.Struct("<14q"), struct.Struct("<16q"), struct.Struct("<8i")
+_MATRIX, _LAYER, _RUN = struct.Struct("<14q"), struct.Struct("<17q"), struct.Struct("<8i")
 
 
 def unsupported(layer: Layer) -> str | None:
@@ -183,6 +184,7 @@ def to_cpu_layout(weights: LayerWeights) -> Tensor:
     _LAYER.pack_into(
         head, 0, MAGIC, block.size, E, H, I, basis_at if having else -1, rank, *tables.values(),
         int(bool(having)), int(together), basis_acts, acts["input"], acts["down"], ranks,
+        ACTIVATION_NUMBERS[layer.hidden_act],
     )  # fmt: skip
     out = torch.empty(block.size, dtype=torch.uint8)
     library.large_pages(out)

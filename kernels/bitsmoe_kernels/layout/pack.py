@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from bitsmoe_kernels.expert_mlp import ACTIVATION_NUMBERS
 from bitsmoe_kernels.format.schema import Layer, ProjectionName
 from bitsmoe_kernels.layout.fields import CLASSES, TILE
 from bitsmoe_kernels.layout.forms import restricted
@@ -32,6 +33,7 @@ class KernelLayer:
         input_widths: one bit for each class of `inputs` that occurs (1: 1-bit codes ... 8: 4-bit codes).
         down_widths: one bit for each class of `down` that occurs.
         kwidth: neighbouring components that one thread of the matrix unit holds: 2 (wgmma) or 4 (mma).
+        act: number of the activation, see `ACTIVATION_NUMBERS`.
     """
 
     inputs: Matrices
@@ -43,6 +45,7 @@ class KernelLayer:
     input_widths: int
     down_widths: int
     kwidth: int
+    act: int
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""
@@ -51,7 +54,7 @@ class KernelLayer:
 
     def static(self) -> dict[str, int]:
         """All fields that are not tensors."""
-        return {k: int(getattr(self, k)) for k in ("split", "fused", "input_widths", "down_widths", "kwidth")}
+        return {k: int(getattr(self, k)) for k in ("split", "fused", "input_widths", "down_widths", "kwidth", "act")}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], static: Mapping[str, int]) -> "KernelLayer":
@@ -60,7 +63,7 @@ class KernelLayer:
         return cls(
             inputs, down, tensors.get("basis"), tensors.get("basis_scale"),
             bool(static["split"]), bool(static["fused"]),
-            static["input_widths"], static["down_widths"], static["kwidth"],
+            static["input_widths"], static["down_widths"], static["kwidth"], static["act"],
         )  # fmt: skip
 
 
@@ -116,7 +119,8 @@ def to_kernel_layout(weights: LayerWeights, dtype: torch.dtype, kwidth: int) -> 
             parts.append(MatrixContent(p["gate_up"], e, components, both, on.repeat_interleave(2)))
     inputs = pack_matrices(parts, dtype, kwidth)
     basis, basis_scale = _bases([p[n] for n in (("gate", "up") if split else ("gate_up",))], dtype)
-    return KernelLayer(inputs, down, basis, basis_scale, split, fused, _widths(inputs), _widths(down), kwidth)
+    act = ACTIVATION_NUMBERS[layer.hidden_act]
+    return KernelLayer(inputs, down, basis, basis_scale, split, fused, _widths(inputs), _widths(down), kwidth, act)
 
 
 def _widths(m: Matrices) -> int:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
-from bitsmoe_kernels.expert_mlp import HIDDEN_ACT
+from bitsmoe_kernels.expert_mlp import ACTIVATIONS, HIDDEN_ACT, HiddenAct
 from bitsmoe_kernels.format.schema import TensorSpec
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -139,7 +139,7 @@ class Family:
         joined: (transformers' part of a name, parts in files): tensors of equal shapes, in one behind each other.
         module_experts: transformers' experts within a decoder layer.
         module_norm: transformers' norm before the head.
-        has_hidden_act: whether config.json names the activation; it is `HIDDEN_ACT` without.
+        hidden_act_key: the experts' activation in config.json; None: it is `HIDDEN_ACT`.
         optional_sizes: further keys of config.json that must be whole numbers above 0 where present.
         fixed: keys of config.json that must have this value where present.
         text: where a model of several parts keeps its language model.
@@ -163,7 +163,7 @@ class Family:
     joined: tuple[tuple[str, tuple[str, ...]], ...] = ()
     module_experts: str = "mlp.experts"
     module_norm: str = "norm"
-    has_hidden_act: bool = True
+    hidden_act_key: str | None = "hidden_act"
     optional_sizes: tuple[str, ...] = _SIZES
     fixed: tuple[tuple[str, Any], ...] = ()
     aliases: tuple[str, ...] = ()
@@ -265,6 +265,18 @@ _GRANITE: dict[str, Any] = {
     "module_names": ((".block_sparse_moe.router.layer.", ".block_sparse_moe.router."),),
     "module_experts": "block_sparse_moe.experts",
 }
+_GEMMA: dict[str, Any] = {
+    "num_experts_key": "num_experts",
+    "intermediate_size_key": "moe_intermediate_size",
+    "moe_layers": _all_layers,
+    "experts": "experts",
+    "module_experts": "experts",
+    "hidden_act_key": "hidden_activation",
+    "top_k_key": "top_k_experts",
+    "stacked": ("experts.gate_up_proj", "experts.down_proj"),
+    # Layers that take keys and values, or inputs, of elsewhere are not streamed; the models with experts have none.
+    "fixed": (("enable_moe_block", True), ("num_kv_shared_layers", 0), ("hidden_size_per_layer_input", 0)),
+}
 
 FAMILIES: dict[str, Family] = {
     f.architecture: f
@@ -359,7 +371,7 @@ FAMILIES: dict[str, Family] = {
             projections=("w1", "w3", "w2"),
             module_experts="feed_forward.experts",
             module_norm="embedding_norm",
-            has_hidden_act=False,
+            hidden_act_key=None,
         ),
         Family(
             "JambaForCausalLM",
@@ -486,6 +498,8 @@ FAMILIES: dict[str, Family] = {
             tested="tokens",
         ),
         Family("MiniMaxForCausalLM", "minimax", "MiniMax-Text-01, MiniMax-M1", **_BLOCK_SPARSE, tested="transformers"),
+        Family("Gemma4ForCausalLM", "gemma4_text", "Gemma 4 (text only)", **_GEMMA),
+        Family("Gemma4ForConditionalGeneration", "gemma4", "Gemma 4", **_GEMMA, text=LanguagePart()),
         Family(
             "Qwen3VLMoeForConditionalGeneration",
             "qwen3_vl_moe",
@@ -524,6 +538,7 @@ class MoEShape:
     num_experts: int
     hidden_size: int
     intermediate_size: int
+    hidden_act: HiddenAct = HIDDEN_ACT
 
     def prefix(self, layer: int) -> str:
         """Tensor prefix of the experts of one decoder layer."""
@@ -718,7 +733,7 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
     # transformers 5 may save the number of experts under another family's name.
     counts = [k for k in EXPERT_COUNT_KEYS if k in config] or [family.num_experts_key]
     sizes = (*counts, family.intermediate_size_key, "hidden_size", "num_hidden_layers", "vocab_size")
-    sizes_and_kinds = (*sizes, *(["hidden_act"] if family.has_hidden_act else []), "model_type")
+    sizes_and_kinds = (*sizes, *([family.hidden_act_key] if family.hidden_act_key else []), "model_type")
     if missing := [k for k in sizes_and_kinds if k not in config]:
         raise BitsmoeError(f"{subject}: config.json lacks {missing}")
     most = {"num_hidden_layers": MAX_LAYERS}
@@ -763,9 +778,13 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
             faults.append(f"topk_group is {chosen}, more than n_group, {groups}")
     unsupported = [
         f"{key} is {config[key]!r:.80}, but only {value!r} is supported"
-        for key, value in (("hidden_act", HIDDEN_ACT), *family.fixed)
+        for key, value in family.fixed
         if config.get(key, value) != value
     ]
+    hidden_act = config[family.hidden_act_key] if family.hidden_act_key else HIDDEN_ACT
+    if not (isinstance(hidden_act, str) and hidden_act in ACTIVATIONS):
+        known = " or ".join(map(repr, ACTIVATIONS))
+        unsupported.append(f"{family.hidden_act_key} is {hidden_act!r:.80}, but only {known} is supported")
     indexers = config.get("indexer_types")
     if isinstance(indexers, list) and any(kind != "full" for kind in indexers):
         unsupported.append("indexer_types lists layers that share the indexer of an earlier one")
@@ -783,7 +802,9 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
         raise BitsmoeError(f"{subject}: config.json cannot be right: moe_layer_freq lists other layers than {layers}")
     if not layers:
         raise BitsmoeError(f"{subject}: the model has no Mixture-of-Experts layers (config.json)")
-    return MoEShape(family, layers, config[counts[0]], config["hidden_size"], config[family.intermediate_size_key])
+    return MoEShape(
+        family, layers, config[counts[0]], config["hidden_size"], config[family.intermediate_size_key], hidden_act
+    )
 
 
 _LAYER_BOUNDS = {

@@ -75,6 +75,7 @@ class Form(ABC):
             num_experts=shape.num_experts,
             hidden_size=shape.hidden_size,
             intermediate_size=shape.intermediate_size,
+            hidden_act=shape.hidden_act,
             projections=self.projections(Basis(rank=shape.hidden_size, bits=basis_bits)),
         )
 

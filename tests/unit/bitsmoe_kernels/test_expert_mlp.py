@@ -1,14 +1,12 @@
 """The activation's one owner gives the bits that each formula, written out, gives."""
 
-import inspect
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitsmoe_kernels._triton import gemm
-from bitsmoe_kernels.expert_mlp import ACTIVATIONS, HIDDEN_ACT, activation_with_slope_, gated, gated_
+from bitsmoe_kernels.expert_mlp import ACTIVATIONS, HiddenAct, activation_with_slope_, gated, gated_
+from bruteforce import activation
 
 SIZES = [(1, 1), (3, 40), (257, 131), (1024, 96)]
 """Tokens and channels: scalars, vector registers with a rest, whole blocks of calibration."""
@@ -82,9 +80,15 @@ def test_value_with_slope_is_not_the_other_value() -> None:
     assert not torch.equal(value, F.silu(gate))
 
 
-def test_every_activation_has_its_function_in_the_kernels() -> None:
-    assert HIDDEN_ACT in ACTIVATIONS
-    source = inspect.getsource(inspect.getmodule(gemm.gate_up_kernel.fn))
-    for activation in ACTIVATIONS.values():
-        assert callable(getattr(gemm, activation.kernel).fn)
-        assert f"h = {activation.kernel}(gate) * up" in source
+@pytest.mark.parametrize("hidden_act", ACTIVATIONS)
+def test_all_forms_of_an_activation(hidden_act: HiddenAct) -> None:
+    """Against an independent statement of it in float64, and its slope against autograd's."""
+    gate, up = (v.double() for v in gate_and_up(64, 48))
+    want = torch.from_numpy(activation(gate.numpy(), hidden_act))
+    torch.testing.assert_close(gated(gate, up, hidden_act), want * up)
+    torch.testing.assert_close(gated_(gate.clone(), up, torch.empty_like(up), hidden_act), want * up)
+    g = gate.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(gated(g, torch.ones_like(up), hidden_act).sum(), g)
+    found = activation_with_slope_(gate.clone(), hidden_act)
+    torch.testing.assert_close(found[0], want, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found[1], slope, rtol=1e-9, atol=1e-12)

@@ -33,6 +33,10 @@ pytestmark = [
 ]
 
 
+LARGE = {"many experts", "sizes of Gemma 4"}
+"""Cases that take the interpreter ten seconds and more: in one dtype by day."""
+
+
 def dtype_name(dtype: Any) -> str | None:
     return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else None
 
@@ -49,8 +53,15 @@ def call(T: int, H: int, ids: list[list[int]] | Tensor, dtype: torch.dtype = tor
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=[pytest.mark.nightly] if name in LARGE and dtype != DTYPES[0] else [])
+        for name in NAMES
+        for dtype in DTYPES
+    ],
+    ids=dtype_name,
+)
 def test_case(name: str, dtype: torch.dtype) -> None:
     with shuffled_grid(list(CASES).index(name)):
         check(name, dtype)

@@ -1,4 +1,4 @@
-"""Files written by format version 1 stay readable, and are still what the writer makes."""
+"""Files written by format versions 1 and 2 stay readable, and are still what the writer makes."""
 
 from pathlib import Path
 
@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.format.packing import pack_codes, unpack_codes
 from bitsmoe_kernels.format.safetensors_io import INDEX_FILE
-from bitsmoe_kernels.format.schema import PARTS
+from bitsmoe_kernels.format.schema import PARTS, least_version
 from bitsmoe_kernels.reference import LayerWeights
 from builders import ALL_BITS, REPO
-from tests.golden import make_v1
+from tests.golden import make_v1, make_v2
 
-V1 = REPO / "tests" / "golden" / "v1"
+V1, V2 = (REPO / "tests" / "golden" / version for version in ("v1", "v2"))
 BLOCK_SIZES = [16, 32]
 
 
@@ -22,11 +22,11 @@ def files(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("block_size", BLOCK_SIZES)
-def test_reads_exactly(block_size: int) -> None:
-    checkpoint = Checkpoint(V1 / f"block{block_size}")
+@pytest.mark.parametrize(("golden", "block_size"), [(V1, 16), (V1, 32), (V2, 32)], ids=["v1-16", "v1-32", "v2-32"])
+def test_reads_exactly(golden: Path, block_size: int) -> None:
+    checkpoint = Checkpoint(golden / f"block{block_size}")
     checkpoint.check()
-    expected = load_file(V1 / f"block{block_size}.expected.safetensors")
+    expected = load_file(golden / f"block{block_size}.expected.safetensors")
     assert len(expected) == 3 * len(checkpoint.config.layers)
     for prefix, layer in checkpoint.config.layers.items():
         weights = LayerWeights(layer, block_size, checkpoint.layer_tensors(prefix))
@@ -47,6 +47,16 @@ def test_writes_the_same_bytes(tmp_path: Path) -> None:
     ours, golden = files(tmp_path), files(V1)
     assert ours.keys() == golden.keys()
     assert [name for name in golden if ours[name] != golden[name]] == []
+
+
+def test_version_2(tmp_path: Path) -> None:
+    """A layer names its activation."""
+    make_v2.write(tmp_path)
+    assert files(tmp_path) == files(V2)
+    config = Checkpoint(V2 / "block32").config
+    assert config.format_version == least_version(config.layers.values()) == 2
+    assert {layer.hidden_act for layer in config.layers.values()} == {"gelu_pytorch_tanh"}
+    assert config.dump() == Checkpoint(V2 / "block32").model_config["quantization_config"]
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)

@@ -49,12 +49,25 @@ def test_defaults_may_be_left_out() -> None:
     assert CheckpointConfig.parse(data) == CheckpointConfig.parse(dumped())
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", 1.0, True, None])
+@pytest.mark.parametrize("version", [0, 3, "1", 1.0, True, None])
 def test_a_wrong_version_is_reported_alone(version: Any) -> None:
     data = dumped(format_version=version, nonsense=1, block_size=7, layers="none")
     (fault,) = faults(data)
     assert f"format_version is {version!r}" in fault
-    assert "reads 1" in fault
+    assert "reads 1 to 2" in fault
+
+
+def test_an_older_version_has_no_later_keys() -> None:
+    data = dumped()
+    layer = data["layers"]["model.layers.1.mlp.experts"]
+    assert data["format_version"] == 1
+    assert "hidden_act" not in layer
+    layer["hidden_act"] = "silu"
+    (fault,) = faults(data)
+    assert "hidden_act: is not of format_version 1" in fault
+    assert CheckpointConfig.parse(data | {"format_version": 2}).dump() == dumped(format_version=2)
+    layer["hidden_act"] = "gelu"
+    assert any("hidden_act" in fault for fault in faults(data | {"format_version": 2}))
 
 
 def test_a_missing_version_is_reported_alone() -> None:
