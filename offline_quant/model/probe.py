@@ -12,7 +12,8 @@ from bitsmoe_kernels.format.schema import TensorSpec
 from bitsmoe_kernels.models.families import MoEShape, Tested, moe_shape
 from offline_quant.model.download import resolve_model
 from offline_quant.model.expert_files import expert_tensor_shapes
-from offline_quant.model.source import float8_config
+from offline_quant.model.packed_integers import PACKED
+from offline_quant.model.source import source_reader
 from offline_quant.model.streaming import model_without_memory
 
 
@@ -60,7 +61,7 @@ def probe(name: str, revision: str | None = None) -> Probe:
     """
     directory = resolve_model(name, revision, with_weights=False)
     config = read_json(directory / "config.json")
-    float8_config(config, directory)
+    source_reader(config, directory)
     shape = moe_shape(config, str(directory))
     built = model_without_memory(config, shape, directory)
     index = directory / INDEX_FILE
@@ -84,7 +85,7 @@ def _index_faults(index: Path, shape: MoEShape) -> list[str]:
     """Tensors of experts that the index does not name, the first of every layer."""
     named = read_json(index).get("weight_map")
     unknown = TensorSpec(torch.bfloat16, ())  # only names are compared
-    names = dict.fromkeys(named if isinstance(named, dict) else (), unknown)
+    names = {name.removesuffix(PACKED): unknown for name in (named if isinstance(named, dict) else ())}
     faults = []
     for layer in shape.layers:
         wanted = expert_tensor_shapes(shape, layer, names, shape.num_experts)

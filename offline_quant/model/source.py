@@ -11,10 +11,11 @@ from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.safetensors_io import ShardReader, read_json
-from bitsmoe_kernels.models.families import MoEShape, language_config, moe_shape
+from bitsmoe_kernels.models.families import MoEShape, language_config, moe_shape, without_quantization
 from offline_quant.model.expert_files import expert_tensor_shapes, read_experts
 from offline_quant.model.expert_weights import ExpertWeights
 from offline_quant.model.float8 import Float8Reader
+from offline_quant.model.packed_integers import PackedReader
 from offline_quant.model.side_files import check_side_files
 from offline_quant.model.sizes import RunSizes
 from offline_quant.model.tensors import Tensors
@@ -46,26 +47,29 @@ class WeightSource(Protocol):
         """Routed experts of a layer, all or a chunk of them."""
 
 
-def float8_config(config: dict[str, Any], directory: Path) -> dict[str, Any] | None:
-    """`quantization_config` of a model that is published in float8; None of one in 16 or 32 bits.
+def source_reader(config: dict[str, Any], directory: Path) -> Callable[[], ShardReader]:
+    """What reads a model's tensors: of 16 or 32 bits, or as some models are published, float8 or packed integers.
 
     Raises:
         BitsmoeError: config.json names another quantization.
     """
-    nested = language_config(config).get("quantization_config")
-    if nested is not None and nested is not config.get("quantization_config"):
-        raise BitsmoeError(f"{directory}: its language model is already quantized; quantize the 16-bit model instead")
-    quantization = config.get("quantization_config")
+    own, nested = config.get("quantization_config"), language_config(config).get("quantization_config")
+    if own is not None and nested is not None and own != nested:
+        raise BitsmoeError(f"{directory}: config.json describes two quantizations; quantize the 16-bit model instead")
+    quantization = nested if own is None else own
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if quantization is not None and not (isinstance(quantization, dict) and method in (None, "fp8")):
+    readers = {"fp8": Float8Reader, "compressed-tensors": PackedReader}
+    if quantization is None or (isinstance(quantization, dict) and method is None):
+        return lambda: ShardReader(directory)
+    if not isinstance(quantization, dict) or method not in readers:
         raise BitsmoeError(f"{directory}: is already quantized ({method!r:.80}); quantize the 16-bit model instead")
-    return quantization if method == "fp8" else None
+    return lambda: readers[method](directory, quantization)
 
 
 class SourceModel:
     """An unquantized checkpoint directory: config, tensors, and its experts as stacked matrices.
 
-    Block-wise float8 counts as unquantized: some models are published so.
+    Block-wise float8 and packed integers count as unquantized: some models are published so.
 
     Raises:
         BitsmoeError: lists all missing or misshapen tensors and files.
@@ -74,14 +78,11 @@ class SourceModel:
     def __init__(self, directory: Path):
         self.directory = directory
         self.config = read_json(directory / "config.json")
-        float8 = float8_config(self.config, directory)
-        self.config.pop("quantization_config", None)
+        reader = source_reader(self.config, directory)
+        self.config = without_quantization(self.config)
         self.shape = moe_shape(self.config, str(directory))
         check_side_files(directory)
-        if float8 is not None:
-            self.tensors: ShardReader = Float8Reader(directory, float8)
-        else:
-            self.tensors = ShardReader(directory)
+        self.tensors = reader()
         self._check_experts()
 
     def _check_experts(self) -> None:

@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from bitsmoe_kernels.format.linear_layers import DenseBits, pack
 from bitsmoe_kernels.models.families import FAMILIES, Family, moe_shape
 from builders import TINY_MOE, build_form, write_checkpoint
 from offline_quant.calibration.sources.registry import open_text
@@ -349,6 +350,35 @@ def to_float8(directory: Path, block: int = 32, scales: torch.dtype = torch.floa
     save_file(tensors, file, metadata={"format": "pt"})
     config = json.loads((directory / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [block, block]}
+    (directory / "config.json").write_text(json.dumps(config))
+    return meaning
+
+
+def to_packed(directory: Path, bits: DenseBits = 4, group: int = 32) -> dict[str, torch.Tensor]:
+    """Store every matrix of the experts as packed integers, as Kimi-K2.5 does; returns what they stand for."""
+    file = directory / "model.safetensors"
+    tensors, meaning = load_file(file), {}
+    for name in [n for n in tensors if re.search(r"\.experts\.\d+\.\w+\.weight$", n)]:
+        w = tensors.pop(name).float()
+        grouped = w.view(len(w), -1, group)
+        scale = (grouped.abs().amax(-1) / (2 ** (bits - 1) - 1)).bfloat16()
+        codes = (grouped / scale[..., None].float()).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        meaning[name] = (codes * scale[..., None].float()).view_as(w).bfloat16()
+        tensors |= {
+            f"{name}_packed": pack(codes.view_as(w).to(torch.int8), bits),
+            f"{name}_scale": scale,
+            f"{name}_shape": torch.tensor(w.shape),
+        }
+    save_file(tensors, file, metadata={"format": "pt"})
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
+        "ignore": ["lm_head"],
+    }
+    config = json.loads((directory / "config.json").read_text())
+    config.get("text_config", config)["quantization_config"] = quantization
     (directory / "config.json").write_text(json.dumps(config))
     return meaning
 

@@ -701,6 +701,19 @@ def built_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return language_config(config) if whole is None else _entry(config, whole[0])
 
 
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the same model in 16 bits, for one that is published otherwise."""
+    family = _family(config)
+
+    def cleaned(part: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+        kept = {key: value for key, value in part.items() if key != "quantization_config"}
+        if keys and isinstance(kept.get(keys[0]), Mapping):
+            kept[keys[0]] = cleaned(kept[keys[0]], keys[1:])
+        return kept
+
+    return cleaned(config, family.text.config if family and family.text else ())
+
+
 def _entry(config: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
     """An entry of config.json within others; empty where there is none."""
     part: Any = config

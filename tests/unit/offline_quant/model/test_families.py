@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from safetensors.torch import load_file, save_file
 
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.checkpoint import Checkpoint
+from bitsmoe_kernels.format.linear_layers import DenseBits
 from bitsmoe_kernels.models.families import FAMILIES, REFUSED, models_table, moe_shape, stored_prefix
 from builders import REPO
 from families import (
@@ -19,6 +21,7 @@ from families import (
     make_model,
     streamed_logits,
     to_float8,
+    to_packed,
     whole_logits,
 )
 from offline_quant.checkpoint.dequantize import dequantize_checkpoint
@@ -185,6 +188,74 @@ def test_broken_float8_is_refused(damage, said: str, tmp_path: Path) -> None:
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BitsmoeError, match=said):
         SourceModel(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "bits", "group"),
+    [("KimiK25ForConditionalGeneration", 4, 32), ("DeepseekV3ForCausalLM", 8, 16)],
+)
+def test_packed_integers_are_read_as_what_they_stand_for(
+    architecture: str, bits: DenseBits, group: int, tmp_path: Path, calib: str
+) -> None:
+    """compressed-tensors' own reader gives the same values; the result is that of the dequantized model."""
+    model = make_model(architecture, tmp_path / "model")
+    plain = make_model(architecture, tmp_path / "plain")
+    meaning = to_packed(model, bits, group)
+    save_file(load_file(plain / "model.safetensors") | meaning, plain / "model.safetensors", metadata={"format": "pt"})
+    source, stored = SourceModel(model), load_file(model / "model.safetensors")
+    assert source.tensors.specs == SourceModel(plain).tensors.specs
+    for name, value in meaning.items():
+        assert torch.equal(source.tensors.get(name), value)
+        codes = unpack_from_int32(stored[f"{name}_packed"], bits, torch.Size(stored[f"{name}_shape"].tolist()))
+        scale = stored[f"{name}_scale"].float().repeat_interleave(group, 1)
+        assert torch.equal((codes.float() * scale).bfloat16(), value)
+    quantize_model(str(model), tmp_path / "q", quick(calib))
+    quantize_model(str(plain), tmp_path / "q2", quick(calib))
+    assert (tmp_path / "q" / "model.safetensors").read_bytes() == (tmp_path / "q2" / "model.safetensors").read_bytes()
+    config, other = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("q", "q2"))
+    assert config == other
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"format": "nvfp4-pack-quantized"}, "format 'nvfp4-pack-quantized'.* only symmetric pack-quantized"),
+        ({"config_groups": {}}, "only symmetric pack-quantized"),
+        ({"config_groups": {"a": {"weights": {"num_bits": 4, "type": "int", "symmetric": False}}}}, "only symmetric"),
+        ({"quant_method": "awq"}, "is already quantized \\('awq'\\)"),
+    ],
+)
+def test_other_quantizations_are_refused(changed: dict[str, object], said: str, tmp_path: Path) -> None:
+    model = make_model("KimiK25ForConditionalGeneration", tmp_path / "model")
+    to_packed(model)
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["quantization_config"] |= changed
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BitsmoeError, match=said):
+        SourceModel(model)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda t, n: t.pop(f"{n}_scale"), "has no .*weight_scale"),
+        (lambda t, n: t.pop(f"{n}_shape"), "has no .*weight_shape"),
+        (lambda t, n: t.update({f"{n}_scale": torch.ones(96, 7)}), "does not divide 96 x 64 codes"),
+        (lambda t, n: t.update({f"{n}_packed": torch.ones(96, 8)}), "must be an int32 matrix"),
+        (lambda t, n: t.update({f"{n}_shape": torch.tensor([96, 63])}), r"weight_shape says \[96, 63\], the codes"),
+    ],
+    ids=["no scale", "no shape", "scale of another shape", "codes of another dtype", "another shape"],
+)
+def test_broken_packed_integers_are_refused(damage, said: str, tmp_path: Path) -> None:
+    model = make_model("DeepseekV3ForCausalLM", tmp_path / "model")
+    to_packed(model)
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    tensors = load_file(model / "model.safetensors")
+    damage(tensors, name)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BitsmoeError, match=said):
+        SourceModel(model).tensors.get(name)
 
 
 def test_float8_without_blocks_is_refused(tmp_path: Path) -> None:
