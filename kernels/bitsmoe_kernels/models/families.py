@@ -523,8 +523,29 @@ FAMILIES: dict[str, Family] = {
 
 _BY_NAME = FAMILIES | {alias: f for f in FAMILIES.values() for alias in f.aliases}
 
+_STREAMS = "its layers pass several streams of hidden states on (hyper-connections), which are not streamed here"
+_CLAMPED = "its experts clamp what they multiply, which the checkpoint format does not hold"
+_NO_GATE = "its experts have two matrices and no gate, which the checkpoint format does not hold"
+_NO_CLASS = "transformers has no class of its own for it, and its remote code is not run"
+_PARTS = "it is a model of several parts that nobody has described here yet"
+
 REFUSED = {
     "GptOssForCausalLM": "its experts have biases and a clamped activation, which the checkpoint format does not hold",
+    **dict.fromkeys(("Llama4ForCausalLM", "Llama4ForConditionalGeneration"), "it weighs what enters its experts"),
+    **dict.fromkeys(("NemotronHForCausalLM", "NemotronH_Omni_Reasoning_V3"), _NO_GATE),
+    **dict.fromkeys(("DeepseekV4ForCausalLM", "DeepseekV4ForConditionalGeneration", "HYV4ForCausalLM"), _STREAMS),
+    **dict.fromkeys(("Glm5NextForConditionalGeneration", "Qwen4ExpForConditionalGeneration"), _STREAMS),
+    "Qwen4ExpForCausalLM": _STREAMS,
+    **dict.fromkeys(("MiniMaxM3SparseForConditionalGeneration", "MiniMaxM3SparseForCausalLM"), _CLAMPED),
+    **dict.fromkeys(("Step3p5ForCausalLM", "Step3p7ForConditionalGeneration"), _CLAMPED),
+    "LongcatFlashForCausalLM": "some of its experts are the identity, which the checkpoint format does not hold",
+    "Ernie4_5_VLMoeForConditionalGeneration": "its layers have two groups of experts of different sizes",
+    **dict.fromkeys(("Qwen3OmniMoeForConditionalGeneration", "AriaForConditionalGeneration"), _PARTS),
+    **dict.fromkeys(("InklingForConditionalGeneration", "Mistral3ForConditionalGeneration"), _PARTS),
+    **dict.fromkeys(("BailingMoeForCausalLM", "BailingMoeV2ForCausalLM", "BailingMoeV2_5ForCausalLM"), _NO_CLASS),
+    **dict.fromkeys(("BailingMoeV3ForCausalLM", "KimiK3ForConditionalGeneration", "SarvamMoEForCausalLM"), _NO_CLASS),
+    **dict.fromkeys(("PanguProMoEV2ForCausalLM", "PanguUltraMoEForCausalLM", "Param2MoEForCausalLM"), _NO_CLASS),
+    **dict.fromkeys(("Step3TextForCausalLM", "MiMoV2ForCausalLM", "DeepseekForCausalLM"), _NO_CLASS),
 }
 """MoE architectures that were looked at, and why they cannot be quantized."""
 
@@ -722,6 +743,12 @@ def _entry(config: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
     return dict(part) if isinstance(part, Mapping) else {}
 
 
+def _names_experts(config: Mapping[str, Any]) -> bool:
+    """Whether config.json, or an entry of it, has keys of experts."""
+    parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+    return any("expert" in key for part in parts for key in part)
+
+
 def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
     """Find a model's experts from its config.json.
 
@@ -731,7 +758,7 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
     named, family = _named_architectures(config), _family(config)
     if family is None:
         known, shown = ", ".join(sorted(FAMILIES)), f"{named!s:.200}"
-        if not any(k for k in config if "expert" in k):
+        if not (REFUSED.keys() & named or _names_experts(config)):
             raise BitsmoeError(
                 f"{subject}: {shown if named else 'a config without architectures'} is not a Mixture-of-Experts model "
                 f"(its config names no experts); bitsmoe quantizes routed experts only. Supported: {known}"

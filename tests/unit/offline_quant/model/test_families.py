@@ -1,12 +1,19 @@
 """Every architecture of the table, on a small random model of it, against transformers' own model."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.checkpoint import Checkpoint
@@ -465,8 +472,28 @@ def test_the_number_of_experts_may_have_another_familys_name() -> None:
 
 @pytest.mark.parametrize("architecture", REFUSED)
 def test_what_cannot_be_quantized_says_why(architecture: str) -> None:
-    with pytest.raises(BitsmoeError, match=REFUSED[architecture]):
-        moe_shape({"architectures": [architecture], "num_local_experts": 8}, "here")
+    with pytest.raises(BitsmoeError, match=re.escape(REFUSED[architecture])):
+        moe_shape({"architectures": [architecture]}, "here")
+
+
+@pytest.mark.slow
+def test_every_other_architecture_of_transformers_is_refused_by_name() -> None:
+    """Those whose default config names experts; none is taken for another."""
+    known, seen = {family.model_type for family in FAMILIES.values()}, []
+    named = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    for model_type, architecture in named.items():
+        if model_type in known or not isinstance(architecture, str):
+            continue
+        try:
+            config = json.loads(AutoConfig.for_model(model_type, architectures=[architecture]).to_json_string(False))
+        except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError):  # needs more than its defaults
+            continue
+        if "expert" not in json.dumps(config):
+            continue
+        with pytest.raises(BitsmoeError, match=f"{architecture}'.* is not"):
+            moe_shape(config, "here")
+        seen.append(model_type)
+    assert len(seen) > 15
 
 
 def test_moe_layers_at_every_other_place_are_refused() -> None:
