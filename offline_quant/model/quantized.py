@@ -46,7 +46,7 @@ class QuantizedModel:
             if s.is_expert_tensor(name) and name not in quantized
         ]
         for prefix, layer in layers.items():
-            for name in ("num_experts", "hidden_size", "intermediate_size"):
+            for name in ("num_experts", "hidden_size", "intermediate_size", "hidden_act"):
                 if getattr(layer, name) != getattr(s, name):
                     faults.append(f"{prefix}: {name} is {getattr(layer, name)}, config.json says {getattr(s, name)}")
         if faults:

@@ -86,7 +86,7 @@ class _WithoutMemory(TorchFunctionMode):
 
 
 def model_without_memory(config: Mapping[str, Any], shape: MoEShape, directory: Path) -> Any:
-    """transformers' model of a config.json, matrices on "meta", with the routed experts that were read from it.
+    """transformers' model of a config.json, stored tensors on "meta", with the routed experts that were read from it.
 
     Raises:
         BitsmoeError: transformers refuses the config, or builds other experts.
@@ -94,6 +94,9 @@ def model_without_memory(config: Mapping[str, Any], shape: MoEShape, directory: 
     known, auto = transformers_config(config, directory), getattr(transformers, shape.family.auto_class)
     with _building(directory), _WithoutMemory():
         model = auto.from_config(known, dtype=torch.float32).eval()
+    for name, value in kept_tensors(model):  # norms are filled when they are made
+        if not value.is_meta:
+            _assign(model, name, torch.empty_like(value, device="meta"))
     if faults := shape.expert_faults(model):
         raise BitsmoeError(
             fault_list(f"{directory}: transformers builds other experts; is a key of their layers missing?", faults)

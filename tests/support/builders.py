@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bitsmoe_kernels.expert_mlp import HiddenAct
 from bitsmoe_kernels.format.checkpoint import with_schema
 from bitsmoe_kernels.format.linear_layers import DenseBits, DenseConfig, DenseGroup, DenseWeights, dense_linears, pack
 from bitsmoe_kernels.format.packing import pack_codes
@@ -222,6 +223,11 @@ def build_form(
         block_size=block_size,
         seed=seed,
     )
+
+
+def with_act(made: MadeLayer, hidden_act: HiddenAct) -> MadeLayer:
+    """The same with another activation."""
+    return replace(made, layer=made.layer.model_copy(update={"hidden_act": hidden_act}))
 
 
 @st.composite

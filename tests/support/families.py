@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from bitsmoe_kernels.format.linear_layers import DenseBits, pack
 from bitsmoe_kernels.models.families import FAMILIES, Family, moe_shape
-from builders import TINY_MOE, build_form, write_checkpoint
+from builders import TINY_MOE, build_form, with_act, write_checkpoint
 from offline_quant.calibration.sources.registry import open_text
 from offline_quant.calibration.windows import load_tokenizer, text_windows
 from offline_quant.evaluation import sanity
@@ -317,16 +317,12 @@ def make_quantized(architecture: str, directory: Path, form: str = "natural", ma
     config, tensors = json.loads((directory / "config.json").read_text()), load_file(directory / "model.safetensors")
     shape = moe_shape(config, architecture)
     others = {name: tensor for name, tensor in tensors.items() if not shape.is_expert_tensor(name)}
-    experts = {
-        shape.prefix(i): build_form(
-            form,
-            num_experts=shape.num_experts,
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size,
-            seed=i,
-        )
-        for i in shape.layers
+    sizes = {
+        "num_experts": shape.num_experts,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
     }
+    experts = {shape.prefix(i): with_act(build_form(form, **sizes, seed=i), shape.hidden_act) for i in shape.layers}
     (directory / "model.safetensors").unlink()
     write_checkpoint(directory, experts, other_tensors=others, model_config=config, max_shard_bytes=max_shard_bytes)
     return directory

@@ -20,7 +20,7 @@ from bitsmoe_kernels.reference import LayerWeights
 from bitsmoe_kernels.sharding import shard_layer
 from bruteforce import Array, expert_weights
 from bruteforce import moe as brute_moe
-from builders import MadeLayer, Plan, build_layer
+from builders import MadeLayer, Plan, build_layer, with_act
 
 Plans = Mapping[ProjectionName, Plan]
 Ids = Sequence[Sequence[int]]
@@ -109,7 +109,7 @@ def with_large_gates(made: MadeLayer) -> MadeLayer:
 
 def with_gelu(made: MadeLayer) -> MadeLayer:
     """With the activation of Gemma."""
-    return replace(made, layer=made.layer.model_copy(update={"hidden_act": "gelu_pytorch_tanh"}))
+    return with_act(made, "gelu_pytorch_tanh")
 
 
 @dataclass(frozen=True)
