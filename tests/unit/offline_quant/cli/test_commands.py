@@ -29,6 +29,7 @@ from offline_quant.cli.__main__ import main
 from offline_quant.model.source import SourceModel
 
 pytestmark = pytest.mark.slow
+NIGHTLY = pytest.mark.nightly
 
 FAST = ("--calib-samples", "6", "--calib-length", "64")
 TEXT = "She opened the door, and there stood her brother with the lamp in his hand. " * 60
@@ -147,7 +148,7 @@ def test_checkpoint_is_whole_and_valid(quantized, source):
     assert list(quantized.parent.iterdir()) == [quantized]
 
 
-@pytest.mark.parametrize("bits", [1.5, 2.0, 2.5, 3.0, 4.0])
+@pytest.mark.parametrize("bits", [1.5, 4.0, *(pytest.param(b, marks=NIGHTLY) for b in (2.0, 2.5, 3.0))])
 def test_all_in_bits_stay_within_the_budget(tmp_path, text, bits, source):
     out = tmp_path / "q"
     succeed("quantize", source, "--bits", bits, "--out", out, "--calib", text, "--refine", "0", *FAST)
@@ -175,10 +176,10 @@ def test_equal_inputs_give_equal_bytes(tmp_path, text, quantized, source):
     [
         ["--objective", "alphaq", "--gamma", "0.5"],
         ["--objective", "bt-moe", "--ranks", "0,4"],
-        ["--objective", "frequency"],
-        ["--objective", "uniform"],
+        pytest.param(["--objective", "frequency"], marks=NIGHTLY),
+        pytest.param(["--objective", "uniform"], marks=NIGHTLY),
         ["--budget", "model"],
-        ["--no-feedback", "--refine", "0"],
+        pytest.param(["--no-feedback", "--refine", "0"], marks=NIGHTLY),
     ],
     ids=" ".join,
 )
@@ -220,10 +221,7 @@ def test_options_of_the_objectives_are_checked(tmp_path, text, options, message,
         ("natural", 16),
         ("whitened", 32),
         ("paper", 16),
-        *(
-            pytest.param(*case, marks=pytest.mark.nightly)
-            for case in (("natural", 32), ("whitened", 16), ("paper", 32))
-        ),
+        *(pytest.param(*case, marks=NIGHTLY) for case in (("natural", 32), ("whitened", 16), ("paper", 32))),
     ],
 )
 def test_every_form_dequantizes_to_what_the_reference_says(tmp_path, text, basis, block_size, source):
@@ -669,7 +667,11 @@ SourceModel.check_finite = import_compiled_module
 
 @pytest.mark.parametrize(
     ("number", "prelude"),
-    [(signal.SIGINT, ""), (signal.SIGTERM, ""), (signal.SIGINT, EXIT_BECOMES_AN_IMPORT_ERROR)],
+    [
+        pytest.param(signal.SIGINT, "", marks=NIGHTLY),
+        (signal.SIGTERM, ""),
+        pytest.param(signal.SIGINT, EXIT_BECOMES_AN_IMPORT_ERROR, marks=NIGHTLY),
+    ],
     ids=["SIGINT", "SIGTERM", "amid an import"],
 )
 def test_a_stopped_run_leaves_nothing_behind(tmp_path, source, text, number, prelude):

@@ -118,16 +118,21 @@ def test_an_unusual_expert_is_quantized(case: str, model: Callable[[Change], Pat
 @pytest.mark.parametrize(
     "options",
     [
-        {"basis": "whitened"},
         {"basis": "paper", "bits": 6.0},
-        {"feedback": False},
-        {"refine": 0},
-        {"objective": "alphaq"},
         {"objective": "bt-moe"},
-        {"objective": "frequency"},
         {"tune": True},
-        {"budget": "model"},
-        {"dense_bits": 8},
+        *(
+            pytest.param(options, marks=pytest.mark.nightly)
+            for options in (
+                {"basis": "whitened"},
+                {"feedback": False},
+                {"refine": 0},
+                {"objective": "alphaq"},
+                {"objective": "frequency"},
+                {"budget": "model"},
+                {"dense_bits": 8},
+            )
+        ),
     ],
     ids=str,
 )

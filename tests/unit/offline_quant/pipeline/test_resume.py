@@ -291,6 +291,7 @@ def test_a_killed_process_resumes_and_two_workers_give_the_bytes_of_one(source, 
     assert [p.name for p in tmp_path.iterdir()] == ["q"]
 
 
+@pytest.mark.nightly
 def test_torchrun_starts_workers_too(source, whole, tmp_path):
     out = tmp_path / "q"
     arguments = command(source, "--out", out, "--calib", source.parent / "calib.txt", *FAST)
