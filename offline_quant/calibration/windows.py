@@ -9,10 +9,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from bitsmoe_kernels.errors import BitsmoeError
-from bitsmoe_kernels.models.families import language_config
+from bitsmoe_kernels.format.safetensors_io import read_json
+from bitsmoe_kernels.models.families import MODEL_TYPES, language_config
 from offline_quant.calibration.row_readers import PlainText
 from offline_quant.calibration.text_file import BLOCK_BYTES
 from offline_quant.calibration.text_source import Reading, TextSource
@@ -35,7 +36,10 @@ def load_tokenizer(directory: Path) -> Any:
         BitsmoeError: none can be loaded.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+        own = MODEL_TYPES.get(str(read_json(directory / "config.json").get("model_type")))
+        known = {"config": AutoConfig.for_model(own)} if own else {}
+        # Nothing that a model brings along is run; asking would be no answer in a batch.
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, **known)
         tokenizer("a", verbose=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as e:
         raise BitsmoeError(f"{directory}: no tokenizer can be loaded ({e})") from None

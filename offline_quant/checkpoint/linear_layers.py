@@ -1,5 +1,6 @@
 """Linear layers outside the routed experts, quantized to 8 or 4 bits."""
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
@@ -28,6 +29,7 @@ _SCALES = {4: torch.linspace(1.0, 0.5, 21), 8: torch.linspace(1.004, 0.96, 12)}
 bits it does not; the best of some neighbouring scales in bfloat16 is still better than one."""
 _CHUNK = 1 << 21
 """Weights that are quantized at a time."""
+_IN_LAYER = re.compile(r"(model\.layers\.\d+\.(.+))\.weight")
 
 
 def dense_plan(source: SourceModel, bits: Literal[4, 8, 16]) -> DenseConfig | None:
@@ -66,6 +68,13 @@ def dense_plan(source: SourceModel, bits: Literal[4, 8, 16]) -> DenseConfig | No
     if not groups:
         raise BitsmoeError(f"--dense-bits {bits}: {source.directory} has no linear layers outside its routed experts")
     return DenseConfig(quant_method="compressed-tensors", format="pack-quantized", config_groups=groups)
+
+
+def left_at_16_bits(source: SourceModel, dense: DenseConfig) -> list[str]:
+    """Matrices outside the experts that `dense_plan` does not quantize, by their names within a decoder layer."""
+    found = (_IN_LAYER.fullmatch(name) for name, spec in source.tensors.specs.items() if len(spec.shape) == 2)
+    inside = {match[1]: match[2] for match in found if match and not source.shape.is_expert_tensor(match[0])}
+    return sorted({name for module, name in inside.items() if module not in dense.matrices})
 
 
 @torch.no_grad()

@@ -54,7 +54,9 @@ def _building(directory: Path) -> Iterator[None]:
     try:
         yield
     except (*COMPUTING_ERRORS, ImportError, StrictDataclassError) as e:
-        raise BitsmoeError(f"{directory}: transformers cannot build the model from config.json ({e})") from None
+        raise BitsmoeError(
+            f"{directory}: transformers cannot build the model from config.json ({one_line(e)[:300]})"
+        ) from None
 
 
 def transformers_config(config: Mapping[str, Any], directory: Path) -> Any:

@@ -16,7 +16,7 @@ from offline_quant.calibration.sources.base import CalibrationSource
 from offline_quant.calibration.sources.registry import calibration_source
 from offline_quant.calibration.windows import load_tokenizer, window_length
 from offline_quant.checkpoint.directory import check_output, check_space
-from offline_quant.checkpoint.linear_layers import DenseModel, dense_plan
+from offline_quant.checkpoint.linear_layers import DenseModel, dense_plan, left_at_16_bits
 from offline_quant.config import QuantizeConfig
 from offline_quant.model.download import resolve_model
 from offline_quant.model.side_files import missing_code
@@ -124,6 +124,8 @@ def check_inputs(
     assert inputs is not None
     if workers.rank == 0:
         inputs.original.warn_of_ignored()
+        if inputs.dense is not None and (left := left_at_16_bits(inputs.source, inputs.dense)):
+            console.print(f"--dense-bits {config.dense_bits} leaves these at 16 bits in every layer: {', '.join(left)}")
         if reason := why_no_kernels(torch.device(device)):
             console.print(f"Rounding takes several times as long {reason}")
         if lost := missing_code(directory):

@@ -34,6 +34,8 @@ EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "mo
 LAYER_KINDS_KEY = "mlp_layer_types"
 """The kind of every decoder layer's MLP, one of `LAYER_KINDS`. Where it is, transformers reads nothing else."""
 LAYER_KINDS = ("dense", "sparse")
+MODEL_TYPES = {"kimi_k2": "deepseek_v3", "AXK1": "axk1"}
+"""Model types that published files give where transformers has the model under another one."""
 Tested = Literal["tokens", "bfloat16", "transformers"]
 """How far a family is tested, on small random models. In each case streaming equals transformers' own forward pass.
 
@@ -71,8 +73,7 @@ def _all_but_the_first(config: dict[str, Any]) -> list[int]:
 
 
 def _after_the_dense(config: dict[str, Any]) -> list[int]:
-    dense = config.get("num_dense_layers")
-    return list(range(2 if dense is None else dense, config["num_hidden_layers"]))
+    return list(range(config["num_dense_layers"], config["num_hidden_layers"]))
 
 
 def _every_so_many(config: dict[str, Any]) -> list[int]:
@@ -141,7 +142,8 @@ class Family:
         module_norm: transformers' norm before the head.
         hidden_act_key: the experts' activation in config.json; None: it is `HIDDEN_ACT`.
         optional_sizes: further keys of config.json that must be whole numbers above 0 where present.
-        fixed: keys of config.json that must have this value where present.
+        fixed: keys of config.json that must have this value where present; a tuple: one of several.
+        required: further keys of config.json that must be there, since transformers' defaults are of another model.
         text: where a model of several parts keeps its language model.
         top_k_key: how many experts a token is routed to; transformers knows the family's own number without it.
         layer_outputs: values that transformers' decoder layers return; nothing but the first, hidden states, is used.
@@ -166,6 +168,7 @@ class Family:
     hidden_act_key: str | None = "hidden_act"
     optional_sizes: tuple[str, ...] = _SIZES
     fixed: tuple[tuple[str, Any], ...] = ()
+    required: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     text: LanguagePart | None = None
     top_k_key: str = "num_experts_per_tok"
@@ -275,7 +278,13 @@ _GEMMA: dict[str, Any] = {
     "top_k_key": "top_k_experts",
     "stacked": ("experts.gate_up_proj", "experts.down_proj"),
     # Layers that take keys and values, or inputs, of elsewhere are not streamed; the models with experts have none.
-    "fixed": (("enable_moe_block", True), ("num_kv_shared_layers", 0), ("hidden_size_per_layer_input", 0)),
+    "fixed": (
+        ("enable_moe_block", True),
+        ("num_kv_shared_layers", 0),
+        ("hidden_size_per_layer_input", 0),
+        ("use_bidirectional_attention", (None, "vision")),
+    ),
+    "required": ("top_k_experts", "enable_moe_block", "hidden_size_per_layer_input"),
 }
 
 FAMILIES: dict[str, Family] = {
@@ -303,7 +312,7 @@ FAMILIES: dict[str, Family] = {
             moe_layers=_all_layers,
         ),
         Family("DeepseekV2ForCausalLM", "deepseek_v2", "DeepSeek-V2, V2-Lite", **_DEEPSEEK),
-        Family("DeepseekV3ForCausalLM", "deepseek_v3", "DeepSeek-V3, R1", **_DEEPSEEK),
+        Family("DeepseekV3ForCausalLM", "deepseek_v3", "DeepSeek-V3, R1, Kimi-K2", **_DEEPSEEK),
         Family("DeepseekV32ForCausalLM", "deepseek_v32", "DeepSeek-V3.2", tested="transformers", **_DEEPSEEK),
         Family("Glm4MoeForCausalLM", "glm4_moe", "GLM-4.5 to GLM-4.7", **_DEEPSEEK),
         Family(
@@ -367,6 +376,7 @@ FAMILIES: dict[str, Family] = {
             "lfm2_moe",
             "LFM2-8B-A1B, LFM2.5-8B-A1B",
             **_SPARSE | {"moe_layers": _after_the_dense},
+            required=("num_dense_layers",),
             experts="feed_forward.experts",
             projections=("w1", "w3", "w2"),
             module_experts="feed_forward.experts",
@@ -420,7 +430,14 @@ FAMILIES: dict[str, Family] = {
             },
         ),
         Family("GraniteMoeHybridForCausalLM", "granitemoehybrid", "Granite 4 H", **_GRANITE),
-        Family("AfmoeForCausalLM", "afmoe", "Trinity", **_SPARSE | {"moe_layers": _after_the_dense}),
+        Family(
+            "AfmoeForCausalLM",
+            "afmoe",
+            "Trinity",
+            **_SPARSE | {"moe_layers": _after_the_dense},
+            required=("num_dense_layers",),
+            fixed=(("score_func", "sigmoid"), ("route_norm", True)),
+        ),
         Family(
             "Cohere2MoeForCausalLM",
             "cohere2_moe",
@@ -473,6 +490,8 @@ FAMILIES: dict[str, Family] = {
                     ),
                 ),
             },
+            top_k_key="num_experts_per_token",
+            fixed=(("moe_layer_freq", 1), ("moe_router_activation_func", "sigmoid")),
             joined=((".self_attn.conv1d.", tuple(f".self_attn.{part}_conv1d." for part in "qkv")),),
             tested="transformers",
         ),
@@ -497,7 +516,9 @@ FAMILIES: dict[str, Family] = {
             text=LanguagePart(prefix="language_model.model.", head="language_model.lm_head"),
             tested="tokens",
         ),
-        Family("MiniMaxForCausalLM", "minimax", "MiniMax-Text-01, MiniMax-M1", **_BLOCK_SPARSE, tested="transformers"),
+        Family(
+            "MiniMaxForCausalLM", "minimax", "MiniMax-Text-01-hf, MiniMax-M1-hf", **_BLOCK_SPARSE, tested="transformers"
+        ),
         Family("Gemma4ForCausalLM", "gemma4_text", "Gemma 4 (text only)", **_GEMMA),
         Family("Gemma4ForConditionalGeneration", "gemma4", "Gemma 4", **_GEMMA, text=LanguagePart()),
         Family(
@@ -545,6 +566,7 @@ REFUSED = {
     **dict.fromkeys(("BailingMoeForCausalLM", "BailingMoeV2ForCausalLM", "BailingMoeV2_5ForCausalLM"), _NO_CLASS),
     **dict.fromkeys(("BailingMoeV3ForCausalLM", "KimiK3ForConditionalGeneration", "SarvamMoEForCausalLM"), _NO_CLASS),
     **dict.fromkeys(("PanguProMoEV2ForCausalLM", "PanguUltraMoEForCausalLM", "Param2MoEForCausalLM"), _NO_CLASS),
+    **dict.fromkeys(("MiniMaxM1ForCausalLM", "MiniMaxText01ForCausalLM"), "use its repository that ends in -hf"),
     **dict.fromkeys(("Step3TextForCausalLM", "MiMoV2ForCausalLM", "DeepseekForCausalLM"), _NO_CLASS),
 }
 """MoE architectures that were looked at, and why they cannot be quantized."""
@@ -719,7 +741,9 @@ def built_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     family = _family(config)
     whole = family.text.whole if family and family.text else None
-    return language_config(config) if whole is None else _entry(config, whole[0])
+    found = language_config(config) if whole is None else _entry(config, whole[0])
+    named = found.get("model_type")
+    return found | {"model_type": MODEL_TYPES[named]} if isinstance(named, str) and named in MODEL_TYPES else found
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -763,8 +787,9 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
                 f"{subject}: {shown if named else 'a config without architectures'} is not a Mixture-of-Experts model "
                 f"(its config names no experts); bitsmoe quantizes routed experts only. Supported: {known}"
             )
-        why = "".join(f" ({REFUSED[a]})" for a in named if a in REFUSED)
-        raise BitsmoeError(f"{subject}: architecture {shown} is not supported{why}. Supported: {known}")
+        if why := next((REFUSED[a] for a in named if a in REFUSED), None):
+            raise BitsmoeError(f"{subject}: architecture {shown} is not supported: {why}")
+        raise BitsmoeError(f"{subject}: architecture {shown} is not supported. Supported: {known}")
     if family.text and not language_config(config):
         raise BitsmoeError(
             f"{subject}: config.json lacks {'.'.join(family.text.config)}, which describes the language model"
@@ -773,7 +798,13 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
     # transformers 5 may save the number of experts under another family's name.
     counts = [k for k in EXPERT_COUNT_KEYS if k in config] or [family.num_experts_key]
     sizes = (*counts, family.intermediate_size_key, "hidden_size", "num_hidden_layers", "vocab_size")
-    sizes_and_kinds = (*sizes, *([family.hidden_act_key] if family.hidden_act_key else []), "model_type")
+    if all(key in config and config[key] in (None, 0) for key in counts):
+        raise BitsmoeError(
+            f"{subject}: is not a Mixture-of-Experts model ({counts[0]} is {config[counts[0]]!r}); bitsmoe quantizes "
+            "routed experts only"
+        )
+    named_too = (*([family.hidden_act_key] if family.hidden_act_key else []), *family.required, "model_type")
+    sizes_and_kinds = (*sizes, *named_too)
     if missing := [k for k in sizes_and_kinds if k not in config]:
         raise BitsmoeError(f"{subject}: config.json lacks {missing}")
     most = {"num_hidden_layers": MAX_LAYERS}
@@ -817,9 +848,9 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
         if type(chosen) is int and chosen > groups:
             faults.append(f"topk_group is {chosen}, more than n_group, {groups}")
     unsupported = [
-        f"{key} is {config[key]!r:.80}, but only {value!r} is supported"
+        f"{key} is {config[key]!r:.80}, but only {' or '.join(map(repr, allowed))} is supported"
         for key, value in family.fixed
-        if config.get(key, value) != value
+        if key in config and config[key] not in (allowed := value if isinstance(value, tuple) else (value,))
     ]
     hidden_act = config[family.hidden_act_key] if family.hidden_act_key else HIDDEN_ACT
     if not (isinstance(hidden_act, str) and hidden_act in ACTIVATIONS):
@@ -828,7 +859,7 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
     indexers = config.get("indexer_types")
     if isinstance(indexers, list) and any(kind != "full" for kind in indexers):
         unsupported.append("indexer_types lists layers that share the indexer of an earlier one")
-    if model_type != family.model_type:
+    if model_type != family.model_type and MODEL_TYPES.get(str(model_type)) != family.model_type:
         unsupported.append(
             f"model_type is {model_type!r:.80}, but {family.architecture} is supported with {family.model_type!r}"
         )

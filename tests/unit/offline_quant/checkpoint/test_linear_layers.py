@@ -299,6 +299,17 @@ def test_inspect_and_report_count_the_bytes_of_the_files(quantized: Path) -> Non
 
 
 @pytest.mark.slow
+def test_what_stays_at_16_bits_is_named(tmp_path: Path, calib: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make_model("GraniteMoeSharedForCausalLM", tmp_path / "granite")
+    config = QuantizeConfig(bits=4.5, calib=str(calib), calib_samples=4, calib_length=64, refine=0, dense_bits=8)
+    quantize_model(str(source), tmp_path / "q", config)
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "--dense-bits 8 leaves these at 16 bits in every layer: block_sparse_moe.router.layer, " in said
+    assert "shared_mlp.input_linear, shared_mlp.output_linear" in said
+    assert "self_attn" not in said
+
+
+@pytest.mark.slow
 def test_evaluation_and_the_sanity_gate_see_the_rounding(quantized: Path, model: Path, calib: Path) -> None:
     """The gate's two perplexities are those of the model before and of the checkpoint as it was written."""
     report = json.loads((quantized / "bitsmoe_report.json").read_text())["sanity"]

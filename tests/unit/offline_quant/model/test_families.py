@@ -361,7 +361,7 @@ def test_a_config_that_cannot_be_right(config: dict[str, object], said: str) -> 
         ("LagunaForCausalLM", {}, (1, 2, 3)),
         ("LagunaForCausalLM", {"first_k_dense_replace": None}, (1, 2, 3)),
         ("HunYuanMoEV1ForCausalLM", {"moe_topk": [2, 2, 2, 2]}, (0, 1, 2, 3)),
-        ("Lfm2MoeForCausalLM", {}, (2, 3)),
+        ("Lfm2MoeForCausalLM", {"num_dense_layers": 2}, (2, 3)),
         ("Lfm2MoeForCausalLM", {"num_dense_layers": 0}, (0, 1, 2, 3)),
         ("JambaForCausalLM", {}, (1, 3)),
         ("JambaForCausalLM", {"expert_layer_period": 4, "expert_layer_offset": 2}, (2,)),
@@ -468,6 +468,45 @@ def test_the_number_of_experts_may_have_another_familys_name() -> None:
     assert moe_shape(config, "here").num_experts == 6
     with pytest.raises(BitsmoeError, match="num_local_experts is 6, but num_experts 7"):
         moe_shape(config | {"num_experts": 7}, "here")
+
+
+@pytest.mark.slow
+def test_model_types_of_published_files(tmp_path: Path, calib: str) -> None:
+    """Moonshot's files say `kimi_k2` where transformers has `deepseek_v3`; the result keeps what they say."""
+    for architecture in ("DeepseekV3ForCausalLM", "KimiK25ForConditionalGeneration"):
+        model = make_model(architecture, tmp_path / architecture)
+        want = whole_logits(model)
+        config = json.loads((model / "config.json").read_text())
+        config.get("text_config", config)["model_type"] = "kimi_k2"
+        (model / "config.json").write_text(json.dumps(config))
+        assert torch.allclose(streamed_logits(SourceModel(model)), want, atol=2e-4)
+        quantize_model(str(model), tmp_path / f"{architecture}-q", quick(calib))
+        written = json.loads((tmp_path / f"{architecture}-q" / "config.json").read_text())
+        assert written.get("text_config", written)["model_type"] == "kimi_k2"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changed", "said"),
+    [
+        ("AfmoeForCausalLM", {"score_func": "softmax"}, "score_func is 'softmax', but only 'sigmoid'"),
+        ("AfmoeForCausalLM", {"num_dense_layers": ...}, r"lacks \['num_dense_layers'\]"),
+        ("KimiLinearForCausalLM", {"moe_router_activation_func": "softmax"}, "only 'sigmoid' is supported"),
+        ("KimiLinearForCausalLM", {"num_experts_per_token": 9999}, "num_experts_per_token is 9999"),
+        ("Gemma4ForCausalLM", {"use_bidirectional_attention": "all"}, "only None or 'vision' is supported"),
+        ("Gemma4ForCausalLM", {"top_k_experts": ...}, r"lacks \['top_k_experts'\]"),
+        ("Gemma4ForCausalLM", {"hidden_size_per_layer_input": ...}, r"lacks \['hidden_size_per_layer_input'\]"),
+        ("Gemma4ForCausalLM", {"num_experts": None, "enable_moe_block": False}, "not a Mixture-of-Experts model"),
+        ("GraniteMoeHybridForCausalLM", {"num_local_experts": 0}, "not a Mixture-of-Experts model"),
+    ],
+)
+def test_keys_that_others_read_are_checked(
+    architecture: str, changed: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    """Of vLLM or transformers; `...` takes the key away."""
+    config = json.loads((make_model(architecture, tmp_path) / "config.json").read_text()) | changed
+    config = {key: value for key, value in config.items() if value is not ...}
+    with pytest.raises(BitsmoeError, match=said):
+        moe_shape(config, "here")
 
 
 @pytest.mark.parametrize("architecture", REFUSED)

@@ -98,7 +98,7 @@ def test_experts_per_token_that_cannot_be(
         ("DeepseekV2ForCausalLM", {"topk_method": "x"}, "the model that config.json describes cannot be computed"),
         ("Qwen3MoeForCausalLM", {"pad_token_id": 99999}, "transformers cannot build the model"),
         ("Qwen3MoeForCausalLM", {"attn_implementation": "flash_attention_2"}, "transformers cannot build the model"),
-        ("DeepseekV3ForCausalLM", {"model_type": "kimi_k2"}, "this model is not supported"),
+        ("DeepseekV3ForCausalLM", {"model_type": "kimi_k3"}, "this model is not supported"),
         ("DeepseekV3ForCausalLM", {"moe_layer_freq": 2}, "this model is not supported"),
         ("Qwen3MoeForCausalLM", {"hidden_act": "gelu"}, "this model is not supported"),
     ],
