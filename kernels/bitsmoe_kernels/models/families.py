@@ -102,20 +102,17 @@ class LanguagePart:
     """The language model of a model of several parts.
 
     Attributes:
-        config: the entries of config.json that lead to its own.
+        config: the entry of config.json that describes it.
         prefix: of its tensors in files, in the place of `model.`; the embedding's and the layers', not the head's.
         head: the head's name in files.
-        whole: transformers has no class for the language model alone. The entries of config.json that lead to the part
-            that it builds, the prefix of that part's tensors in files, and the language model's prefix within it.
+        whole: transformers has no class for the language model alone, so that all parts are built; names in files are
+            then those of transformers' modules.
     """
 
-    config: tuple[str, ...] = ("text_config",)
+    config: str = "text_config"
     prefix: str = "model.language_model."
     head: str = "lm_head"
-    whole: tuple[tuple[str, ...], str, str] | None = None
-
-
-_WHOLE: tuple[tuple[str, ...], str, str] = ((), "", "model.language_model.")
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -201,7 +198,7 @@ class Family:
     @property
     def module_base(self) -> str:
         """How the names of the language model begin in the model that transformers builds, but for the head's."""
-        return self.text.whole[2] if self.text and self.text.whole else _MODULE_BASE
+        return self.text.prefix if self.text and self.text.whole else _MODULE_BASE
 
     @property
     def _base(self) -> str:
@@ -212,13 +209,11 @@ class Family:
         """The name in files of a parameter, or of a module, of the model that transformers builds."""
         for stored, module in self.module_names:
             name = name.replace(module, stored)
-        if self.text is None:
+        if self.text is None or self.text.whole:
             return name
-        if name.startswith(self.module_base):
-            return self._base + name.removeprefix(self.module_base)
         if name.partition(".")[0] == "lm_head":
             return self.text.head + name.removeprefix("lm_head")
-        return self.text.whole[1] + name if self.text.whole else name
+        return self._base + name.removeprefix(_MODULE_BASE)
 
     def stored_names(self, name: str) -> list[str]:
         """`stored_name`; several where files hold in parts what transformers joins (Kimi-Linear)."""
@@ -526,7 +521,7 @@ FAMILIES: dict[str, Family] = {
             "qwen3_vl_moe",
             "Qwen3-VL",
             **_QWEN,
-            text=LanguagePart(whole=_WHOLE),
+            text=LanguagePart(whole=True),
             stacked=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
             transposed=True,
             tested="tokens",
@@ -536,7 +531,7 @@ FAMILIES: dict[str, Family] = {
             "glm4v_moe",
             "GLM-4.5V, GLM-4.6V",
             **_DEEPSEEK,
-            text=LanguagePart(whole=_WHOLE),
+            text=LanguagePart(whole=True),
             tested="tokens",
         ),
     )
@@ -731,7 +726,8 @@ def _family(config: Mapping[str, Any]) -> Family | None:
 def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json says of the language model: all of it, or the entry of a model of several parts."""
     family = _family(config)
-    return _entry(config, family.text.config if family and family.text else ())
+    part = config.get(family.text.config) if family and family.text else config
+    return dict(part) if isinstance(part, Mapping) else {}
 
 
 def built_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -740,31 +736,18 @@ def built_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Most keys of the language model are in `language_config`.
     """
     family = _family(config)
-    whole = family.text.whole if family and family.text else None
-    found = language_config(config) if whole is None else _entry(config, whole[0])
+    found = dict(config) if family and family.text and family.text.whole else language_config(config)
     named = found.get("model_type")
     return found | {"model_type": MODEL_TYPES[named]} if isinstance(named, str) and named in MODEL_TYPES else found
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of the same model in 16 bits, for one that is published otherwise."""
-    family = _family(config)
-
-    def cleaned(part: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-        kept = {key: value for key, value in part.items() if key != "quantization_config"}
-        if keys and isinstance(kept.get(keys[0]), Mapping):
-            kept[keys[0]] = cleaned(kept[keys[0]], keys[1:])
-        return kept
-
-    return cleaned(config, family.text.config if family and family.text else ())
-
-
-def _entry(config: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    """An entry of config.json within others; empty where there is none."""
-    part: Any = config
-    for key in keys:
-        part = part.get(key) if isinstance(part, Mapping) else None
-    return dict(part) if isinstance(part, Mapping) else {}
+    key, family = "quantization_config", _family(config)
+    kept = {name: value for name, value in config.items() if name != key}
+    if family and family.text and key in (part := language_config(config)):
+        kept[family.text.config] = {name: value for name, value in part.items() if name != key}
+    return kept
 
 
 def _names_experts(config: Mapping[str, Any]) -> bool:
@@ -791,9 +774,7 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
             raise BitsmoeError(f"{subject}: architecture {shown} is not supported: {why}")
         raise BitsmoeError(f"{subject}: architecture {shown} is not supported. Supported: {known}")
     if family.text and not language_config(config):
-        raise BitsmoeError(
-            f"{subject}: config.json lacks {'.'.join(family.text.config)}, which describes the language model"
-        )
+        raise BitsmoeError(f"{subject}: config.json lacks {family.text.config}, which describes the language model")
     model_type, config = config.get("model_type", family.model_type), language_config(config)
     # transformers 5 may save the number of experts under another family's name.
     counts = [k for k in EXPERT_COUNT_KEYS if k in config] or [family.num_experts_key]
