@@ -5,6 +5,7 @@ a hypothesis strategy over all combinations, and `write_tiny_qwen3_moe` writes a
 """
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -420,17 +421,18 @@ def store_dense(directory: Path, bits: DenseBits) -> dict[str, Tensor]:
     return meaning
 
 
-def write_first_layers(directory: Path, count: int) -> Path:
-    """The demo model with no more than its first decoder layers; returns its directory."""
+def write_first_layers(directory: Path, count: int, experts: int = 16) -> Path:
+    """The demo model with its first decoder layers and the first experts of each; returns its directory."""
     shutil.copytree(TINY_MOE, directory, ignore=shutil.ignore_patterns("*.py", "*.md"))
     config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": count}))
-    layers = [f"model.layers.{i}." for i in range(count)]
-    tensors = {
-        name: tensor
-        for name, tensor in load_file(directory / "model.safetensors").items()
-        if not name.startswith("model.layers.") or name.startswith(tuple(layers))
-    }
+    smaller = {"num_hidden_layers": count, "num_experts": experts}
+    (directory / "config.json").write_text(json.dumps(config | smaller))
+    tensors = {}
+    for name, tensor in load_file(directory / "model.safetensors").items():
+        layer, expert = (re.search(rf"\.{kind}\.(\d+)\.", name) for kind in ("layers", "experts"))
+        if (layer and int(layer[1]) >= count) or (expert and int(expert[1]) >= experts):
+            continue
+        tensors[name] = tensor[:experts].clone() if name.endswith(".mlp.gate.weight") else tensor
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 

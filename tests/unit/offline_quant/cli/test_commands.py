@@ -81,12 +81,13 @@ def refused(*args, message):
 
 
 LAYERS = 2
+EXPERTS = 8
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """The demo model's first two layers."""
-    return write_first_layers(tmp_path_factory.mktemp("source") / "model", LAYERS)
+    """The demo model's first two layers, with half of their experts."""
+    return write_first_layers(tmp_path_factory.mktemp("source") / "model", LAYERS, EXPERTS)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +157,7 @@ def test_all_in_bits_stay_within_the_budget(tmp_path, text, bits, source):
     assert bits - 0.01 <= data["bpw"] <= bits
     # The figure again, from the file itself: bytes of all tensors that replace experts.
     size = sum(t.nbytes for name, t in load_file(out / "model.safetensors").items() if ".experts." in name)
-    assert data["bpw"] == pytest.approx(8 * size / (LAYERS * 16 * 3 * 256 * 256))
+    assert data["bpw"] == pytest.approx(8 * size / (LAYERS * EXPERTS * 3 * 256 * 256))
     assert data["expert_bytes"] == size
 
 
@@ -238,7 +239,7 @@ def test_every_form_dequantizes_to_what_the_reference_says(tmp_path, text, basis
     assert not {WEIGHTS_KEY, "quantization_config"} & json.loads((plain / "config.json").read_text()).keys()
     for prefix, layer in checkpoint.config.layers.items():
         weights = LayerWeights(layer, block_size, checkpoint.layer_tensors(prefix))
-        for e in (0, 15):
+        for e in (0, EXPERTS - 1):
             for name, value in zip(("gate", "up", "down"), weights.expert_weights(e), strict=True):
                 assert torch.equal(tensors[f"{prefix}.{e}.{name}_proj.weight"], value)
     result = json.loads(succeed("eval", plain, "--text", text, "--reference", source, "--json").stdout)
@@ -259,8 +260,9 @@ def test_bfloat16_is_the_rounded_weights(tmp_path, quantized):
     assert torch.equal(rounded[name], exact[name].bfloat16())
 
 
-def test_plan_writes_the_report_only(tmp_path, text, source):
-    out = tmp_path / "plan"
+def test_plan_writes_the_report_only(tmp_path, text):
+    """Of all experts of a layer: half of them are too few for a shared basis."""
+    out, source = tmp_path / "plan", write_first_layers(tmp_path / "model", LAYERS)
     table = succeed(
         "quantize", source, "--bits", "2", "--out", out, "--calib", text, "--plan", *FAST, columns=80
     ).stdout
@@ -350,7 +352,7 @@ def test_fused_experts_on_disk_give_the_same_checkpoint(tmp_path, model, text, q
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}.mlp.experts"
         parts = {
-            n: torch.stack([tensors[f"{prefix}.{e}.{n}_proj.weight"] for e in range(16)])
+            n: torch.stack([tensors[f"{prefix}.{e}.{n}_proj.weight"] for e in range(EXPERTS)])
             for n in ("gate", "up", "down")
         }
         fused[f"{prefix}.gate_up_proj"] = torch.cat([parts["gate"], parts["up"]], 1)
@@ -497,7 +499,7 @@ def truncate(model):
         ),
         (lambda m: edit_config(m, hidden_act="gelu"), "hidden_act is 'gelu'"),
         (lambda m: edit_config(m, moe_intermediate_size=None), "config.json lacks ['moe_intermediate_size']"),
-        (lambda m: edit_config(m, num_experts=17), "tensor model.layers.0.mlp.experts.16.gate_proj.weight is missing"),
+        (lambda m: edit_config(m, num_experts=9), "tensor model.layers.0.mlp.experts.8.gate_proj.weight is missing"),
         (lose_a_shard, f"{SECOND_SHARD} is missing"),
         (truncate, "bytes) is truncated or damaged"),
         (lambda m: edit_tensors(m, lambda t: t.pop(EXPERT)), f"tensor {EXPERT} is missing"),
@@ -628,7 +630,7 @@ import pathlib, offline_quant.pipeline.preflight as p
 check = p.check_space
 def check_then_fill(out, needed):
     check(out, needed)
-    (out.parent / "filler").write_bytes(bytes(3_900_000))
+    (out.parent / "filler").write_bytes(bytes(4_500_000))
 p.check_space = check_then_fill
 """
 
@@ -706,7 +708,7 @@ def test_broken_checkpoints_are_refused_by_every_reader(tmp_path, quantized, tex
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_experts": 15}, "num_experts is 16, config.json says 15"),
+        ({"num_experts": 7}, "num_experts is 8, config.json says 7"),
         ({"moe_intermediate_size": 128}, "intermediate_size is 256, config.json says 128"),
         (
             {"num_hidden_layers": 1},
@@ -729,14 +731,14 @@ def test_inspect_shows_where_the_bits_went(quantized):
     data = json.loads(succeed("inspect", quantized, "--json").stdout)
     for layer in data["layers"]:
         for projection in layer["projections"].values():
-            assert len(projection["code_bits_by_expert"]) == 16
+            assert len(projection["code_bits_by_expert"]) == EXPERTS
         assert sum(sum(p["bytes"].values()) for p in layer["projections"].values()) * 8 == pytest.approx(
-            layer["bpw"] * 3 * 16 * 256 * 256
+            layer["bpw"] * 3 * EXPERTS * 256 * 256
         )
     assert data["parallel_sizes"] == {
         "tensor": [1, 2, 4, 8],  # as many as heads, and as blocks of 32 channels
         "tensor_with_experts": [1, 2, 4, 8],
-        "expert_ranks": 16,
+        "expert_ranks": EXPERTS,
         "stages": 2,
     }
     table = succeed("inspect", quantized).stdout
