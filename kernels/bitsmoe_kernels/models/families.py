@@ -245,6 +245,11 @@ _SPARSE: dict[str, Any] = {
     "intermediate_size_key": "moe_intermediate_size",
     "moe_layers": _sparse_layers,
 }
+_ALL_SPARSE: dict[str, Any] = {
+    "num_experts_key": "num_experts",
+    "intermediate_size_key": "intermediate_size",
+    "moe_layers": _all_layers,
+}
 _FIRST_DENSE: dict[str, Any] = _SPARSE | {"moe_layers": _all_but_the_first}
 _BLOCK_SPARSE: dict[str, Any] = {
     "num_experts_key": "num_local_experts",
@@ -302,9 +307,7 @@ FAMILIES: dict[str, Family] = {
             "OlmoeForCausalLM",
             "olmoe",
             "OLMoE",
-            num_experts_key="num_experts",
-            intermediate_size_key="intermediate_size",
-            moe_layers=_all_layers,
+            **_ALL_SPARSE,
         ),
         Family("DeepseekV2ForCausalLM", "deepseek_v2", "DeepSeek-V2, V2-Lite", **_DEEPSEEK),
         Family("DeepseekV3ForCausalLM", "deepseek_v3", "DeepSeek-V3, R1, Kimi-K2", **_DEEPSEEK),
@@ -396,9 +399,7 @@ FAMILIES: dict[str, Family] = {
             "HunYuanMoEV1ForCausalLM",
             "hunyuan_v1_moe",
             "Hunyuan-A13B",
-            num_experts_key="num_experts",
-            intermediate_size_key="intermediate_size",
-            moe_layers=_all_layers,
+            **_ALL_SPARSE,
             top_k_key="moe_topk",
         ),
         Family(
@@ -452,9 +453,7 @@ FAMILIES: dict[str, Family] = {
             "FlexOlmoForCausalLM",
             "flex_olmo",
             "FlexOlmo",
-            num_experts_key="num_experts",
-            intermediate_size_key="intermediate_size",
-            moe_layers=_all_layers,
+            **_ALL_SPARSE,
         ),
         Family(
             "PhiMoEForCausalLM",

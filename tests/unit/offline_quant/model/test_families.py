@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,25 @@ def test_other_source_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     assert torch.allclose(streamed_logits(SourceModel(model)), whole_logits(model), atol=2e-4)
 
 
+def published(
+    architecture: str, folder: Path, store: Callable[[Path], dict[str, torch.Tensor]]
+) -> tuple[Path, Path, dict[str, torch.Tensor]]:
+    """A model whose weights `store` keeps in another form, the same in bfloat16, and what its weights stand for."""
+    model, plain = (make_model(architecture, folder / name) for name in ("model", "plain"))
+    meaning, file = store(model), plain / "model.safetensors"
+    save_file(load_file(file) | meaning, file, metadata={"format": "pt"})
+    return model, plain, meaning
+
+
+def assert_same_result(model: Path, plain: Path, folder: Path, calib: str) -> None:
+    """Quantized, both are the same, byte for byte and with one config.json."""
+    for source, name in ((model, "q"), (plain, "q2")):
+        quantize_model(str(source), folder / name, quick(calib))
+    assert (folder / "q" / "model.safetensors").read_bytes() == (folder / "q2" / "model.safetensors").read_bytes()
+    config, other = (json.loads((folder / d / "config.json").read_text()) for d in ("q", "q2"))
+    assert config == other
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "scales"),
@@ -161,18 +181,11 @@ def test_other_source_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
 def test_float8_sources_are_read_as_what_they_stand_for(
     architecture: str, scales: torch.dtype, tmp_path: Path, calib: str
 ) -> None:
-    model = make_model(architecture, tmp_path / "model")
-    plain = make_model(architecture, tmp_path / "plain")
-    meaning = to_float8(model, scales=scales)
-    save_file(load_file(plain / "model.safetensors") | meaning, plain / "model.safetensors", metadata={"format": "pt"})
+    model, plain, meaning = published(architecture, tmp_path, lambda model: to_float8(model, scales=scales))
     source = SourceModel(model)
     assert not [name for name in source.tensors if name.endswith("_scale_inv")]
     assert all(torch.equal(source.tensors.get(name), value) for name, value in meaning.items())
-    quantize_model(str(model), tmp_path / "q", quick(calib))
-    quantize_model(str(plain), tmp_path / "q2", quick(calib))
-    assert (tmp_path / "q" / "model.safetensors").read_bytes() == (tmp_path / "q2" / "model.safetensors").read_bytes()
-    config, other = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("q", "q2"))
-    assert config == other
+    assert_same_result(model, plain, tmp_path, calib)
 
 
 @pytest.mark.parametrize(
@@ -206,10 +219,7 @@ def test_packed_integers_are_read_as_what_they_stand_for(
     architecture: str, bits: DenseBits, group: int, tmp_path: Path, calib: str
 ) -> None:
     """compressed-tensors' own reader gives the same values; the result is that of the dequantized model."""
-    model = make_model(architecture, tmp_path / "model")
-    plain = make_model(architecture, tmp_path / "plain")
-    meaning = to_packed(model, bits, group)
-    save_file(load_file(plain / "model.safetensors") | meaning, plain / "model.safetensors", metadata={"format": "pt"})
+    model, plain, meaning = published(architecture, tmp_path, lambda model: to_packed(model, bits, group))
     source, stored = SourceModel(model), load_file(model / "model.safetensors")
     assert source.tensors.specs == SourceModel(plain).tensors.specs
     for name, value in meaning.items():
@@ -217,11 +227,7 @@ def test_packed_integers_are_read_as_what_they_stand_for(
         codes = unpack_from_int32(stored[f"{name}_packed"], bits, torch.Size(stored[f"{name}_shape"].tolist()))
         scale = stored[f"{name}_scale"].float().repeat_interleave(group, 1)
         assert torch.equal((codes.float() * scale).bfloat16(), value)
-    quantize_model(str(model), tmp_path / "q", quick(calib))
-    quantize_model(str(plain), tmp_path / "q2", quick(calib))
-    assert (tmp_path / "q" / "model.safetensors").read_bytes() == (tmp_path / "q2" / "model.safetensors").read_bytes()
-    config, other = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("q", "q2"))
-    assert config == other
+    assert_same_result(model, plain, tmp_path, calib)
 
 
 @pytest.mark.parametrize(
