@@ -21,8 +21,10 @@ from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.checkpoint import WEIGHTS_KEY
 from bitsmoe_kernels.format.linear_layers import DenseWeights, dequantize
 from bitsmoe_kernels.format.schema import QUANT_METHOD, Layer, TensorSpec
+from bitsmoe_kernels.models.families import Family
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
-from offline_quant.model.quantized import QuantizedModel
+from offline_quant.model.expert_files import module_tensors
+from offline_quant.model.quantized import QuantizedModel, as_read
 
 OLDEST = "5.5.3"
 """The oldest transformers that is supported: the first where the experts of a layer are one module."""
@@ -130,11 +132,12 @@ class BitsmoeExperts(_Stored):
         plain: module of transformers that it replaces.
         layer: schema of the stored experts.
         block_size: components that share a bit-width.
+        family: the model's.
     """
 
-    def __init__(self, plain: nn.Module, layer: Layer, block_size: int):
+    def __init__(self, plain: nn.Module, layer: Layer, block_size: int, family: Family):
         super().__init__(plain, layer.tensor_specs(block_size))
-        self.layer, self.block_size = layer, block_size
+        self.layer, self.block_size, self.family = layer, block_size, family
 
     @property
     def weights(self) -> LayerWeights:
@@ -153,9 +156,8 @@ class BitsmoeExperts(_Stored):
         return moe_forward(self.weights, flat, top_k_weights, top_k_index).view_as(hidden_states)
 
     def ordinary_weights(self) -> dict[str, Tensor]:
-        """Dequantized `gate_up_proj` [E, 2 I, H] and `down_proj` [E, H, I], float32."""
-        gate_up, down = self.weights.experts(range(self.layer.num_experts))
-        return {"gate_up_proj": gate_up, "down_proj": down}
+        """Dequantized parameters of transformers' module, float32."""
+        return module_tensors(self.family, as_read(self.weights, range(self.layer.num_experts)))
 
     def extra_repr(self) -> str:
         """Shape and projections for `repr`."""
@@ -300,7 +302,7 @@ def _places(model: Any, source: QuantizedModel) -> dict[str, str]:
 def _stored_module(source: QuantizedModel, stored: str, plain: nn.Module) -> _Stored:
     config = source.checkpoint.config
     if stored in config.layers:
-        return BitsmoeExperts(plain, config.layers[stored], config.block_size)
+        return BitsmoeExperts(plain, config.layers[stored], config.block_size, source.shape.family)
     assert source.dense is not None
     assert isinstance(plain, nn.Linear)
     return _StoredLinear(plain, source.dense.matrices[stored])

@@ -8,12 +8,11 @@ from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
-from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 from bitsmoe_kernels.backends.base import Prepared
 from bitsmoe_kernels.backends.select import select
 from bitsmoe_kernels.errors import BitsmoeError, FormatError
-from bitsmoe_kernels.expert_mlp import HiddenAct
+from bitsmoe_kernels.expert_mlp import HIDDEN_ACT, HiddenAct
 from bitsmoe_kernels.format.schema import Layer
 from bitsmoe_kernels.reference import LayerWeights
 from bitsmoe_vllm import _compat
@@ -23,7 +22,12 @@ from bitsmoe_vllm.weight_loading import LayerLoader
 logger = init_logger(f"vllm.{__name__}")
 
 
-_NAMES: dict[HiddenAct, str] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_NAMES: dict[HiddenAct, tuple[str, ...]] = {
+    "silu": ("silu",),
+    "gelu_pytorch_tanh": ("gelu_tanh",),
+    # The same for weights of vLLM's own kernels in different orders.
+    "swigluoai": ("swigluoai", "swigluoai_uninterleave"),
+}
 """vLLM's names of activations."""
 
 
@@ -98,13 +102,15 @@ class BitsmoeMoEMethod(FusedMoEMethodBase):
         parallel = self.moe.moe_parallel_config
         faults = []
         stored = self.schema.hidden_act
-        if layer.activation != MoEActivation(_NAMES[stored]):
+        if layer.activation.value not in _NAMES[stored]:
             faults.append(f"activation {layer.activation.value!r} of a layer that was quantized for {stored!r}")
         if layer.apply_router_weight_on_input:
             faults.append("routing weights applied to the input")
-        if self.moe.has_bias:
-            faults.append("biases of experts")
-        if layer.swiglu_limit is not None:
+        biased = any(p.bias for p in self.schema.projections.values())
+        if self.moe.has_bias != biased:
+            said = [f"{'with' if yes else 'without'} biases" for yes in (self.moe.has_bias, biased)]
+            faults.append(f"experts {said[0]}, which were quantized {said[1]}")
+        if layer.swiglu_limit is not None and stored == HIDDEN_ACT:
             faults.append(f"swiglu_limit {layer.swiglu_limit}")
         if parallel.enable_eplb:
             faults.append("expert-parallel load balancing (drop --enable-eplb)")

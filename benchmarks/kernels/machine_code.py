@@ -75,6 +75,7 @@ class Row:
 
 _POINTERS = {
     "codes32": "*i32", "codes16": "*i32", "start": "*i64", "tiles": "*i32", "columns": "*i32", "scale": "*fp32",
+    "bias": "*fp32",
     "corr": "*fp32", "block_expert": "*i32", "block_slot": "*i32", "num_blocks": "*i32", "down_factor": "*fp32",
     "down_offset": "*fp32", "out_corr": "*fp32", "weight": "*fp32", "local": "*i32", "partial": "*fp32",
     "arrived": "*i32",
@@ -95,16 +96,18 @@ def compiled(kernel: Any, capability: int, constants: dict[str, Any], types: dic
     return triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=options)
 
 
-def gemm_kernels(capability: int, tile: Tile, fp16: bool, widths: int, act: int = 0) -> Iterator[tuple[str, Any]]:
+def gemm_kernels(
+    capability: int, tile: Tile, fp16: bool, widths: int, act: int = 0, bias: bool = False
+) -> Iterator[tuple[str, Any]]:
     """Both GEMM kernels as a layer without extras runs them, compiled, under their names.
 
-    `act`: see `expert_mlp.ACTIVATION_NUMBERS`.
+    `act`: see `expert_mlp.ACTIVATION_NUMBERS`. `bias`: of both.
     """
     kind = "*fp16" if fp16 else "*bf16"
     types = {**_POINTERS, "act": kind, "dense": kind, "out": kind}
     common = {
-        "BN": 2 * TILE, "BT": tile.tokens, "DENSE": False, "WIDTHS": widths, "KWIDTH": kwidth_of(capability),
-        "FP16": fp16, "ASM": True, "UNROLL": tile.unroll, "STAGES": tile.stages,
+        "BN": 2 * TILE, "BT": tile.tokens, "DENSE": False, "BIAS": bias, "WIDTHS": widths,
+        "KWIDTH": kwidth_of(capability), "FP16": fp16, "ASM": True, "UNROLL": tile.unroll, "STAGES": tile.stages,
     }  # fmt: skip
     inputs = {"NCORR": 4, "NCORR_POW2": 4, "CORR_CHUNK": 512, "OUT_NCORR": 12, "SPLIT": False, "FUSED": True,
               "ACT": act}  # fmt: skip

@@ -1,4 +1,4 @@
-"""The MLP of one routed expert: `down(act(gate) * up)`. The one owner of the activation and of its derivative.
+"""The MLP of one routed expert: `down(act(gate, up))`. The one owner of the activation and of its derivatives.
 
 Another activation needs an entry in `ACTIVATIONS`, and a case in the Triton kernels (`_triton/gemm.py`) and in the CPU
 kernels (`_cpu/engine.h`), which know it by its place in `ACTIVATIONS`.
@@ -13,26 +13,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HiddenAct = Literal["silu", "gelu_pytorch_tanh"]
-"""Values of `hidden_act` in config.json that are supported."""
+HiddenAct = Literal["silu", "gelu_pytorch_tanh", "swigluoai"]
+"""Activations that are supported: values of `hidden_act` in config.json, and the one of gpt-oss, which has no value."""
 HIDDEN_ACT: HiddenAct = "silu"
 """The activation of a layer whose schema names none."""
+SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
+"""Constants of "swigluoai": its sigmoid's gain, and where gate and up are clamped."""
 
 
 @dataclass(frozen=True)
 class Activation:
-    """One activation function in the forms that callers need.
+    """One activation `h = act(gate, up)` in the forms that callers need.
 
     Attributes:
-        apply: `act(g)` as a new tensor. Gradients pass through it.
-        apply_: `act(g)`, written over `g`. Gives the same bits as `apply`.
-        apply_with_slope_: `act(g)`, written over `g`, and the derivative `act'(g)` as a new tensor. The value may
+        apply: h as a new tensor. Gradients pass through it.
+        apply_: h, written to the third tensor; may overwrite gate and up. Gives the same bits as `apply`.
+        slopes_: h, written to the third tensor, and the derivatives by gate and by up. May overwrite gate and up. h may
             round differently from `apply`.
+        scales_with_up: whether h is proportional to up.
     """
 
-    apply: Callable[[Tensor], Tensor]
-    apply_: Callable[[Tensor], Tensor]
-    apply_with_slope_: Callable[[Tensor], tuple[Tensor, Tensor]]
+    apply: Callable[[Tensor, Tensor], Tensor]
+    apply_: Callable[[Tensor, Tensor, Tensor], Tensor]
+    slopes_: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    scales_with_up: bool
+
+
+def _times_up(
+    act: Callable[[Tensor], Tensor],
+    act_: Callable[[Tensor], Tensor],
+    act_with_slope_: Callable[[Tensor], tuple[Tensor, Tensor]],
+) -> Activation:
+    """`act(gate) * up`, from a function, the same in place, and the same in place with its derivative."""
+
+    def slopes_(gate: Tensor, up: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        value, slope = act_with_slope_(gate)
+        torch.mul(value, up, out=out)
+        return slope.mul_(up), value
+
+    return Activation(
+        lambda gate, up: act(gate) * up, lambda gate, up, out: torch.mul(act_(gate), up, out=out), slopes_, True
+    )
 
 
 def _silu_(g: Tensor) -> Tensor:
@@ -66,45 +87,73 @@ def _gelu_with_slope_(g: Tensor) -> tuple[Tensor, Tensor]:
     return value, s.add(inner.mul_(value).mul_(1 - s))
 
 
+def _swigluoai(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+    return gate * (SWIGLU_ALPHA * gate).sigmoid() * (up + 1)
+
+
+def _swigluoai_(gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
+    gate.clamp_(max=SWIGLU_LIMIT)
+    gate.mul_((SWIGLU_ALPHA * gate).sigmoid_())
+    return torch.mul(gate, up.clamp_(-SWIGLU_LIMIT, SWIGLU_LIMIT).add_(1), out=out)
+
+
+def _swigluoai_slopes_(gate: Tensor, up: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    # Where a clamp bites, h does not move.
+    free_gate, free_up = gate < SWIGLU_LIMIT, up.abs() < SWIGLU_LIMIT
+    gate.clamp_(max=SWIGLU_LIMIT)
+    up.clamp_(-SWIGLU_LIMIT, SWIGLU_LIMIT).add_(1)
+    sigmoid = (SWIGLU_ALPHA * gate).sigmoid_()
+    value = gate.mul_(sigmoid)
+    torch.mul(value, up, out=out)
+    slope = sigmoid.add(value * (1 - sigmoid), alpha=SWIGLU_ALPHA)
+    return slope.mul_(up).mul_(free_gate), value.mul_(free_up)
+
+
 ACTIVATIONS: dict[HiddenAct, Activation] = {
-    "silu": Activation(F.silu, _silu_, _silu_with_slope_),
-    "gelu_pytorch_tanh": Activation(_gelu, _gelu_, _gelu_with_slope_),
+    "silu": _times_up(F.silu, _silu_, _silu_with_slope_),
+    "gelu_pytorch_tanh": _times_up(_gelu, _gelu_, _gelu_with_slope_),
+    "swigluoai": Activation(_swigluoai, _swigluoai_, _swigluoai_slopes_, scales_with_up=False),
 }
 """By the name that `hidden_act` has in config.json. Kernels know them by their places here."""
 ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 
 def gated(gate: Tensor, up: Tensor, hidden_act: HiddenAct = HIDDEN_ACT) -> Tensor:
-    """`act(gate) * up` as a new tensor. Gradients pass.
+    """`act(gate, up)` as a new tensor. Gradients pass.
 
     Args:
         gate: outputs of the gate projection, [n, I].
         up: outputs of the up projection, [n, I].
         hidden_act: a key of `ACTIVATIONS`.
     """
-    return ACTIVATIONS[hidden_act].apply(gate) * up
+    return ACTIVATIONS[hidden_act].apply(gate, up)
 
 
 def gated_(gate: Tensor, up: Tensor, out: Tensor, hidden_act: HiddenAct = HIDDEN_ACT) -> Tensor:
-    """As `gated`, with the same bits, without new memory: overwrites `gate` with `act(gate)`.
+    """As `gated`, with the same bits, without new memory for the result: may overwrite `gate` and `up`.
 
     Args:
         gate: outputs of the gate projection, [n, I].
         up: outputs of the up projection, [n, I].
-        out: receives the product, [n, I].
+        out: receives the result, [n, I].
         hidden_act: a key of `ACTIVATIONS`.
 
     Returns:
         `out`.
     """
-    return torch.mul(ACTIVATIONS[hidden_act].apply_(gate), up, out=out)
+    return ACTIVATIONS[hidden_act].apply_(gate, up, out)
 
 
-def activation_with_slope_(gate: Tensor, hidden_act: HiddenAct = HIDDEN_ACT) -> tuple[Tensor, Tensor]:
-    """`act(gate)`, written over `gate`, and the derivative `act'(gate)` as a new tensor.
+def gated_with_slopes_(
+    gate: Tensor, up: Tensor, out: Tensor, hidden_act: HiddenAct = HIDDEN_ACT
+) -> tuple[Tensor, Tensor]:
+    """As `gated_`, with the derivatives by gate and by up, [n, I] each.
 
     Args:
         gate: outputs of the gate projection, [n, I].
+        up: outputs of the up projection, [n, I].
+        out: receives the result, [n, I].
         hidden_act: a key of `ACTIVATIONS`.
     """
-    return ACTIVATIONS[hidden_act].apply_with_slope_(gate)
+    return ACTIVATIONS[hidden_act].slopes_(gate, up, out)

@@ -104,6 +104,10 @@ class ProjectionWeights:
             w = w + lowrank[1].T @ lowrank[0]
         return w.contiguous()
 
+    def bias(self, expert: int) -> Tensor | None:
+        """What is added to the outputs of one expert, float32 [N]; None: nothing."""
+        return self.part("shift")[expert].float() if self.spec.bias else None
+
     def project(self, x: Tensor) -> Tensor:
         """The step that all experts share: basis @ x for an input-side basis, else x. [T, K] -> [T, C or K]."""
         if self.basis is not None and self.spec.component_axis == "input":
@@ -122,7 +126,7 @@ class ProjectionWeights:
             [n, N] float32.
         """
         if expert in self.spec.kept_experts:
-            return x @ self.weight(expert).T
+            return self._biased(expert, x @ self.weight(expert).T)
         s, t = self.part("component_scale")[expert].float(), self.part("feature_scale")[expert].float()
         return self.product(expert, x, z, self.levels(expert), s, t, self.order(expert))
 
@@ -147,7 +151,10 @@ class ProjectionWeights:
                 y = y @ self.basis
         if (lowrank := self.lowrank(expert)) is not None:
             y = y + (x @ lowrank[0].T) @ lowrank[1]
-        return y
+        return self._biased(expert, y)
+
+    def _biased(self, expert: int, y: Tensor) -> Tensor:
+        return y if (bias := self.bias(expert)) is None else y + bias
 
 
 @dataclass(frozen=True)
@@ -177,6 +184,26 @@ class LayerWeights:
         experts = [self.expert_weights(e) for e in chosen]
         return torch.stack([torch.cat([g, u]) for g, u, _ in experts]), torch.stack([d for _, _, d in experts])
 
+    def biases(self, chosen: range) -> tuple[Tensor, Tensor] | None:
+        """Biases of gate and up [n, 2 I] and of down [n, H] of some experts, float32; None where there are none."""
+        if not any(p.spec.bias for p in self.projections.values()):
+            return None
+        own = slice(chosen.start, chosen.stop)
+        gate_up, down = (
+            torch.cat(
+                [
+                    p.part("shift")[own].float()
+                    if p.spec.bias
+                    else torch.zeros(len(chosen), self.layer.side(n, "output"), device=p.part("bits").device)
+                    for n, p in self.projections.items()
+                    if (n == "down") == wanted
+                ],
+                1,
+            )
+            for wanted in (False, True)
+        )
+        return gate_up, down
+
 
 def expert_of_slots(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None) -> Tensor:
     """The expert each slot goes to, int64 in the shape of `topk_ids`; -1: none of those held here.
@@ -204,7 +231,7 @@ def moe_forward(
     topk_ids: Tensor,
     expert_map: Tensor | None = None,
 ) -> Tensor:
-    """Routed experts of one layer: sum over a token's experts of weight * down(act(gate x) * (up x)).
+    """Routed experts of one layer: sum over a token's experts of weight * down(act(gate(x), up(x))).
 
     Dequantizes the experts that were routed to, one after another, and no others. Computes in float32.
 

@@ -148,6 +148,8 @@ def shard_layer(
     for name in layer.projections:
         parts = {k.removeprefix(f"{name}_"): v for k, v in tensors.items() if k.startswith(f"{name}_")}
         projections[name], parts = _shard_projection(layer, name, parts, block_size, picked, channels)
+        if layer.projections[name].bias and name == "down" and tp_rank:  # one rank adds it
+            parts["shift"] = torch.zeros_like(parts["shift"])
         out |= {f"{name}_{k}": v.contiguous() for k, v in parts.items()}
     shard = Layer(
         num_experts=len(picked),
@@ -170,7 +172,7 @@ def _shard_projection(
     blocks = torch.arange(bits.shape[1])
     on_components = (spec.component_axis == "input") == into
 
-    for key in ("bits", "component_scale", "feature_scale"):
+    for key in ("bits", "component_scale", "feature_scale", *(["shift"] if spec.bias else [])):
         parts[key] = parts[key][experts]
     if spec.order == "expert":
         parts["order"] = parts["order"][experts]
@@ -196,6 +198,8 @@ def _shard_projection(
         if lowrank_total:
             key = "lowrank_in" if into else "lowrank_out"
             parts[key] = parts[key][:, columns]
+        if spec.bias and not into:
+            parts["shift"] = parts["shift"][:, columns]
         if not on_components:
             parts["feature_scale"] = parts["feature_scale"][:, columns]
             parts["codes"] = parts["codes"][:, columns]

@@ -9,9 +9,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bitsmoe_kernels.expert_mlp import HIDDEN_ACT, HiddenAct, activation_with_slope_, gated_
+from bitsmoe_kernels.expert_mlp import HIDDEN_ACT, HiddenAct, gated_, gated_with_slopes_
 from offline_quant.linalg import add_product, mirrored
 from offline_quant.model.expert_inputs import ExpertInputs
+from offline_quant.model.expert_weights import OneExpert
 
 RARE_SHARE = 0.25
 """Least weight of an expert in the allocation, relative to the mean expert's."""
@@ -127,20 +128,19 @@ class LayerMoments:
         tokens = torch.cat([slots // self.top_k, self._sample])
         return tokens, torch.cat([own, prior.expand(len(self._sample))]) / (len(own) + self.pseudo_count)
 
-    def measure_expert(self, expert: int, gate_up: Tensor, down: Tensor) -> MeasuredExpert:
+    def measure_expert(self, expert: int, weights: OneExpert) -> MeasuredExpert:
         """What errors of an expert's matrices cost at the layer's output, to first order.
 
-        An error d of gate output n moves the output by w D[:, n] silu'(g) u d, one of up output n by
-        w D[:, n] silu(g) d. The mean square of these factors over tokens is the weight of an output; their sum over
-        outputs weighs a token.
+        An error d of gate output n moves the output by w D[:, n] (dh/dg) d, one of up output n by w D[:, n] (dh/du) d,
+        with h = silu(g) u or another activation. The mean square of these factors over tokens is the weight of an
+        output; their sum over outputs weighs a token.
 
         Args:
             expert: which.
-            gate_up: [2 I, H].
-            down: [H, I].
+            weights: of it.
         """
         tokens, mass = self._tokens(expert)
-        W_gate, W_up = (w.T for w in gate_up.chunk(2))
+        down = weights.down
         norms = down.square().sum(0)
         I, H = len(norms), len(down)  # noqa: E741
         hidden, token, outputs = down.new_empty(len(tokens), I), torch.empty_like(mass), down.new_zeros(2 * I)
@@ -148,14 +148,13 @@ class LayerMoments:
         step = min(PLANNING_STEP, max(1, len(tokens) // (PLANNING_TOKENS * I)))
         for part in _blocks(len(tokens)):
             x, m = self.inputs.x.index_select(0, tokens[part]), mass[part]
-            gate, up = x @ W_gate, x @ W_up
-            value, slope = activation_with_slope_(gate, self.hidden_act)
-            h = torch.mul(value, up, out=hidden[part])
-            slope.mul_(up).square_()
-            value.square_()
-            torch.add(slope @ norms, value @ norms, out=token[part])
-            outputs[:I] += m @ slope
-            outputs[I:] += m @ value
+            h = hidden[part]
+            by_gate, by_up = gated_with_slopes_(*weights.gate_and_up(x), h, self.hidden_act)
+            by_gate.square_()
+            by_up.square_()
+            torch.add(by_gate @ norms, by_up @ norms, out=token[part])
+            outputs[:I] += m @ by_gate
+            outputs[I:] += m @ by_up
             # D decides who gets bits, not what is rounded to what: part of the tokens will do.
             some = h[::step]
             add_product(D, some * (step * m[::step, None]), some)
@@ -177,22 +176,21 @@ class LayerMoments:
         x = self.inputs.x[self.slots[expert] // self.top_k]
         return (x.T @ x + self.pseudo_count * self.pooled) / (len(x) + self.pseudo_count)
 
-    def measure_quantized(self, expert: int, gate_up: Tensor, order: Tensor, original: Tensor) -> QuantizedInputs:
+    def measure_quantized(self, expert: int, weights: OneExpert, order: Tensor, original: Tensor) -> QuantizedInputs:
         """Moments of what enters the down projection once gate and up are quantized, and what that lacks.
 
         Args:
             expert: which.
-            gate_up: [2 I, H], quantized, its channels sorted.
+            weights: its quantized gate and up, channels sorted; down is not read.
             order: int64 [I], the original channel that stands at each place now.
             original: [n, I], activations that `measure_expert` found.
         """
         tokens, mass = self._tokens(expert)
-        W_gate, W_up = (w.T for w in gate_up.chunk(2))
         seen, I = torch.empty_like(original), len(order)  # noqa: E741
-        moments, crossed = gate_up.new_zeros(I, I), gate_up.new_zeros(I, I)
+        moments, crossed = (weights.gate_up.new_zeros(I, I) for _ in range(2))
         for part in _blocks(len(tokens)):
             x = self.inputs.x.index_select(0, tokens[part])
-            h = gated_(x @ W_gate, x @ W_up, seen[part], self.hidden_act)
+            h = gated_(*weights.gate_and_up(x), seen[part], self.hidden_act)
             weighed = h * mass[part, None]
             add_product(moments, h, weighed)
             crossed.addmm_(original[part].T, weighed)

@@ -23,7 +23,7 @@ def routed_output(
     workers: Workers,
     experts: Sequence[int],
     activations: Callable[[int], Tensor],
-    down: Callable[[int], Tensor],
+    output: Callable[[int, Tensor], Tensor],
 ) -> Iterator[Tensor]:
     """What the routed experts add to the layer's output.
 
@@ -35,7 +35,7 @@ def routed_output(
         workers: the processes that compute experts.
         experts: those of this process.
         activations: [n, I] of an expert, of its own tokens first.
-        down: [H, I] of an expert, its channels in the order of those activations.
+        output: what an expert's down makes of them, [n, H].
 
     Yields:
         float32 [n, H] of n tokens, one group of tokens after another.
@@ -57,7 +57,7 @@ def routed_output(
                 continue
             slots = slots[first:last]
             h = activations(e)[first:last].to(filled.device)
-            filled[slots - start * top_k] = (h @ down(e).T).mul_(moments.slot_weights[slots, None])
+            filled[slots - start * top_k] = output(e, h).mul_(moments.slot_weights[slots, None])
         trim()
         yield workers.all_reduce_sum(filled).view(end - start, top_k, hidden).sum(1)
 
@@ -67,19 +67,21 @@ def sample_step(moments: LayerMoments) -> int:
     return max(1, len(moments.inputs.x) // OUTPUT_TOKENS)
 
 
-def sampled_output(moments: LayerMoments, expert: int, activations: Tensor, down: Tensor) -> SlotOutputs:
+def sampled_output(
+    moments: LayerMoments, expert: int, activations: Tensor, output: Callable[[Tensor], Tensor]
+) -> SlotOutputs:
     """An expert's share of the output at every `sample_step`-th token.
 
     Args:
         moments: of the layer.
         expert: which.
         activations: [n, I], of its own tokens first.
-        down: [H, I].
+        output: what its down makes of them, [n, H].
     """
     slots = moments.slots[expert]
     rows = (slots // moments.top_k % sample_step(moments) == 0).nonzero()[:, 0]
     h = activations[rows.cpu()].to(slots.device)
-    return slots[rows], (h @ down.T).mul_(moments.slot_weights[slots[rows], None])
+    return slots[rows], output(h).mul_(moments.slot_weights[slots[rows], None])
 
 
 class OutputSample:

@@ -6,13 +6,12 @@ from functools import cached_property
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from bitsmoe_kernels.models.families import MoEShape
 from offline_quant.calibration.moments import LayerMoments, MeasuredExpert
 from offline_quant.config import QuantizeConfig
 from offline_quant.layer.cache import LayerCache
-from offline_quant.model.expert_weights import ExpertWeights
+from offline_quant.model.expert_weights import ExpertWeights, OneExpert
 from offline_quant.runtime.chunks import chunks_of, matrix_bytes
 from offline_quant.runtime.distributed import Workers
 from offline_quant.runtime.malloc import trim
@@ -92,11 +91,11 @@ class LayerContext:
 
     def load_balanced(self, chunk: range) -> ExpertWeights:
         """Experts that compute what the model's do, up and down of sizes of the same order."""
-        return self.load(chunk).balanced()
+        return self.load(chunk).balanced(self.shape.hidden_act)
 
-    def measure_expert(self, expert: int, gate_up: Tensor, down: Tensor) -> MeasuredExpert:
+    def measure_expert(self, expert: int, weights: OneExpert) -> MeasuredExpert:
         """See `LayerMoments.measure_expert`; all outputs and tokens alike with the ablation `output-weights`."""
-        measured = self.moments.measure_expert(expert, gate_up, down)
+        measured = self.moments.measure_expert(expert, weights)
         if "output-weights" in self.config.ablations:
             alike = torch.ones_like(measured.output_weights)
             return replace(measured, inputs=self.moments.plain_moments(expert), output_weights=alike)

@@ -13,6 +13,7 @@ from offline_quant.decomposition.forms.base import Grams, MeasuredWeights, add_g
 from offline_quant.decomposition.ranking import Components, RankedProjection, rank_components
 from offline_quant.layer.context import LayerContext
 from offline_quant.linalg import CholeskyFactor
+from offline_quant.model.expert_weights import OneExpert
 
 DOWN = "down"
 """Key of the moments of down without a basis, which several forms share."""
@@ -35,6 +36,7 @@ class LayerMeasurements:
         down: the components of down without a basis, in that order.
         grams: sums by form, what shared bases are found from.
         output: float32 [n, H], the layer's output at the tokens of `calibration.output_sample`.
+        down_bias: float32 [E, H], of down as files store it; None: there is none.
     """
 
     output_unit: float
@@ -43,6 +45,7 @@ class LayerMeasurements:
     down: RankedProjection
     grams: dict[str, Grams]
     output: Tensor
+    down_bias: Tensor | None
 
     def extreme_experts(self) -> list[int]:
         """Experts whose mean output energy is EXTREME times the layer's median ('super experts').
@@ -63,6 +66,7 @@ class _ChunkMeasurements:
     ridge: Tensor
     grams: dict[str, Grams]
     output: list[SlotOutputs]
+    down_bias: Tensor | None
 
 
 def measure_layer(ctx: LayerContext) -> LayerMeasurements:
@@ -81,6 +85,7 @@ def measure_layer(ctx: LayerContext) -> LayerMeasurements:
         parts.append(replace(found, grams={}, output=[]))
     roots = torch.cat([p.sqrt_output_weight for p in parts]).to(ctx.device)
     output_unit = float(roots.square().mean())
+    biases = [p.down_bias for p in parts if p.down_bias is not None]
     return LayerMeasurements(
         output_unit=output_unit,
         sqrt_output_weight=(roots / output_unit**0.5).clamp(min=LEAST_ROOT),
@@ -93,26 +98,28 @@ def measure_layer(ctx: LayerContext) -> LayerMeasurements:
         ),
         grams={form: {name: gram.to(ctx.device) for name, gram in total.items()} for form, total in grams.items()},
         output=sample.output(),
+        down_bias=torch.cat(biases).to(ctx.device) if biases else None,
     )
 
 
 def _measure_chunk(ctx: LayerContext, chunk: range) -> _ChunkMeasurements:
     """Measure some experts, and sort their intermediate channels by ascending importance."""
-    gate_up, down = ctx.load_balanced(chunk)
-    intermediate_size = down.shape[2]
-    weights, moments, outputs = gate_up.new_empty(gate_up.shape[:2]), [], []
+    experts = ctx.load_balanced(chunk)
+    down, intermediate_size = experts.down, experts.down.shape[2]
+    weights, moments, outputs = experts.gate_up.new_empty(experts.gate_up.shape[:2]), [], []
     forms, frequency = forms_of(ctx.config), ctx.moments.routing_frequency[chunk.start : chunk.stop].tolist()
     grams: dict[str, Grams] = {form.name: {} for form in forms}
     for i, e in enumerate(chunk):
-        measured = ctx.measure_expert(e, gate_up[i], down[i])
+        one = experts.one(i)
+        measured = ctx.measure_expert(e, one)
         if not measured.is_finite:
-            raise BitsmoeError(_overflow(ctx, e, gate_up[i], down[i]))
+            raise BitsmoeError(_overflow(ctx, e, one))
         weights[i] = measured.output_weights
         moments.append(measured.down)
         ctx.cache.activations.put_original(e, measured.activations)
         ctx.cache.input_moments.put(e, measured.inputs)
-        outputs.append(sampled_output(ctx.moments, e, measured.activations, down[i]))
-        expert = MeasuredWeights(gate_up[i], down[i], weights[i], frequency[i])
+        outputs.append(sampled_output(ctx.moments, e, measured.activations, one.output))
+        expert = MeasuredWeights(one.gate_up, one.down, weights[i], frequency[i])
         for form in forms:
             add_grams(grams[form.name], form.grams(expert))
     channels, M, factor = rank_components(down.mT, torch.stack(moments), "input", feedback=ctx.config.feedback)
@@ -127,6 +134,7 @@ def _measure_chunk(ctx: LayerContext, chunk: range) -> _ChunkMeasurements:
         ridge=factor.ridge.cpu(),
         grams={form: {name: gram.cpu() for name, gram in total.items()} for form, total in grams.items()},
         output=[(slots.cpu(), y.cpu()) for slots, y in outputs],
+        down_bias=None if (bias := experts.stored_bias("down", ctx.prefix, chunk)) is None else bias.float().cpu(),
     )
 
 
@@ -138,10 +146,10 @@ def keep_moments(ctx: LayerContext, key: str, chunk: range, M: Tensor | None, fa
         ctx.cache.factors(key).put_all(chunk, factor.U)
 
 
-def _overflow(ctx: LayerContext, expert: int, gate_up: Tensor, down: Tensor) -> str:
+def _overflow(ctx: LayerContext, expert: int, weights: OneExpert) -> str:
     """What to say of an expert whose weights are finite, but not what they compute."""
-    gate, up = gate_up.chunk(2)
-    matrices = {"gate": gate, "up": up, "down": down}
+    gate, up = weights.gate_up.chunk(2)
+    matrices = {"gate": gate, "up": up, "down": weights.down}
     sizes = ", ".join(f"{name} {float(w.abs().max()):.3g}" for name, w in matrices.items())
     return (
         f"{ctx.prefix}: what expert {expert} computes on the calibration text is beyond float32 (largest weights: "

@@ -1,6 +1,7 @@
 """What a layer's experts give, before and after they are quantized."""
 
 from collections.abc import Iterator
+from functools import partial
 
 from torch import Tensor
 
@@ -24,19 +25,26 @@ def original_output(ctx: LayerContext) -> Iterator[Tensor]:
         ctx.workers,
         ctx.local_experts,
         ctx.cache.activations.original,
-        lambda e: ctx.load_balanced(range(e, e + 1)).down[0],
+        lambda e, hidden: ctx.load_balanced(range(e, e + 1)).one(0).output(hidden),
     )
 
 
-def quantized_output(ctx: LayerContext) -> Iterator[Tensor]:
+def quantized_output(view: LayerView) -> Iterator[Tensor]:
     """The same after `quantize_layer`."""
+    ctx = view.ctx
     return routed_output(
         ctx.moments,
         ctx.workers,
         ctx.local_experts,
         ctx.cache.activations.quantized,
-        lambda e: ctx.cache.quantized_down.get(e).to(ctx.device),
+        lambda e, hidden: _quantized_down(view, e, hidden),
     )
+
+
+def _quantized_down(view: LayerView, expert: int, hidden: Tensor) -> Tensor:
+    """Output [n, H] of a quantized down matrix."""
+    y = hidden @ view.ctx.cache.quantized_down.get(expert).to(view.ctx.device).T
+    return y if (bias := view.measurements.down_bias) is None else y.add_(bias[expert])
 
 
 def output_of(ctx: LayerContext, layer: Layer, tensors: dict[str, Tensor]) -> Tensor:
@@ -57,9 +65,7 @@ def output_error(view: LayerView, output: Tensor | None = None) -> float:
 
     def sampled(chunk: range) -> list[SlotOutputs]:
         outputs = (
-            sampled_output(
-                ctx.moments, e, ctx.cache.activations.quantized(e), ctx.cache.quantized_down.get(e).to(ctx.device)
-            )
+            sampled_output(ctx.moments, e, ctx.cache.activations.quantized(e), partial(_quantized_down, view, e))
             for e in chunk
         )
         return [(slots.cpu(), y.cpu()) for slots, y in outputs]

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.schema import Projection, ProjectionName, code_dtype, order_dtype
-from bitsmoe_kernels.reference import LayerWeights
+from bitsmoe_kernels.reference import LayerWeights, ProjectionWeights
 from offline_quant.layer.plan import LayerPlan
 from offline_quant.layer.view import LayerView, RoundingProblem
 from offline_quant.linalg import add_damping, output_energy
-from offline_quant.model.expert_weights import ExpertWeights
+from offline_quant.model.expert_weights import ExpertWeights, OneExpert
 from offline_quant.rounding import compensator
 from offline_quant.rounding.correction import correct_down
 from offline_quant.rounding.error_feedback import RoundingMode, quantize
@@ -105,7 +105,7 @@ def quantize_chunk(view: LayerView, plan: LayerPlan, chunk: range) -> QuantizedC
     """Some experts, each on its own."""
     experts = view.load(chunk)
     inputs = _quantize_inputs(view, plan, chunk, experts)
-    return _quantize_down(view, plan, chunk, inputs, *_down_targets(view, plan, chunk, experts.down, inputs))
+    return _quantize_down(view, plan, chunk, inputs, *_down_targets(view, plan, chunk, experts, inputs))
 
 
 def _quantize_jointly(view: LayerView, plan: LayerPlan, target: Tensor) -> Iterator[QuantizedChunk]:
@@ -115,9 +115,13 @@ def _quantize_jointly(view: LayerView, plan: LayerPlan, target: Tensor) -> Itera
     for chunk in ctx.chunks:
         experts = view.load(chunk)
         inputs.append(_quantize_inputs(view, plan, chunk, experts))
-        W, M = _down_targets(view, plan, chunk, experts.down, inputs[-1])
+        W, M = _down_targets(view, plan, chunk, experts, inputs[-1])
         cache.down_targets.put_all(chunk, W)
         cache.down_target_moments.put_all(chunk, M)
+    if (bias := view.measurements.down_bias) is not None:
+        for e in range(view.shape.num_experts):
+            routed = ctx.moments.routed_tokens(e, cache.activations.quantized(e))
+            target.index_add_(0, routed.token, -routed.weight[:, None] * bias[e])
     fit_jointly(
         view.shape.num_experts,
         lambda e: ctx.moments.routed_tokens(e, cache.activations.quantized(e)),
@@ -137,8 +141,9 @@ def _quantize_jointly(view: LayerView, plan: LayerPlan, target: Tensor) -> Itera
 
 
 def _quantize_inputs(view: LayerView, plan: LayerPlan, chunk: range, experts: ExpertWeights) -> QuantizedChunk:
-    """Everything but down."""
-    quantized = QuantizedChunk({}, {})
+    """Everything but the matrix of down."""
+    shifts = {name: experts.stored_bias(name, view.ctx.prefix, chunk) for name in plan.projections}
+    quantized = QuantizedChunk({f"{name}_shift": bias.cpu() for name, bias in shifts.items() if bias is not None}, {})
     for name, projection in plan.projections.items():
         if name != "down":
             quantized |= _quantize_projection(view, plan, view.problem(projection, chunk, experts))
@@ -151,14 +156,15 @@ def _quantize_down(
     """The same with down: W [n, H, I] with moments M [n, I, I] of what enters it."""
     problem = view.problem_of(plan.projections["down"], chunk, W, M)
     quantized = inputs | _quantize_projection(view, plan, problem)
-    view.ctx.cache.quantized_down.put_all(chunk, _dequantized(view, plan, quantized.tensors, chunk, "down"))
+    (down,) = _as_read(view, plan, quantized.tensors, chunk, "down")
+    view.ctx.cache.quantized_down.put_all(chunk, torch.stack([down.weight(i) for i in range(len(chunk))]))
     return quantized
 
 
-def _dequantized(
+def _as_read(
     view: LayerView, plan: LayerPlan, tensors: dict[str, Tensor], chunk: range, *names: ProjectionName
-) -> Tensor:
-    """What a reader of the file makes of a chunk's tensors: [n, N, K] of the named projections, one above the other."""
+) -> list[ProjectionWeights]:
+    """What a reader of the file sees of a chunk's tensors: the named projections."""
     projections: dict[ProjectionName, Projection] = {}
     held: dict[str, Tensor] = {}
     for name in names:
@@ -171,12 +177,11 @@ def _dequantized(
         held |= {k: v for k, v in tensors.items() if k.startswith(f"{name}_")}
     layer = plan.layer.model_copy(update={"num_experts": len(chunk), "projections": projections})
     on_device = {k: v.to(view.ctx.device) for k, v in held.items()}
-    weights = LayerWeights(layer, view.config.block_size, on_device)
-    return torch.stack([torch.cat([weights.projections[name].weight(i) for name in names]) for i in range(len(chunk))])
+    return list(LayerWeights(layer, view.config.block_size, on_device).projections.values())
 
 
 def _down_targets(
-    view: LayerView, plan: LayerPlan, chunk: range, down: Tensor, inputs: QuantizedChunk
+    view: LayerView, plan: LayerPlan, chunk: range, experts: ExpertWeights, inputs: QuantizedChunk
 ) -> tuple[Tensor, Tensor]:
     """What to quantize instead of down [n, H, I], and the moments [n, I, I] its error is measured with.
 
@@ -184,16 +189,20 @@ def _down_targets(
         view: the layer.
         plan: of the layer.
         chunk: experts.
-        down: as the model has it, channels sorted.
+        experts: as the model has them, channels sorted.
         inputs: gate and up, quantized.
     """
-    ctx, intermediate_size = view.ctx, down.shape[2]
-    names = tuple(name for name in plan.layer.projections if name != "down")
-    gate_up = _dequantized(view, plan, inputs.tensors, chunk, *names)
+    ctx, down = view.ctx, experts.down
+    intermediate_size = down.shape[2]
+    parts = _as_read(view, plan, inputs.tensors, chunk, *(name for name in plan.layer.projections if name != "down"))
     W, M = torch.empty_like(down), down.new_empty(len(chunk), intermediate_size, intermediate_size)
     for i, e in enumerate(chunk):
-        original = ctx.cache.activations.original(e).to(gate_up.device)
-        measured = ctx.moments.measure_quantized(e, gate_up[i], view.measurements.channel_order[e], original)
+        biases = [bias for part in parts if (bias := part.bias(i)) is not None]
+        quantized = OneExpert(
+            torch.cat([part.weight(i) for part in parts]), down[i], torch.cat(biases) if biases else None
+        )
+        original = ctx.cache.activations.original(e).to(down.device)
+        measured = ctx.moments.measure_quantized(e, quantized, view.measurements.channel_order[e], original)
         ctx.cache.activations.put_quantized(e, measured.activations)
         M[i] = measured.moments
         corrects = "correction" not in view.config.ablations

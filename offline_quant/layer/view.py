@@ -181,5 +181,5 @@ class LayerView:
 
     def _measure_again(self, chunk: range, picked: Callable[[MeasuredExpert], Tensor]) -> Tensor:
         """What the first pass found of some experts, stacked; channels are not sorted."""
-        gate_up, down = self.ctx.load_balanced(chunk)
-        return torch.stack([picked(self.ctx.measure_expert(e, gate_up[i], down[i])) for i, e in enumerate(chunk)])
+        experts = self.ctx.load_balanced(chunk)
+        return torch.stack([picked(self.ctx.measure_expert(e, experts.one(i))) for i, e in enumerate(chunk)])

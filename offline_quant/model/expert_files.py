@@ -1,14 +1,14 @@
-"""How files hold the routed experts of a layer: matrix by matrix, or stacked, perhaps transposed."""
+"""How files hold the routed experts of a layer: matrix by matrix, or stacked, perhaps transposed or interleaved."""
 
 from collections.abc import Container, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from bitsmoe_kernels.format.safetensors_io import ShardReader
 from bitsmoe_kernels.format.schema import TensorSpec
-from bitsmoe_kernels.models.families import MoEShape
-from offline_quant.model.expert_weights import ExpertWeights
-from offline_quant.model.tensors import Tensors
+from bitsmoe_kernels.models.families import FUSED_NAMES, Family, MoEShape, bias_name
+from offline_quant.model.expert_weights import ExpertBiases, ExpertWeights
 
 
 def is_stacked(shape: MoEShape, layer: int, stored: Container[str]) -> bool:
@@ -21,6 +21,16 @@ def is_transposed(shape: MoEShape, layer: int, specs: Mapping[str, TensorSpec]) 
     down = specs.get(shape.fused_names(layer)[1])
     usual = (shape.num_experts, shape.hidden_size, shape.intermediate_size)
     return shape.family.transposed and (down is None or down.shape != usual)
+
+
+def _interleaved(both: Tensor) -> Tensor:
+    """Gate and up [n, 2 I, ...], one behind the other, in turn."""
+    return torch.stack(both.chunk(2, 1), 2).flatten(1, 2)
+
+
+def _apart(both: Tensor) -> Tensor:
+    """The reverse of `_interleaved`."""
+    return torch.cat([both[:, 0::2], both[:, 1::2]], 1)
 
 
 def expert_tensor_shapes(
@@ -36,21 +46,30 @@ def expert_tensor_shapes(
     """
     E, H, I = shape.num_experts, shape.hidden_size, shape.intermediate_size  # noqa: E741
     if is_stacked(shape, layer, specs):
-        sizes = [(E, H, 2 * I), (E, I, H)] if is_transposed(shape, layer, specs) else [(E, 2 * I, H), (E, H, I)]
-        return dict(zip(shape.fused_names(layer), sizes, strict=True))
+        names, upright = shape.fused_names(layer), not (shape.family.interleaved or is_transposed(shape, layer, specs))
+        sizes: list[tuple[int, ...]] = [(E, 2 * I, H), (E, H, I)] if upright else [(E, H, 2 * I), (E, I, H)]
+        biases = zip(map(bias_name, names), [(E, 2 * I), (E, H)], strict=True) if shape.family.bias else ()
+        return dict([*zip(names, sizes, strict=True), *biases])
     sizes_of_one = [(I, H), (I, H), (H, I)]
     each = (shape.expert_names(layer, e) for e in range(min(E, experts)))
     return {name: size for names in each for name, size in zip(names, sizes_of_one, strict=True)}
 
 
-def read_experts(tensors: Tensors, shape: MoEShape, layer: int, chunk: range) -> ExpertWeights:
+def read_experts(tensors: ShardReader, shape: MoEShape, layer: int, chunk: range) -> ExpertWeights:
     """A chunk of a layer's experts from the files' tensors."""
     H, I = shape.hidden_size, shape.intermediate_size  # noqa: E741
     if is_stacked(shape, layer, tensors):
-        part = slice(chunk.start, chunk.stop)
-        stacked = (tensors.get(name)[part].float() for name in shape.fused_names(layer))
-        transposed = is_transposed(shape, layer, tensors.specs)
-        return ExpertWeights(*((w.mT.contiguous() if transposed else w) for w in stacked))
+        part, names = slice(chunk.start, chunk.stop), shape.fused_names(layer)
+        transposed = shape.family.interleaved or is_transposed(shape, layer, tensors.specs)
+        both, out = (w.mT if transposed else w for w in (tensors.rows(name, part) for name in names))
+        if shape.family.interleaved:
+            both = _apart(both)
+        weights = both.float().contiguous(), out.float().contiguous()
+        if not shape.family.bias:
+            return ExpertWeights(*weights)
+        of_gate_up, of_down = (tensors.rows(bias_name(name), part).float() for name in names)
+        of_gate_up = _apart(of_gate_up) if shape.family.interleaved else of_gate_up
+        return ExpertWeights(*weights, ExpertBiases(of_gate_up, of_down))
     experts = ExpertWeights(torch.empty(len(chunk), 2 * I, H), torch.empty(len(chunk), H, I))
     for i, e in enumerate(chunk):
         gate, up, down = shape.expert_names(layer, e)
@@ -60,11 +79,26 @@ def read_experts(tensors: Tensors, shape: MoEShape, layer: int, chunk: range) ->
     return experts
 
 
+def module_tensors(family: Family, experts: ExpertWeights) -> dict[str, Tensor]:
+    """Parameters of transformers' experts module, by name."""
+    gate_up, down = experts.gate_up, experts.down
+    if family.interleaved:
+        gate_up, down = _interleaved(gate_up).mT.contiguous(), down.mT.contiguous()
+    found = dict(zip(FUSED_NAMES, (gate_up, down), strict=True))
+    if experts.biases is not None:
+        of_gate_up = _interleaved(experts.biases.gate_up) if family.interleaved else experts.biases.gate_up
+        found |= zip(map(bias_name, FUSED_NAMES), (of_gate_up, experts.biases.down), strict=True)
+    return found
+
+
 def expert_tensors(shape: MoEShape, layer: int, experts: ExpertWeights) -> Iterator[tuple[str, Tensor]]:
     """Names and values of the tensors that hold a layer's experts: stacked only where the family has no other form."""
     if shape.family.stacked is not None:
-        for name, weights in zip(shape.fused_names(layer), experts, strict=True):
-            yield name, weights.mT.contiguous() if shape.family.transposed else weights
+        held, names = module_tensors(shape.family, experts), shape.fused_names(layer)
+        for name, own in zip(names, FUSED_NAMES, strict=True):
+            yield name, held[own].mT.contiguous() if shape.family.transposed else held[own]
+            if shape.family.bias:
+                yield bias_name(name), held[bias_name(own)]
         return
     for e in range(shape.num_experts):
         matrices = (*experts.gate_up[e].chunk(2), experts.down[e])

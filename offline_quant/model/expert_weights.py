@@ -1,42 +1,88 @@
 """The weights of some routed experts, and the changes that leave what they compute the same."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.expert_mlp import ACTIVATIONS, HiddenAct
 from bitsmoe_kernels.format.schema import ProjectionName
 
 UNBALANCED = 2.0**8
 """Ratio of the largest values of up and down, either way, from which `ExpertWeights.balanced` changes an expert."""
 
 
-class ExpertWeights(NamedTuple):
-    """Weights of n routed experts.
+class ExpertBiases(NamedTuple):
+    """Biases of n routed experts.
 
     Attributes:
-        gate_up: float32 [n, 2 I, H].
-        down: float32 [n, H, I].
+        gate_up: float32 [n, 2 I].
+        down: float32 [n, H].
     """
 
     gate_up: Tensor
     down: Tensor
 
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Weights of n routed experts.
+
+    Attributes:
+        gate_up: float32 [n, 2 I, H].
+        down: float32 [n, H, I].
+        biases: None where the experts have none.
+    """
+
+    gate_up: Tensor
+    down: Tensor
+    biases: ExpertBiases | None = None
+
     def to(self, device: torch.device) -> "ExpertWeights":
         """The same on a device."""
-        return ExpertWeights(self.gate_up.to(device), self.down.to(device))
+        biases = None if self.biases is None else ExpertBiases(*(b.to(device) for b in self.biases))
+        return ExpertWeights(self.gate_up.to(device), self.down.to(device), biases)
+
+    def one(self, index: int) -> "OneExpert":
+        """One of the experts."""
+        biases = (None, None) if self.biases is None else (b[index] for b in self.biases)
+        return OneExpert(self.gate_up[index], self.down[index], *biases)
+
+    def bias(self, name: ProjectionName) -> Tensor | None:
+        """Bias [n, N] of a projection; None where the experts have none."""
+        if self.biases is None:
+            return None
+        gate, up = self.biases.gate_up.chunk(2, 1)
+        return {"gate_up": self.biases.gate_up, "gate": gate, "up": up, "down": self.biases.down}[name]
 
     def projection(self, name: ProjectionName) -> Tensor:
         """W [n, N, K] of a projection."""
         gate, up = self.gate_up.chunk(2, 1)
         return {"gate_up": self.gate_up, "gate": gate, "up": up, "down": self.down}[name]
 
-    def balanced(self) -> "ExpertWeights":
+    def stored_bias(self, name: ProjectionName, prefix: str, chunk: range) -> Tensor | None:
+        """Bias of a projection as files store it, float16 [n, N]; None where the experts have none.
+
+        Raises:
+            BitsmoeError: names the layer, `prefix`, and those experts of `chunk` whose values are beyond float16.
+        """
+        bias = self.bias(name)
+        stored = None if bias is None else bias.half()
+        if stored is not None and not bool((fits := stored.isfinite().all(1)).all()):
+            experts = [e for e, fine in zip(chunk, fits.tolist(), strict=True) if not fine]
+            raise BitsmoeError(f"{prefix}: the bias of {name} of expert(s) {experts} is too large for float16")
+        return stored
+
+    def balanced(self, hidden_act: HiddenAct) -> "ExpertWeights":
         """Experts of the same function, whose up and down do not differ much in size.
 
         A power of two goes from one to the other: errors of both are weighed together, and their scales are float16.
-        Ordinary experts are not changed.
+        Ordinary experts are not changed, nor those whose activation is not proportional to up.
         """
+        if not ACTIVATIONS[hidden_act].scales_with_up:
+            return self
         gate, up = self.gate_up.chunk(2, 1)
         sizes = [torch.maximum(w.amax((1, 2)), -w.amin((1, 2))) for w in (up, self.down)]
         ratio = torch.where((sizes[0] > 0) & (sizes[1] > 0), sizes[0] / sizes[1], 1.0)
@@ -44,7 +90,11 @@ class ExpertWeights(NamedTuple):
         if not bool(unbalanced.any()):
             return self
         shift = torch.exp2((0.5 * ratio.log2()).round().clamp(-48, 48)).where(unbalanced, 1.0)[:, None, None]
-        return ExpertWeights(torch.cat([gate, up / shift], 1), self.down * shift)
+        biases = self.biases
+        if biases is not None:
+            of_gate, of_up = biases.gate_up.chunk(2, 1)
+            biases = ExpertBiases(torch.cat([of_gate, of_up / shift[:, :, 0]], 1), biases.down)
+        return ExpertWeights(torch.cat([gate, up / shift], 1), self.down * shift, biases)
 
     def permuted(self, order: Tensor) -> "ExpertWeights":
         """Experts of the same function, intermediate channels in another order.
@@ -54,4 +104,35 @@ class ExpertWeights(NamedTuple):
         """
         rows = torch.cat([order, order + order.shape[1]], 1)
         gate_up = self.gate_up.gather(1, rows[:, :, None].expand_as(self.gate_up))
-        return ExpertWeights(gate_up, self.down.gather(2, order[:, None].expand_as(self.down)))
+        biases = None if self.biases is None else ExpertBiases(self.biases.gate_up.gather(1, rows), self.biases.down)
+        return ExpertWeights(gate_up, self.down.gather(2, order[:, None].expand_as(self.down)), biases)
+
+
+class OneExpert(NamedTuple):
+    """Weights of one routed expert.
+
+    Attributes:
+        gate_up: float32 [2 I, H].
+        down: float32 [H, I].
+        gate_up_bias: float32 [2 I]; None: none.
+        down_bias: float32 [H]; None: none.
+    """
+
+    gate_up: Tensor
+    down: Tensor
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+    def gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs of gate and of up, [n, I] each, of x [n, H]."""
+        weights = self.gate_up.chunk(2)
+        if self.gate_up_bias is None:
+            gate, up = (x @ W.T for W in weights)
+        else:
+            gate, up = (torch.addmm(b, x, W.T) for W, b in zip(weights, self.gate_up_bias.chunk(2), strict=True))
+        return gate, up
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """Output [n, H] of what enters down, [n, I]."""
+        y = hidden @ self.down.T
+        return y if self.down_bias is None else y.add_(self.down_bias)

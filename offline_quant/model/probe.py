@@ -12,6 +12,7 @@ from bitsmoe_kernels.format.schema import TensorSpec
 from bitsmoe_kernels.models.families import MoEShape, Tested, moe_shape
 from offline_quant.model.download import resolve_model
 from offline_quant.model.expert_files import expert_tensor_shapes
+from offline_quant.model.mxfp4 import BLOCKS
 from offline_quant.model.packed_integers import PACKED
 from offline_quant.model.source import source_reader
 from offline_quant.model.streaming import model_without_memory
@@ -85,7 +86,9 @@ def _index_faults(index: Path, shape: MoEShape) -> list[str]:
     """Tensors of experts that the index does not name, the first of every layer."""
     named = read_json(index).get("weight_map")
     unknown = TensorSpec(torch.bfloat16, ())  # only names are compared
-    names = {name.removesuffix(PACKED): unknown for name in (named if isinstance(named, dict) else ())}
+    names = {
+        name.removesuffix(PACKED).removesuffix(BLOCKS): unknown for name in (named if isinstance(named, dict) else ())
+    }
     faults = []
     for layer in shape.layers:
         wanted = expert_tensor_shapes(shape, layer, names, shape.num_experts)

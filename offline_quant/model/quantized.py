@@ -7,7 +7,7 @@ from bitsmoe_kernels.format.checkpoint import Checkpoint, is_bitsmoe
 from bitsmoe_kernels.format.safetensors_io import read_json
 from bitsmoe_kernels.models.families import moe_shape
 from bitsmoe_kernels.reference import LayerWeights
-from offline_quant.model.expert_weights import ExpertWeights
+from offline_quant.model.expert_weights import ExpertBiases, ExpertWeights
 from offline_quant.model.side_files import check_side_files
 from offline_quant.model.source import SourceModel
 
@@ -49,6 +49,8 @@ class QuantizedModel:
             for name in ("num_experts", "hidden_size", "intermediate_size", "hidden_act"):
                 if getattr(layer, name) != getattr(s, name):
                     faults.append(f"{prefix}: {name} is {getattr(layer, name)}, config.json says {getattr(s, name)}")
+            if any(p.bias != s.family.bias for p in layer.projections.values()):
+                faults.append(f"{prefix}: biases of its experts are not as {s.family.architecture} has them")
         if faults:
             raise FormatError(str(self.directory), sorted(faults))
 
@@ -60,7 +62,13 @@ class QuantizedModel:
             tensors = self.checkpoint.layer_tensors(prefix)
             self._last = layer, LayerWeights(config.layers[prefix], config.block_size, tensors)
         weights = self._last[1]
-        return ExpertWeights(*weights.experts(range(self.shape.num_experts) if chunk is None else chunk))
+        return as_read(weights, range(self.shape.num_experts) if chunk is None else chunk)
+
+
+def as_read(weights: LayerWeights, chunk: range) -> ExpertWeights:
+    """Experts of a stored layer, dequantized."""
+    biases = weights.biases(chunk)
+    return ExpertWeights(*weights.experts(chunk), None if biases is None else ExpertBiases(*biases))
 
 
 def open_model(directory: Path) -> "SourceModel | QuantizedModel":

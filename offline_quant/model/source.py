@@ -15,6 +15,7 @@ from bitsmoe_kernels.models.families import MoEShape, language_config, moe_shape
 from offline_quant.model.expert_files import expert_tensor_shapes, read_experts
 from offline_quant.model.expert_weights import ExpertWeights
 from offline_quant.model.float8 import Float8Reader
+from offline_quant.model.mxfp4 import Mxfp4Reader
 from offline_quant.model.packed_integers import PackedReader
 from offline_quant.model.side_files import check_side_files
 from offline_quant.model.sizes import RunSizes
@@ -48,7 +49,7 @@ class WeightSource(Protocol):
 
 
 def source_reader(config: dict[str, Any], directory: Path) -> Callable[[], ShardReader]:
-    """What reads a model's tensors: of 16 or 32 bits, or as some models are published, float8 or packed integers.
+    """What reads a model's tensors: of 16 or 32 bits, or as some are published, float8, packed integers or MXFP4.
 
     Raises:
         BitsmoeError: config.json names another quantization.
@@ -58,7 +59,7 @@ def source_reader(config: dict[str, Any], directory: Path) -> Callable[[], Shard
         raise BitsmoeError(f"{directory}: config.json describes two quantizations; quantize the 16-bit model instead")
     quantization = nested if own is None else own
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    readers = {"fp8": Float8Reader, "compressed-tensors": PackedReader}
+    readers = {"fp8": Float8Reader, "compressed-tensors": PackedReader, "mxfp4": Mxfp4Reader}
     if quantization is None or (isinstance(quantization, dict) and method is None):
         return lambda: ShardReader(directory)
     if not isinstance(quantization, dict) or method not in readers:
@@ -69,7 +70,7 @@ def source_reader(config: dict[str, Any], directory: Path) -> Callable[[], Shard
 class SourceModel:
     """An unquantized checkpoint directory: config, tensors, and its experts as stacked matrices.
 
-    Block-wise float8 and packed integers count as unquantized: some models are published so.
+    Block-wise float8, packed integers and MXFP4 count as unquantized: some models are published so.
 
     Raises:
         BitsmoeError: lists all missing or misshapen tensors and files.

@@ -23,7 +23,8 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from bitsmoe_kernels.errors import BitsmoeError, fault_list, one_line
 from bitsmoe_kernels.expert_mlp import gated
 from bitsmoe_kernels.format.checkpoint import plain_config
-from bitsmoe_kernels.models.families import FUSED_NAMES, MoEShape, built_config, kept_tensors
+from bitsmoe_kernels.models.families import MoEShape, built_config, kept_tensors
+from offline_quant.model.expert_files import module_tensors
 from offline_quant.model.expert_inputs import ExpertInputs
 from offline_quant.model.sizes import FLOAT, RunSizes
 from offline_quant.model.source import WeightSource
@@ -287,10 +288,14 @@ class StreamedModel:
             if not any(len(token) for token, _ in called):
                 continue
             trim(matrix_bytes(s.hidden_size, s.intermediate_size))  # memory of earlier experts and of attention
-            gate_up, down = self.source.experts(index, chunk).to(self.device)
+            experts = self.source.experts(index, chunk).to(self.device)
             for i, (token, slot) in enumerate(called):
-                gate, up = (x[token] @ gate_up[i].T).chunk(2, -1)
-                out = gated(gate, up, s.hidden_act) @ down[i].T
+                one = experts.one(i)
+                gate_up = x[token] @ one.gate_up.T
+                if one.gate_up_bias is not None:
+                    gate_up = gate_up + one.gate_up_bias
+                gate, up = gate_up.chunk(2, -1)
+                out = one.output(gated(gate, up, s.hidden_act))
                 y.index_add_(0, token, out * topk_weights[token, slot, None])
         return y
 
@@ -486,7 +491,7 @@ class StreamedModel:
                 self._fill(module, prefix)
                 continue
             self._fill(module, prefix, self.experts_name)
-            for name, weights in zip(FUSED_NAMES, self.source.experts(index), strict=True):
+            for name, weights in module_tensors(self.shape.family, self.source.experts(index)).items():
                 _assign(module.get_submodule(self.experts_name), name, weights.to(self.device))
         del self.decoder.embed_tokens.forward
         self._fill(self.decoder.embed_tokens, f"{self._base}embed_tokens")

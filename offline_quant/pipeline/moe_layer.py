@@ -76,7 +76,7 @@ def quantize_moe_layer(
             quantized = quantize_layer(view, plan)
             tensors, errors = quantized.tensors, quantized.errors
             run.clock.lap("quantization")
-            error, output = output_error(view), quantized_output(view.ctx)
+            error, output = output_error(view), quantized_output(view)
         else:
             inputs = view.ctx.moments.inputs
             target = _target(run, index, view).to(run.streamed.device)

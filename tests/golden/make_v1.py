@@ -32,7 +32,7 @@ from bitsmoe_kernels.format.schema import (
     num_blocks,
     order_dtype,
 )
-from bruteforce import expert_weights
+from bruteforce import biases, expert_weights
 
 HERE = Path(__file__).resolve().parent / "v1"
 
@@ -120,13 +120,15 @@ def parts(
         made["lowrank_rank"] = torch.tensor([1, *[0] * (E - 2), p.lowrank_total - 1], dtype=torch.int32)
         made["lowrank_in"] = (draw(random, -3, 3, p.lowrank_total, into) / 4).half()
         made["lowrank_out"] = (draw(random, -3, 3, p.lowrank_total, out) / 4).half()
+    if p.bias:
+        made["shift"] = (draw(random, -9, 9, E, out) / 8).half()
     return made
 
 
-def write(directory: Path, block_size: Literal[16, 32], version: int = 1, **more: Any) -> None:
+def write(directory: Path, block_size: Literal[16, 32], version: int = 1, bias: bool = False, **more: Any) -> None:
     """Write the checkpoint `block{G}/` and `block{G}.expected.safetensors` into a directory.
 
-    `more` are keys of every layer that came after version 1.
+    `bias` is that of every projection, and `more` are keys of every layer: all of them came after version 1.
     """
     random = Random(block_size)
     # Every width from 0 to 8, neighbours in no order.
@@ -138,6 +140,8 @@ def write(directory: Path, block_size: Literal[16, 32], version: int = 1, **more
     schemas, expected = {}, {}
     for index, draft in layers(block_size).items():
         prefix = f"model.layers.{index}.mlp.experts"
+        given = {name: p.model_copy(update={"bias": bias}) for name, p in draft.projections.items()}
+        draft = draft.model_copy(update={"projections": given})
         tensors: dict[str, Tensor] = {}
         projections = {}
         for name, p in draft.projections.items():
@@ -152,6 +156,9 @@ def write(directory: Path, block_size: Literal[16, 32], version: int = 1, **more
             exact = torch.from_numpy(weight).contiguous()
             assert torch.equal(exact.float().double(), exact)
             expected[f"{prefix}.{which}"] = exact.float()
+        added = biases(layer.model_dump(mode="json"), tensors) if bias else ()
+        for which, values in zip(("gate", "up", "down"), added, strict=bool(added)):
+            expected[f"{prefix}.{which}.bias"] = torch.from_numpy(values).float().contiguous()
     writer.finish()
     config = CheckpointConfig(
         quant_method="bitsmoe",

@@ -97,12 +97,33 @@ def expert_weights(layer: dict[str, Any], block_size: int, tensors: Mapping[str,
     return gate, up, down
 
 
-def activation(g: Array, hidden_act: str) -> Array:
-    """The activation that `hidden_act` of config.json names."""
+def biases(layer: dict[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Array, Array, Array]:
+    """Of gate [E, I], up [E, I] and down [E, H]; zeros where a projection has none."""
+    E, I, H = (layer[key] for key in ("num_experts", "intermediate_size", "hidden_size"))  # noqa: E741
+
+    def bias(name: str, outputs: int) -> Array:
+        return array(tensors[f"{name}_shift"]) if layer["projections"][name].get("bias") else np.zeros((E, outputs))
+
+    if "gate" in layer["projections"]:
+        return bias("gate", I), bias("up", I), bias("down", H)
+    both = bias("gate_up", 2 * I)
+    return both[:, :I], both[:, I:], bias("down", H)
+
+
+def gated(g: Array, u: Array, hidden_act: str) -> Array:
+    """What enters down, by the layer's `hidden_act`."""
+    with np.errstate(over="ignore"):
+        return _gated(g, u, hidden_act)
+
+
+def _gated(g: Array, u: Array, hidden_act: str) -> Array:
     if hidden_act == "gelu_pytorch_tanh":
-        return 0.5 * g * (1 + np.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3)))
+        return 0.5 * g * (1 + np.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3))) * u
+    if hidden_act == "swigluoai":
+        g, u = np.minimum(g, 7.0), np.clip(u, -7.0, 7.0)
+        return g / (1 + np.exp(-1.702 * g)) * (u + 1)
     assert hidden_act == "silu"
-    return g / (1 + np.exp(-g))
+    return g / (1 + np.exp(-g)) * u
 
 
 def moe(
@@ -112,10 +133,12 @@ def moe(
     topk_ids: Tensor,
     expert_map: Tensor | None = None,
     hidden_act: str = "silu",
+    bias: tuple[Array, Array, Array] | None = None,
 ) -> Array:
     """Routed experts of a layer, one token and one of its experts at a time: [T, H]. Ids of no expert add nothing."""
     out = np.zeros(tuple(x.shape))
     gate, up, down = experts
+    of_gate, of_up, of_down = bias or (np.zeros(w.shape[:2]) for w in experts)
     local = list(range(len(gate))) if expert_map is None else expert_map.tolist()
     with np.errstate(all="ignore"):  # poisoned tokens
         for token, ids in enumerate(topk_ids.tolist()):
@@ -124,8 +147,8 @@ def moe(
                 if not 0 <= expert < len(gate):
                     continue
                 v = array(x[token])
-                g, u = gate[expert] @ v, up[expert] @ v
-                out[token] += float(topk_weights[token, slot]) * (down[expert] @ (activation(g, hidden_act) * u))
+                h = gated(gate[expert] @ v + of_gate[expert], up[expert] @ v + of_up[expert], hidden_act)
+                out[token] += float(topk_weights[token, slot]) * (down[expert] @ h + of_down[expert])
     return out
 
 

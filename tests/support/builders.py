@@ -55,6 +55,7 @@ class Plan:
     kept_experts: tuple[int, ...] = ()
     kept_dtype: Literal["bfloat16", "float16"] = "bfloat16"
     ranks: tuple[int, ...] = ()
+    bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,9 @@ def build_layer(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         projections={
-            name: Projection(component_axis=plan.component_axis, basis=plan.basis, order=plan.order, code_rows=0)
+            name: Projection(
+                component_axis=plan.component_axis, basis=plan.basis, order=plan.order, code_rows=0, bias=plan.bias
+            )
             for name, plan in plans.items()
         },
     )
@@ -154,6 +157,8 @@ def _build_projection(
         parts["lowrank_rank"] = torch.tensor(plan.ranks, dtype=torch.int32)
         parts["lowrank_in"] = (torch.randn(total, into, generator=gen) / into**0.5).half()
         parts["lowrank_out"] = (torch.randn(total, out, generator=gen) * 0.3).half()
+    if plan.bias:
+        parts["shift"] = torch.randn(E, out, generator=gen).half()
     return parts, codes
 
 
@@ -214,10 +219,12 @@ def build_form(
     intermediate_size: int = 56,
     block_size: int = 16,
     seed: int = 0,
+    bias: bool = False,
 ) -> MadeLayer:
-    """A random layer of a named form (`form_plans`)."""
+    """A random layer of a named form (`form_plans`), with biases or without."""
+    plans = form_plans(form, num_experts, hidden_size, intermediate_size)
     return build_layer(
-        form_plans(form, num_experts, hidden_size, intermediate_size),
+        {name: replace(plan, bias=bias) for name, plan in plans.items()},
         num_experts=num_experts,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
@@ -252,6 +259,7 @@ def layers(draw: st.DrawFn, max_experts: int = 4, max_side: int = 70) -> MadeLay
             kept_experts=tuple(sorted(draw(st.sets(st.integers(0, E - 1), max_size=2)))),
             kept_dtype=draw(st.sampled_from(["bfloat16", "float16"])),
             ranks=tuple(draw(st.lists(st.integers(0, 3), min_size=E, max_size=E))) if draw(st.booleans()) else (),
+            bias=draw(st.booleans()),
         )
     return build_layer(
         plans,

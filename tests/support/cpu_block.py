@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 LANES, STRIPS, STEP_BYTES, MAX_RUNS, ACT_ALIGN = 16, 4, 64, 8, 64
-MAGIC = int.from_bytes(b"PCU3", "little")
+MAGIC = int.from_bytes(b"PCU4", "little")
 
 
 class Head(NamedTuple):
@@ -59,6 +59,7 @@ class Record(NamedTuple):
     rank: int
     in_at: int
     out_at: int
+    bias_at: int
 
 
 class Run(NamedTuple):
@@ -88,6 +89,7 @@ class Matrix:
         index: for each component, the place of its source; None: the identity.
         scale: for each component; None: ones.
         feature: [outputs].
+        bias: [outputs].
         dense: 16-bit weights [outputs, inputs]; None: codes.
         into: compensator, [rank, inputs].
         out: compensator, [rank, outputs].
@@ -99,6 +101,7 @@ class Matrix:
     index: Ints | None
     scale: Array | None
     feature: Array
+    bias: Array
     dense: Array | None
     into: Array
     out: Array
@@ -176,6 +179,10 @@ class Block:
         assert m.steps == sum(run.steps for run in runs)
         components = sum(run.components for run in runs)
         dense = index = scale = None
+        bias = np.zeros(padded)
+        if m.bias_at >= 0:
+            bias = self._take("<f4", m.bias_at, padded).astype(np.float64)
+            assert not bias[outputs:].any()
         feature, into, out = np.ones(outputs), np.zeros((0, m.inputs)), np.zeros((0, outputs))
         if m.dense_at >= 0:
             words = self._take("<u2", m.dense_at, strips, m.inputs, LANES).transpose(0, 2, 1).reshape(padded, m.inputs)
@@ -201,7 +208,7 @@ class Block:
                 out = self._take("<f2", m.out_at, m.rank, padded).astype(np.float64)
                 assert not out[:, outputs:].any()
                 out = out[:, :outputs]
-        return Matrix(m, runs, self._codes(m, runs, strips), index, scale, feature, dense, into, out)
+        return Matrix(m, runs, self._codes(m, runs, strips), index, scale, feature, bias[:outputs], dense, into, out)
 
     def _codes(self, m: Record, runs: list[Run], strips: int) -> list[Ints]:
         found = [np.zeros((run.components, strips * LANES), np.int64) for run in runs]
@@ -251,6 +258,7 @@ class Block:
                 "dense_at": lanes * m.inputs * 2,
                 "in_at": m.rank * m.inputs * 2,
                 "out_at": m.rank * lanes * 2,
+                "bias_at": lanes * 4,
             }
             for field, size in sizes.items():
                 if getattr(m, field) >= 0:

@@ -20,7 +20,7 @@ from bitsmoe_kernels._cpu import library
 from bitsmoe_kernels.format.schema import ProjectionName
 from bitsmoe_kernels.layout.cpu_layout import to_cpu_layout
 from bitsmoe_kernels.reference import LayerWeights
-from bruteforce import Array, activation, array, assert_close, expert_weights, matrices
+from bruteforce import Array, array, assert_close, biases, expert_weights, gated, matrices
 from bruteforce import moe as brute_moe
 from builders import MadeLayer
 from cpu_block import spread_out
@@ -122,7 +122,8 @@ class RoundedExperts:
             gate, up = np.split(self.project("gate_up", expert, v), 2)
         else:
             gate, up = self.project("gate", expert, v), self.project("up", expert, v)
-        return self.project("down", expert, activation(gate, self.layer.hidden_act) * up)
+        of_gate, of_up, of_down = (b[expert] for b in biases(self.layer.model_dump(mode="json"), self.tensors))
+        return self.project("down", expert, gated(gate + of_gate, up + of_up, self.layer.hidden_act)) + of_down
 
 
 def rounded_moe(weights: LayerWeights, x: Tensor, topk_weights: Tensor, ids: Tensor, local: Tensor | None) -> Array:
@@ -152,8 +153,9 @@ def expectation(name: str, dtype: torch.dtype) -> list[tuple[Array, float]]:
     out: list[tuple[Array, float]] = []
     x, weights, ids = call_of(name, dtype)
     for shard, local in shards(name):
-        exact = expert_weights(shard.layer.model_dump(mode="json"), shard.block_size, shard.tensors)
-        want, error = brute_moe(exact, x, weights, ids, local, shard.layer.hidden_act), 0.0
+        layer = shard.layer.model_dump(mode="json")
+        exact, bias = expert_weights(layer, shard.block_size, shard.tensors), biases(layer, shard.tensors)
+        want, error = brute_moe(exact, x, weights, ids, local, shard.layer.hidden_act, bias), 0.0
         if dtype != torch.float32 and want.size:
             of_output = array(torch.from_numpy(want).to(dtype)) - want
             error = float(np.hypot(rms(rounded_moe(shard, x, weights, ids, local) - want), rms(of_output)))

@@ -231,6 +231,27 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_parameters": _ROPE | {"mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5},
     },
     "Dots1ForCausalLM": _DENSE_FIRST | _ONE_GROUP | {"head_dim": 32, "n_shared_experts": 1},
+    "MiniMaxM3SparseForConditionalGeneration": _LISTED
+    | {
+        "intermediate_size": 96,
+        "dense_intermediate_size": 128,
+        "shared_intermediate_size": 64,
+        "num_local_experts": 8,
+        "head_dim": 32,
+        "rotary_dim": 16,
+        "layer_types": ["full_attention", "minimax_m3_sparse", "full_attention"],
+        "index_n_heads": 1,
+        "index_head_dim": 32,
+        "index_block_size": 4,
+        "index_topk_blocks": 2,
+    },
+    "GptOssForCausalLM": {
+        "intermediate_size": 96,
+        "num_local_experts": 8,
+        "head_dim": 32,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
 }
 
 
@@ -255,6 +276,9 @@ _PUBLISHED = {
     "KimiK25ForConditionalGeneration": [
         (r"^language_model\.model\.blocks\.", "language_model.model.layers."),
         (r"^model\.mm_projector\.", "mm_projector."),
+    ],
+    "MiniMaxM3SparseForConditionalGeneration": [
+        (r"layers\.(\d+)\.block_sparse_moe\.(gate|up|down)_proj\.", r"layers.\1.mlp.\2_proj.")
     ],
     "KimiLinearForCausalLM": [(r"\.block_sparse_moe\.(gate|up|down)_proj\.", r".mlp.\1_proj.")],
 }
@@ -290,6 +314,8 @@ def make_model(architecture: str, directory: Path, dtype: torch.dtype = torch.bf
         for name, p in model.named_parameters():
             if p.ndim > 1:
                 p.normal_(std=1.0 if "embed" in name else 0.12)
+                if family.hidden_act == "swigluoai" and name.endswith("experts.gate_up_proj"):
+                    p *= 4  # so that clamps bite
         for name, b in model.named_buffers():
             if name.endswith(("e_score_correction_bias", "expert_bias")):
                 b.normal_(std=0.05)
@@ -322,7 +348,10 @@ def make_quantized(architecture: str, directory: Path, form: str = "natural", ma
         "hidden_size": shape.hidden_size,
         "intermediate_size": shape.intermediate_size,
     }
-    experts = {shape.prefix(i): with_act(build_form(form, **sizes, seed=i), shape.hidden_act) for i in shape.layers}
+    bias = shape.family.bias
+    experts = {
+        shape.prefix(i): with_act(build_form(form, bias=bias, **sizes, seed=i), shape.hidden_act) for i in shape.layers
+    }
     (directory / "model.safetensors").unlink()
     write_checkpoint(directory, experts, other_tensors=others, model_config=config, max_shard_bytes=max_shard_bytes)
     return directory
@@ -375,6 +404,26 @@ def to_packed(directory: Path, bits: DenseBits = 4, group: int = 32) -> dict[str
     }
     config = json.loads((directory / "config.json").read_text())
     config.get("text_config", config)["quantization_config"] = quantization
+    (directory / "config.json").write_text(json.dumps(config))
+    return meaning
+
+
+def to_mxfp4(directory: Path) -> dict[str, torch.Tensor]:
+    """Store the experts' stacked matrices in MXFP4, as gpt-oss is published; returns what they stand for."""
+    file = directory / "model.safetensors"
+    tensors, meaning = load_file(file), {}
+    numbers = torch.tensor([s * m for s in (1, -1) for m in (0, 0.5, 1, 1.5, 2, 3, 4, 6)])
+    for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        w = tensors.pop(name).float().mT  # [E, N, K]
+        groups = w.reshape(*w.shape[:2], -1, 32)
+        exponent = (groups.abs().amax(-1).clamp(min=1e-30) / 6).log2().ceil().clamp(-127, 127)
+        codes = ((groups / torch.exp2(exponent)[..., None])[..., None] - numbers).abs().argmin(-1)
+        meaning[name] = (numbers[codes] * torch.exp2(exponent)[..., None]).view_as(w).mT.contiguous().bfloat16()
+        tensors[f"{name}_blocks"] = (codes[..., 0::2] + 16 * codes[..., 1::2]).to(torch.uint8)
+        tensors[f"{name}_scales"] = (exponent + 127).to(torch.uint8)
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
     (directory / "config.json").write_text(json.dumps(config))
     return meaning
 

@@ -18,7 +18,7 @@ from bitsmoe_kernels.backends import triton_launch as moe
 from bitsmoe_kernels.format.schema import ProjectionName
 from bitsmoe_kernels.layout.pack import KernelLayer, to_kernel_layout
 from bitsmoe_kernels.sharding import shard_channels
-from bruteforce import Array, activation, array, assert_close, matrices
+from bruteforce import Array, array, assert_close, biases, gated, matrices
 from builders import MadeLayer
 from moe_cases import CASES, bytes_of, call_of, check_outputs, exact, guarded_memory, made_layer, poisoned_call, shards
 
@@ -159,9 +159,10 @@ def bounds(name: str, dtype: torch.dtype) -> tuple[float, float]:
                 M, S, stored_M, stored_S = parts_of[p, expert]
                 out.append((S @ v)[None] @ M.T if exact else noisy(stored_S @ v) @ stored_M.T)
         gate, up = np.split(np.concatenate(out, 1), 2, 1)
-        return activation(gate, made.layer.hidden_act) * up
+        return gated(gate + of_gate[expert], up + of_up[expert], made.layer.hidden_act)
 
     used = sorted({e for row in ids.tolist() for e in row if 0 <= e < case.experts})
+    of_gate, of_up, of_down = biases(made.layer.model_dump(mode="json"), made.tensors)
     parts_of = {(p, e): contractions(made, p, e, dtype) for p in made.layer.projections for e in used}
     want, got = np.zeros((T, case.hidden)), np.zeros((DRAWS, T, case.hidden))
     for t in range(T):
@@ -171,13 +172,13 @@ def bounds(name: str, dtype: torch.dtype) -> tuple[float, float]:
                 continue
             M, S, stored_M, _ = parts_of["down", e]
             w = float(weights[t, slot])
-            want[t] += w * (hidden(e, array(x[t]), True) @ S.T @ M.T)[0]
+            want[t] += w * ((hidden(e, array(x[t]), True) @ S.T @ M.T)[0] + of_down[e])
             h = hidden(e, array(x[t]), False)
             for r, (tp_rank, tp_size, experts) in enumerate(case.ranks):
                 if experts is None or e in experts:
                     mine = np.zeros(inner)
                     mine[shard_channels(inner, case.block, tp_rank, tp_size)] = 1
-                    per_rank[r] += w * (noisy(h * mine @ S.T) @ stored_M.T)
+                    per_rank[r] += w * (noisy(h * mine @ S.T) @ stored_M.T + of_down[e] * (tp_rank == 0))
         got[:, t] = sum(noisy(part) for part in per_rank)
     error = got - want
     largest, size = np.abs(want).max(initial=0), (want**2).mean() ** 0.5

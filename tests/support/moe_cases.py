@@ -18,7 +18,7 @@ from bitsmoe_kernels.format.packing import pack_codes
 from bitsmoe_kernels.format.schema import Basis, Layer, ProjectionName
 from bitsmoe_kernels.reference import LayerWeights
 from bitsmoe_kernels.sharding import shard_layer
-from bruteforce import Array, expert_weights
+from bruteforce import Array, biases, expert_weights
 from bruteforce import moe as brute_moe
 from builders import MadeLayer, Plan, build_layer, with_act
 
@@ -93,8 +93,9 @@ def with_extreme_codes(made: MadeLayer) -> MadeLayer:
 
 
 def _with_gates(made: MadeLayer, times: float) -> MadeLayer:
-    scale = made.tensors["gate_up_feature_scale"].float() * times
-    return replace(made, tensors=made.tensors | {"gate_up_feature_scale": scale.half()})
+    names = [f"{name}_feature_scale" for name in made.layer.projections if name != "down"]
+    scaled = {name: (made.tensors[name].float() * times).half() for name in names}
+    return replace(made, tensors=made.tensors | scaled)
 
 
 def with_small_gates(made: MadeLayer) -> MadeLayer:
@@ -110,6 +111,11 @@ def with_large_gates(made: MadeLayer) -> MadeLayer:
 def with_gelu(made: MadeLayer) -> MadeLayer:
     """With the activation of Gemma."""
     return with_act(made, "gelu_pytorch_tanh")
+
+
+def with_swigluoai(made: MadeLayer) -> MadeLayer:
+    """With the activation of gpt-oss, gates and ups so large that it clamps a part of them."""
+    return with_act(_with_gates(made, 4), "swigluoai")
 
 
 @dataclass(frozen=True)
@@ -375,6 +381,37 @@ def _cases() -> dict[str, Case]:
             "another activation, written before it is scaled for down", together(Plan(), Plan(ranks=(2, 0, 1))),
             change=with_gelu, kwidth=4,
         ),
+        "swigluoai": Case("clamps of gate and up, and up plus one", widths(2, 3), change=with_swigluoai),
+        "swigluoai, apart": Case(
+            "the same on two matrices, before it is scaled for down", kwidth=4, change=with_swigluoai,
+            plans={"gate": Plan(), "up": Plan(order="shared"), "down": Plan(ranks=(2, 0, 1))},
+        ),
+        "biases": Case(
+            "of gate, up and down, in the order of down's components, with tails", intermediate=72,
+            plans=together(Plan(bits=(0, 2, 3), bias=True), Plan(bits=(1, 4, 0), bias=True)), change=with_swigluoai,
+        ),
+        "biases apart": Case(
+            "of two matrices, none of up", kwidth=4, ids=((0, 1), (2, -1)),
+            plans={"gate": Plan(bias=True), "up": Plan(bits=(3,)), "down": Plan(bias=True)},
+        ),
+        "biases beside extras": Case(
+            "experts of plain numbers, of compensators, and one without codes have theirs too",
+            {
+                "gate_up": Plan(kept_experts=(2,), ranks=(0, 3, 0), bias=True),
+                "down": Plan(kept_experts=(0,), ranks=(0, 2, 1), bias=True),
+            },
+            change=with_empty_expert,
+        ),
+        "ranks of biases": Case(
+            "one rank adds those of down, and each its own channels'", intermediate=56, experts=4,
+            plans=together(Plan(bias=True), Plan(bias=True)), ids=((0, 1), (2, 3), (3, 0), (-1, 2)),
+            ranks=tuple((r, 2, e) for r in range(2) for e in ((3, 1), (0, 2))), change=with_swigluoai,
+        ),
+        "sizes of gpt-oss": Case(
+            "a hidden and an intermediate size that no tile divides, with biases", experts=1, hidden=2880,
+            intermediate=2880, ids=((0,),), plans=together(Plan(bits=(2,), bias=True), Plan(bits=(2,), bias=True)),
+            change=with_swigluoai, kwidth=4,
+        ),
         "many experts": Case(
             "as many experts and routes as Kimi-K3 and Nemotron 3 have", widths(1, 2), experts=896, hidden=24,
             intermediate=16, ids=spread(3, 22, 896),
@@ -454,7 +491,9 @@ def shards(name: str) -> list[tuple[LayerWeights, Tensor | None]]:
 
 def exact(name: str, dtype: torch.dtype) -> Array:
     """What a case should give, float64, from its input as rounded to the dtype."""
-    return brute_moe(exact_weights(name), *call_of(name, dtype), hidden_act=made_layer(name).layer.hidden_act)
+    made = made_layer(name)
+    bias = biases(made.layer.model_dump(mode="json"), made.tensors)
+    return brute_moe(exact_weights(name), *call_of(name, dtype), hidden_act=made.layer.hidden_act, bias=bias)
 
 
 MARGIN = 4096

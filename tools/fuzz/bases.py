@@ -74,8 +74,12 @@ def _files(directory: Path) -> dict[str, bytes]:
 
 
 def _quantized(form: str, block_size: int, sharded: bool) -> Base:
-    sizes = {"num_experts": E, "hidden_size": H, "intermediate_size": I, "block_size": block_size}
-    layers = {f"model.layers.{i}.mlp.experts": build_form(form, **sizes, seed=i) for i in range(LAYERS)}
+    layers = {
+        f"model.layers.{i}.mlp.experts": build_form(
+            form, num_experts=E, hidden_size=H, intermediate_size=I, block_size=block_size, seed=i
+        )
+        for i in range(LAYERS)
+    }
     with tempfile.TemporaryDirectory() as name:
         write_checkpoint(
             Path(name), layers, other_tensors=_others(), model_config=_model_config("Qwen3MoeForCausalLM"),

@@ -27,6 +27,7 @@ from bitsmoe_kernels.sharding import shard_layer
 from bitsmoe_vllm.startup import check_checkpoint, check_model
 from bitsmoe_vllm.weight_loading import LayerLoader
 from offline_quant.checkpoint.dequantize import dequantize_checkpoint
+from offline_quant.model.expert_weights import ExpertWeights
 from offline_quant.model.quantized import QuantizedModel, open_model
 from offline_quant.model.source import SourceModel
 from offline_quant.report.inspect import inspect_checkpoint
@@ -258,8 +259,7 @@ def _use_quantized(directory: Path, scratch: Path) -> None:
     model = QuantizedModel(directory)
     s = model.shape
     for layer in s.layers:
-        gate_up, down = model.experts(layer)
-        _check_shapes(s, gate_up, down)
+        _check_shapes(s, model.experts(layer))
     check_model(model.checkpoint.config, SimpleNamespace(**{k: v for k, v in model.config.items() if k.isidentifier()}))
     dequantize_checkpoint(directory, scratch / "dequantized", torch.float32)
     try:
@@ -269,7 +269,8 @@ def _use_quantized(directory: Path, scratch: Path) -> None:
             raise FindingError(f"what it was dequantized to is refused: {e}") from e
 
 
-def _check_shapes(s: Any, gate_up: Tensor, down: Tensor) -> None:
+def _check_shapes(s: Any, experts: ExpertWeights) -> None:
+    gate_up, down = experts.gate_up, experts.down
     expected = (s.num_experts, 2 * s.intermediate_size, s.hidden_size)
     if gate_up.shape != expected or down.shape != (s.num_experts, s.hidden_size, s.intermediate_size):
         raise FindingError(f"experts are {list(gate_up.shape)} and {list(down.shape)}")
@@ -288,9 +289,9 @@ def _use_source(directory: Path) -> None:
         if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
             raise FindingError(f"{name} is {tensor.dtype} {tensor.shape}, announced as {spec}")
     for layer in model.shape.layers:
-        gate_up, down = model.experts(layer)
-        _check_shapes(model.shape, gate_up, down)
-        if not bool(gate_up.isfinite().all() & down.isfinite().all()):
+        experts = model.experts(layer)
+        _check_shapes(model.shape, experts)
+        if not bool(experts.gate_up.isfinite().all() & experts.down.isfinite().all()):
             raise FindingError(f"layer {layer}: accepted as finite, but is not")
 
 

@@ -78,12 +78,19 @@ inline float exponential(float v) {
     return of_bits(bits_of(p) + (bits_of(shifted) << 23));
 }
 
-// h = act(gate) up; the activation by its number in expert_mlp.py
-inline void activation_times(int64_t activation, const float* gate, const float* up, float* h, int64_t n) {
+// h = act(gate, up); the activation by its number in expert_mlp.py
+inline void gated(int64_t activation, const float* gate, const float* up, float* h, int64_t n) {
     if (activation == 1) {  // gelu by tanh, in terms of the sigmoid
         for (int64_t i = 0; i < n; i++) {
             const float g = gate[i], u = 1.59576912f * g * __builtin_fmaf(0.044715f * g, g, 1.0f);
             h[i] = g / (1.0f + exponential(-u)) * up[i];
+        }
+        return;
+    }
+    if (activation == 2) {  // swigluoai; comparisons that let NaN through
+        for (int64_t i = 0; i < n; i++) {
+            const float g = gate[i] > 7.0f ? 7.0f : gate[i], u = up[i] > 7.0f ? 7.0f : up[i];
+            h[i] = g / (1.0f + exponential(-1.702f * g)) * ((u < -7.0f ? -7.0f : u) + 1.0f);
         }
         return;
     }
@@ -366,9 +373,9 @@ void prepare(const Pass& p, const Matrix& m, const float* coded, const float* pl
     if (m.rank) compensator_inner(p.base, m, plain, a.inner + i * a.ranks);
 }
 
-// One group of outputs for active slots [i, i + n) of one expert. `plain`: their source rows as floats.
+// One group of outputs for active slots [i, i + n) of one expert, without a bias. `plain`: their source rows as floats.
 template <int ROWS>
-void product(const Pass& p, const Matrix& m, int64_t group, const ActStore& a, const ActStore& inner, int64_t i, int n,
+void unbiased(const Pass& p, const Matrix& m, int64_t group, const ActStore& a, const ActStore& inner, int64_t i, int n,
              const float* const* plain, float* y) {
     if (m.dense_at >= 0) {
         const int64_t all = ceil_div(m.outputs, LANES);
@@ -383,6 +390,18 @@ void product(const Pass& p, const Matrix& m, int64_t group, const ActStore& a, c
     if (m.rank)
         for (int t = 0; t < n; t++)
             add_compensator(p.base, m, group, inner.inner + (i + t) * inner.ranks, y + t * GROUP);
+}
+
+template <int ROWS>
+void product(const Pass& p, const Matrix& m, int64_t group, const ActStore& a, const ActStore& inner, int64_t i, int n,
+             const float* const* plain, float* y) {
+    unbiased<ROWS>(p, m, group, a, inner, i, n, plain, y);
+    if (m.bias_at < 0) return;
+    const float* bias = (const float*)(p.base + m.bias_at) + group * GROUP;
+    const int64_t padded = up_to(m.outputs, LANES);
+    const int64_t width = padded - group * GROUP < GROUP ? padded - group * GROUP : GROUP;
+    for (int t = 0; t < n; t++)
+        for (int64_t k = 0; k < width; k++) y[t * GROUP + k] += bias[k];
 }
 
 // Neighbouring tasks of a phase, a few at a time: their codes are one stream, which is fetched ahead of its use.
@@ -459,7 +478,7 @@ void work(Pass& p, int thread, int threads, float* scratch) {
             product<ROWS>(p, matrices(p, l.gate)[e], g, p.gate, p.gate, i, n, plain, one);
             product<ROWS>(p, matrices(p, l.up)[e], g, up_acts, p.up, i, n, plain, two);
             for (int t = 0; t < n; t++)
-                activation_times(l.activation, one + t * GROUP, two + t * GROUP, p.h + (i + t) * I + g * GROUP, width);
+                gated(l.activation, one + t * GROUP, two + t * GROUP, p.h + (i + t) * I + g * GROUP, width);
         }
     }
 #pragma omp barrier

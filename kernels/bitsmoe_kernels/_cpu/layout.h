@@ -31,9 +31,10 @@ struct Matrix {
     int64_t codes_at;
     int64_t dense_at, dense_kind; // 16-bit weights [strips][inputs][16]; 0: bfloat16, 1: float16
     int64_t rank, in_at, out_at;  // compensator: float16 [rank][inputs] and [rank][strips of 16]
+    int64_t bias_at;              // float32 [strips of 16]; -1
 };
 
-constexpr int64_t LAYER_MAGIC = 0x33554350;  // changes with this file
+constexpr int64_t LAYER_MAGIC = 0x34554350;  // changes with this file
 
 struct Layer {
     int64_t magic, bytes;

@@ -102,14 +102,14 @@ def _contract(act, codes32, codes16, dense, start, tiles, matrix, n0, rows,
 
 
 @triton.jit
-def _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, row, KMAX, NMAX, matrix, n0, N, rows,
+def _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row, KMAX, NMAX, matrix, n0, N, rows,
              NCORR: tl.constexpr, NCORR_POW2: tl.constexpr, CORR_CHUNK: tl.constexpr,
              BN: tl.constexpr, BT: tl.constexpr, KWIDTH: tl.constexpr, FP16: tl.constexpr, ASM: tl.constexpr,
-             EVEN: tl.constexpr, DENSE: tl.constexpr, WIDTHS: tl.constexpr,
+             EVEN: tl.constexpr, DENSE: tl.constexpr, BIAS: tl.constexpr, WIDTHS: tl.constexpr,
              UNROLL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """BN outputs of one matrix from the first n0 on, for the activations `row` [BT]: float32 [BN, BT].
 
-    NMAX: a matrix's share of `scale`. N: its outputs; EVEN: whether BN divides it. rows:
+    NMAX: a matrix's share of `scale` and of `bias`. N: its outputs; EVEN: whether BN divides it. rows:
     stored ones, a multiple of 16.
     """
     width = tl.cdiv(tl.sum(tl.load(tiles + matrix * 5 + tl.arange(0, 4))) * 64, CORR_CHUNK)
@@ -120,29 +120,37 @@ def _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, row, KMAX,
     n = n0 + tl.arange(0, BN)
     t = scale + matrix * NMAX + n
     t = tl.load(t) if EVEN else tl.load(t, mask=n < N, other=0.0)
-    return (coded - tl.sum(parts, 1)[None, :]) * t[:, None] + plain
+    y = (coded - tl.sum(parts, 1)[None, :]) * t[:, None] + plain
+    if BIAS:
+        b = bias + matrix * NMAX + n
+        y += (tl.load(b) if EVEN else tl.load(b, mask=n < N, other=0.0))[:, None]
+    return y
 
 
 @triton.jit
-def activated(gate, ACT: tl.constexpr):
-    """The activation, by its number in `expert_mlp.ACTIVATION_NUMBERS`."""
+def gated(gate, up, ACT: tl.constexpr):
+    """act(gate, up), the activation by its number in `expert_mlp.ACTIVATION_NUMBERS`."""
     if ACT == 1:  # gelu by tanh, in terms of the sigmoid
-        return gate * tl.sigmoid(1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate))
+        return gate * tl.sigmoid(1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate)) * up
+    elif ACT == 2:  # swigluoai; comparisons that let NaN through
+        gate = tl.where(gate > 7.0, 7.0, gate)
+        up = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up))
+        return gate * tl.sigmoid(1.702 * gate) * (up + 1.0)
     else:
-        return gate * tl.sigmoid(gate)
+        return gate * tl.sigmoid(gate) * up
 
 
 @triton.jit
-def gate_up_kernel(act, corr, codes32, codes16, dense, start, tiles, columns, scale,
+def gate_up_kernel(act, corr, codes32, codes16, dense, start, tiles, columns, scale, bias,
                    block_expert, block_slot, num_blocks,
                    down_factor, down_offset, out, out_corr,
                    KMAX, NMAX, KDOWN, OUT_STRIDE,
                    NCORR: tl.constexpr, NCORR_POW2: tl.constexpr, CORR_CHUNK: tl.constexpr, OUT_NCORR: tl.constexpr,
                    BN: tl.constexpr, BT: tl.constexpr, SPLIT: tl.constexpr, FUSED: tl.constexpr, DENSE: tl.constexpr,
-                   ACT: tl.constexpr,
+                   ACT: tl.constexpr, BIAS: tl.constexpr,
                    WIDTHS: tl.constexpr, KWIDTH: tl.constexpr, FP16: tl.constexpr, ASM: tl.constexpr,
                    UNROLL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """h = act(gate) * up of BN / 2 components of down.
+    """h = act(gate, up) of BN / 2 components of down.
 
     FUSED: writes down's scaled activations `out` [slots, OUT_STRIDE] and their partial corrections `out_corr` [slots,
     OUT_NCORR], one for each program of a row; else h itself, float32 [slots, OUT_STRIDE].
@@ -162,18 +170,18 @@ def gate_up_kernel(act, corr, codes32, codes16, dense, start, tiles, columns, sc
     if n0 >= N:
         return
     if SPLIT:
-        gate = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, row * 2, KMAX, NMAX, matrix,
-                        n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16, ASM, True, DENSE, WIDTHS,
-                        UNROLL, STAGES)  # fmt: skip
-        up = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, row * 2 + 1, KMAX, NMAX,
+        gate = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row * 2, KMAX, NMAX, matrix,
+                        n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16, ASM, True, DENSE, BIAS,
+                        WIDTHS, UNROLL, STAGES)  # fmt: skip
+        up = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row * 2 + 1, KMAX, NMAX,
                       matrix + 1, n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16, ASM, True, DENSE,
-                      WIDTHS, UNROLL, STAGES)  # fmt: skip
+                      BIAS, WIDTHS, UNROLL, STAGES)  # fmt: skip
     else:
-        y = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, row, KMAX, NMAX, matrix,
-                     n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, BN, BT, KWIDTH, FP16, ASM, True, DENSE, WIDTHS,
-                     UNROLL, STAGES)  # fmt: skip
+        y = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row, KMAX, NMAX, matrix,
+                     n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, BN, BT, KWIDTH, FP16, ASM, True, DENSE, BIAS,
+                     WIDTHS, UNROLL, STAGES)  # fmt: skip
         gate, up = tl.split(tl.permute(tl.reshape(y, (HALF, 2, BT)), (0, 2, 1)))
-    h = activated(gate, ACT) * up
+    h = gated(gate, up, ACT)
     pout = out + row[None, :] * OUT_STRIDE + at[:, None]
     if FUSED:
         where = expert.to(tl.int64) * KDOWN + at
@@ -188,12 +196,12 @@ def gate_up_kernel(act, corr, codes32, codes16, dense, start, tiles, columns, sc
 
 
 @triton.jit(do_not_specialize_on_alignment=["weight"])
-def down_kernel(act, corr, codes32, codes16, dense, start, tiles, columns, scale,
+def down_kernel(act, corr, codes32, codes16, dense, start, tiles, columns, scale, bias,
                 block_expert, block_slot, num_blocks,
                 weight, local, partial, arrived, out,
                 KMAX, H,
                 NCORR: tl.constexpr, NCORR_POW2: tl.constexpr, CORR_CHUNK: tl.constexpr, TOP_K: tl.constexpr,
-                BN: tl.constexpr, BT: tl.constexpr, EVEN: tl.constexpr, DENSE: tl.constexpr,
+                BN: tl.constexpr, BT: tl.constexpr, EVEN: tl.constexpr, DENSE: tl.constexpr, BIAS: tl.constexpr,
                 WIDTHS: tl.constexpr, KWIDTH: tl.constexpr, FP16: tl.constexpr, ASM: tl.constexpr,
                 UNROLL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Outputs of every slot to `partial` [slots, H] float32, times the routing weight; the last of a token sums them.
@@ -212,9 +220,9 @@ def down_kernel(act, corr, codes32, codes16, dense, start, tiles, columns, scale
     n = n0 + tl.arange(0, BN)
     inside = n < H
     matrix = expert.to(tl.int64)
-    y = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, row, KMAX, H, matrix, n0, H,
+    y = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row, KMAX, H, matrix, n0, H,
                  tl.cdiv(H, 16) * 16, NCORR, NCORR_POW2, CORR_CHUNK, BN, BT, KWIDTH, FP16, ASM, EVEN, DENSE,
-                 WIDTHS, UNROLL, STAGES) * tl.load(weight + row)[None, :]  # fmt: skip
+                 BIAS, WIDTHS, UNROLL, STAGES) * tl.load(weight + row)[None, :]  # fmt: skip
     tl.store(partial + row[None, :] * H + n[:, None], y, mask=inside[:, None] & valid[None, :])
     token = row // TOP_K
     expected = tl.zeros((BT,), tl.int32)

@@ -163,7 +163,8 @@ def _forward(
             act.shape[-1], layer.inputs.scale.shape[1], k_down, hidden.shape[1],
             NCORR=corr.shape[-1], NCORR_POW2=_pow2(corr.shape[-1]), CORR_CHUNK=SCALE_CHUNK,
             OUT_NCORR=hidden_corr.shape[-1], BN=2 * TILE, BT=tile.tokens, SPLIT=layer.split, FUSED=layer.fused,
-            DENSE=layer.inputs.dense.numel() > 1, WIDTHS=layer.input_widths, ACT=layer.act, **common)  # fmt: skip
+            DENSE=layer.inputs.dense.numel() > 1, WIDTHS=layer.input_widths, ACT=layer.act,
+            BIAS=layer.inputs.bias.numel() > 0, **common)  # fmt: skip
     chunk = TILE
     if not layer.fused:
         hidden, hidden_corr = _scaled(layer.down, hidden, route.local, S, 1, 1, out, 0, device.asm)
@@ -175,7 +176,7 @@ def _forward(
             topk_weights.float().contiguous(), route.local, partial, route.arrived, out, k_down, H,
             NCORR=hidden_corr.shape[-1], NCORR_POW2=_pow2(hidden_corr.shape[-1]), CORR_CHUNK=chunk, TOP_K=top_k,
             BN=tile.outputs, BT=tile.tokens, EVEN=H % tile.outputs == 0, DENSE=layer.down.dense.numel() > 1,
-            WIDTHS=layer.down_widths, **common)  # fmt: skip
+            WIDTHS=layer.down_widths, BIAS=layer.down.bias.numel() > 0, **common)  # fmt: skip
     return out
 
 
@@ -249,7 +250,7 @@ def _scaled(
 
 
 def _codes(m: Matrices) -> tuple[Tensor, ...]:
-    return m.codes32, m.codes16, m.dense, m.start, m.tiles, m.columns, m.scale
+    return m.codes32, m.codes16, m.dense, m.start, m.tiles, m.columns, m.scale, m.bias
 
 
 def _pow2(n: int) -> int:

@@ -189,6 +189,10 @@ class ShardReader:
         self._mapped += tensor.nbytes
         return tensor
 
+    def rows(self, name: str, part: slice) -> Tensor:
+        """Some rows of a tensor, as `get` gives all of them."""
+        return self.get(name)[part]
+
 
 class ShardWriter:
     """Writes tensors into shards of bounded size; `finish` names them and writes the index.

@@ -23,8 +23,8 @@ from bitsmoe_kernels.expert_mlp import HIDDEN_ACT, HiddenAct
 
 FORMAT_VERSION = 2
 """The newest that this version reads and writes. Older ones are read for ever."""
-LEAST_VERSION = {"hidden_act": 2}
-"""Keys of a layer that came later, and the format version they came with."""
+LEAST_VERSION = {"hidden_act": 2, "bias": 2}
+"""Keys of a layer or a projection that came later, and the format version they came with."""
 QUANT_METHOD: Final = "bitsmoe"
 MAX_BITS = 8
 """Widest code. Whole experts may also stay at 16 bits (`Projection.kept_experts`)."""
@@ -33,7 +33,7 @@ Axis = Literal["input", "output"]
 ProjectionName = Literal["gate_up", "gate", "up", "down"]
 Part = Literal[
     "codes", "bits", "component_scale", "feature_scale", "order", "basis", "basis_scale",
-    "kept", "lowrank_rank", "lowrank_in", "lowrank_out",
+    "kept", "lowrank_rank", "lowrank_in", "lowrank_out", "shift",
 ]  # fmt: skip
 PARTS: tuple[Part, ...] = get_args(Part)
 PROJECTION_NAMES: tuple[ProjectionName, ...] = get_args(ProjectionName)
@@ -109,6 +109,8 @@ class Projection(StrictModel):
     kept_dtype: Literal["bfloat16", "float16"] = "bfloat16"
     lowrank_total: Count = 0
     """Ranks of the low-rank compensators, summed over experts; 0: none."""
+    bias: bool = False
+    """Whether the projection has a bias, in the part `shift`: serving engines read meaning into "bias" in names."""
 
     @model_validator(mode="before")
     @classmethod
@@ -217,6 +219,8 @@ def _projection_specs(
         yield "lowrank_rank", TensorSpec(torch.int32, (E,))
         yield "lowrank_in", TensorSpec(half, (p.lowrank_total, into))
         yield "lowrank_out", TensorSpec(half, (p.lowrank_total, out))
+    if p.bias:
+        yield "shift", TensorSpec(half, (E, out))
 
 
 class CheckpointConfig(StrictModel):
@@ -258,10 +262,11 @@ class CheckpointConfig(StrictModel):
         except ValidationError as e:
             raise FormatError(subject, pydantic_faults(e)) from None
         later = [
-            f"layers.{prefix}.{key}: is not of format_version {version}"
+            f"layers.{where}.{key}: is not of format_version {version}"
             for prefix, layer in data["layers"].items()
+            for where, keys in _described(prefix, layer)
             for key, least in LEAST_VERSION.items()
-            if version < least and key in layer
+            if version < least and key in keys
         ]
         if later:
             raise FormatError(subject, later)
@@ -270,9 +275,12 @@ class CheckpointConfig(StrictModel):
     def dump(self) -> dict[str, Any]:
         """JSON data; `parse` of it gives an equal object."""
         data = self.model_dump(mode="json")
-        for layer in data["layers"].values():
-            if layer["hidden_act"] == HIDDEN_ACT:  # so that readers of version 1 know all keys
-                del layer["hidden_act"]
+        # Defaults of later keys are left out, so that readers of version 1 know all keys.
+        defaults = {"hidden_act": HIDDEN_ACT, "bias": False}
+        for prefix, layer in data["layers"].items():
+            for _, keys in _described(prefix, layer):
+                for key in [key for key, value in defaults.items() if keys.get(key) == value]:
+                    del keys[key]
         return data
 
     def tensor_specs(self) -> dict[str, TensorSpec]:
@@ -300,7 +308,23 @@ class CheckpointConfig(StrictModel):
 
 def least_version(layers: Iterable[Layer]) -> int:
     """The oldest format version that can hold these layers: older readers go on reading what they can."""
-    return LEAST_VERSION["hidden_act"] if any(layer.hidden_act != HIDDEN_ACT for layer in layers) else 1
+    later = [
+        LEAST_VERSION[key]
+        for layer in layers
+        for key, used in (
+            ("hidden_act", layer.hidden_act != HIDDEN_ACT),
+            ("bias", any(p.bias for p in layer.projections.values())),
+        )
+        if used
+    ]
+    return max(later, default=1)
+
+
+def _described(prefix: str, layer: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A layer's JSON data and that of its projections, with where they stand."""
+    yield prefix, layer
+    for name, projection in layer["projections"].items():
+        yield f"{prefix}.projections.{name}", projection
 
 
 def pydantic_faults(error: ValidationError) -> list[str]:

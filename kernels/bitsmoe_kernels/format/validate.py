@@ -82,7 +82,7 @@ def _projection_faults(layer: Layer, name: ProjectionName, block: int, tensors: 
 
     bits = part("bits").long()
     faults += _bit_faults(layer, name, bits)
-    for which in ("component_scale", "feature_scale", "basis", "basis_scale", "kept", "lowrank_in", "lowrank_out"):
+    for which in PARTS:
         tensor = tensors.get(f"{name}_{which}")
         if tensor is not None and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             count = int((~tensor.isfinite()).sum())

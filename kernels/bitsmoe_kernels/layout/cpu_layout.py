@@ -36,12 +36,12 @@ PLANES = {
 """Planes of each width: their bits, and the place of their lowest bit."""
 RUNS = ((4, 0), (4, 4), (2, 0), (2, 4), (1, 0), (1, 2), (1, 4), (1, 6))
 """Runs in the order in which a matrix has them."""
-MAGIC = 0x33554350
+MAGIC = 0x34554350
 MOST_INPUTS = 32_768
 """Beyond it a sum of products of a basis in 8 bits does not fit int32."""
 MOST_RANKS = 65_536
 """Of the bases of gate and up together: an index has 16 bits."""
-_MATRIX, _LAYER, _RUN = struct.Struct("<14q"), struct.Struct("<17q"), struct.Struct("<8i")
+_MATRIX, _LAYER, _RUN = struct.Struct("<15q"), struct.Struct("<17q"), struct.Struct("<8i")
 
 
 def unsupported(layer: Layer) -> str | None:
@@ -72,6 +72,7 @@ class _Matrix(NamedTuple):
     rank: int = 0
     in_at: int = -1
     out_at: int = -1
+    bias_at: int = -1
 
 
 @dataclass
@@ -262,10 +263,15 @@ def _matrix(
     """The description of one matrix: outputs [first, first + columns) of an expert's projection."""
     K = w.layer.side(w.name, "input")
     padded = -(-columns // LANES) * LANES
+    bias_at = -1
+    if (bias := w.bias(e)) is not None:
+        added = np.zeros(padded, np.float32)
+        added[:columns] = bias[first : first + columns].numpy()
+        bias_at = block.put(added)
     if e in w.spec.kept_experts:
         dense = w.part("kept")[w.spec.kept_experts.index(e), first : first + columns]
         at, kind = _dense(block, dense)
-        return _Matrix(columns, K, dense_at=at, dense_kind=kind)
+        return _Matrix(columns, K, dense_at=at, dense_kind=kind, bias_at=bias_at)
     feature = np.zeros(padded, np.float32)
     feature[:columns] = w.part("feature_scale")[e, first : first + columns].float().numpy()
     codes_at = block.reserve(padded // LANES * coded.steps * STEP_BYTES)
@@ -286,7 +292,7 @@ def _matrix(
             in_at, out_at = block.put(w.part("lowrank_in")[rows].numpy()), block.put(outer)
     return _Matrix(
         columns, K, len(coded.runs), coded.run_at, coded.steps, coded.index_at, coded.scale_at, block.put(feature),
-        codes_at, rank=rank, in_at=in_at, out_at=out_at,
+        codes_at, rank=rank, in_at=in_at, out_at=out_at, bias_at=bias_at,
     )  # fmt: skip
 
 

@@ -53,6 +53,7 @@ class Matrices:
         factor: float32 [M, K], and
         offset: float32 [M, K]: see above; both 0 in padding.
         scale: float32 [M, N].
+        bias: float32 [M, N]; empty without.
         rank: int32 [M], and
         lowrank: float16 [sum of ranks, inputs]: the input side of compensators; empty without.
         lowrank_start: int32 [M].
@@ -68,6 +69,7 @@ class Matrices:
     factor: Tensor
     offset: Tensor
     scale: Tensor
+    bias: Tensor
     rank: Tensor
     lowrank: Tensor
     lowrank_start: Tensor
@@ -212,6 +214,7 @@ def pack_matrices(parts: Sequence[MatrixContent], dtype: torch.dtype, kwidth: in
     index = torch.zeros(M, K, dtype=torch.int32, device=device)
     factor, offset = torch.zeros(M, K, device=device), torch.zeros(M, K, device=device)
     scale = torch.zeros(M, N, device=device)
+    bias = torch.zeros(M, N if parts[0].weights.spec.bias else 0, device=device)
     rank, first = torch.zeros(M, dtype=torch.int32), torch.zeros(M, dtype=torch.int32)
     lowrank: list[Tensor] = []
     for i, (w, expert, components, columns, live) in enumerate(parts):
@@ -243,6 +246,8 @@ def pack_matrices(parts: Sequence[MatrixContent], dtype: torch.dtype, kwidth: in
                 factor[i, :coded] /= unit
                 t = t * unit
         scale[i, : len(columns)] = t * live
+        if bias.numel() and (added := w.bias(expert)) is not None:
+            bias[i, : len(columns)] = added[columns] * live
         if expert not in w.spec.kept_experts and (pair := w.lowrank(expert)) is not None:
             rank[i], first[i] = len(pair[0]), sum(map(len, lowrank))
             lowrank.append(pair[0].half())
@@ -252,7 +257,7 @@ def pack_matrices(parts: Sequence[MatrixContent], dtype: torch.dtype, kwidth: in
         dense=dense.joined(dtype, device),
         start=start.to(device), tiles=tiles.to(device),
         columns=torch.tensor([len(part.columns) for part in parts], dtype=torch.int32, device=device),
-        index=index, factor=factor, offset=offset, scale=scale, rank=rank.to(device),
+        index=index, factor=factor, offset=offset, scale=scale, bias=bias, rank=rank.to(device),
         lowrank=torch.cat(lowrank) if lowrank else torch.zeros(0, 1, dtype=torch.float16, device=device),
         lowrank_start=first.to(device),
     )  # fmt: skip

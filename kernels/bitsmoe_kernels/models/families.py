@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
-from bitsmoe_kernels.expert_mlp import ACTIVATIONS, HIDDEN_ACT, HiddenAct
+from bitsmoe_kernels.expert_mlp import ACTIVATIONS, HIDDEN_ACT, SWIGLU_ALPHA, SWIGLU_LIMIT, HiddenAct
 from bitsmoe_kernels.format.schema import TensorSpec
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -66,6 +66,14 @@ def _sparse_layers(config: dict[str, Any]) -> list[int]:
     return list(layers[config.get("first_k_dense_replace") or 0 :])
 
 
+def _listed_layers(config: dict[str, Any]) -> list[int]:
+    """Those that a list of 0 and 1 marks, where there is no list of kinds."""
+    listed = config.get("moe_layer_freq")
+    if isinstance(listed, list) and config.get(LAYER_KINDS_KEY) is None:
+        return [i for i, sparse in enumerate(listed[: config["num_hidden_layers"]]) if sparse]
+    return _sparse_layers(config)
+
+
 def _all_but_the_first(config: dict[str, Any]) -> list[int]:
     """Where config.json lists no kinds, of models whose only dense layer is the first."""
     first = config.get("first_k_dense_replace")
@@ -107,12 +115,14 @@ class LanguagePart:
         head: the head's name in files.
         whole: transformers has no class for the language model alone, so that all parts are built; names in files are
             then those of transformers' modules.
+        model_type: transformers' own, where files may give another.
     """
 
     config: str = "text_config"
     prefix: str = "model.language_model."
     head: str = "lm_head"
     whole: bool = False
+    model_type: str | None = None
 
 
 @dataclass(frozen=True)
@@ -133,11 +143,15 @@ class Family:
         stacked: names within a decoder layer of the matrices of all experts together, where files have no other form.
             Other files may have these too, with names after `FUSED_NAMES`.
         transposed: whether stacked matrices may be [E, H, 2 I] and [E, I, H], as published files have them.
+        interleaved: whether stacked matrices are [E, H, 2 I], columns of gate and up in turn, and [E, I, H], in files
+            and in transformers' modules.
+        bias: whether the experts have biases, beside stacked matrices and named after them.
         module_names: (in files, in transformers' modules) parts of names that differ.
         joined: (transformers' part of a name, parts in files): tensors of equal shapes, in one behind each other.
         module_experts: transformers' experts within a decoder layer.
         module_norm: transformers' norm before the head.
-        hidden_act_key: the experts' activation in config.json; None: it is `HIDDEN_ACT`.
+        hidden_act_key: the experts' activation in config.json; None: it is `hidden_act`.
+        hidden_act: the experts' activation, of families whose config.json does not say it.
         optional_sizes: further keys of config.json that must be whole numbers above 0 where present.
         fixed: keys of config.json that must have this value where present; a tuple: one of several.
         required: further keys of config.json that must be there, since transformers' defaults are of another model.
@@ -158,11 +172,14 @@ class Family:
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     stacked: tuple[str, str] | None = None
     transposed: bool = False
+    interleaved: bool = False
+    bias: bool = False
     module_names: tuple[tuple[str, str], ...] = ()
     joined: tuple[tuple[str, tuple[str, ...]], ...] = ()
     module_experts: str = "mlp.experts"
     module_norm: str = "norm"
     hidden_act_key: str | None = "hidden_act"
+    hidden_act: HiddenAct = HIDDEN_ACT
     optional_sizes: tuple[str, ...] = _SIZES
     fixed: tuple[tuple[str, Any], ...] = ()
     required: tuple[str, ...] = ()
@@ -286,6 +303,8 @@ _GEMMA: dict[str, Any] = {
     ),
     "required": ("top_k_experts", "enable_moe_block", "hidden_size_per_layer_input"),
 }
+_SWIGLUOAI = (("swiglu_alpha", SWIGLU_ALPHA), ("swiglu_limit", SWIGLU_LIMIT))
+"""Keys of models whose experts have that activation: the format knows no other constants."""
 
 FAMILIES: dict[str, Family] = {
     f.architecture: f
@@ -526,6 +545,58 @@ FAMILIES: dict[str, Family] = {
             tested="tokens",
         ),
         Family(
+            "GptOssForCausalLM",
+            "gpt_oss",
+            "gpt-oss",
+            num_experts_key="num_local_experts",
+            intermediate_size_key="intermediate_size",
+            moe_layers=_all_layers,
+            stacked=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+            interleaved=True,
+            bias=True,
+            hidden_act_key=None,
+            hidden_act="swigluoai",
+            fixed=_SWIGLUOAI,
+        ),
+        Family(
+            "MiniMaxM3SparseForConditionalGeneration",
+            "minimax_m3_vl",
+            "MiniMax-M3",
+            **_BLOCK_SPARSE
+            | {
+                "moe_layers": _listed_layers,
+                "module_names": (
+                    (".block_sparse_moe.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),
+                    # A dense layer's MLP is called .mlp. in files too.
+                    *(
+                        (f".block_sparse_moe.{part}.", f".mlp.{part}.")
+                        for part in ("gate", "experts", "shared_experts")
+                    ),
+                    *(
+                        (f".self_attn.index_{part}.", f".self_attn.indexer.{part}.")
+                        for part in ("q_proj", "k_proj", "q_norm", "k_norm")
+                    ),
+                ),
+            },
+            joined=((".gate_up_proj.", (".gate_proj.", ".up_proj.")),),
+            hidden_act_key=None,
+            hidden_act="swigluoai",
+            fixed=(
+                *_SWIGLUOAI,
+                ("swiglu_beta", 1.0),
+                ("hidden_act", ("swigluoai", "silu")),
+                ("n_shared_experts", 1),
+                ("scoring_func", "sigmoid"),
+                ("use_gemma_norm", True),
+                ("qk_norm_type", "per_head"),
+                ("attention_output_gate", False),
+            ),
+            text=LanguagePart(
+                prefix="language_model.model.", head="language_model.lm_head", model_type="minimax_m3_vl_text"
+            ),
+            tested="transformers",
+        ),
+        Family(
             "Glm4vMoeForConditionalGeneration",
             "glm4v_moe",
             "GLM-4.5V, GLM-4.6V",
@@ -545,13 +616,12 @@ _NO_CLASS = "transformers has no class of its own for it, and its remote code is
 _PARTS = "it is a model of several parts that nobody has described here yet"
 
 REFUSED = {
-    "GptOssForCausalLM": "its experts have biases and a clamped activation, which the checkpoint format does not hold",
     **dict.fromkeys(("Llama4ForCausalLM", "Llama4ForConditionalGeneration"), "it weighs what enters its experts"),
     **dict.fromkeys(("NemotronHForCausalLM", "NemotronH_Omni_Reasoning_V3"), _NO_GATE),
     **dict.fromkeys(("DeepseekV4ForCausalLM", "DeepseekV4ForConditionalGeneration", "HYV4ForCausalLM"), _STREAMS),
     **dict.fromkeys(("Glm5NextForConditionalGeneration", "Qwen4ExpForConditionalGeneration"), _STREAMS),
     "Qwen4ExpForCausalLM": _STREAMS,
-    **dict.fromkeys(("MiniMaxM3SparseForConditionalGeneration", "MiniMaxM3SparseForCausalLM"), _CLAMPED),
+    "MiniMaxM3SparseForCausalLM": "it is published as MiniMaxM3SparseForConditionalGeneration",
     **dict.fromkeys(("Step3p5ForCausalLM", "Step3p7ForConditionalGeneration"), _CLAMPED),
     "LongcatFlashForCausalLM": "some of its experts are the identity, which the checkpoint format does not hold",
     "Ernie4_5_VLMoeForConditionalGeneration": "its layers have two groups of experts of different sizes",
@@ -626,9 +696,11 @@ class MoEShape:
             model: transformers' language model; its tensors may be without memory.
         """
         E, H, I = self.num_experts, self.hidden_size, self.intermediate_size  # noqa: E741
-        expected = {f"{i}.{self.family.module_experts}": [(E, 2 * I, H), (E, H, I)] for i in self.layers}
+        sizes = [(E, H, 2 * I), (E, I, H)] if self.family.interleaved else [(E, 2 * I, H), (E, H, I)]
+        biases = [(E, 2 * I), (E, H)] if self.family.bias else []
+        expected = {f"{i}.{self.family.module_experts}": [*sizes, *biases] for i in self.layers}
         found = {
-            name: [tuple(own[part].shape) for part in FUSED_NAMES]
+            name: [tuple(own[part].shape) for part in (*FUSED_NAMES, *map(bias_name, FUSED_NAMES)) if part in own]
             for name, module in model.get_decoder().layers.named_modules()
             if (own := dict(module.named_parameters(recurse=False))).keys() >= set(FUSED_NAMES)
         }
@@ -707,6 +779,11 @@ def stored_prefix(served: str, stored: Collection[str]) -> str:
     return served
 
 
+def bias_name(stacked: str) -> str:
+    """Name of the biases that lie beside stacked matrices."""
+    return f"{stacked}_bias"
+
+
 def kept_tensors(module: Any) -> list[tuple[str, Any]]:
     """Parameters and those buffers that belong in files, of a torch module; tied ones once, under the first name."""
     own = module.state_dict(keep_vars=True)
@@ -726,7 +803,10 @@ def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json says of the language model: all of it, or the entry of a model of several parts."""
     family = _family(config)
     part = config.get(family.text.config) if family and family.text else config
-    return dict(part) if isinstance(part, Mapping) else {}
+    if not isinstance(part, Mapping):
+        return {}
+    own = family.text.model_type if family and family.text else None
+    return {**part, "model_type": own} if own else dict(part)
 
 
 def built_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -832,7 +912,7 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
         for key, value in family.fixed
         if key in config and config[key] not in (allowed := value if isinstance(value, tuple) else (value,))
     ]
-    hidden_act = config[family.hidden_act_key] if family.hidden_act_key else HIDDEN_ACT
+    hidden_act = config[family.hidden_act_key] if family.hidden_act_key else family.hidden_act
     if not (isinstance(hidden_act, str) and hidden_act in ACTIVATIONS):
         known = " or ".join(map(repr, ACTIVATIONS))
         unsupported.append(f"{family.hidden_act_key} is {hidden_act!r:.80}, but only {known} is supported")

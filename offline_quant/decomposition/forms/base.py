@@ -76,7 +76,10 @@ class Form(ABC):
             hidden_size=shape.hidden_size,
             intermediate_size=shape.intermediate_size,
             hidden_act=shape.hidden_act,
-            projections=self.projections(Basis(rank=shape.hidden_size, bits=basis_bits)),
+            projections={
+                name: projection.model_copy(update={"bias": shape.family.bias})
+                for name, projection in self.projections(Basis(rank=shape.hidden_size, bits=basis_bits)).items()
+            },
         )
 
 

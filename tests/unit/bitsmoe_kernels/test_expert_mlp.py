@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitsmoe_kernels.expert_mlp import ACTIVATIONS, HiddenAct, activation_with_slope_, gated, gated_
-from bruteforce import activation
+from bitsmoe_kernels.expert_mlp import ACTIVATIONS, HiddenAct, gated, gated_, gated_with_slopes_
+from bruteforce import gated as brute_gated
 
 SIZES = [(1, 1), (3, 40), (257, 131), (1024, 96)]
 """Tokens and channels: scalars, vector registers with a rest, whole blocks of calibration."""
@@ -49,46 +49,51 @@ def test_gated_in_place_of_the_hidden_moments(n: int, inner: int) -> None:
 
 
 @pytest.mark.parametrize(("n", "inner"), SIZES)
-def test_value_and_slope_of_the_expert_moments(n: int, inner: int) -> None:
+def test_value_and_slopes_of_the_expert_moments(n: int, inner: int) -> None:
     g, u = (v.contiguous() for v in gate_and_up(n, inner))
     sigmoid = g.sigmoid()
     silu = g * sigmoid
-    h = silu * u
-    squared_slope = ((torch.addcmul(sigmoid, silu, sigmoid, value=-1) + silu) * u).square()
+    by_gate = (torch.addcmul(sigmoid, silu, sigmoid, value=-1) + silu) * u
 
-    gate = g.clone()
-    value, slope = activation_with_slope_(gate)
-    assert value is gate
-    assert torch.equal(value, silu)
-    assert torch.equal(value * u, h)
-    assert torch.equal(slope.mul_(u).square_(), squared_slope)
-    assert torch.equal(value.square_(), silu.square())
+    out = torch.empty_like(u)
+    found = gated_with_slopes_(g.clone(), u.clone(), out)
+    assert torch.equal(out, silu * u)
+    assert torch.equal(found[0], by_gate)
+    assert torch.equal(found[1], silu)
 
 
-def test_the_slope_is_the_derivative() -> None:
-    g = gate_and_up(64, 64)[0].double().requires_grad_()
-    (want,) = torch.autograd.grad(F.silu(g).sum(), g)
-    _, slope = activation_with_slope_(g.detach().clone())
-    torch.testing.assert_close(slope, want, rtol=1e-12, atol=1e-12)
-
-
-def test_value_with_slope_is_not_the_other_value() -> None:
+def test_value_with_slopes_is_not_the_other_value() -> None:
     """They round differently, so one must not stand in for the other."""
     gate, _ = gate_and_up(1024, 96)
-    value, _ = activation_with_slope_(gate.clone())
+    _, value = gated_with_slopes_(gate.clone(), torch.ones_like(gate), torch.empty_like(gate))
     torch.testing.assert_close(value, F.silu(gate))
     assert not torch.equal(value, F.silu(gate))
 
 
 @pytest.mark.parametrize("hidden_act", ACTIVATIONS)
 def test_all_forms_of_an_activation(hidden_act: HiddenAct) -> None:
-    """Against an independent statement of it in float64, and its slope against autograd's."""
-    gate, up = (v.double() for v in gate_and_up(64, 48))
-    want = torch.from_numpy(activation(gate.numpy(), hidden_act))
-    torch.testing.assert_close(gated(gate, up, hidden_act), want * up)
-    torch.testing.assert_close(gated_(gate.clone(), up, torch.empty_like(up), hidden_act), want * up)
-    g = gate.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(gated(g, torch.ones_like(up), hidden_act).sum(), g)
-    found = activation_with_slope_(gate.clone(), hidden_act)
-    torch.testing.assert_close(found[0], want, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(found[1], slope, rtol=1e-9, atol=1e-12)
+    """Against an independent statement of it in float64, and its slopes against autograd's."""
+    gate, up = (v.double() * 2 for v in gate_and_up(64, 48))
+    before, want = (gate.clone(), up.clone()), torch.from_numpy(brute_gated(gate.numpy(), up.numpy(), hidden_act))
+    torch.testing.assert_close(gated(gate, up, hidden_act), want)
+    assert torch.equal(gate, before[0])
+    assert torch.equal(up, before[1])
+    out = torch.empty_like(up)
+    assert gated_(gate.clone(), up.clone(), out, hidden_act) is out
+    assert torch.equal(out, gated(gate, up, hidden_act))
+    leaves = [v.clone().requires_grad_() for v in (gate, up)]
+    slopes = torch.autograd.grad(gated(*leaves, hidden_act).sum(), leaves)
+    found = gated_with_slopes_(gate.clone(), up.clone(), out, hidden_act)
+    torch.testing.assert_close(out, want)
+    for got, slope in zip(found, slopes, strict=True):
+        torch.testing.assert_close(got, slope, rtol=1e-9, atol=1e-12)
+
+
+def test_clamps_bite() -> None:
+    """Beyond its limits swigluoai stays where it is, and its slopes are zero."""
+    gate, up = torch.tensor([[9.0, 1.0, 8.0, -9.0]]), torch.tensor([[1.0, 9.0, -8.0, 2.0]])
+    at_limit = gated(gate.clamp(max=7), up.clamp(-7, 7), "swigluoai")
+    assert torch.equal(gated(gate, up, "swigluoai"), at_limit)
+    by_gate, by_up = gated_with_slopes_(gate, up, torch.empty_like(up), "swigluoai")
+    assert (by_gate == 0).tolist() == [[True, False, True, False]]
+    assert (by_up == 0).tolist() == [[False, True, True, False]]

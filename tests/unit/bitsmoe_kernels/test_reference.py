@@ -9,7 +9,7 @@ from torch import Tensor
 import bitsmoe_kernels.reference as reference
 from bitsmoe_kernels.format.schema import ProjectionName
 from bitsmoe_kernels.reference import LayerWeights, ProjectionWeights, moe_forward
-from bruteforce import array, assert_close, expert_weights, matrices, moe, weights
+from bruteforce import array, assert_close, biases, expert_weights, matrices, moe, weights
 from builders import FORMS, MadeLayer, Plan, build_form, build_layer, layers
 from pretended_cuda import pretended_cuda
 
@@ -22,6 +22,11 @@ def wrap(made: MadeLayer) -> LayerWeights:
 
 def brute(made: MadeLayer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return expert_weights(made.layer.model_dump(mode="json"), made.block_size, made.tensors)
+
+
+def whole(made: MadeLayer, *call: torch.Tensor) -> np.ndarray:
+    """What the layer should give."""
+    return moe(brute(made), *call, bias=biases(made.layer.model_dump(mode="json"), made.tensors))
 
 
 def tokens(T: int, H: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -81,7 +86,8 @@ def check_projection(made: MadeLayer, name: ProjectionName) -> None:
         assert w.dtype == torch.float32
         assert w.is_contiguous()
         assert_close(w, want[e])
-        assert_close(ours.forward(e, x, z), array(x) @ want[e].T)
+        bias = array(made.tensors[f"{name}_shift"][e]) if ours.spec.bias else 0.0
+        assert_close(ours.forward(e, x, z), array(x) @ want[e].T + bias)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -114,7 +120,7 @@ def test_moe_forward(form: str, routing: str) -> None:
     x = tokens(len(topk_ids), 40)
     got = moe_forward(wrap(made), x, topk_weights, topk_ids)
     assert got.dtype == torch.float32
-    assert_close(got, moe(brute(made), x, topk_weights, topk_ids))
+    assert_close(got, whole(made, x, topk_weights, topk_ids))
 
 
 @given(made=layers(max_experts=3, max_side=40))
@@ -124,7 +130,7 @@ def test_moe_forward_of_any_layer(made: MadeLayer) -> None:
     topk_weights = torch.rand(5, 2, generator=torch.Generator().manual_seed(0))
     x = tokens(5, made.layer.hidden_size)
     # Small layers of few bits and random bases can cancel: the bound is on the size of what is summed up.
-    want = moe(brute(made), x, topk_weights, topk_ids)
+    want = whole(made, x, topk_weights, topk_ids)
     assert_close(moe_forward(wrap(made), x, topk_weights, topk_ids), want, 3e-5, 2e-5)
 
 
@@ -141,7 +147,7 @@ def test_dtypes(dtype: torch.dtype, weight_dtype: torch.dtype, ids_dtype: torch.
     x, topk_weights = tokens(4, 40, dtype=dtype), topk_weights.to(weight_dtype)
     got = moe_forward(wrap(made), x, topk_weights, topk_ids.to(ids_dtype))
     assert got.dtype == dtype
-    want = moe(brute(made), x, topk_weights, topk_ids)
+    want = whole(made, x, topk_weights, topk_ids)
     error = np.abs(array(got) - want)
     assert (error <= HALF_ULP[dtype] * np.abs(want) + 1e-5 * np.abs(want).max()).all()
 
@@ -157,7 +163,7 @@ def test_columns_of_a_wider_tensor_as_input() -> None:
     topk_weights, topk_ids, _ = route("each its own")
     wide = tokens(4, 80)
     x = wide[:, ::2]
-    assert_close(moe_forward(wrap(made), x, topk_weights, topk_ids), moe(brute(made), x, topk_weights, topk_ids))
+    assert_close(moe_forward(wrap(made), x, topk_weights, topk_ids), whole(made, x, topk_weights, topk_ids))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +177,7 @@ def test_expert_map(form: str, expert_map: list[int]) -> None:
         topk_weights, topk_ids, _ = route(routing)
         x = tokens(len(topk_ids), 40)
         got = moe_forward(wrap(made), x, topk_weights, topk_ids, local)
-        assert_close(got, moe(brute(made), x, topk_weights, topk_ids, local))
+        assert_close(got, whole(made, x, topk_weights, topk_ids, local))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -13,7 +13,7 @@ from bitsmoe_kernels.format.schema import Layer, TensorSpec
 from bitsmoe_kernels.format.validate import check_values
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
 from bitsmoe_kernels.sharding import ParallelSizes, check_tensor_parallel, parallel_sizes, shard_channels, shard_layer
-from bruteforce import Array, assert_close, expert_weights, moe
+from bruteforce import Array, assert_close, biases, expert_weights, moe
 from builders import FORMS, REPO, MadeLayer, Plan, build_form, build_layer, layers
 from pretended_cuda import pretended_cuda
 from tools.parallel_sizes import published_table
@@ -37,9 +37,9 @@ def shard(
 
 
 def whole(made: MadeLayer, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Array:
-    return moe(
-        expert_weights(made.layer.model_dump(mode="json"), made.block_size, made.tensors), x, topk_weights, topk_ids
-    )
+    layer = made.layer.model_dump(mode="json")
+    weights, bias = expert_weights(layer, made.block_size, made.tensors), biases(layer, made.tensors)
+    return moe(weights, x, topk_weights, topk_ids, bias=bias)
 
 
 def inputs(made: MadeLayer, T: int = 6) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.schema import Basis
 from bitsmoe_kernels.layout.cpu_layout import MOST_INPUTS, unsupported
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
-from bruteforce import array, assert_close, expert_weights
+from bruteforce import array, assert_close, biases, expert_weights
 from bruteforce import moe as brute_moe
 from builders import MadeLayer, Plan, build_form, build_layer, layers
 from cpu_block import Block
@@ -355,7 +355,8 @@ def test_any_supported_layer(made: MadeLayer) -> None:
     block = packed(made)
     got = [library.forward(block, x, weights, ids, None, isa, 2) for isa in ISAS]
     assert all(same_bits([y], got[:1]) for y in got)
-    assert_close(got[0], brute_moe(exact_of(made), x, weights, ids))
+    bias = biases(made.layer.model_dump(mode="json"), made.tensors)
+    assert_close(got[0], brute_moe(exact_of(made), x, weights, ids, bias=bias))
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ pytestmark = [
 ]
 
 
-LARGE = {"many experts", "sizes of Gemma 4"}
+LARGE = {"many experts", "sizes of Gemma 4", "sizes of gpt-oss"}
 """Cases that take the interpreter ten seconds and more: in one dtype by day."""
 
 

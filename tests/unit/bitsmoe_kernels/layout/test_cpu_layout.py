@@ -108,6 +108,8 @@ def check_layout(made: MadeLayer) -> Block:
             m, p, t = block.matrix(kind, e), layer.projections[name], made.tensors
             K, C = layer.side(name, "input"), layer.components(name)
             assert (m.record.outputs, m.record.inputs) == (columns.stop - columns.start, K)
+            assert (m.record.bias_at >= 0) == p.bias
+            np.testing.assert_array_equal(m.bias, array(t[f"{name}_shift"])[e, columns] if p.bias else 0)
             if e in p.kept_experts:
                 assert m.record.dense_kind == (p.kept_dtype == "float16")
                 np.testing.assert_array_equal(m.dense, array(t[f"{name}_kept"][p.kept_experts.index(e), columns]))

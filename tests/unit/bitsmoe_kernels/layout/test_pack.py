@@ -140,6 +140,11 @@ def check_layout(made: MadeLayer, dtype: torch.dtype, kwidth: int) -> None:
             got = Unpacked(m, i, dtype, kwidth)
             assert got.columns == len(columns)
             assert not got.scale[~live].any()
+            assert m.bias.shape[1] == (m.scale.shape[1] if p.spec.bias else 0)
+            if p.spec.bias:
+                bias = m.bias[i, : len(columns)]
+                assert torch.equal(bias[live], made.tensors[f"{name}_shift"][e, columns[live]].float())
+                assert not bias[~live].any()
             assert not got.dense[:, ~live].any()
             assert not got.dense_offset.any()
             # Padding adds nothing. Only the widest class is padded, by less than a tile; and a last block may be short,

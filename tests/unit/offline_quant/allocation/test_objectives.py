@@ -111,9 +111,10 @@ def test_bt_moe_measures_what_a_choice_costs_at_the_layers_output():
     (table,) = choice_tables(view, forms_of(view.config))
     zero = (table.width == 0) & (table.rank == 0)
     share = view.ctx.moments.routing_frequency.numpy()
-    gate_up, down = view.load(range(E))
+    experts = view.load(range(E))
+    gate_up, down = experts.gate_up, experts.down
     for e in range(E):
-        m = view.ctx.moments.measure_expert(e, gate_up[e], down[e])
+        m = view.ctx.moments.measure_expert(e, experts.one(e))
         M, outputs, D = m.inputs, m.output_weights, m.down
         expected = (outputs[:, None] * gate_up[e] @ M * gate_up[e]).sum() + (down[e] @ D * down[e]).sum()
         assert table.loss[e, zero][0] == pytest.approx(float(share[e] * expected.sqrt()), rel=0.05)

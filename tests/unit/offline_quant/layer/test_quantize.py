@@ -22,6 +22,7 @@ from offline_quant.layer.planner import plan_layer
 from offline_quant.layer.quantizer import quantize_chunk, quantize_layer
 from offline_quant.linalg import DAMPING, add_damping, add_product, factorize, mirrored, on_diagonal, output_energy
 from offline_quant.model.expert_inputs import ExpertInputs
+from offline_quant.model.expert_weights import ExpertBiases, OneExpert
 from offline_quant.report.collect import width_histogram
 from offline_quant.rounding.backends.torch_reference import _Rows
 from offline_quant.rounding.correction import correct_down
@@ -301,30 +302,43 @@ def weighed_tokens(data, stats, e):
     return x, mass / (own + stats.pseudo_count), own
 
 
+def swigluoai(outputs):
+    """As transformers' GptOssExperts computes it, of gate and up one behind the other."""
+    gate, up = outputs.chunk(2, -1)
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return (up + 1) * gate * torch.sigmoid(gate * 1.702)
+
+
 def swiglu(outputs):
     gate, up = outputs.chunk(2, -1)
     return gate * torch.sigmoid(gate) * up
 
 
-def test_expert_moments_weigh_by_the_jacobian_of_the_output(monkeypatch):
-    """Against autograd: d(w D h)/d(gate, up) of every token."""
+@pytest.mark.parametrize("hidden_act", ["silu", "swigluoai"])
+def test_expert_moments_weigh_by_the_jacobian_of_the_output(hidden_act, monkeypatch):
+    """Against autograd: d(w D h)/d(gate, up) of every token. With swigluoai there are biases, and clamps bite."""
     monkeypatch.setattr(moments_module, "PLANNING_STEP", 1)
     data, E, intermediate = inputs(), 4, 5
-    stats = LayerMoments(data, E)
+    stats = LayerMoments(data, E, hidden_act)
     g = torch.Generator().manual_seed(3)
     W, D = torch.randn(E, 2 * intermediate, 12, generator=g), torch.randn(E, 12, intermediate, generator=g)
+    b = torch.randn(E, 2 * intermediate, generator=g) if hidden_act == "swigluoai" else torch.zeros(E, 2 * intermediate)
+
+    activated = {"silu": swiglu, "swigluoai": swigluoai}[hidden_act]
     for e in range(E):
-        measured = stats.measure_expert(e, W[e], D[e])
+        measured = stats.measure_expert(e, OneExpert(W[e], D[e], b[e] if hidden_act == "swigluoai" else None))
         x, mass, own = weighed_tokens(data, stats, e)
         assert own == int(stats.counts[e])
 
-        jacobians = [torch.autograd.functional.jacobian(swiglu, W[e].double() @ row) for row in x]
+        outputs = x @ W[e].double().T + b[e].double()
+        assert (outputs.abs() > 7).any()
+        jacobians = [torch.autograd.functional.jacobian(activated, row) for row in outputs]
         felt = torch.stack([(D[e].double() @ j).square().sum(0) for j in jacobians])
         assert torch.allclose(measured.output_weights.double(), mass @ felt, rtol=1e-4)
         token = mass * felt.sum(1)
         token = token.clamp(max=20 * token.mean())
         assert torch.allclose(measured.inputs.double(), (x.T * token) @ x / token.sum(), atol=1e-4)
-        h = swiglu(x @ W[e].double().T)
+        h = activated(outputs)
         assert torch.allclose(measured.down.double(), (h.T * mass) @ h, rtol=1e-4, atol=1e-4)
 
 
@@ -335,9 +349,9 @@ def test_corrected_down_is_the_least_squares_fit_to_quantized_activations():
     original, down = torch.randn(10, 12, generator=g), torch.randn(12, 5, generator=g)
     quantized = original * 0.8 + 0.1 * torch.randn(10, 12, generator=g)
     order = torch.tensor([3, 0, 4, 1, 2])
-    activations = stats.measure_expert(1, original, down).activations
+    activations = stats.measure_expert(1, OneExpert(original, down)).activations
     original, down = original[torch.cat([order, order + 5])], down[:, order]
-    found = stats.measure_quantized(1, quantized, order, activations)
+    found = stats.measure_quantized(1, OneExpert(quantized, down), order, activations)
     M, missing = found.moments, found.missing
     x, mass, _ = weighed_tokens(data, stats, 1)
 
@@ -356,26 +370,32 @@ def test_corrected_down_is_the_least_squares_fit_to_quantized_activations():
     assert lost(fitted) < 0.5 * lost(down.double())
 
 
-def test_what_experts_add_and_its_error_are_those_of_the_layer():
-    """Before and after quantization, including an expert that no token reaches."""
-    gate_up, down, view, config = view_of("natural", 4.5, unseen=1)
-    data = view.ctx.moments.inputs
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("basis", ["natural", "whitened", "paper"])
+def test_what_experts_add_and_its_error_are_those_of_the_layer(basis, biased):
+    """Before and after quantization, including an expert that no token reaches. With biases the layer is gpt-oss's."""
+    bits = 4.5 if basis == "natural" else 7.0
+    gate_up, down, view, config = view_of(basis, bits, unseen=1, biased=biased)
+    data, activated = view.ctx.moments.inputs, swigluoai if biased else swiglu
+    loaded = view.ctx.load(range(4))
+    of_gate_up, of_down = loaded.biases if biased else (torch.zeros(4, 64), torch.zeros(4, 48))
     original = torch.zeros_like(data.x, dtype=torch.float64)
     for slot in range(2):
         for e in range(4):
             rows = data.topk_ids[:, slot] == e
-            y = swiglu(data.x[rows].double() @ gate_up[e].double().T) @ down[e].double().T
+            outputs = data.x[rows].double() @ gate_up[e].double().T + of_gate_up[e]
+            y = activated(outputs) @ down[e].double().T + of_down[e]
             original[rows] += data.topk_weights[rows, slot, None] * y
     plan = plan_layer(view)
     assert torch.allclose(torch.cat(list(original_output(view.ctx))).double(), original, atol=1e-5)
     with pytest.raises(RuntimeError, match="not been quantized yet"):
-        list(quantized_output(view.ctx))
+        list(quantized_output(view))
     tensors = quantize_layer(view, plan).tensors
     with pytest.raises(RuntimeError, match="quantized gate and up by now"):
         list(original_output(view.ctx))
     weights = LayerWeights(plan.layer, config.block_size, tensors)
     expected = moe_forward(weights, data.x, data.topk_weights, data.topk_ids)
-    assert torch.allclose(torch.cat(list(quantized_output(view.ctx))), expected, atol=1e-5)
+    assert torch.allclose(torch.cat(list(quantized_output(view))), expected, atol=1e-5)
     assert output_error(view) == pytest.approx(
         float((expected - original).square().sum() / original.square().sum()), rel=1e-3
     )
@@ -391,7 +411,7 @@ def test_an_unseen_expert_gets_statistics_of_all_tokens():
     data = inputs(unseen=1)
     stats = LayerMoments(data, 4)
     assert int(stats.counts[1]) == 0
-    measured = stats.measure_expert(1, torch.randn(8, 12), torch.randn(12, 4))
+    measured = stats.measure_expert(1, OneExpert(torch.randn(8, 12), torch.randn(12, 4)))
     assert measured.is_finite
     assert int(torch.linalg.matrix_rank(measured.inputs)) == 12
     assert float(measured.output_weights.min()) > 0
@@ -399,15 +419,19 @@ def test_an_unseen_expert_gets_statistics_of_all_tokens():
     assert float(stats.routing_frequency[1]) > 0
 
 
-def view_of(basis, bits, block_size=16, unseen=None, E=4, H=48, I=32, rank=None, **options):  # noqa: E741
-    """With a rank, all experts' gate and up matrices read little more than that many directions of the input."""
+def view_of(basis, bits, block_size=16, unseen=None, E=4, H=48, I=32, rank=None, biased=False, **options):  # noqa: E741
+    """With a rank, all experts' gate and up matrices read little more than that many directions of the input.
+
+    Biased: the layer is one of gpt-oss.
+    """
     g = torch.Generator().manual_seed(8)
     gate_up, down = torch.randn(E, 2 * I, H, generator=g) / 7, torch.randn(E, H, I, generator=g) / 7
     if rank is not None:
         directions = torch.linalg.qr(torch.randn(H, H, generator=g)).Q[:rank]
         gate_up = (gate_up @ directions.T) @ directions + 1e-3 * gate_up
     config = QuantizeConfig(bits=bits, basis=basis, block_size=block_size, **options)
-    return gate_up, down, measured_layer(gate_up, down, inputs(600, H, E, unseen=unseen), config), config
+    biases = ExpertBiases(torch.randn(E, 2 * I, generator=g), torch.randn(E, H, generator=g)) if biased else None
+    return gate_up, down, measured_layer(gate_up, down, inputs(600, H, E, unseen=unseen), config, biases), config
 
 
 def layer(*args, **options):
@@ -522,7 +546,7 @@ def test_reported_error_is_what_the_stored_weights_lose(basis, bits, rank, optio
     names = [n for n in errors if n != "down"]
     lost, total = (dict.fromkeys(names, 0.0) for _ in range(2))
     for e in range(4):
-        measured = stats.measure_expert(e, gate_up[e], down[e])
+        measured = stats.measure_expert(e, OneExpert(gate_up[e], down[e]))
         M, outputs = measured.inputs, measured.output_weights
         # Channels were permuted: compare with the permuted original, found by matching energies of rows.
         gate, up, _ = weights.expert_weights(e)
@@ -602,21 +626,23 @@ def mixture(weights, data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("basis", ["natural", "whitened", "paper"])
-def test_fitted_together_experts_come_nearer_to_a_target_of_the_whole_layer(basis):
+@pytest.mark.parametrize(
+    ("basis", "biased"), [("natural", False), ("natural", True), ("whitened", False), ("paper", False)]
+)
+def test_fitted_together_experts_come_nearer_to_a_target_of_the_whole_layer(basis, biased):
     """The experts' own output, and that with an error of earlier layers, which they can only partly make up for."""
     bits = 4.5 if basis == "natural" else 9.0
-    _, _, view, config = view_of(basis, bits, unseen=1)
+    _, _, view, config = view_of(basis, bits, unseen=1, biased=biased)
     data = view.ctx.moments.inputs
     original = torch.cat(list(original_output(view.ctx)))
     drift = 0.1 * data.x @ torch.randn(48, 48, generator=torch.Generator().manual_seed(5)) / 7
 
     def lost(target, fitted):
-        _, _, fresh, _ = view_of(basis, bits, unseen=1)
+        _, _, fresh, _ = view_of(basis, bits, unseen=1, biased=biased)
         plan = plan_layer(fresh)
         tensors = quantize_layer(fresh, plan, target.clone() if fitted else None).tensors
         output = mixture(LayerWeights(plan.layer, config.block_size, tensors), data)
-        assert torch.allclose(torch.cat(list(quantized_output(fresh.ctx))), output, atol=1e-5)
+        assert torch.allclose(torch.cat(list(quantized_output(fresh))), output, atol=1e-5)
         return float((output - target).square().sum())
 
     assert lost(original, True) < lost(original, False)

@@ -11,6 +11,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -29,12 +30,14 @@ from families import (
     make_model,
     streamed_logits,
     to_float8,
+    to_mxfp4,
     to_packed,
     whole_logits,
 )
 from offline_quant.checkpoint.dequantize import dequantize_checkpoint
 from offline_quant.config import QuantizeConfig
 from offline_quant.model.float8 import Float8Reader
+from offline_quant.model.mxfp4 import Mxfp4Reader
 from offline_quant.model.quantized import open_model
 from offline_quant.model.source import SourceModel
 from offline_quant.model.streaming import StreamedModel
@@ -271,6 +274,53 @@ def test_broken_packed_integers_are_refused(damage, said: str, tmp_path: Path) -
         SourceModel(model).tensors.get(name)
 
 
+@pytest.mark.slow
+def test_mxfp4_sources_are_read_as_what_they_stand_for(tmp_path: Path, calib: str) -> None:
+    """transformers' own reader gives the same values; the result is that of the dequantized model."""
+    model, plain, meaning = published("GptOssForCausalLM", tmp_path, to_mxfp4)
+    source, stored = SourceModel(model), load_file(model / "model.safetensors")
+    assert source.tensors.specs == SourceModel(plain).tensors.specs
+    for name, value in meaning.items():
+        assert torch.equal(source.tensors.get(name), value)
+        assert torch.equal(source.tensors.rows(name, slice(2, 5)), value[2:5])
+        theirs = convert_moe_packed_tensors(stored[f"{name}_blocks"], stored[f"{name}_scales"])
+        assert torch.equal(theirs, value)
+    assert torch.equal(source.tensors.rows("model.norm.weight", slice(3)), stored["model.norm.weight"][:3])
+    assert_same_result(model, plain, tmp_path, calib)
+
+
+def test_every_code_of_mxfp4(tmp_path: Path) -> None:
+    """All bytes and exponents but that of infinity, against transformers' reader."""
+    blocks = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(255, 2, 1, 1)
+    scales = torch.arange(255, dtype=torch.uint8).view(255, 1, 1).repeat(1, 2, 16)
+    save_file({"w_blocks": blocks, "w_scales": scales}, tmp_path / "model.safetensors")
+    found = Mxfp4Reader(tmp_path, {}).get("w")
+    assert found.shape == (255, 512, 2)
+    assert torch.equal(found, convert_moe_packed_tensors(blocks, scales))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda t, n: t.pop(f"{n}_scales"), "gate_up_proj_scales is missing"),
+        (lambda t, n: t.pop(f"{n}_blocks"), "gate_up_proj is missing"),
+        (lambda t, n: t.update({f"{n}_scales": torch.ones(8, 192, 3, dtype=torch.uint8)}), r"uint8 \[8, 192, 2\]"),
+        (lambda t, n: t.update({f"{n}_blocks": torch.ones(8, 192, 2, 16)}), "must be uint8"),
+        (lambda t, n: t.pop(f"{n}_bias"), "gate_up_proj_bias is missing"),
+        (lambda t, n: t.update({f"{n}_bias": torch.ones(8, 96)}), r"gate_up_proj_bias has shape \[8, 96\]"),
+    ],
+    ids=["no scales", "no codes", "scales of another shape", "codes of another dtype", "no bias", "another bias"],
+)
+def test_broken_mxfp4_is_refused(damage, said: str, tmp_path: Path) -> None:
+    model = make_model("GptOssForCausalLM", tmp_path / "model")
+    to_mxfp4(model)
+    tensors = load_file(model / "model.safetensors")
+    damage(tensors, "model.layers.1.mlp.experts.gate_up_proj")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BitsmoeError, match=said):
+        SourceModel(model)
+
+
 def test_float8_without_blocks_is_refused(tmp_path: Path) -> None:
     model = make_model("DeepseekV3ForCausalLM", tmp_path / "model")
     config = json.loads((model / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
@@ -404,7 +454,8 @@ def test_the_language_model_of_several_parts(tmp_path: Path, calib: str, capsys:
     source, tensors = SourceModel(model), load_file(model / "model.safetensors")
     tensors["mtp.fc.weight"] = torch.ones(2, 2, dtype=torch.bfloat16)
     for layer in source.shape.layers:
-        gate_up, down = (matrices.bfloat16() for matrices in source.experts(layer))
+        experts = source.experts(layer)
+        gate_up, down = experts.gate_up.bfloat16(), experts.down.bfloat16()
         for e in range(source.shape.num_experts):
             for name in source.shape.expert_names(layer, e):
                 del tensors[name]
