@@ -84,12 +84,19 @@ def test_a_family_is_quantized_and_dequantized(architecture: str, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("architecture", "factor"), [("GraniteMoeForCausalLM", 0.4), ("AfmoeForCausalLM", None), ("MixtralForCausalLM", 1)]
+    ("architecture", "factor"),
+    [
+        ("GraniteMoeForCausalLM", 0.4),
+        ("AfmoeForCausalLM", None),
+        ("MixtralForCausalLM", 1),
+        ("GptOssForCausalLM", 1),
+        ("MiniMaxM3SparseForConditionalGeneration", 2),
+    ],
 )
 def test_layers_that_do_not_just_add_the_output_of_their_experts(
     architecture: str, factor: float | None, tmp_path: Path, calib: str
 ) -> None:
-    """Granite scales it, Trinity norms it. Tuning aims at what experts put out, before that."""
+    """Granite and MiniMax-M3 scale it, Trinity norms it. Tuning aims at what experts put out, before that."""
     model = make_model(architecture, tmp_path / "model")
     streamed = StreamedModel(SourceModel(model))
     for index in streamed.shape.layers:
@@ -123,6 +130,14 @@ def test_heads_that_scale_or_have_a_bias(architecture: str, tmp_path: Path) -> N
     want = whole_logits(model)
     with torch.no_grad():
         assert torch.allclose(streamed.materialize()(input_ids=IDS).logits, want, atol=2e-4)
+
+
+def test_interleaved_experts_in_memory(tmp_path: Path) -> None:
+    """Their biases too are where transformers' module has them."""
+    model = make_model("GptOssForCausalLM", tmp_path / "model")
+    whole = StreamedModel(SourceModel(model)).materialize()
+    with torch.no_grad():
+        assert torch.allclose(whole(input_ids=IDS).logits, whole_logits(model), atol=2e-4)
 
 
 @pytest.mark.slow
