@@ -12,7 +12,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from bitsmoe_kernels.backends.base import Prepared
 from bitsmoe_kernels.backends.select import select
 from bitsmoe_kernels.errors import BitsmoeError, FormatError
-from bitsmoe_kernels.expert_mlp import HIDDEN_ACT, HiddenAct
+from bitsmoe_kernels.expert_mlp import SILU_LIMIT, SWIGLU_LIMIT, HiddenAct
 from bitsmoe_kernels.format.schema import Layer
 from bitsmoe_kernels.reference import LayerWeights
 from bitsmoe_vllm import _compat
@@ -27,8 +27,16 @@ _NAMES: dict[HiddenAct, tuple[str, ...]] = {
     "gelu_pytorch_tanh": ("gelu_tanh",),
     # The same for weights of vLLM's own kernels in different orders.
     "swigluoai": ("swigluoai", "swigluoai_uninterleave"),
+    "silu_clamp10": ("silu",),
 }
 """vLLM's names of activations."""
+_LIMITS: dict[HiddenAct, tuple[float | None, ...]] = {
+    "silu": (None,),
+    "gelu_pytorch_tanh": (None,),
+    "swigluoai": (None, SWIGLU_LIMIT),
+    "silu_clamp10": (SILU_LIMIT,),
+}
+"""Where vLLM's layers clamp gate and up."""
 
 
 class BitsmoeMoEMethod(FusedMoEMethodBase):
@@ -110,8 +118,8 @@ class BitsmoeMoEMethod(FusedMoEMethodBase):
         if self.moe.has_bias != biased:
             said = [f"{'with' if yes else 'without'} biases" for yes in (self.moe.has_bias, biased)]
             faults.append(f"experts {said[0]}, which were quantized {said[1]}")
-        if layer.swiglu_limit is not None and stored == HIDDEN_ACT:
-            faults.append(f"swiglu_limit {layer.swiglu_limit}")
+        if layer.swiglu_limit not in _LIMITS[stored]:
+            faults.append(f"swiglu_limit {layer.swiglu_limit} of a layer that was quantized for {stored!r}")
         if parallel.enable_eplb:
             faults.append("expert-parallel load balancing (drop --enable-eplb)")
         if faults:

@@ -11,6 +11,7 @@ import torch
 from bitsmoe_kernels.backends.base import Target
 from bitsmoe_kernels.backends.select import select
 from bitsmoe_kernels.errors import BitsmoeError, FormatError, fault_list
+from bitsmoe_kernels.expert_mlp import OWN_NAMES
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.format.linear_layers import DenseConfig, DenseWeights, Linear, dense_linears, plain_specs
 from bitsmoe_kernels.format.safetensors_io import SINGLE_FILE, read_index
@@ -297,7 +298,7 @@ def check_options(checkpoint: CheckpointConfig, text_config: Any, vllm_config: A
         for layer in checkpoint.layers.values()
         if (found := getattr(text_config, key, None)) is not None
         and found != layer.hidden_act
-        and layer.hidden_act != "swigluoai"  # config.json says something else of it; the layer itself is compared
+        and layer.hidden_act not in OWN_NAMES  # config.json says something else; the layer itself is compared
     ]
     if faults:
         raise BitsmoeError("\n".join(dict.fromkeys(faults)))

@@ -13,12 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HiddenAct = Literal["silu", "gelu_pytorch_tanh", "swigluoai"]
-"""Activations that are supported: values of `hidden_act` in config.json, and the one of gpt-oss, which has no value."""
+HiddenAct = Literal["silu", "gelu_pytorch_tanh", "swigluoai", "silu_clamp10"]
+"""Activations that are supported: values of `hidden_act` in config.json, that of gpt-oss, and that of DeepSeek-V4."""
 HIDDEN_ACT: HiddenAct = "silu"
 """The activation of a layer whose schema names none."""
+OWN_NAMES: tuple[HiddenAct, ...] = ("swigluoai", "silu_clamp10")
+"""Those that transformers does not know by name: a family's table entry says that its experts have one."""
 SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
 """Constants of "swigluoai": its sigmoid's gain, and where gate and up are clamped."""
+SILU_LIMIT = 10.0
+"""Where "silu_clamp10" clamps gate and up."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +114,28 @@ def _swigluoai_slopes_(gate: Tensor, up: Tensor, out: Tensor) -> tuple[Tensor, T
     return slope.mul_(up).mul_(free_gate), value.mul_(free_up)
 
 
+def _clamped_silu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate.clamp(max=SILU_LIMIT)) * up.clamp(-SILU_LIMIT, SILU_LIMIT)
+
+
+def _clamped_silu_(gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
+    return torch.mul(_silu_(gate.clamp_(max=SILU_LIMIT)), up.clamp_(-SILU_LIMIT, SILU_LIMIT), out=out)
+
+
+def _clamped_silu_slopes_(gate: Tensor, up: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    free_gate, free_up = gate < SILU_LIMIT, up.abs() < SILU_LIMIT
+    value, slope = _silu_with_slope_(gate.clamp_(max=SILU_LIMIT))
+    torch.mul(value, up.clamp_(-SILU_LIMIT, SILU_LIMIT), out=out)
+    return slope.mul_(up).mul_(free_gate), value.mul_(free_up)
+
+
 ACTIVATIONS: dict[HiddenAct, Activation] = {
     "silu": _times_up(F.silu, _silu_, _silu_with_slope_),
     "gelu_pytorch_tanh": _times_up(_gelu, _gelu_, _gelu_with_slope_),
     "swigluoai": Activation(_swigluoai, _swigluoai_, _swigluoai_slopes_, scales_with_up=False),
+    "silu_clamp10": Activation(_clamped_silu, _clamped_silu_, _clamped_silu_slopes_, scales_with_up=False),
 }
-"""By the name that `hidden_act` has in config.json. Kernels know them by their places here."""
+"""By the name that `hidden_act` has in a layer's schema. Kernels know them by their places here."""
 ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 

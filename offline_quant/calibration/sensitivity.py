@@ -30,7 +30,7 @@ def sensitivity_bytes(sizes: RunSizes) -> int:
     logits = int(FLOAT * sizes.vocabulary * (H + LOGIT_COPIES * batch))
     gradients = batch * (sizes.top_k * (4 * H + 8 * I) + sizes.attention_values)
     layer = sizes.decoder_bytes + FLOAT * (sizes.layer_weights + gradients)
-    return FLOAT * measured * H * (sizes.num_layers + 2) + sizes.mapped_bytes + max(logits, layer)
+    return FLOAT * measured * sizes.state_values * (sizes.num_layers + 2) + sizes.mapped_bytes + max(logits, layer)
 
 
 def layer_sensitivities(
@@ -107,7 +107,7 @@ def _top_gradients(model: StreamedModel, hidden: list[Tensor], seed: int) -> lis
     for batch in hidden:
         with torch.enable_grad():
             h = batch.to(model.device).requires_grad_(True)
-            logp = head(model.norm(h)).log_softmax(-1)
+            logp = head(model.tail(h)).log_softmax(-1)
             drawn = torch.multinomial(logp.detach().exp().flatten(0, 1), 1, generator=generator)
             loss = -logp.flatten(0, 1).gather(1, drawn).sum()
             out.append(torch.autograd.grad(loss, h)[0].cpu())

@@ -73,7 +73,7 @@ def judging_bytes(sizes: RunSizes) -> int:
     H, judged = sizes.shape.hidden_size, judged_tokens(sizes.tokens)
     # Logits of some rows of the head, and of the rows before or their sum of exponentials.
     rows = min(VOCABULARY_ROWS, sizes.vocabulary)
-    return FLOAT * (3 * judged * H + rows * (H + 2 * judged)) + sizes.whole_tensor_bytes
+    return FLOAT * (judged * (2 * H + sizes.state_values) + rows * (H + 2 * judged)) + sizes.whole_tensor_bytes
 
 
 @torch.no_grad()

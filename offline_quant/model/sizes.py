@@ -33,6 +33,7 @@ class RunSizes:
         length: tokens of a window.
         device: where layers are worked on. Of a GPU's chunks only the source weights pass through memory; the rest is
             counted as on a CPU, which is too much.
+        streams: hidden states of a token between layers, several with hyper-connections.
     """
 
     shape: MoEShape
@@ -43,6 +44,12 @@ class RunSizes:
     batch_tokens: int
     length: int
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - devices never change
+    streams: int = 1
+
+    @property
+    def state_values(self) -> int:
+        """Values of a token's hidden state between layers."""
+        return self.streams * self.shape.hidden_size
 
     @property
     def top_k(self) -> int:

@@ -42,6 +42,8 @@ COMPUTING_ERRORS = (
 """Errors of a model whose config.json describes what cannot be computed."""
 TRIED_TOKENS = 4
 """Tokens that `StreamedModel.try_out` runs, and those that `StreamedModel.expert_factor` is measured with."""
+IDS_ARGUMENT = "input_ids"
+"""Name of a layer's argument that holds the windows' token ids, where routing needs them (DeepSeek-V4)."""
 LINEAR = 1e-4
 """Relative deviation below which a layer's output is linear in that of its experts, and below which a factor is 1."""
 TOGETHER = 8
@@ -158,7 +160,8 @@ class StreamedModel:
         self._check_tensors()
         self.decoder.embed_tokens.forward = self._embedding
         self.decoder.embed_tokens.padding_idx = None  # of rows that are not all there
-        self._fill(self.norm, f"{self._base}{self.shape.family.module_norm}")
+        for name in self.shape.family.module_tail:
+            self._fill(self.decoder.get_submodule(name), f"{self._base}{name}")
         for module in self.decoder.modules():
             for name, table in module._buffers.items():
                 module._buffers[name] = table if table is None or table.is_meta else table.to(self.device)
@@ -172,10 +175,10 @@ class StreamedModel:
     def _base(self) -> str:
         return self.shape.family.module_base
 
-    @property
-    def norm(self) -> nn.Module:
-        """The norm before the head."""
-        return self.decoder.get_submodule(self.shape.family.module_norm)
+    @cached_property
+    def state_shape(self) -> torch.Size:
+        """Shape of a token's hidden state between layers: (H,), or (streams, H) with hyper-connections."""
+        return self.embed(torch.zeros(1, 1, dtype=torch.int64))[0].shape[2:]
 
     def _check_tensors(self) -> None:
         """Compare all tensors outside the routed experts with the modules they go to. Tied ones count once."""
@@ -328,10 +331,11 @@ class StreamedModel:
         return entered[0], arguments
 
     def arguments(self, ids: Tensor) -> Arguments:
-        """The layers' arguments for windows [n, L], which their shape decides."""
+        """The layers' arguments for windows [n, L]. Their shape decides all of them but the ids themselves."""
         if ids.shape not in self._arguments:
             self._arguments[ids.shape] = self.embed(ids)[1]
-        return self._arguments[ids.shape]
+        own = {IDS_ARGUMENT: ids.to(self.device)}
+        return [a | own if IDS_ARGUMENT in a else a for a in self._arguments[ids.shape]]
 
     def embed_windows(self, windows: Tensor, batch_tokens: int) -> Batches:
         """`embed` of windows [n, L] in batches of about `batch_tokens`, hidden states on the CPU."""
@@ -383,7 +387,8 @@ class StreamedModel:
     def expert_factor(self, index: int) -> float | None:
         """Factor with which the output of a layer's routed experts enters the layer's own; 1 in most models.
 
-        None where that is not linear, because a norm follows, say (Trinity). Known once the layer was open.
+        None where that is not linear, because a norm follows, say (Trinity), or where it enters several streams
+        (DeepSeek-V4). Known once the layer was open.
         """
         return self._factors[index]
 
@@ -391,8 +396,10 @@ class StreamedModel:
     def _measured_factor(self, module: nn.Module) -> float | None:
         arguments = self.arguments(torch.zeros(1, TRIED_TOKENS, dtype=torch.int64))
         generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(1, TRIED_TOKENS, self.shape.hidden_size, generator=generator)
+        hidden = torch.randn(1, TRIED_TOKENS, *self.state_shape, generator=generator)
         rest = self.expert_inputs(module, hidden, arguments)[1]
+        if len(self.state_shape) > 1:
+            return None
         output = torch.randn(hidden.shape, generator=generator) * rest.square().mean().sqrt()
         share = (self.with_output(module, hidden, arguments, output) - rest).double()
         factor = float((share * output).sum() / output.double().square().sum())
@@ -473,10 +480,18 @@ class StreamedModel:
         tried = torch.linspace(-100, 100, 64, device=self.device)[None]
         return None if torch.equal(finish(tried), tried) else finish
 
+    def tail(self, hidden: Tensor) -> Tensor:
+        """Inputs [..., H] of the head, from hidden states that leave the last layer; with gradients where enabled."""
+        leading = hidden.shape[: hidden.ndim - len(self.state_shape)]
+        states = hidden.to(self.device).reshape(1, -1, *self.state_shape)
+        for name in self.shape.family.module_tail:
+            states = self.decoder.get_submodule(name)(states)
+        return states.view(*leading, states.shape[-1])
+
     @torch.no_grad()
     def normed(self, hidden: Tensor) -> Tensor:
-        """Inputs of the head, from the hidden states [..., H] that leave the last layer."""
-        return self.norm(hidden.to(self.device))
+        """As `tail`, without gradients."""
+        return self.tail(hidden)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, head: Head) -> Tensor:
@@ -510,7 +525,9 @@ def forward_bytes(sizes: RunSizes, tokens: int) -> int:
         tokens: tokens that pass through the layer, in batches of `sizes.batch_tokens`.
     """
     # Of several batches at once: hidden states, inputs and outputs of the experts, and the layer's output without them.
-    together = FLOAT * 4 * sizes.shape.hidden_size * min(TOGETHER * sizes.batch_tokens, tokens)
+    together = (
+        FLOAT * (2 * sizes.shape.hidden_size + 2 * sizes.state_values) * min(TOGETHER * sizes.batch_tokens, tokens)
+    )
     # Where queries and values differ in size (DeepSeek), torch computes attention scores as a whole.
     whole = sizes.query_size != sizes.value_size
     scores = int(SCORE_COPIES * sizes.heads * sizes.batch_tokens * sizes.length) if whole else 0

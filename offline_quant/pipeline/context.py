@@ -79,7 +79,7 @@ def start_run(
     plan_only: bool,
 ) -> RunContext:
     """The context of a run, from what was checked before it and its calibration tokens."""
-    batches = windows.split(batch_windows(windows.shape[1], inputs.source.shape.hidden_size))
+    batches = windows.split(batch_windows(windows.shape[1], inputs.streamed.state_shape.numel()))
     judged = windows[: max(1, sanity.TOKENS // windows.shape[1])]
     originals = (windows if config.tune or config.tune_model else judged).split(len(batches[0]))
     if plan_only or workers.rank:

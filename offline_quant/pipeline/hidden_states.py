@@ -53,8 +53,8 @@ class HiddenStates:
         return sum(batch.numel() for batch in self.batches)
 
     def read(self, layer: int, batch: int) -> Tensor:
-        """Hidden states [n, L, H] of a batch that leave a layer; EMBEDDED: that enter the first."""
-        shape = (*self.batches[batch].shape, self._model.shape.hidden_size)
+        """Hidden states [n, L, ...] of a batch that leave a layer; EMBEDDED: that enter the first."""
+        shape = (*self.batches[batch].shape, *self._model.state_shape)
         return self._state.hidden(layer, self._name(batch), shape)
 
     def read_all(self, layer: int) -> Iterator[Tensor]:
@@ -153,11 +153,11 @@ def target_output(original: HiddenStates, calibration: HiddenStates, layer: int,
     return target
 
 
-def batch_windows(length: int, hidden_size: int) -> int:
-    """Windows of calibration text that pass through a layer together."""
-    return max(1, min(BATCH_TOKENS, BATCH_VALUES // hidden_size) // length)
+def batch_windows(length: int, state_values: int) -> int:
+    """Windows of calibration text that pass through a layer together, with so many values of a token between layers."""
+    return max(1, min(BATCH_TOKENS, BATCH_VALUES // state_values) // length)
 
 
 def hidden_disk_bytes(sizes: RunSizes) -> int:
     """Bytes on disk of the hidden states of a run: those that enter a layer, that leave it, and of the original."""
-    return 3 * FLOAT * sizes.tokens * sizes.shape.hidden_size
+    return 3 * FLOAT * sizes.tokens * sizes.state_values

@@ -45,12 +45,12 @@ def tune_whole_model(run: RunContext, schemas: Mapping[str, Layer]) -> ModelTuni
 
 
 def _original(run: RunContext, window: int) -> Tensor:
-    """Hidden states [L, H] of a window that leave the original model's last layer."""
+    """Hidden states [L, ...] of a window that leave the original model's last layer."""
     batch, place = divmod(window, len(run.originals.batches[0]))
     return run.originals.read(run.num_layers - 1, batch)[place]
 
 
 def tuned_states(run: RunContext) -> Tensor:
-    """Hidden states [n, L, H] of the judged windows that leave the tuned model's last layer."""
-    shape = (*run.judged.shape, run.shape.hidden_size)
+    """Hidden states [n, L, ...] of the judged windows that leave the tuned model's last layer."""
+    shape = (*run.judged.shape, *run.streamed.state_shape)
     return run.state.hidden(run.num_layers - 1, _STATES, shape)

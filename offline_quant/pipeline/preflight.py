@@ -139,10 +139,11 @@ def run_sizes(inputs: RunInputs, config: QuantizeConfig) -> RunSizes:
     """The sizes by which stages state their memory."""
     source = inputs.source
     length = window_length(source.config, config.calib_length)
-    batch = min(config.calib_samples, batch_windows(length, source.shape.hidden_size))
+    state_shape = inputs.streamed.state_shape
+    batch = min(config.calib_samples, batch_windows(length, state_shape.numel()))
     return RunSizes(
         source.shape, source.tensors.specs, language_config(source.config), config.bits, config.calib_samples * length,
-        batch * length, length, torch.device(config.device),
+        batch * length, length, torch.device(config.device), state_shape.numel() // source.shape.hidden_size,
     )  # fmt: skip
 
 

@@ -177,7 +177,7 @@ def _divergence(model: StreamedModel, head: Head, hidden: Tensor, wanted: Tensor
         logp = model.logits(other, head).log_softmax(-1)
         with torch.enable_grad():
             h = own.detach().requires_grad_(True)
-            found = head(model.norm(h)).log_softmax(-1)
+            found = head(model.tail(h)).log_softmax(-1)
             loss = nn.functional.kl_div(found, logp, reduction="sum", log_target=True)
             gradients.append(torch.autograd.grad(loss, h)[0])
         total += float(loss.detach())
@@ -266,4 +266,8 @@ def tuning_bytes(sizes: RunSizes) -> int:
     logits = FLOAT * sizes.vocabulary * (H + LOGIT_COPIES * min(step, HEAD_TOKENS))
     gradients = sizes.length * (sizes.top_k * (4 * H + 8 * I) + sizes.attention_values)
     layer = sizes.decoder_bytes + sizes.coded_bytes + FLOAT * (3 * H * I + gradients)
-    return FLOAT * (4 * scales + step * H * (sizes.num_layers + 4)) + sizes.mapped_bytes + max(logits, layer)
+    return (
+        FLOAT * (4 * scales + step * sizes.state_values * (sizes.num_layers + 4))
+        + sizes.mapped_bytes
+        + max(logits, layer)
+    )

@@ -122,7 +122,10 @@ def _gated(g: Array, u: Array, hidden_act: str) -> Array:
     if hidden_act == "swigluoai":
         g, u = np.minimum(g, 7.0), np.clip(u, -7.0, 7.0)
         return g / (1 + np.exp(-1.702 * g)) * (u + 1)
-    assert hidden_act == "silu"
+    if hidden_act == "silu_clamp10":
+        g, u = np.minimum(g, 10.0), np.clip(u, -10.0, 10.0)
+    else:
+        assert hidden_act == "silu"
     return g / (1 + np.exp(-g)) * u
 
 

@@ -245,6 +245,27 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "index_block_size": 4,
         "index_topk_blocks": 2,
     },
+    "Glm5NextForConditionalGeneration": _DENSE_FIRST
+    | _ONE_GROUP
+    | _LISTED
+    | {
+        "num_key_value_heads": 2,
+        "kv_lora_rank": 32,
+        "q_lora_rank": 48,
+        "qk_rope_head_dim": 0,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 32,
+        "n_shared_experts": 1,
+        "linear_head_dim": 32,
+        "linear_num_heads": 2,
+        "index_n_heads": 2,
+        "index_head_dim": 32,
+        "index_topk": 8,
+        "index_kpool": 4,
+        "hc_mult": 3,
+        "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
+        "swiglu_limit": 10.0,
+    },
     "GptOssForCausalLM": {
         "intermediate_size": 96,
         "num_local_experts": 8,
@@ -314,7 +335,7 @@ def make_model(architecture: str, directory: Path, dtype: torch.dtype = torch.bf
         for name, p in model.named_parameters():
             if p.ndim > 1:
                 p.normal_(std=1.0 if "embed" in name else 0.12)
-                if family.hidden_act == "swigluoai" and name.endswith("experts.gate_up_proj"):
+                if family.hidden_act != "silu" and name.endswith("experts.gate_up_proj"):
                     p *= 4  # so that clamps bite
         for name, b in model.named_buffers():
             if name.endswith(("e_score_correction_bias", "expert_bias")):

@@ -118,6 +118,11 @@ def with_swigluoai(made: MadeLayer) -> MadeLayer:
     return with_act(_with_gates(made, 4), "swigluoai")
 
 
+def with_clamps(made: MadeLayer) -> MadeLayer:
+    """With the activation of DeepSeek-V4, gates and ups so large that it clamps a part of them."""
+    return with_act(_with_gates(made, 3), "silu_clamp10")
+
+
 @dataclass(frozen=True)
 class Case:
     """One layer, one call.
@@ -385,6 +390,10 @@ def _cases() -> dict[str, Case]:
         "swigluoai, apart": Case(
             "the same on two matrices, before it is scaled for down", kwidth=4, change=with_swigluoai,
             plans={"gate": Plan(), "up": Plan(order="shared"), "down": Plan(ranks=(2, 0, 1))},
+        ),
+        "clamped silu": Case("the clamps of DeepSeek-V4", widths(2, 3), change=with_clamps, amplitude=3.0),
+        "sizes of Kimi-K3 and Qwen4": Case(
+            "further sizes that few tiles divide", widths(2), experts=1, hidden=3584, intermediate=640, ids=((0,),),
         ),
         "biases": Case(
             "of gate, up and down, in the order of down's components, with tails", intermediate=72,

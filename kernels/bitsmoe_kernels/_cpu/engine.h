@@ -94,6 +94,13 @@ inline void gated(int64_t activation, const float* gate, const float* up, float*
         }
         return;
     }
+    if (activation == 3) {  // silu of clamped numbers
+        for (int64_t i = 0; i < n; i++) {
+            const float g = gate[i] > 10.0f ? 10.0f : gate[i], u = up[i] > 10.0f ? 10.0f : up[i];
+            h[i] = g / (1.0f + exponential(-g)) * (u < -10.0f ? -10.0f : u);
+        }
+        return;
+    }
     for (int64_t i = 0; i < n; i++) h[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
 }
 

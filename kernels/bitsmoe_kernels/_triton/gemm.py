@@ -136,6 +136,10 @@ def gated(gate, up, ACT: tl.constexpr):
         gate = tl.where(gate > 7.0, 7.0, gate)
         up = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up))
         return gate * tl.sigmoid(1.702 * gate) * (up + 1.0)
+    elif ACT == 3:  # silu of clamped numbers
+        gate = tl.where(gate > 10.0, 10.0, gate)
+        up = tl.where(up > 10.0, 10.0, tl.where(up < -10.0, -10.0, up))
+        return gate * tl.sigmoid(gate) * up
     else:
         return gate * tl.sigmoid(gate) * up
 

@@ -12,7 +12,15 @@ from typing import Any, Literal
 import torch
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
-from bitsmoe_kernels.expert_mlp import ACTIVATIONS, HIDDEN_ACT, SWIGLU_ALPHA, SWIGLU_LIMIT, HiddenAct
+from bitsmoe_kernels.expert_mlp import (
+    ACTIVATIONS,
+    HIDDEN_ACT,
+    OWN_NAMES,
+    SILU_LIMIT,
+    SWIGLU_ALPHA,
+    SWIGLU_LIMIT,
+    HiddenAct,
+)
 from bitsmoe_kernels.format.schema import TensorSpec
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -149,7 +157,7 @@ class Family:
         module_names: (in files, in transformers' modules) parts of names that differ.
         joined: (transformers' part of a name, parts in files): tensors of equal shapes, in one behind each other.
         module_experts: transformers' experts within a decoder layer.
-        module_norm: transformers' norm before the head.
+        module_tail: transformers' modules between the last layer and the head, in turn.
         hidden_act_key: the experts' activation in config.json; None: it is `hidden_act`.
         hidden_act: the experts' activation, of families whose config.json does not say it.
         optional_sizes: further keys of config.json that must be whole numbers above 0 where present.
@@ -177,7 +185,7 @@ class Family:
     module_names: tuple[tuple[str, str], ...] = ()
     joined: tuple[tuple[str, tuple[str, ...]], ...] = ()
     module_experts: str = "mlp.experts"
-    module_norm: str = "norm"
+    module_tail: tuple[str, ...] = ("norm",)
     hidden_act_key: str | None = "hidden_act"
     hidden_act: HiddenAct = HIDDEN_ACT
     optional_sizes: tuple[str, ...] = _SIZES
@@ -303,6 +311,21 @@ _GEMMA: dict[str, Any] = {
     ),
     "required": ("top_k_experts", "enable_moe_block", "hidden_size_per_layer_input"),
 }
+_FORGET_GATE = tuple(
+    (f".self_attn.{part}", f".self_attn.forget_gate.{part}") for part in ("f_a_proj", "f_b_proj", "dt_bias", "A_log")
+)
+_JOINED_CONVOLUTION = ((".self_attn.conv1d.", tuple(f".self_attn.{part}_conv1d." for part in "qkv")),)
+"""Names of linear attention in Kimi-Linear and GLM-5.3-Flash."""
+_OWN_INDEXERS: tuple[tuple[str, Any], ...] = (("index_topk_freq", 1), ("index_topk_pattern", None))
+"""Keys by which layers may share an indexer, which is not streamed."""
+_STREAMS: dict[str, Any] = {
+    "module_tail": ("hc_head", "norm"),
+    "hidden_act_key": None,
+    "hidden_act": "silu_clamp10",
+    "tested": "transformers",
+}
+"""Of models with hyper-connections: a layer passes several hidden states of a token on."""
+_CLAMPED_SILU = (("swiglu_limit", SILU_LIMIT), ("hidden_act", HIDDEN_ACT))
 _SWIGLUOAI = (("swiglu_alpha", SWIGLU_ALPHA), ("swiglu_limit", SWIGLU_LIMIT))
 """Keys of models whose experts have that activation: the format knows no other constants."""
 
@@ -342,7 +365,7 @@ FAMILIES: dict[str, Family] = {
             "GlmMoeDsaForCausalLM",
             "glm_moe_dsa",
             "GLM-5",
-            **_DEEPSEEK | {"fixed": (*_DEEPSEEK["fixed"], ("index_topk_freq", 1), ("index_topk_pattern", None))},
+            **_DEEPSEEK | {"fixed": (*_DEEPSEEK["fixed"], *_OWN_INDEXERS)},
             layer_outputs=2,
             tested="transformers",
         ),
@@ -397,7 +420,7 @@ FAMILIES: dict[str, Family] = {
             experts="feed_forward.experts",
             projections=("w1", "w3", "w2"),
             module_experts="feed_forward.experts",
-            module_norm="embedding_norm",
+            module_tail=("embedding_norm",),
             hidden_act_key=None,
         ),
         Family(
@@ -409,7 +432,7 @@ FAMILIES: dict[str, Family] = {
             moe_layers=_every_so_many,
             experts="feed_forward.experts",
             module_experts="feed_forward.experts",
-            module_norm="final_layernorm",
+            module_tail=("final_layernorm",),
             optional_sizes=(*_SIZES, "expert_layer_period"),
             tested="transformers",
         ),
@@ -497,15 +520,12 @@ FAMILIES: dict[str, Family] = {
                         (f".block_sparse_moe.{part}.", f".mlp.{part}.")
                         for part in ("gate", "experts", "shared_experts")
                     ),
-                    *(
-                        (f".self_attn.{part}", f".self_attn.forget_gate.{part}")
-                        for part in ("f_a_proj", "f_b_proj", "dt_bias", "A_log")
-                    ),
+                    *_FORGET_GATE,
                 ),
             },
             top_k_key="num_experts_per_token",
             fixed=(("moe_layer_freq", 1), ("moe_router_activation_func", "sigmoid")),
-            joined=((".self_attn.conv1d.", tuple(f".self_attn.{part}_conv1d." for part in "qkv")),),
+            joined=_JOINED_CONVOLUTION,
             tested="transformers",
         ),
         Family(
@@ -597,6 +617,20 @@ FAMILIES: dict[str, Family] = {
             tested="transformers",
         ),
         Family(
+            "Glm5NextForConditionalGeneration",
+            "glm5_next",
+            "GLM-5.3-Flash",
+            **_DEEPSEEK | _STREAMS | {"fixed": (*_DEEPSEEK["fixed"], *_CLAMPED_SILU, *_OWN_INDEXERS)},
+            text=LanguagePart(whole=True),
+            module_names=(
+                (".hc_attn_", ".attn_hc."),
+                (".hc_ffn_", ".ffn_hc."),
+                *_FORGET_GATE,
+            ),
+            joined=_JOINED_CONVOLUTION,
+            layer_outputs=2,
+        ),
+        Family(
             "Glm4vMoeForConditionalGeneration",
             "glm4v_moe",
             "GLM-4.5V, GLM-4.6V",
@@ -609,8 +643,9 @@ FAMILIES: dict[str, Family] = {
 
 _BY_NAME = FAMILIES | {alias: f for f in FAMILIES.values() for alias in f.aliases}
 
-_STREAMS = "its layers pass several streams of hidden states on (hyper-connections), which are not streamed here"
-_CLAMPED = "its experts clamp what they multiply, which the checkpoint format does not hold"
+_TABLES = "tables of n-grams in its layers are larger than memory, and are not streamed here"
+_SHARED_INDEXERS = "its layers share the indexer of an earlier one"
+_CLAMPED = "its layers clamp what their experts multiply at different limits, which the checkpoint format does not hold"
 _NO_GATE = "its experts have two matrices and no gate, which the checkpoint format does not hold"
 _NO_CLASS = "transformers has no class of its own for it, and its remote code is not run"
 _PARTS = "it is a model of several parts that nobody has described here yet"
@@ -618,9 +653,10 @@ _PARTS = "it is a model of several parts that nobody has described here yet"
 REFUSED = {
     **dict.fromkeys(("Llama4ForCausalLM", "Llama4ForConditionalGeneration"), "it weighs what enters its experts"),
     **dict.fromkeys(("NemotronHForCausalLM", "NemotronH_Omni_Reasoning_V3"), _NO_GATE),
-    **dict.fromkeys(("DeepseekV4ForCausalLM", "DeepseekV4ForConditionalGeneration", "HYV4ForCausalLM"), _STREAMS),
-    **dict.fromkeys(("Glm5NextForConditionalGeneration", "Qwen4ExpForConditionalGeneration"), _STREAMS),
-    "Qwen4ExpForCausalLM": _STREAMS,
+    "DeepseekV4ForCausalLM": "vLLM's loader of it takes no expert tensors but those of its own names",
+    **dict.fromkeys(("DeepseekV4ForConditionalGeneration", "DeepseekV41ForCausalLM"), _NO_CLASS),
+    "HYV4ForCausalLM": _SHARED_INDEXERS,
+    **dict.fromkeys(("Qwen4ExpForConditionalGeneration", "Qwen4ExpForCausalLM"), _TABLES),
     "MiniMaxM3SparseForCausalLM": "it is published as MiniMaxM3SparseForConditionalGeneration",
     **dict.fromkeys(("Step3p5ForCausalLM", "Step3p7ForConditionalGeneration"), _CLAMPED),
     "LongcatFlashForCausalLM": "some of its experts are the identity, which the checkpoint format does not hold",
@@ -913,8 +949,9 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
         if key in config and config[key] not in (allowed := value if isinstance(value, tuple) else (value,))
     ]
     hidden_act = config[family.hidden_act_key] if family.hidden_act_key else family.hidden_act
-    if not (isinstance(hidden_act, str) and hidden_act in ACTIVATIONS):
-        known = " or ".join(map(repr, ACTIVATIONS))
+    named = [act for act in ACTIVATIONS if act not in OWN_NAMES or act == family.hidden_act]
+    if hidden_act not in named:
+        known = " or ".join(map(repr, named))
         unsupported.append(f"{family.hidden_act_key} is {hidden_act!r:.80}, but only {known} is supported")
     indexers = config.get("indexer_types")
     if isinstance(indexers, list) and any(kind != "full" for kind in indexers):

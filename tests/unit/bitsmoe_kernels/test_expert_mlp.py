@@ -89,11 +89,12 @@ def test_all_forms_of_an_activation(hidden_act: HiddenAct) -> None:
         torch.testing.assert_close(got, slope, rtol=1e-9, atol=1e-12)
 
 
-def test_clamps_bite() -> None:
-    """Beyond its limits swigluoai stays where it is, and its slopes are zero."""
-    gate, up = torch.tensor([[9.0, 1.0, 8.0, -9.0]]), torch.tensor([[1.0, 9.0, -8.0, 2.0]])
-    at_limit = gated(gate.clamp(max=7), up.clamp(-7, 7), "swigluoai")
-    assert torch.equal(gated(gate, up, "swigluoai"), at_limit)
-    by_gate, by_up = gated_with_slopes_(gate, up, torch.empty_like(up), "swigluoai")
+@pytest.mark.parametrize(("hidden_act", "limit"), [("swigluoai", 7.0), ("silu_clamp10", 10.0)])
+def test_clamps_bite(hidden_act: HiddenAct, limit: float) -> None:
+    """Beyond its limits an activation stays where it is, and its slopes are zero."""
+    gate, up = limit * torch.tensor([[1.2, 0.1, 1.1, -1.2]]), limit * torch.tensor([[0.1, 1.2, -1.1, 0.2]])
+    at_limit = gated(gate.clamp(max=limit), up.clamp(-limit, limit), hidden_act)
+    assert torch.equal(gated(gate, up, hidden_act), at_limit)
+    by_gate, by_up = gated_with_slopes_(gate, up, torch.empty_like(up), hidden_act)
     assert (by_gate == 0).tolist() == [[True, False, True, False]]
     assert (by_up == 0).tolist() == [[False, True, True, False]]

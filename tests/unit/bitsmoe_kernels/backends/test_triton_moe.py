@@ -33,7 +33,7 @@ pytestmark = [
 ]
 
 
-LARGE = {"many experts", "sizes of Gemma 4", "sizes of gpt-oss"}
+LARGE = {"many experts", "sizes of Gemma 4", "sizes of gpt-oss", "sizes of Kimi-K3 and Qwen4"}
 """Cases that take the interpreter ten seconds and more: in one dtype by day."""
 
 

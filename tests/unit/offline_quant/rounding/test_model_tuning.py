@@ -15,7 +15,8 @@ from bitsmoe_kernels.models.families import FAMILIES, moe_shape
 from bitsmoe_kernels.reference import LayerWeights
 from families import IDS, family_cases, make_quantized, whole_model
 from offline_quant.checkpoint.dequantize import dequantize_checkpoint
-from offline_quant.model.quantized import open_model
+from offline_quant.model.expert_files import module_tensors
+from offline_quant.model.quantized import as_read, open_model
 from offline_quant.model.streaming import StreamedModel
 from offline_quant.rounding import model_tuning
 from offline_quant.rounding.model_tuning import StoredLayers, layer_visits, tune_model
@@ -59,7 +60,7 @@ def noisy_states(directory: Path, windows: Tensor, noise: float) -> Callable[[in
     ],
 )
 def test_gradients_are_those_of_the_whole_model(architecture: str, form: str, tmp_path: Path) -> None:
-    directory = make_quantized(architecture, tmp_path / "model", form)
+    directory, family = make_quantized(architecture, tmp_path / "model", form), FAMILIES[architecture]
     stored, model = stored_layers(directory), StreamedModel(open_model(directory))
     wanted = noisy_states(directory, IDS, 0.3)
     tuner = model_tuning._Tuner(model, stored)
@@ -80,14 +81,15 @@ def test_gradients_are_those_of_the_whole_model(architecture: str, form: str, tm
                 key = f"{name}_{side}_scale"
                 changes[index, name, side] = torch.zeros(given[key].shape, requires_grad=True)
                 given[key] = given[key].float() * (1 + changes[index, name, side])
-        gate_up, down = LayerWeights(stored.schemas[index], stored.block_size, given).experts(
-            range(stored.schemas[index].num_experts)
-        )
-        name = f"{decoder}.layers.{index}.{FAMILIES[architecture].module_experts}"
-        weights |= {f"{name}.{n}_proj": w for n, w in (("gate_up", gate_up), ("down", down))}
+        layer = LayerWeights(stored.schemas[index], stored.block_size, given)
+        experts = as_read(layer, range(stored.schemas[index].num_experts))
+        name = f"{decoder}.layers.{index}.{family.module_experts}"
+        weights |= {f"{name}.{n}": w for n, w in module_tensors(family, experts).items()}
     logits = functional_call(whole, weights, (IDS,)).logits
     with torch.no_grad():
-        normed = whole.get_decoder().get_submodule(FAMILIES[architecture].module_norm)(aim)
+        normed = aim
+        for name in family.module_tail:
+            normed = whole.get_decoder().get_submodule(name)(normed)
         finish = next((f for start, f in LOGITS.items() if architecture.startswith(start)), lambda x: x)
         target = finish(whole.lm_head(normed)).log_softmax(-1)
     loss = (target.exp() * (target - logits.log_softmax(-1))).sum()
