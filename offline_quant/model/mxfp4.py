@@ -54,7 +54,13 @@ class Mxfp4Reader(ShardReader):
 
     def get(self, name: str) -> Tensor:
         """One tensor, on the CPU; coded ones in bfloat16."""
-        return self.rows(name, slice(None)).contiguous() if name in self._coded else super().get(name)
+        if name not in self._coded:
+            return super().get(name)
+        spec = self.specs[name]
+        whole = torch.empty(spec.shape, dtype=spec.dtype)
+        for expert, held in enumerate(whole):  # one by one: decoding takes several times the memory
+            held.copy_(self.rows(name, slice(expert, expert + 1))[0])
+        return whole
 
     def rows(self, name: str, part: slice) -> Tensor:
         """Some experts of a tensor; no others are decoded."""
