@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 HiddenAct = Literal["silu", "gelu_pytorch_tanh", "swigluoai", "silu_clamp10"]
-"""Activations that are supported: values of `hidden_act` in config.json, that of gpt-oss, and that of DeepSeek-V4."""
+"""Activations that are supported: values of `hidden_act` in config.json, that of gpt-oss, and that of GLM-5.3-Flash."""
 HIDDEN_ACT: HiddenAct = "silu"
 """The activation of a layer whose schema names none."""
 OWN_NAMES: tuple[HiddenAct, ...] = ("swigluoai", "silu_clamp10")

@@ -43,7 +43,7 @@ COMPUTING_ERRORS = (
 TRIED_TOKENS = 4
 """Tokens that `StreamedModel.try_out` runs, and those that `StreamedModel.expert_factor` is measured with."""
 IDS_ARGUMENT = "input_ids"
-"""Name of a layer's argument that holds the windows' token ids, where routing needs them (DeepSeek-V4)."""
+"""Name of a layer's argument that holds the windows' token ids, where a layer takes them (GLM-5.3-Flash)."""
 LINEAR = 1e-4
 """Relative deviation below which a layer's output is linear in that of its experts, and below which a factor is 1."""
 TOGETHER = 8
@@ -388,7 +388,7 @@ class StreamedModel:
         """Factor with which the output of a layer's routed experts enters the layer's own; 1 in most models.
 
         None where that is not linear, because a norm follows, say (Trinity), or where it enters several streams
-        (DeepSeek-V4). Known once the layer was open.
+        (GLM-5.3-Flash). Known once the layer was open.
         """
         return self._factors[index]
 

@@ -119,7 +119,7 @@ def with_swigluoai(made: MadeLayer) -> MadeLayer:
 
 
 def with_clamps(made: MadeLayer) -> MadeLayer:
-    """With the activation of DeepSeek-V4, gates and ups so large that it clamps a part of them."""
+    """With the activation of GLM-5.3-Flash, gates and ups so large that it clamps a part of them."""
     return with_act(_with_gates(made, 3), "silu_clamp10")
 
 
@@ -391,7 +391,7 @@ def _cases() -> dict[str, Case]:
             "the same on two matrices, before it is scaled for down", kwidth=4, change=with_swigluoai,
             plans={"gate": Plan(), "up": Plan(order="shared"), "down": Plan(ranks=(2, 0, 1))},
         ),
-        "clamped silu": Case("the clamps of DeepSeek-V4", widths(2, 3), change=with_clamps, amplitude=3.0),
+        "clamped silu": Case("the clamps of GLM-5.3-Flash", widths(2, 3), change=with_clamps, amplitude=3.0),
         "sizes of Kimi-K3 and Qwen4": Case(
             "further sizes that few tiles divide", widths(2), experts=1, hidden=3584, intermediate=640, ids=((0,),),
         ),
@@ -400,8 +400,8 @@ def _cases() -> dict[str, Case]:
             plans=together(Plan(bits=(0, 2, 3), bias=True), Plan(bits=(1, 4, 0), bias=True)), change=with_swigluoai,
         ),
         "biases apart": Case(
-            "of two matrices, none of up", kwidth=4, ids=((0, 1), (2, -1)),
-            plans={"gate": Plan(bias=True), "up": Plan(bits=(3,)), "down": Plan(bias=True)},
+            "of two matrices, none of gate", kwidth=4, ids=((0, 1), (2, -1)),
+            plans={"gate": Plan(), "up": Plan(bits=(3,), bias=True), "down": Plan(bias=True)},
         ),
         "biases beside extras": Case(
             "experts of plain numbers, of compensators, and one without codes have theirs too",

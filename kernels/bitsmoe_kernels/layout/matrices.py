@@ -214,7 +214,7 @@ def pack_matrices(parts: Sequence[MatrixContent], dtype: torch.dtype, kwidth: in
     index = torch.zeros(M, K, dtype=torch.int32, device=device)
     factor, offset = torch.zeros(M, K, device=device), torch.zeros(M, K, device=device)
     scale = torch.zeros(M, N, device=device)
-    bias = torch.zeros(M, N if parts[0].weights.spec.bias else 0, device=device)
+    bias = torch.zeros(M, N if any(part.weights.spec.bias for part in parts) else 0, device=device)
     rank, first = torch.zeros(M, dtype=torch.int32), torch.zeros(M, dtype=torch.int32)
     lowrank: list[Tensor] = []
     for i, (w, expert, components, columns, live) in enumerate(parts):

@@ -140,10 +140,13 @@ def check_layout(made: MadeLayer, dtype: torch.dtype, kwidth: int) -> None:
             got = Unpacked(m, i, dtype, kwidth)
             assert got.columns == len(columns)
             assert not got.scale[~live].any()
-            assert m.bias.shape[1] == (m.scale.shape[1] if p.spec.bias else 0)
-            if p.spec.bias:
+            together = ("down",) if name == "down" else tuple(n for n in weights.projections if n != "down")
+            biased = any(made.layer.projections[n].bias for n in together)
+            assert m.bias.shape[1] == (m.scale.shape[1] if biased else 0)
+            if biased:
                 bias = m.bias[i, : len(columns)]
-                assert torch.equal(bias[live], made.tensors[f"{name}_shift"][e, columns[live]].float())
+                stored = made.tensors[f"{name}_shift"][e].float() if p.spec.bias else torch.zeros(len(bias))
+                assert torch.equal(bias[live], stored[columns[live]] if p.spec.bias else stored[live])
                 assert not bias[~live].any()
             assert not got.dense[:, ~live].any()
             assert not got.dense_offset.any()

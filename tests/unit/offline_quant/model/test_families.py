@@ -503,6 +503,31 @@ def test_a_model_of_several_parts_that_does_not_describe_its_language_model() ->
         moe_shape(config | {"text_config": {"hidden_size": 8}}, "here")
 
 
+def test_the_model_type_of_a_language_part_may_be_another(tmp_path: Path) -> None:
+    """As in MiniMax-M3: transformers passes over what text_config says of it."""
+    model = make_model("MiniMaxM3SparseForConditionalGeneration", tmp_path / "model")
+    want = streamed_logits(SourceModel(model))
+    config = json.loads((model / "config.json").read_text())
+    for said in ({"model_type": "mixtral"}, {}):
+        del config["text_config"]["model_type"]
+        config["text_config"] |= said
+        (model / "config.json").write_text(json.dumps(config))
+        assert torch.equal(streamed_logits(SourceModel(model)), want)
+    config["text_config"]["swiglu_limit"] = 6.0
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BitsmoeError, match=r"swiglu_limit is 6\.0, but only 7\.0 is supported"):
+        SourceModel(model)
+
+
+@pytest.mark.parametrize("hidden_act", ["swigluoai", "silu_clamp10"])
+def test_a_name_of_the_format_is_none_of_config_json(hidden_act: str, tmp_path: Path) -> None:
+    model = make_model("Qwen3MoeForCausalLM", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {"hidden_act": hidden_act}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BitsmoeError, match=f"hidden_act is '{hidden_act}', but only 'silu' or 'gelu_pytorch_tanh' is"):
+        SourceModel(model)
+
+
 def test_layers_of_mimo_must_be_those_that_transformers_builds() -> None:
     config = DEEPSEEK | {"architectures": ["MiMoV2FlashForCausalLM"], "model_type": "mimo_v2_flash"}
     with pytest.raises(BitsmoeError, match=r"moe_layer_freq lists other layers than \(1,\)"):
