@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bitsmoe_kernels.format.schema import Layer
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
+from offline_quant.allocation.objectives import OBJECTIVES
 from offline_quant.calibration.output_sample import (
     OutputSample,
     SlotOutputs,
@@ -15,6 +16,7 @@ from offline_quant.calibration.output_sample import (
     sampled_output,
 )
 from offline_quant.layer.context import LayerContext
+from offline_quant.layer.plan import LayerPlan
 from offline_quant.layer.view import LayerView
 
 
@@ -52,6 +54,21 @@ def output_of(ctx: LayerContext, layer: Layer, tensors: dict[str, Tensor]) -> Te
     inputs = ctx.moments.inputs
     weights = LayerWeights(layer, ctx.config.block_size, {k: v.to(ctx.device) for k, v in tensors.items()})
     return moe_forward(weights, inputs.x, inputs.topk_weights, inputs.topk_ids)
+
+
+def planned_output_error(view: LayerView, plan: LayerPlan) -> float | None:
+    """Relative error of the layer's output that a plan predicts: errors of all projections, each by itself.
+
+    None where the objective predicts no errors.
+    """
+    if OBJECTIVES[view.config.objective].unit != "block":
+        return None
+    frequency, lost = view.routing_frequency.double(), 0.0
+    for name, loss in plan.losses.items():
+        energy = float((frequency * plan.projections[name].components.total.double()).sum())
+        lost += loss * energy * view.unit_energy(name)
+    total = float(view.measurements.output.double().square().sum(1).mean())
+    return lost * view.ctx.moments.top_k / max(total, 1e-300)
 
 
 def output_error(view: LayerView, output: Tensor | None = None) -> float:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,12 @@ class LayerPlan:
     allocation: Allocation
     table: ChoiceTable
     pilot_error: float | None = None
+
+    @property
+    def losses(self) -> dict[ProjectionName, float]:
+        """What the solver minimized, by projection, for objectives whose units lie within one."""
+        taken = self.table.loss[np.arange(len(self.allocation.choice)), self.allocation.choice]
+        return {name: float(taken[unit].sum()) for name, unit in self.table.unit_of.items()}
 
     @property
     def basis(self) -> str:

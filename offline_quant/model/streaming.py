@@ -414,10 +414,20 @@ class StreamedModel:
             return self.run(module, hidden, arguments).cpu()
 
     @torch.no_grad()
-    def through(self, module: nn.Module, batches: Iterable[tuple[Tensor, Arguments]]) -> Iterator[Tensor]:
+    def through(
+        self,
+        module: nn.Module,
+        batches: Iterable[tuple[Tensor, Arguments]],
+        change: Callable[[Tensor], Tensor] = lambda output: output,
+    ) -> Iterator[Tensor]:
         """`run` of every batch, results on the CPU one after another. Experts are read once for several batches.
 
         A layer that is not linear in their output (`expert_factor`) runs twice.
+
+        Args:
+            module: from `layer`.
+            batches: hidden states and arguments.
+            change: what is done to the routed experts' output, [T, H].
         """
         index, waiting = self._place[module], iter(batches)
         while group := list(itertools.islice(waiting, TOGETHER)):
@@ -428,7 +438,7 @@ class StreamedModel:
             lengths = [len(x.x) for x in entering]
             # Each is freed once it is copied.
             inputs = ExpertInputs.gathered((entering.pop(0) for _ in lengths), sum(lengths), self.device)
-            output = self.routed(index, inputs.x, inputs.topk_ids, inputs.topk_weights).cpu()
+            output = change(self.routed(index, inputs.x, inputs.topk_ids, inputs.topk_weights).cpu())
             factor = self.expert_factor(index)
             for batch, rest, own in zip(group, rests, output.split(lengths), strict=True):
                 if factor is None:

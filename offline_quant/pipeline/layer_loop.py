@@ -10,11 +10,13 @@ from torch import Tensor
 
 from bitsmoe_kernels.format.schema import Layer
 from offline_quant.evaluation import sanity
+from offline_quant.evaluation.forecast import Forecast, forecast
 from offline_quant.pipeline.context import RunContext
 from offline_quant.pipeline.model_tuning import tuned_states
 from offline_quant.pipeline.moe_layer import LayerProgress, layer_bar, quantize_moe_layer
 from offline_quant.pipeline.records import DividedBudget, LayerRecord, MoELayerRecord
 from offline_quant.report.schema import LayerPicture, LayerReport
+from offline_quant.runtime.progress import bar
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,20 @@ def _finish_layer(run: RunContext, index: int, budget: DividedBudget | None, pro
         run.state.close_layer(index, tensors, LayerRecord(run.clock.figures, moe))
     run.workers.barrier()
     run.clock.lap("write")
+
+
+def forecast_plan(run: RunContext, layers: FinishedLayers) -> Forecast | None:
+    """The quality to expect of a plan; None where nothing was only planned, or no errors are predicted."""
+    planned = [report.planned_output_error for report in layers.reports]
+    known = [error for error in planned if error is not None]
+    if not run.plan_only or len(known) < len(planned):
+        return None
+    states = run.calibration.read_all(run.num_layers - 1)
+    with bar("Forecasting", run.num_layers) as on_layer:
+        errors = dict(zip(run.shape.layers, known, strict=True))
+        found = forecast(run.streamed, run.judged, states, errors, run.config.bits, run.config.seed, on_layer)
+    run.clock.lap("forecast")
+    return found
 
 
 def sanity_check(run: RunContext, layers: FinishedLayers) -> sanity.SanityVerdict | None:

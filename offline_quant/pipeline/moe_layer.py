@@ -13,7 +13,7 @@ from offline_quant.calibration.moments import LayerMoments
 from offline_quant.layer.cache import LayerCache
 from offline_quant.layer.context import LayerContext
 from offline_quant.layer.first_pass import measure_layer
-from offline_quant.layer.outputs import original_output, output_error, output_of, quantized_output
+from offline_quant.layer.outputs import original_output, output_error, output_of, planned_output_error, quantized_output
 from offline_quant.layer.planner import pass_count, plan_layer
 from offline_quant.layer.quantizer import quantize_layer
 from offline_quant.layer.view import LayerView
@@ -92,7 +92,9 @@ def quantize_moe_layer(
         view.ctx.cache.clear()
         run.clock.lap("calibration")
         counts, extreme = view.ctx.moments.counts, view.measurements.extreme_experts()
-        report = layer_report(prefix, plan, counts, run.config, errors, error, extreme)
+        report = layer_report(
+            prefix, plan, counts, run.config, errors, error, planned_output_error(view, plan), extreme
+        )
         record = MoELayerRecord(plan.layer, report, layer_picture(plan, counts))
         return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}, record
 

@@ -12,7 +12,7 @@ from offline_quant.checkpoint.writer import write_checkpoint
 from offline_quant.config import QuantizeConfig
 from offline_quant.pipeline.calibrate import calibration_windows
 from offline_quant.pipeline.context import start_run
-from offline_quant.pipeline.layer_loop import quantize_layers, sanity_check
+from offline_quant.pipeline.layer_loop import forecast_plan, quantize_layers, sanity_check
 from offline_quant.pipeline.memory import MemoryEstimate
 from offline_quant.pipeline.model_budget import share_budget
 from offline_quant.pipeline.model_tuning import tune_whole_model
@@ -101,6 +101,7 @@ def quantize_model(
         report = model_report(
             layers.reports, layers.schemas, config, options, calibration.tokens, sanity_check(run, layers),
             budget.report if budget else None, tuning, linear_layers_report(dense, source.tensors.specs),
+            forecast_plan(run, layers),
         )  # fmt: skip
         result = state.directory / RESULT
         result.mkdir()

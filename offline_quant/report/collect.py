@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,6 +9,7 @@ from bitsmoe_kernels.format.linear_layers import DenseConfig, dense_size
 from bitsmoe_kernels.format.schema import Layer, ProjectionName, TensorSpec
 from offline_quant.allocation.objectives import OBJECTIVES
 from offline_quant.config import QuantizeConfig
+from offline_quant.evaluation.forecast import Forecast
 from offline_quant.evaluation.sanity import SanityVerdict
 from offline_quant.layer.plan import LayerPlan
 from offline_quant.report.schema import (
@@ -62,6 +62,7 @@ def layer_report(
     config: QuantizeConfig,
     errors: dict[str, float] | None,
     output_error: float | None,
+    planned_output_error: float | None,
     extreme: list[int],
 ) -> LayerReport:
     """The report of one layer.
@@ -73,10 +74,10 @@ def layer_report(
         config: options.
         errors: measured relative errors by projection; None where nothing was quantized.
         output_error: relative error of the routed experts' output; None where nothing was quantized.
+        planned_output_error: the same as planned; None where the objective predicts no error.
         extreme: experts with far larger outputs than the others.
     """
     layer, allocation, table = plan.layer, plan.allocation, plan.table
-    taken = table.loss[np.arange(len(allocation.choice)), allocation.choice]
     by_block = OBJECTIVES[config.objective].unit == "block"
     return LayerReport(
         layer=prefix,
@@ -84,12 +85,11 @@ def layer_report(
         basis_rank={name: p.basis.rank for name, p in layer.projections.items() if p.basis},
         bpw=8 * layer.nbytes(config.block_size) / layer.num_weights,
         predicted_error=allocation.loss,
-        predicted_error_by_projection=(
-            {name: float(taken[unit].sum()) for name, unit in table.unit_of.items()} if by_block else None
-        ),
+        predicted_error_by_projection=({str(name): loss for name, loss in plan.losses.items()} if by_block else None),
         measured_error=None if errors is None else sum(errors.values()),
         measured_error_by_projection=errors,
         output_error=output_error,
+        planned_output_error=planned_output_error,
         solver_gap=allocation.gap,
         tokens_per_expert=TokenRange(min=int(counts.min()), max=int(counts.max())),
         extreme_experts=extreme,
@@ -114,6 +114,7 @@ def model_report(
     model_budget: ModelBudget | None,
     model_tuning: ModelTuning | None,
     dense_layers: LinearLayersReport | None,
+    forecast: Forecast | None,
 ) -> ModelReport:
     """The report of a whole run.
 
@@ -127,6 +128,7 @@ def model_report(
         model_budget: None where every layer has a budget of its own.
         model_tuning: None where the whole model was not tuned.
         dense_layers: see `linear_layers_report`.
+        forecast: None but after `--plan`.
     """
     weights = sum(layer.num_weights for layer in layers.values())
     size = sum(layer.nbytes(config.block_size) for layer in layers.values())
@@ -141,6 +143,7 @@ def model_report(
         model_tuning=model_tuning,
         layers=reports,
         dense_layers=dense_layers,
+        forecast=forecast,
     )
 
 

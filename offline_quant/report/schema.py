@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from bitsmoe_kernels.sharding import ParallelSizes
+from offline_quant.evaluation.forecast import Forecast
 from offline_quant.evaluation.sanity import SanityVerdict
 
 
@@ -43,6 +44,7 @@ class LayerReport(Report):
         measured_error: sum over the projections; None after `--plan`, as are the next two.
         measured_error_by_projection: on the calibration text.
         output_error: error of the routed experts' output.
+        planned_output_error: the same as the plan predicts it; None for objectives that do not predict errors.
         solver_gap: proven relative distance from the optimum.
         tokens_per_expert: calibration tokens.
         extreme_experts: experts whose outputs are far larger than those of the others.
@@ -61,6 +63,7 @@ class LayerReport(Report):
     measured_error: float | None
     measured_error_by_projection: dict[str, float] | None
     output_error: float | None
+    planned_output_error: float | None = None
     solver_gap: float
     tokens_per_expert: TokenRange
     extreme_experts: list[int]
@@ -147,6 +150,7 @@ class ModelReport(Report):
         model_tuning: None without `--tune-model`.
         layers: MoE layers in the model's order.
         dense_layers: None where the other linear layers are not quantized.
+        forecast: the quality to expect; None but after `--plan` with an objective that predicts errors.
     """
 
     bpw: float
@@ -159,6 +163,7 @@ class ModelReport(Report):
     model_tuning: ModelTuning | None = None
     layers: list[LayerReport]
     dense_layers: LinearLayersReport | None
+    forecast: Forecast | None = None
 
 
 class ProjectionInspection(Report):
