@@ -15,7 +15,7 @@ from torch import Tensor
 
 from offline_quant.evaluation.sanity import VOCABULARY_ROWS
 from offline_quant.model.sizes import FLOAT, RunSizes
-from offline_quant.model.streaming import StreamedModel
+from offline_quant.model.streaming import StreamedModel, forward_bytes
 
 BATCH_TOKENS = 4_096
 """Tokens that pass through a layer together."""
@@ -47,10 +47,11 @@ class Forecast(BaseModel):
 
 
 def forecast_bytes(sizes: RunSizes) -> int:
-    """Bytes of memory that `noisy_states` and `divergence` take beside a layer."""
+    """Bytes of memory that `forecast` takes."""
     H, rows = sizes.shape.hidden_size, min(VOCABULARY_ROWS, sizes.vocabulary)
     judged = min(sizes.tokens, BATCH_TOKENS)
-    return FLOAT * (judged * (4 * H + 3 * sizes.state_values) + rows * (H + 4 * judged))
+    states = FLOAT * (judged * (4 * H + 3 * sizes.state_values) + rows * (H + 4 * judged))
+    return states + forward_bytes(sizes, judged)
 
 
 def noisy_states(

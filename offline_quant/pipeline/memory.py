@@ -8,6 +8,7 @@ from offline_quant.allocation.objectives import OBJECTIVES, budget_scope, may_sh
 from offline_quant.calibration.sensitivity import sensitivity_bytes
 from offline_quant.checkpoint.writer import result_bytes, writing_bytes
 from offline_quant.config import QuantizeConfig
+from offline_quant.evaluation.forecast import forecast_bytes
 from offline_quant.evaluation.sanity import judged_tokens, judging_bytes
 from offline_quant.layer.memory import kept_bytes, layer_bytes, offload_disk_bytes
 from offline_quant.model.expert_inputs import expert_input_bytes
@@ -68,6 +69,7 @@ def estimate_memory(
         layer_bytes(sizes, tune, bases),
         tuning_bytes(sizes) if tune_model else 0,
         judging_bytes(sizes),
+        forecast_bytes(sizes),
         writing_bytes(sizes),
     )
     return MemoryEstimate(

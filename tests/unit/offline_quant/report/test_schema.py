@@ -16,7 +16,9 @@ def layer(error: float = 0.25) -> dict[str, Any]:
         "layer": "model.layers.3.mlp.experts", "basis": "whitened", "basis_rank": {"gate_up": 48, "down": 40},
         "bpw": error, "predicted_error": error, "predicted_error_by_projection": {"gate_up": error, "down": error},
         "measured_error": error, "measured_error_by_projection": {"down": error, "gate_up": 1e-09},
-        "output_error": error, "solver_gap": 0.0, "tokens_per_expert": {"min": 0, "max": 9}, "extreme_experts": [3],
+        "output_error": error,
+        "planned_output_error": error, "solver_gap": 0.0, "tokens_per_expert": {"min": 0, "max": 9},
+        "extreme_experts": [3],
         "unseen_experts": [], "mean_bits_by_expert": {"gate_up": [2.0, 1.3333]},
         "weights_by_width": {"gate_up": {"0": 160, "8": 40}}, "compensator_ranks": None,
     }  # fmt: skip
@@ -46,10 +48,11 @@ def test_the_json_of_a_run_is_that_of_its_data() -> None:
         "model_tuning": {"kl_before": 0.5, "kl_after": 0.25, "kept": True},
         "layers": [layer(), layer(1e-05)],
         "dense_layers": {"bits": [4, 8], "matrices": 2, "weights": 8, "bytes": 5, "bits_per_weight": 5.0},
+        "forecast": {"kl": 0.01, "low": 0.008, "high": 0.013, "tokens": 100},
     }  # fmt: skip
     report = ModelReport.model_validate(data)
     assert report.to_json(indent=1) == json.dumps(data, indent=1)
-    for empty in ("sanity", "model_budget", "model_tuning", "dense_layers"):
+    for empty in ("sanity", "model_budget", "model_tuning", "dense_layers", "forecast"):
         assert ModelReport.model_validate(data | {empty: None}).to_json() == json.dumps(data | {empty: None})
 
 
