@@ -190,10 +190,9 @@ def test_a_checkpoint_takes_the_experts_and_leaves_the_rest(tmp_path, model):
     assert before.keys() == after.keys()
     for name, tensor in after.items():
         assert torch.equal(tensor, experts.get(name, before[name])), name
-    experts = SourceModel(tmp_path / "out").experts(1)
-    gate_up, down = experts.gate_up, experts.down
-    assert torch.equal(gate_up[2, I:], experts["model.layers.1.mlp.experts.2.up_proj.weight"])
-    assert torch.equal(down[0], experts["model.layers.1.mlp.experts.0.down_proj.weight"])
+    read = SourceModel(tmp_path / "out").experts(1)
+    assert torch.equal(read.gate_up[2, I:], experts["model.layers.1.mlp.experts.2.up_proj.weight"])
+    assert torch.equal(read.down[0], experts["model.layers.1.mlp.experts.0.down_proj.weight"])
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
