@@ -188,21 +188,14 @@ class LayerWeights:
         """Biases of gate and up [n, 2 I] and of down [n, H] of some experts, float32; None where there are none."""
         if not any(p.spec.bias for p in self.projections.values()):
             return None
-        own = slice(chosen.start, chosen.stop)
-        gate_up, down = (
-            torch.cat(
-                [
-                    p.part("shift")[own].float()
-                    if p.spec.bias
-                    else torch.zeros(len(chosen), self.layer.side(n, "output"), device=p.part("bits").device)
-                    for n, p in self.projections.items()
-                    if (n == "down") == wanted
-                ],
-                1,
-            )
-            for wanted in (False, True)
-        )
-        return gate_up, down
+
+        def stored(name: ProjectionName) -> Tensor:
+            p = self.projections[name]
+            if p.spec.bias:
+                return p.part("shift")[chosen.start : chosen.stop].float()
+            return torch.zeros(len(chosen), self.layer.side(name, "output"), device=p.part("bits").device)
+
+        return torch.cat([stored(name) for name in self.projections if name != "down"], 1), stored("down")
 
 
 def expert_of_slots(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None) -> Tensor:

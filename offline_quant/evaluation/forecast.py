@@ -98,11 +98,11 @@ def divergence(model: StreamedModel, wanted: Tensor, found: Tensor) -> float:
     totals = [s.new_full((len(s),), -torch.inf) for s in states]
     for head in model.head_parts(VOCABULARY_ROWS):
         totals = [torch.logaddexp(t, head(s).logsumexp(-1)) for t, s in zip(totals, states, strict=True)]
-    lost = torch.zeros((), dtype=torch.float64)
+    lost = 0.0
     for head in model.head_parts(VOCABULARY_ROWS):
         p, q = (head(s).sub_(t[:, None]) for t, s in zip(totals, states, strict=True))
         lost += float((p.exp() * p.sub(q)).sum(dtype=torch.float64))
-    return float(lost) / len(states[0])
+    return lost / len(states[0])
 
 
 def forecast(

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from torch import Tensor
+from torch.nn.functional import linear
 
 from bitsmoe_kernels.format.schema import Layer
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
@@ -45,8 +46,9 @@ def quantized_output(view: LayerView) -> Iterator[Tensor]:
 
 def _quantized_down(view: LayerView, expert: int, hidden: Tensor) -> Tensor:
     """Output [n, H] of a quantized down matrix."""
-    y = hidden @ view.ctx.cache.quantized_down.get(expert).to(view.ctx.device).T
-    return y if (bias := view.measurements.down_bias) is None else y.add_(bias[expert])
+    bias = view.measurements.down_bias
+    down = view.ctx.cache.quantized_down.get(expert).to(view.ctx.device)
+    return linear(hidden, down, None if bias is None else bias[expert])
 
 
 def output_of(ctx: LayerContext, layer: Layer, tensors: dict[str, Tensor]) -> Tensor:
@@ -61,7 +63,7 @@ def planned_output_error(view: LayerView, plan: LayerPlan) -> float | None:
 
     None where the objective predicts no errors.
     """
-    if OBJECTIVES[view.config.objective].unit != "block":
+    if not OBJECTIVES[view.config.objective].predicts_errors:
         return None
     frequency, lost = view.routing_frequency.double(), 0.0
     for name, loss in plan.losses.items():

@@ -156,12 +156,12 @@ def _quantize_down(
     """The same with down: W [n, H, I] with moments M [n, I, I] of what enters it."""
     problem = view.problem_of(plan.projections["down"], chunk, W, M)
     quantized = inputs | _quantize_projection(view, plan, problem)
-    (down,) = _as_read(view, plan, quantized.tensors, chunk, "down")
+    (down,) = _stored_projections(view, plan, quantized.tensors, chunk, "down")
     view.ctx.cache.quantized_down.put_all(chunk, torch.stack([down.weight(i) for i in range(len(chunk))]))
     return quantized
 
 
-def _as_read(
+def _stored_projections(
     view: LayerView, plan: LayerPlan, tensors: dict[str, Tensor], chunk: range, *names: ProjectionName
 ) -> list[ProjectionWeights]:
     """What a reader of the file sees of a chunk's tensors: the named projections."""
@@ -194,7 +194,9 @@ def _down_targets(
     """
     ctx, down = view.ctx, experts.down
     intermediate_size = down.shape[2]
-    parts = _as_read(view, plan, inputs.tensors, chunk, *(name for name in plan.layer.projections if name != "down"))
+    parts = _stored_projections(
+        view, plan, inputs.tensors, chunk, *(name for name in plan.layer.projections if name != "down")
+    )
     W, M = torch.empty_like(down), down.new_empty(len(chunk), intermediate_size, intermediate_size)
     for i, e in enumerate(chunk):
         biases = [bias for part in parts if (bias := part.bias(i)) is not None]

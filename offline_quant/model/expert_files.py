@@ -17,10 +17,10 @@ def is_stacked(shape: MoEShape, layer: int, stored: Container[str]) -> bool:
 
 
 def is_transposed(shape: MoEShape, layer: int, specs: Mapping[str, TensorSpec]) -> bool:
-    """Whether a layer's stacked matrices are transposed: files have both forms, which down's shape tells apart."""
+    """Whether a layer's stacked matrices are transposed: some files have both forms, which down's shape tells apart."""
     down = specs.get(shape.fused_names(layer)[1])
     usual = (shape.num_experts, shape.hidden_size, shape.intermediate_size)
-    return shape.family.transposed and (down is None or down.shape != usual)
+    return shape.family.interleaved or (shape.family.transposed and (down is None or down.shape != usual))
 
 
 def _interleaved(both: Tensor) -> Tensor:
@@ -46,8 +46,10 @@ def expert_tensor_shapes(
     """
     E, H, I = shape.num_experts, shape.hidden_size, shape.intermediate_size  # noqa: E741
     if is_stacked(shape, layer, specs):
-        names, upright = shape.fused_names(layer), not (shape.family.interleaved or is_transposed(shape, layer, specs))
-        sizes: list[tuple[int, ...]] = [(E, 2 * I, H), (E, H, I)] if upright else [(E, H, 2 * I), (E, I, H)]
+        names = shape.fused_names(layer)
+        sizes: list[tuple[int, ...]] = [(E, 2 * I, H), (E, H, I)]
+        if is_transposed(shape, layer, specs):
+            sizes = [(E, H, 2 * I), (E, I, H)]
         biases = zip(map(bias_name, names), [(E, 2 * I), (E, H)], strict=True) if shape.family.bias else ()
         return dict([*zip(names, sizes, strict=True), *biases])
     sizes_of_one = [(I, H), (I, H), (H, I)]
@@ -60,7 +62,7 @@ def read_experts(tensors: ShardReader, shape: MoEShape, layer: int, chunk: range
     H, I = shape.hidden_size, shape.intermediate_size  # noqa: E741
     if is_stacked(shape, layer, tensors):
         part, names = slice(chunk.start, chunk.stop), shape.fused_names(layer)
-        transposed = shape.family.interleaved or is_transposed(shape, layer, tensors.specs)
+        transposed = is_transposed(shape, layer, tensors.specs)
         both, out = (w.mT if transposed else w for w in (tensors.rows(name, part) for name in names))
         if shape.family.interleaved:
             both = _apart(both)

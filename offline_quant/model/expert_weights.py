@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.expert_mlp import ACTIVATIONS, HiddenAct
@@ -125,14 +126,10 @@ class OneExpert(NamedTuple):
 
     def gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs of gate and of up, [n, I] each, of x [n, H]."""
-        weights = self.gate_up.chunk(2)
-        if self.gate_up_bias is None:
-            gate, up = (x @ W.T for W in weights)
-        else:
-            gate, up = (torch.addmm(b, x, W.T) for W, b in zip(weights, self.gate_up_bias.chunk(2), strict=True))
+        biases = (None, None) if self.gate_up_bias is None else self.gate_up_bias.chunk(2)
+        gate, up = (linear(x, W, b) for W, b in zip(self.gate_up.chunk(2), biases, strict=True))
         return gate, up
 
     def output(self, hidden: Tensor) -> Tensor:
         """Output [n, H] of what enters down, [n, I]."""
-        y = hidden @ self.down.T
-        return y if self.down_bias is None else y.add_(self.down_bias)
+        return linear(hidden, self.down, self.down_bias)

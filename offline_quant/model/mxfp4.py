@@ -58,15 +58,19 @@ class Mxfp4Reader(ShardReader):
             return super().get(name)
         spec = self.specs[name]
         whole = torch.empty(spec.shape, dtype=spec.dtype)
-        for expert, held in enumerate(whole):  # one by one: decoding takes several times the memory
-            held.copy_(self.rows(name, slice(expert, expert + 1))[0])
+        # One by one: decoding takes several times the memory.
+        for held, codes, scales in zip(whole, super().get(name + BLOCKS), super().get(name + SCALES), strict=True):
+            held.copy_(self._decoded(codes, scales))
         return whole
 
     def rows(self, name: str, part: slice) -> Tensor:
         """Some experts of a tensor; no others are decoded."""
         if name not in self._coded:
             return super().rows(name, part)
-        codes, scales = (super(Mxfp4Reader, self).get(name + end)[part] for end in (BLOCKS, SCALES))
+        return self._decoded(super().get(name + BLOCKS)[part], super().get(name + SCALES)[part])
+
+    def _decoded(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """bfloat16 [..., K, N] of codes uint8 [..., N, K / 32, 16] and exponents uint8 [..., N, K / 32]."""
         values = self._pairs[codes.int()].flatten(-2)
         values *= torch.exp2(scales.float() - EXPONENT_OF_ONE).bfloat16()[..., None]
         return values.flatten(-2).mT

@@ -294,10 +294,7 @@ class StreamedModel:
             experts = self.source.experts(index, chunk).to(self.device)
             for i, (token, slot) in enumerate(called):
                 one = experts.one(i)
-                gate_up = x[token] @ one.gate_up.T
-                if one.gate_up_bias is not None:
-                    gate_up = gate_up + one.gate_up_bias
-                gate, up = gate_up.chunk(2, -1)
+                gate, up = nn.functional.linear(x[token], one.gate_up, one.gate_up_bias).chunk(2, -1)
                 out = one.output(gated(gate, up, s.hidden_act))
                 y.index_add_(0, token, out * topk_weights[token, slot, None])
         return y

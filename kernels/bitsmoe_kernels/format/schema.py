@@ -23,8 +23,9 @@ from bitsmoe_kernels.expert_mlp import HIDDEN_ACT, HiddenAct
 
 FORMAT_VERSION = 2
 """The newest that this version reads and writes. Older ones are read for ever."""
-LEAST_VERSION = {"hidden_act": 2, "bias": 2}
-"""Keys of a layer or a projection that came later, and the format version they came with."""
+LATER_KEYS: dict[str, tuple[int, Any]] = {"hidden_act": (2, HIDDEN_ACT), "bias": (2, False)}
+"""Keys of a layer or a projection that came later: the format version they came with, and their default. They are
+written where they differ from it, so that readers of older versions know all keys."""
 QUANT_METHOD: Final = "bitsmoe"
 MAX_BITS = 8
 """Widest code. Whole experts may also stay at 16 bits (`Projection.kept_experts`)."""
@@ -265,7 +266,7 @@ class CheckpointConfig(StrictModel):
             f"layers.{where}.{key}: is not of format_version {version}"
             for prefix, layer in data["layers"].items()
             for where, keys in _described(prefix, layer)
-            for key, least in LEAST_VERSION.items()
+            for key, (least, _) in LATER_KEYS.items()
             if version < least and key in keys
         ]
         if later:
@@ -275,12 +276,11 @@ class CheckpointConfig(StrictModel):
     def dump(self) -> dict[str, Any]:
         """JSON data; `parse` of it gives an equal object."""
         data = self.model_dump(mode="json")
-        # Defaults of later keys are left out, so that readers of version 1 know all keys.
-        defaults = {"hidden_act": HIDDEN_ACT, "bias": False}
         for prefix, layer in data["layers"].items():
             for _, keys in _described(prefix, layer):
-                for key in [key for key, value in defaults.items() if keys.get(key) == value]:
-                    del keys[key]
+                for key, (_, default) in LATER_KEYS.items():
+                    if keys.get(key, default) == default:
+                        keys.pop(key, None)
         return data
 
     def tensor_specs(self) -> dict[str, TensorSpec]:
@@ -308,16 +308,14 @@ class CheckpointConfig(StrictModel):
 
 def least_version(layers: Iterable[Layer]) -> int:
     """The oldest format version that can hold these layers: older readers go on reading what they can."""
-    later = [
-        LEAST_VERSION[key]
+    used = (
+        least
         for layer in layers
-        for key, used in (
-            ("hidden_act", layer.hidden_act != HIDDEN_ACT),
-            ("bias", any(p.bias for p in layer.projections.values())),
-        )
-        if used
-    ]
-    return max(later, default=1)
+        for _, keys in _described("", layer.model_dump())
+        for key, (least, default) in LATER_KEYS.items()
+        if keys.get(key, default) != default
+    )
+    return max(used, default=1)
 
 
 def _described(prefix: str, layer: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

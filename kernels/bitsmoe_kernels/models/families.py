@@ -838,11 +838,11 @@ def _family(config: Mapping[str, Any]) -> Family | None:
 def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json says of the language model: all of it, or the entry of a model of several parts."""
     family = _family(config)
-    part = config.get(family.text.config) if family and family.text else config
+    text = family.text if family else None
+    part = config.get(text.config) if text else config
     if not isinstance(part, Mapping):
         return {}
-    own = family.text.model_type if family and family.text else None
-    return {**part, "model_type": own} if own else dict(part)
+    return {**part, "model_type": text.model_type} if text and text.model_type else dict(part)
 
 
 def built_config(config: Mapping[str, Any]) -> dict[str, Any]:

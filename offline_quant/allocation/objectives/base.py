@@ -74,6 +74,11 @@ class Objective(ABC):
     sensitive = False
     pilots = False
 
+    @property
+    def predicts_errors(self) -> bool:
+        """Whether losses are relative errors of one projection's output, which add up."""
+        return self.unit == "block"
+
     @abstractmethod
     def loss(self, view: ValuedLayer, projections: RankedProjections, width: Widths, rank: Ranks) -> Losses:
         """Loss of every unit at every choice, [units, choices].
