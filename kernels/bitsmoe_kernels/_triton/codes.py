@@ -47,8 +47,10 @@ def _pair(word, BITS: tl.constexpr, A: tl.constexpr, FP16: tl.constexpr, ASM: tl
     """Both codes of pair A, as int32 that holds two numbers."""
     SHIFT: tl.constexpr = _SHIFTS[_entry(BITS, A, FP16)]
     MASK: tl.constexpr = _mask(BITS, _PLACES[_entry(BITS, A, FP16)])
-    if SHIFT:
+    if SHIFT > 0:
         word = word >> SHIFT
+    elif SHIFT < 0:
+        word = word << -SHIFT
     return _cut(word, MASK, _one(FP16), ASM)
 
 

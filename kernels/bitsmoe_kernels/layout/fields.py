@@ -36,16 +36,20 @@ def mantissa_bits(fp16: bool) -> int:
 
 
 def field_shift(bits: int, a: int, fp16: bool) -> int:
-    """How far the (spread) word of pair `a` is shifted right before its field is cut out."""
+    """How far the (spread) word of pair `a` is shifted right, or left if negative, before its field is cut out.
+
+    A float16 has room to move fields upwards, to p >= 4. The smaller a code's step beside the constant 1, the more of
+    it sums lose that round toward zero, as those of matrix units do.
+    """
     if bits == 1:
-        return 0 if fp16 else a // 7
+        return (-6 if a < 4 else -2) if fp16 else a // 7
     if bits == 2:
-        return 6 * (a // 5) if fp16 else 6 * (a // 3)
+        return (-6, -6, -2, 0, 0, 4, 4, 6)[a] if fp16 else 6 * (a // 3)
     if bits == 3:
         if a >= 5:  # X
-            return 2 if a == 7 and not fp16 else 0
-        return 9 * (a // 3) if fp16 else 6 * (a // 2)
-    return 8 * (a % 4 // 2) if fp16 else 4 * (a % 4)
+            return (-4 if fp16 else 0) if a < 7 else (0 if fp16 else 2)
+        return (-7, -4, 0, 5, 5)[a] if fp16 else 6 * (a // 2)
+    return 4 * (a % 4) - 4 if fp16 else 4 * (a % 4)
 
 
 def field_place(bits: int, a: int, fp16: bool) -> int:

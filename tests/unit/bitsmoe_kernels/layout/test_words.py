@@ -46,7 +46,9 @@ def test_fields_stay_in_the_mantissa(bits: int, dtype: torch.dtype) -> None:
     for a in range(PAIRS):
         place = field_place(bits, a, fp16)
         assert 0 <= place <= mantissa_bits(fp16) - bits
-        assert 0 <= field_shift(bits, a, fp16) < 16
+        assert abs(field_shift(bits, a, fp16)) < 16
+        if fp16:  # what sums that round toward zero lose grows with the constant 1 over the code's step
+            assert place >= 4
 
 
 def as_numbers(words: np.ndarray, fp16: bool) -> np.ndarray:
@@ -86,7 +88,7 @@ def emulated(wide: Tensor | None, narrow: Tensor | None, bits: int, fp16: bool) 
             word, width = words["wide"][..., 0], 3
         else:
             word, width = words["narrow"], 3 if a < 7 else 2
-        made = word >> shift & mask(width, place) | one
+        made = (word >> shift if shift >= 0 else word << -shift) & mask(width, place) | one
         if bits == 3 and a == 7:
             made = made | words["wide"][..., 0] >> (13 - place) & mask(1, place + 2)
         out.append(as_numbers(made.astype(np.int64), fp16))
