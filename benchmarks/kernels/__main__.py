@@ -3,6 +3,7 @@
     python -m benchmarks.kernels [--marlin FILE.so] [--seconds N]     time everything on the GPU; run again to go on
     python -m benchmarks.kernels --tune                               choose tiles for this GPU
     python -m benchmarks.kernels --machine-code [--json]              needs no GPU
+    python -m benchmarks.kernels --estimate [--json]                  needs no GPU: a model of time, for several
     python -m benchmarks.kernels --rehearse                           every step, tiny, on a CPU, nothing timed
 
 Times go to OUT/kernels-GPU.json after every step, .md and .png at the end; rows that are there already, from the same
@@ -32,13 +33,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--machine-code", action="store_true", help="compile ahead of time and count instructions")
+    what.add_argument("--estimate", action="store_true", help="estimate the time of a layer on several GPUs")
     what.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
     what.add_argument("--compile", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--tune", action="store_true", help="time tiles and print the table's entry")
     parser.add_argument(
         "--rehearse", action="store_true", help="tiny shapes under Triton's interpreter; nothing is timed"
     )
-    parser.add_argument("--json", action="store_true", help="with --machine-code: only JSON on standard output")
+    parser.add_argument("--json", action="store_true", help="with --machine-code or --estimate: JSON only")
     parser.add_argument("--out", type=Path, help=f"folder of the results (default: {RESULTS.relative_to(ROOT)})")
     parser.add_argument("--models", nargs="+", metavar="NAME", help="only these layers")
     parser.add_argument("--methods", nargs="+", metavar="TEXT", help="only methods whose name holds one of these")
@@ -61,6 +63,21 @@ def _machine_code(args: argparse.Namespace) -> None:
         for name, text in (("machine-code.json", json.dumps(rows, indent=1)), ("machine-code.md", as_markdown(rows))):
             (args.out / name).write_text(text + "\n", encoding="utf-8")
     print(json.dumps(rows, indent=1) if args.json else as_markdown(rows))
+
+
+def _estimate(args: argparse.Namespace) -> None:
+    from benchmarks.kernels import estimate
+    from benchmarks.kernels.shapes import SHAPES
+
+    if strange := sorted(set(args.models or ()) - {s.model for s in SHAPES}):
+        raise SystemExit(f"no model {', '.join(strange)}; there are {', '.join(s.model for s in SHAPES)}")
+    shapes = [s for s in SHAPES if s.model in (args.models or (SHAPES[0].model,))]
+    rows = list(estimate.estimates(shapes, args.tokens or estimate.TOKENS, args.bits))
+    text = estimate.as_markdown(rows, args.bits)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "kernels-estimate.md").write_text(text + "\n", encoding="utf-8")
+    print(json.dumps(estimate.as_json(rows), indent=1) if args.json else text)
 
 
 def _plan(args: argparse.Namespace) -> Any:
@@ -145,10 +162,10 @@ def _compile(job: dict[str, Any]) -> None:
 def main() -> None:
     """Command line."""
     args = _parser().parse_args()
-    if args.json and not args.machine_code:
-        raise SystemExit("--json goes with --machine-code")
-    if args.machine_code:
-        _machine_code(args)
+    if args.json and not (args.machine_code or args.estimate):
+        raise SystemExit("--json goes with --machine-code or --estimate")
+    if args.machine_code or args.estimate:
+        (_estimate if args.estimate else _machine_code)(args)
         return
     # Read when triton is imported, here and in the processes started below.
     if args.work is None:

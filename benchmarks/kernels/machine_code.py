@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,13 +82,22 @@ _POINTERS = {
 }  # fmt: skip
 
 
-def compiled(kernel: Any, capability: int, constants: dict[str, Any], types: dict[str, str], warps: int) -> Any:
-    """One kernel for one architecture; arguments that are no constants are pointers (aligned) or sizes."""
+def compiled(
+    kernel: Any,
+    capability: int,
+    constants: dict[str, Any],
+    types: dict[str, str],
+    warps: int,
+    sizes: Sequence[str] = ("KMAX", "NMAX", "KDOWN", "OUT_STRIDE", "H"),
+) -> Any:
+    """One kernel for one architecture; arguments that are no constants are pointers (aligned) or numbers.
+
+    `sizes`: numbers that are multiples of 16.
+    """
     names = kernel.arg_names
     constexprs = {(names.index(k),): v for k, v in constants.items()}
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     unknown = {p.name for p in kernel.params if p.do_not_specialize_on_alignment}
-    sizes = ("KMAX", "NMAX", "KDOWN", "OUT_STRIDE", "H")
     aligned = [n for n in names if (signature[n].startswith("*") and n not in unknown) or n in sizes]
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(kernel, signature, constexprs, attrs)
@@ -119,20 +128,21 @@ def gemm_kernels(
 def other_kernels(capability: int, fp16: bool) -> Iterator[tuple[str, Any]]:
     """The kernels around the GEMM, compiled."""
     kind = "*fp16" if fp16 else "*bf16"
-    for bt, bn in ((16, 32), (64, 64)):
-        constants = {"BN": bn, "BT": bt, "BK": 128, "STAGES": 3, "ASM": True}
-        types = {"x": kind, "basis": "*i8", "basis_scale": "*fp32", "z": "*fp32"}
-        yield f"basis, {bt} tokens", compiled(prepare.basis_kernel, capability, constants, types, 4)
+    types = {
+        "ids": "*i32", "local": "*i32", "block_expert": "*i32", "block_slot": "*i32", "num_blocks": "*i32",
+        "arrived": "*i32", "expert_map": "*i32", "x": kind, "basis": "*i8", "basis_scale": "*fp32", "z": "*fp32",
+    }  # fmt: skip
+    routing = {"E": 128, "BINS": 128, "CHUNK": 512, "EXPERTS": 128, "EXPERT_MAP": True}
+    for basis, bt, bn in ((False, 16, 16), (True, 16, 32), (True, 64, 64)):
+        constants = routing | {"BASIS": basis, "BN": bn, "BT": bt, "BK": 128, "STAGES": 3, "ASM": True}
+        name = f"begin{f', basis for {bt} tokens' * basis}"
+        yield name, compiled(prepare.begin_kernel, capability, constants, types, 4)
     types = {"source": "*fp32", "local": "*i32", "index": "*i32", "factor": "*fp32", "offset": "*fp32", "tiles": "*i32",
              "act": kind, "corr": "*fp32", "rank": "*i32", "lowrank": "*fp16", "lowrank_start": "*i32",
              "out": kind}  # fmt: skip
     for low in (False, True):
         constants = {"ROWS_PER": 8, "PER": 1, "CHUNK": 512, "FP16": fp16, "LOWRANK": low, "ASM": True}
         yield f"scale{', compensators' * low}", compiled(prepare.scale_kernel, capability, constants, types, 4)
-    types = {"ids": "*i32", "local": "*i32", "block_expert": "*i32", "block_slot": "*i32", "num_blocks": "*i32",
-             "arrived": "*i32", "expert_map": "*i32"}  # fmt: skip
-    constants = {"E": 128, "E_POW2": 128, "BT": 16, "CHUNK": 64, "EXPERTS": 128, "EXPERT_MAP": True}
-    yield "route", compiled(prepare.route_kernel, capability, constants, types, 4)
 
 
 def rounding_kernels(capability: int) -> Iterator[tuple[str, Any]]:
@@ -176,8 +186,8 @@ def resources(kernel: Any) -> dict[str, int]:
     }
 
 
-def loops(lines: list[str]) -> list[list[str]]:
-    """Bodies of all innermost loops that hold matrix instructions: opcodes without modifiers."""
+def _listing(lines: list[str]) -> tuple[list[str], list[tuple[int, int]]]:
+    """All instructions, and the first and last of every innermost loop, in order."""
     code: list[str] = []
     labels: dict[str, int] = {}
     for line in lines:
@@ -188,11 +198,41 @@ def loops(lines: list[str]) -> list[list[str]]:
     spans = []
     for end, text in enumerate(code):
         target = re.search(r"\bBRA\b.*?(\.L_x_\d+)", text)
-        if target and labels.get(target[1], len(code)) <= end:
+        # A branch to itself fills the space behind the end.
+        if target and labels.get(target[1], len(code)) < end:
             spans.append((labels[target[1]], end))
     inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
-    bodies = [[_opcode(text) for text in code[a : b + 1]] for a, b in inner]
-    return [body for body in bodies if MATRIX & set(body)]
+    return [_opcode(text) for text in code], sorted(inner)
+
+
+def loops(lines: list[str]) -> list[list[str]]:
+    """Bodies of all innermost loops that hold matrix instructions: opcodes without modifiers."""
+    code, spans = _listing(lines)
+    return [body for a, b in spans if MATRIX & set(body := code[a : b + 1])]
+
+
+def executed(lines: list[str], turns: Sequence[int], other_turns: int) -> int:
+    """Instructions that a warp executes, but for branches that skip some.
+
+    Args:
+        lines: see `machine_code`.
+        turns: of the loops with matrix instructions, in the order of the code.
+        other_turns: of every other innermost loop.
+
+    Raises:
+        ValueError: there is another number of loops with matrix instructions.
+    """
+    code, spans = _listing(lines)
+    total, at = len(code) - code.count("NOP"), 0
+    for a, b in spans:
+        body, times = code[a : b + 1], other_turns
+        if MATRIX & set(body):
+            times = turns[at] if at < len(turns) else 0
+            at += 1
+        total += (times - 1) * len(body)
+    if at != len(turns):
+        raise ValueError(f"the code has {at} loops with matrix instructions, but {len(turns)} are expected")
+    return total
 
 
 def _opcode(text: str) -> str:

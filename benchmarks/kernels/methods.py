@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parent.parent / "kernels" / "bitsmoe_kernels"
 CHECKED_EXPERTS, CHECKED_TOKENS = 4, (1, 37)
 CHECKED_ROUTING_SEED = 1
-SPLIT = ("route_kernel", "basis_kernel", "scale_kernel", "gate_up_kernel", "down_kernel")
+SPLIT = ("begin_kernel", "scale_kernel", "gate_up_kernel", "down_kernel")
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def routings(ids: Tensor, experts: int) -> list[Tensor]:
 
 
 @both_dtypes
-@pytest.mark.parametrize("name", [*FORMS, "ragged tails", "routed by torch"])
+@pytest.mark.parametrize("name", [*FORMS, "ragged tails", "routed in pieces"])
 def test_a_graph_replays_under_other_routings(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Captured once, then fed other inputs, routings and weights in the same memory: the bits of a call without it."""
     for limit, value in CASES[name].limits.items():
@@ -105,7 +105,7 @@ def test_many_tokens_are_deterministic() -> None:
 
 def compiled() -> int:
     """Variants of the kernels that Triton holds."""
-    kernels = (prepare.route_kernel, prepare.basis_kernel, prepare.scale_kernel, gemm.gate_up_kernel, gemm.down_kernel)
+    kernels = (prepare.begin_kernel, prepare.scale_kernel, gemm.gate_up_kernel, gemm.down_kernel)
     return sum(len(cache) for kernel in kernels for cache, *_ in kernel.device_caches.values())
 
 

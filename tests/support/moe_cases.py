@@ -290,8 +290,8 @@ def _cases() -> dict[str, Case]:
             "blocks of many experts, ids of none in every other token", widths(2), experts=60, hidden=40,
             intermediate=24, ids=[[t * 7 % 60, 60 + t] if t % 2 else [t, t * 11 % 60] for t in range(12)], kwidth=4,
         ),
-        "ids of no expert routed by torch": Case(
-            "the same without the routing kernel", widths(2), ids_dtype=torch.int64, limits={"ROUTED_SLOTS": 0},
+        "ids of no expert, wide": Case(
+            "the same in int64", widths(2), ids_dtype=torch.int64,
             ids=((0, 3), (4, 2**31 - 1), (2**31, 1), (2**32 + 1, 2), (2**62, 2**32), (2, -1)),
         ),
         "nobody is routed": Case("no block at all: zeros", ids=((-1, -1),) * 2),
@@ -304,9 +304,9 @@ def _cases() -> dict[str, Case]:
         "sizes of whole tiles": Case(
             "nothing is masked", widths(2, 4), hidden=128, intermediate=128, block=32, ids=((0, 1), (2, 0))
         ),
-        "routed by torch": Case(
-            "as many slots as prefill has, routed without the routing kernel", widths(2), experts=4,
-            ids=[*spread(20, 2, 4), (-1, 0), (-1, -1)], limits={"ROUTED_SLOTS": 0},
+        "routed in pieces": Case(
+            "more slots than a program of the routing looks at together", widths(2), experts=4,
+            ids=[*spread(20, 2, 4), (-1, 0), (-1, -1)], limits={"ROUTE_CHUNK": 16},
         ),
         "cut inputs": Case("a longer input than one call takes, with a rest", ids=spread(7, 2, 3),
                            limits={"TOKENS_AT_ONCE": 3}),
@@ -323,17 +323,17 @@ def _cases() -> dict[str, Case]:
             "expert parallelism: experts elsewhere, in any local order, and tokens with none here", experts=4,
             ids=((0, 1), (2, 3), (3, 0), (-1, 2)), ranks=((0, 1, (3, 1)), (0, 1, (0, 2))),
         ),
-        "two ranks of experts routed by torch": Case(
-            "the map of experts without the routing kernel", experts=4, ids=((0, 1), (2, 3), (3, 0), (-1, 2)),
-            ranks=((0, 1, (3, 1)), (0, 1, (0, 2))), limits={"ROUTED_SLOTS": 0}, ids_dtype=torch.int64,
+        "two ranks of experts, wide ids": Case(
+            "the map of experts under int64", experts=4, ids=((0, 1), (2, 3), (3, 0), (-1, 2)),
+            ranks=((0, 1, (3, 1)), (0, 1, (0, 2))), ids_dtype=torch.int64,
         ),
         "ids of no expert in a map": Case(
             "beyond the map's end, where more memory lies", experts=4, ids=((0, 4), (2, 2**31 - 1), (5, 6), (-1, 3)),
             ranks=((0, 1, (3, 1)), (0, 1, (0, 2))),
         ),
-        "ids of no expert in a map, routed by torch": Case(
-            "the same without the routing kernel", experts=4, ids=((0, 4), (2, 2**31 - 1), (2**32 + 1, 2**62), (-1, 3)),
-            ranks=((0, 1, (3, 1)), (0, 1, (0, 2))), limits={"ROUTED_SLOTS": 0}, ids_dtype=torch.int64,
+        "ids of no expert in a map, wide": Case(
+            "the same in int64", experts=4, ids=((0, 4), (2, 2**31 - 1), (2**32 + 1, 2**62), (-1, 3)),
+            ranks=((0, 1, (3, 1)), (0, 1, (0, 2))), ids_dtype=torch.int64,
         ),
         "three ranks of channels": Case(
             "tensor parallelism: whole blocks, one of them partial", intermediate=56,

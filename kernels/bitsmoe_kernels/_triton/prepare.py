@@ -23,55 +23,51 @@ def _expert_of(ids, s, S, E: tl.constexpr, EXPERTS: tl.constexpr, EXPERT_MAP: tl
     return tl.where(here, expert, -1)
 
 
-# What changes with the number of tokens, or is the caller's, makes no variants: nothing is compiled while serving.
-@triton.jit(do_not_specialize=["S", "NT"], do_not_specialize_on_alignment=["ids", "expert_map"])
-def route_kernel(ids, local, block_expert, block_slot, num_blocks, arrived, S, NT,
-                 E: tl.constexpr, E_POW2: tl.constexpr, BT: tl.constexpr, CHUNK: tl.constexpr,
-                 EXPERTS: tl.constexpr, EXPERT_MAP: tl.constexpr, expert_map):  # fmt: skip
-    """Slots in blocks of one expert each, in the order of experts and of slots within one: one program does it all.
+@triton.jit
+def _route(e, ids, local, block_expert, block_slot, num_blocks, arrived, S, NT, block, expert_map,
+           E: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
+           EXPERTS: tl.constexpr, EXPERT_MAP: tl.constexpr):  # fmt: skip
+    """Expert e's part of the routing: every program counts all slots, and writes the blocks of its own expert.
 
-    ids: int32 or int64 [S], of EXPERTS global experts; all others are skipped. local: int32 [S], written: expert here
-    or -1. expert_map: int32 [EXPERTS], local index or -1. arrived: int32 [T * NT], cleared here.
+    Programs write to different places and read nothing that another writes.
     """
-    e = tl.arange(0, E_POW2)
-    counts = tl.zeros((E_POW2,), tl.int32)
+    counts = tl.zeros((BINS,), tl.int32)
     for first in range(0, S, CHUNK):
         s = first + tl.arange(0, CHUNK)
         expert = _expert_of(ids, s, S, E, EXPERTS, EXPERT_MAP, expert_map)
-        tl.store(local + s, expert, mask=s < S)
-        counts += tl.sum((expert[:, None] == e[None, :]).to(tl.int32), 0)
-    blocks = (counts + BT - 1) // BT
-    ends = tl.cumsum(blocks, 0)
-    begin = (ends - blocks) * BT
-    total = tl.sum(blocks)
-    tl.store(num_blocks, total)
-    for first in range(0, total, CHUNK):
-        b = first + tl.arange(0, CHUNK)
-        expert = tl.sum((ends[None, :] <= b[:, None]).to(tl.int32), 1)
-        tl.store(block_expert + b, expert, mask=b < total)
-        for t in range(0, BT):
-            tl.store(block_slot + b * BT + t, tl.zeros((CHUNK,), tl.int32) - 1, mask=b < total)
-    for first in range(0, NT, CHUNK):
+        here = expert >= 0
+        counts += tl.histogram(tl.where(here, expert, 0), BINS, mask=here)
+        tl.store(local + s, expert, mask=(s < S) & (first // CHUNK % tl.maximum(E, 1) == e))
+    blocks = tl.cdiv(counts, block)
+    own = tl.arange(0, BINS) == e
+    end = tl.sum(tl.where(own, tl.cumsum(blocks, 0), 0))
+    begin = end - tl.sum(tl.where(own, blocks, 0))
+    count = tl.sum(tl.where(own, counts, 0))
+    tl.store(num_blocks, tl.sum(blocks), mask=e == 0)
+    for first in range(e * CHUNK, NT, tl.maximum(E, 1) * CHUNK):
         at = first + tl.arange(0, CHUNK)
         tl.store(arrived + at, tl.zeros((CHUNK,), tl.int32), mask=at < NT)
-    tl.debug_barrier()
-    for first in range(0, S, CHUNK):
-        s = first + tl.arange(0, CHUNK)
-        expert = _expert_of(ids, s, S, E, EXPERTS, EXPERT_MAP, expert_map)
-        hit = (expert[:, None] == e[None, :]).to(tl.int32)
-        before = tl.cumsum(hit, 0) - hit
-        place = tl.sum(hit * (begin[None, :] + before), 1)
-        tl.store(block_slot + place, s, mask=(s < S) & (expert >= 0))
-        begin += tl.sum(hit, 0)
+    for first in range(begin, end, CHUNK):
+        b = first + tl.arange(0, CHUNK)
+        tl.store(block_expert + b, tl.zeros((CHUNK,), tl.int32) + e, mask=b < end)
+    place = begin * block
+    if count > 0:
+        for first in range(0, S, CHUNK):
+            s = first + tl.arange(0, CHUNK)
+            hit = (_expert_of(ids, s, S, E, EXPERTS, EXPERT_MAP, expert_map) == e).to(tl.int32)
+            tl.store(block_slot + place + tl.cumsum(hit, 0) - hit, s, mask=hit > 0)
+            place += tl.sum(hit)
+    rest = place + tl.arange(0, CHUNK)
+    tl.store(block_slot + rest, tl.zeros((CHUNK,), tl.int32) - 1, mask=rest < end * block)
 
 
-@triton.jit(do_not_specialize=["T"])
-def basis_kernel(x, basis, basis_scale, z, T, H, R,
+@triton.jit
+def _coordinates(program, x, basis, basis_scale, z, T, H, R,
                  BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
                  ASM: tl.constexpr):  # fmt: skip
-    """z [T, R] float32 = (basis [R, H] * basis_scale [R]) x; basis int8 or x's dtype."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    t = tl.program_id(1) * BT + tl.arange(0, BT)
+    """BN coordinates of BT tokens: z [T, R] float32 = (basis [R, H] * basis_scale [R]) x."""
+    n = program % tl.cdiv(R, BN) * BN + tl.arange(0, BN)
+    t = program // tl.cdiv(R, BN) * BT + tl.arange(0, BT)
     kk = tl.arange(0, BK)
     acc = tl.zeros((BN, BT), tl.float32)
     pb = basis + n[:, None].to(tl.int64) * H + kk[None, :]
@@ -85,6 +81,36 @@ def basis_kernel(x, basis, basis_scale, z, T, H, R,
         px += BK
     acc *= tl.load(basis_scale + n, mask=n < R, other=0.0)[:, None]
     tl.store(z + t[None, :].to(tl.int64) * R + n[:, None], acc, mask=(n[:, None] < R) & (t[None, :] < T))
+
+
+# What changes with the number of tokens, or is the caller's, makes no variants: nothing is compiled while serving.
+@triton.jit(do_not_specialize=["S", "NT", "block", "T"], do_not_specialize_on_alignment=["ids", "expert_map"])
+def begin_kernel(ids, local, block_expert, block_slot, num_blocks, arrived, S, NT, block, expert_map,
+                 x, basis, basis_scale, z, T, H, R,
+                 E: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
+                 EXPERTS: tl.constexpr, EXPERT_MAP: tl.constexpr, BASIS: tl.constexpr,
+                 BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+                 ASM: tl.constexpr):  # fmt: skip
+    """Slots in blocks of one expert each, and tokens' coordinates in the shared basis: neither needs the other.
+
+    Blocks are in the order of experts, and slots in ascending order within an expert. One program for each expert, at
+    least one, and before them those of the basis.
+
+    ids: int32 or int64 [S], of EXPERTS global experts; all others are skipped. local: int32 [S], written: expert here
+    or -1. expert_map: int32 [EXPERTS], local index or -1. block: slots of a block, at most CHUNK. BINS: a power of
+    two, at least E and 32. arrived: int32 [NT], cleared. z: float32 [T, R]. basis: [R, H], int8 or x's dtype.
+    """
+    program = tl.program_id(0)
+    if BASIS:
+        coordinates = tl.cdiv(R, BN) * tl.cdiv(T, BT)
+        if program < coordinates:
+            _coordinates(program, x, basis, basis_scale, z, T, H, R, BN, BT, BK, STAGES, ASM)
+        else:
+            _route(program - coordinates, ids, local, block_expert, block_slot, num_blocks, arrived, S, NT, block,
+                   expert_map, E, BINS, CHUNK, EXPERTS, EXPERT_MAP)  # fmt: skip
+    else:
+        _route(program, ids, local, block_expert, block_slot, num_blocks, arrived, S, NT, block, expert_map,
+               E, BINS, CHUNK, EXPERTS, EXPERT_MAP)  # fmt: skip
 
 
 @triton.jit

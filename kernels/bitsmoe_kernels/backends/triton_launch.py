@@ -1,7 +1,7 @@
 """The launches of the Triton kernels for one layer: which, in what order, with which buffers.
 
 Sizes, grids and tiles follow from shapes alone, so a call is free of synchronization, and can be captured in a CUDA
-graph and replayed under another routing. Launches: routing, basis (with one), scaled activations, gate and up, down;
+graph and replayed under another routing. Launches: routing and the shared basis, scaled activations, gate and up, down;
 for a layer whose down has compensators, its scaled activations too.
 """
 
@@ -18,13 +18,11 @@ from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.layout.fields import TILE
 from bitsmoe_kernels.layout.matrices import Matrices
 from bitsmoe_kernels.layout.pack import KernelLayer
-from bitsmoe_kernels.reference import expert_of_slots
 
 SCALE_CHUNK = 512
 """Components of one program of the scaling kernel."""
-ROUTE_CHUNK = 64
-ROUTED_SLOTS = 2_048
-"""Largest number of slots that one program routes; torch routes more."""
+ROUTE_CHUNK = 512
+"""Slots that a program of the routing looks at together."""
 TOKENS_AT_ONCE = 2_048
 """Tokens of one pass. Longer inputs are cut, which bounds the buffers."""
 ALIGNED = 4
@@ -135,17 +133,12 @@ def _forward(
         "num_warps": tile.warps,
     }  # fmt: skip
     down_tiles = -(-H // tile.outputs)
-    route = _route(topk_ids, expert_map, E, tile.tokens, down_tiles)
-
     # What gate and up contract: the token, or its coordinates in the shared basis.
-    source = x
-    if layer.basis is not None:
-        R = len(layer.basis)
-        source = x.new_empty(T, R, dtype=torch.float32)
-        BN, BT = (32, 16) if T <= 64 else (64, 64)
-        _launch("basis", prepare.basis_kernel, (-(-R // BN), -(-T // BT)),
-                x, layer.basis, layer.basis_scale, source, T, H, R,
-                BN=BN, BT=BT, BK=128, STAGES=3, ASM=device.asm, num_warps=4)  # fmt: skip
+    source, coordinates = x, None
+    if layer.basis is not None and layer.basis_scale is not None:
+        source = x.new_empty(T, len(layer.basis), dtype=torch.float32)
+        coordinates = x, layer.basis, layer.basis_scale, source
+    route = _route(topk_ids, expert_map, E, tile.tokens, down_tiles, coordinates, device.asm)
     out = torch.empty_like(x)
     act, corr = _scaled(layer.inputs, source, route.local, S, top_k, 2 if layer.split else 1, out, H, device.asm)
 
@@ -182,7 +175,7 @@ def _forward(
 
 @dataclass(frozen=True)
 class _Route:
-    """Blocks of slots; see `prepare.route_kernel`."""
+    """Blocks of slots; see `prepare.begin_kernel`."""
 
     local: Tensor
     block_expert: Tensor
@@ -192,40 +185,36 @@ class _Route:
     max_blocks: int
 
 
-def _route(topk_ids: Tensor, expert_map: Tensor | None, E: int, tokens: int, down_tiles: int) -> _Route:
+def _route(
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    E: int,
+    tokens: int,
+    down_tiles: int,
+    coordinates: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    asm: bool = False,
+) -> _Route:
+    """Blocks of `tokens` slots. In the same launch coordinates: x, the basis, its scale and z, which is written."""
     ids = topk_ids.contiguous().flatten()
-    S = len(ids)
+    S, T = len(ids), len(topk_ids)
     most = min(S, S // tokens + E)
     # Each begins at a multiple of ALIGNED: Triton compiles a kernel once more for pointers that do not.
-    sizes = [v for n in (S, 1, most, most * tokens, len(topk_ids) * down_tiles) for v in (n, -n % ALIGNED)]
+    sizes = [v for n in (S, 1, most, most * tokens, T * down_tiles) for v in (n, -n % ALIGNED)]
     empty = torch.empty(sum(sizes), dtype=torch.int32, device=ids.device)
     local, num_blocks, block_expert, block_slot, arrived = empty.split(sizes)[::2]
-    if S <= ROUTED_SLOTS:
-        _launch("route", prepare.route_kernel, (1,), ids, local, block_expert, block_slot, num_blocks, arrived, S,
-                len(arrived), E=E, E_POW2=_pow2(E), BT=tokens, CHUNK=ROUTE_CHUNK,
-                EXPERTS=E if expert_map is None else len(expert_map), EXPERT_MAP=expert_map is not None,
-                expert_map=ids if expert_map is None else expert_map,
-                num_warps=4)  # fmt: skip
-        return _Route(local, block_expert, block_slot, num_blocks, arrived, most)
-    expert = expert_of_slots(ids, E, expert_map)
-    local.copy_(expert)
-    expert = torch.where(expert >= 0, expert, E)
-    counts = torch.zeros(E + 1, dtype=torch.int64, device=ids.device)
-    counts.scatter_add_(0, expert, torch.ones_like(expert))
-    blocks = -(-counts // tokens)
-    blocks[E] = 0
-    ends = blocks.cumsum(0)
-    order = expert.argsort(stable=True)
-    mine = expert[order]
-    rank = torch.arange(S, device=ids.device) - (counts.cumsum(0) - counts)[mine]
-    place = (ends - blocks)[mine] * tokens + rank
-    spare = torch.empty(most * tokens + 1, dtype=torch.int32, device=ids.device).fill_(-1)
-    spare.scatter_(0, torch.where(mine < E, place, most * tokens), order.int())
-    block_slot.copy_(spare[:-1])
-    at = torch.arange(most, device=ids.device)
-    block_expert.copy_(torch.searchsorted(ends, at, right=True).clamp(max=E - 1))
-    num_blocks.copy_(ends[-1:])
-    arrived.zero_()
+    x, basis, basis_scale, z = coordinates or (empty,) * 4
+    H, R, BN, BT = 0, 0, 16, 16
+    programs = max(1, E)
+    if coordinates is not None:
+        H, R = x.shape[1], len(basis)
+        BN, BT = (32, 16) if T <= 64 else (64, 64)
+        programs += -(-R // BN) * -(-T // BT)
+    _launch("begin", prepare.begin_kernel, (programs,),
+            ids, local, block_expert, block_slot, num_blocks, arrived, S, len(arrived), tokens,
+            ids if expert_map is None else expert_map, x, basis, basis_scale, z, T, H, R,
+            E=E, BINS=max(32, _pow2(E)), CHUNK=ROUTE_CHUNK,
+            EXPERTS=E if expert_map is None else len(expert_map), EXPERT_MAP=expert_map is not None,
+            BASIS=coordinates is not None, BN=BN, BT=BT, BK=128, STAGES=3, ASM=asm, num_warps=4)  # fmt: skip
     return _Route(local, block_expert, block_slot, num_blocks, arrived, most)
 
 
