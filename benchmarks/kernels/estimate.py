@@ -163,12 +163,12 @@ def _layer(shape: Shape, form: str, bits: float, capability: int) -> BitsmoeExpe
     return BitsmoeExperts(format_layer(few, form, bits, SEED, "cpu"), torch.bfloat16, capability, keep=False)
 
 
-def _turns(counts: Sequence[int], unroll: int, widths: int) -> list[int]:
+def _turns(counts: Sequence[int], tile: Tile, widths: int) -> list[int]:
     """Turns of a GEMM kernel's loops: of whole turns and of the rest, for each width that occurs in the layer."""
-    out = []
+    out, tiles = [], machine_code.turn_tiles(tile)
     for c, count in enumerate(counts):
         if widths >> c & 1:
-            out += [count // unroll, count % unroll] if unroll > 1 else [count]
+            out += [count // tiles, count % tiles] if tiles > 1 and not tile.direct else [count // tiles]
     return out
 
 
@@ -180,10 +180,11 @@ def _gemm(
     at = ("gate_up", "down").index(kernel)
     lines, used = _code(capability, tile, widths)[kernel]
     tiles = (layer.layer.inputs if at == 0 else layer.layer.down).tiles[:, :4].tolist()
-    every = [_turns(counts, tile.unroll, widths[at]) for counts in tiles]
+    every = [_turns(counts, tile, widths[at]) for counts in tiles]
     instructions = sum(machine_code.executed(list(lines), turns, top_k) for turns in every) / len(every)
-    # Number of blocks, expert, counts and starts; then each loop's first tile; then what the outputs need.
-    reads = 3 + sum(sum(t > 0 for t in turns) for turns in every) / len(every) + (1 if at == 0 else 3)
+    # Number of blocks, expert, counts and starts; then first tiles; then what the outputs need.
+    starts = 1.0 if tile.direct else sum(sum(t > 0 for t in turns) for turns in every) / len(every)
+    reads = 3 + starts + (1 if at == 0 else 3)
     outputs = 2 * TILE if at == 0 else tile.outputs
     weights = sum(map(sum, tiles)) / len(tiles) * TILE * outputs / (tile.warps * 32)
     launch = Launch(kernel, programs, tile.warps, instructions, reads, size, used["registers"], used["shared_bytes"])

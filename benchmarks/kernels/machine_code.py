@@ -17,8 +17,9 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from bitsmoe_kernels._triton import gemm, prepare, rounding
+from bitsmoe_kernels._triton import direct, gemm, prepare, rounding
 from bitsmoe_kernels.backends.launch_config import DECODE, PREFILL, TILES, Tile, kwidth_of
 from bitsmoe_kernels.layout.fields import CLASSES, TILE
 
@@ -29,6 +30,7 @@ NOT_ALU = MATRIX | {
     "BRA", "BSSY", "BSYNC", "EXIT", "NOP", "NANOSLEEP", "R2UR", "S2UR",
 }  # fmt: skip
 """Matrix, memory, barrier, control and (by their U) uniform-datapath instructions are no ALU work."""
+PREFETCH = "CCTL"
 WARP = 32
 
 
@@ -100,7 +102,7 @@ def compiled(
     unknown = {p.name for p in kernel.params if p.do_not_specialize_on_alignment}
     aligned = [n for n in names if (signature[n].startswith("*") and n not in unknown) or n in sizes]
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
-    source = ASTSource(kernel, signature, constexprs, attrs)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constexprs, attrs)
     options = {"num_warps": warps}
     return triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=options)
 
@@ -116,13 +118,17 @@ def gemm_kernels(
     types = {**_POINTERS, "act": kind, "dense": kind, "out": kind}
     common = {
         "BN": 2 * TILE, "BT": tile.tokens, "DENSE": False, "BIAS": bias, "WIDTHS": widths,
-        "KWIDTH": kwidth_of(capability), "FP16": fp16, "ASM": True, "UNROLL": tile.unroll, "STAGES": tile.stages,
+        "KWIDTH": kwidth_of(capability), "FP16": fp16,
     }  # fmt: skip
+    gate_up, second = direct.gate_up_direct, direct.down_direct
+    if not tile.direct:
+        gate_up, second = gemm.gate_up_kernel, gemm.down_kernel
+        common |= {"ASM": True, "UNROLL": tile.unroll, "STAGES": tile.stages}
     inputs = {"NCORR": 4, "NCORR_POW2": 4, "CORR_CHUNK": 512, "OUT_NCORR": 12, "SPLIT": False, "FUSED": True,
               "ACT": act}  # fmt: skip
-    yield "gate_up", compiled(gemm.gate_up_kernel, capability, common | inputs, types, tile.warps)
+    yield "gate_up", compiled(gate_up, capability, common | inputs, types, tile.warps)
     down = {"NCORR": 12, "NCORR_POW2": 16, "CORR_CHUNK": TILE, "TOP_K": 8, "EVEN": True, "BN": tile.outputs}
-    yield "down", compiled(gemm.down_kernel, capability, common | down, types, tile.warps)
+    yield "down", compiled(second, capability, common | down, types, tile.warps)
 
 
 def other_kernels(capability: int, fp16: bool) -> Iterator[tuple[str, Any]]:
@@ -217,7 +223,7 @@ def executed(lines: list[str], turns: Sequence[int], other_turns: int) -> int:
     Args:
         lines: see `machine_code`.
         turns: of the loops with matrix instructions, in the order of the code.
-        other_turns: of every other innermost loop.
+        other_turns: of every other innermost loop; those that only ask for memory are taken once.
 
     Raises:
         ValueError: there is another number of loops with matrix instructions.
@@ -225,7 +231,7 @@ def executed(lines: list[str], turns: Sequence[int], other_turns: int) -> int:
     code, spans = _listing(lines)
     total, at = len(code) - code.count("NOP"), 0
     for a, b in spans:
-        body, times = code[a : b + 1], other_turns
+        body, times = code[a : b + 1], 1 if PREFETCH in code[a : b + 1] else other_turns
         if MATRIX & set(body):
             times = turns[at] if at < len(turns) else 0
             at += 1
@@ -244,6 +250,11 @@ def is_alu(opcode: str) -> bool:
     return opcode not in NOT_ALU and not opcode.startswith("U")
 
 
+def turn_tiles(tile: Tile) -> int:
+    """Tiles of one turn of the main loop."""
+    return 2 if tile.direct else tile.unroll
+
+
 def rows(capability: int, fp16: bool, regimes: tuple[str, ...] = (DECODE, PREFILL)) -> Iterator[Row]:
     """All GEMM kernels of one architecture's tile table, one width at a time."""
     for regime in regimes:
@@ -254,7 +265,7 @@ def rows(capability: int, fp16: bool, regimes: tuple[str, ...] = (DECODE, PREFIL
                     longest = max(bodies, key=len)
                     body = Counter(longest)
                     outputs = 2 * TILE if name == "gate_up" else tile.outputs
-                    weights = outputs * TILE * tile.unroll / (tile.warps * WARP)
+                    weights = outputs * TILE * turn_tiles(tile) / (tile.warps * WARP)
                     yield Row(
                         arch=f"sm_{capability}", regime=regime, kernel=name, bits=bits,
                         dtype="float16" if fp16 else "bfloat16", outputs=outputs, tokens=tile.tokens, warps=tile.warps,

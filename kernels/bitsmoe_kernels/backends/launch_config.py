@@ -17,6 +17,8 @@ class Tile:
         warps: of a program.
         unroll: tiles of 64 components in one turn of the main loop.
         stages: of the pipeline that brings tiles to shared memory.
+        direct: whether `_triton/direct.py` has the kernels, which have no use for `unroll` and `stages`. Triton's
+            interpreter does not run them: there `_triton/gemm.py` stands in.
     """
 
     outputs: int
@@ -24,28 +26,32 @@ class Tile:
     warps: int
     unroll: int
     stages: int
+    direct: bool = False
 
 
 DECODE, PREFILL = "decode", "prefill"
 HOPPER = 90
 
+FEW = (Tile(128, 8, 4, 2, 3, direct=True), Tile(128, 16, 4, 2, 3, direct=True))
+"""Blocks of few tokens, on every architecture."""
+
 TILES: dict[int, dict[str, tuple[Tile, ...]]] = {
     80: {
-        DECODE: (Tile(128, 16, 4, 2, 4),),
+        DECODE: FEW,
         PREFILL: (Tile(128, 32, 4, 2, 3), Tile(128, 64, 8, 1, 4)),
     },
     90: {
-        DECODE: (Tile(128, 16, 4, 4, 3),),
+        DECODE: FEW,
         PREFILL: (Tile(128, 32, 4, 2, 3), Tile(128, 64, 8, 1, 3)),
     },
-    # Blocks of 8: from 16 on Triton takes the matrix unit of sm_100, which has no way in for weights from registers,
-    # and gives up. Good for decoding, slow for long prompts.
+    # Triton takes the matrix unit of sm_100, which has no way in for weights from registers, and gives up. The older
+    # instructions are slow for long prompts.
     100: {
-        DECODE: (Tile(128, 8, 4, 2, 3),),
-        PREFILL: (Tile(128, 8, 4, 4, 3),),
+        DECODE: FEW,
+        PREFILL: FEW[-1:],
     },
     120: {
-        DECODE: (Tile(128, 16, 4, 2, 2),),
+        DECODE: FEW,
         PREFILL: (Tile(128, 32, 4, 2, 2), Tile(128, 64, 8, 1, 2)),
     },
 }
@@ -81,9 +87,10 @@ def pick_tile(capability: int, slots: int, experts: int) -> Tile:
     """
     table = table_of(capability)
     mean = slots / max(1, experts)
-    (decode,), prefill = table[DECODE], table[PREFILL]
-    if mean <= decode.tokens:
-        return decode
+    for tile in table[DECODE]:
+        if mean <= tile.tokens:
+            return tile
+    prefill = table[PREFILL]
     return next((tile for tile in prefill if mean <= 2 * tile.tokens), prefill[-1])
 
 

@@ -128,10 +128,14 @@ def _forward(
     S, E = T * top_k, len(layer.down.columns)
     tile = tile or pick_tile(device.capability, S, E if expert_map is None else len(expert_map))
     fp16 = x.dtype == torch.float16
-    common = {
-        "KWIDTH": layer.kwidth, "FP16": fp16, "ASM": device.asm, "UNROLL": tile.unroll, "STAGES": tile.stages,
-        "num_warps": tile.warps,
-    }  # fmt: skip
+    common = {"KWIDTH": layer.kwidth, "FP16": fp16, "num_warps": tile.warps}
+    if tile.direct and device.asm:
+        from bitsmoe_kernels._triton import direct
+
+        gate_up_kernel, down_kernel = direct.gate_up_direct, direct.down_direct
+    else:
+        gate_up_kernel, down_kernel = gemm.gate_up_kernel, gemm.down_kernel
+        common |= {"ASM": device.asm, "UNROLL": tile.unroll, "STAGES": tile.stages}
     down_tiles = -(-H // tile.outputs)
     # What gate and up contract: the token, or its coordinates in the shared basis.
     source, coordinates = x, None
@@ -150,7 +154,7 @@ def _forward(
         hidden = x.new_empty(S, layer.inputs.scale.shape[1] // (1 if layer.split else 2), dtype=torch.float32)
         hidden_corr = corr
     widest = layer.inputs.scale.shape[1] * (2 if layer.split else 1)
-    _launch("gate_up", gemm.gate_up_kernel, (-(-widest // (2 * TILE)), route.max_blocks),
+    _launch("gate_up", gate_up_kernel, (-(-widest // (2 * TILE)), route.max_blocks),
             act, corr, *_codes(layer.inputs), route.block_expert, route.block_slot, route.num_blocks,
             layer.down.factor, layer.down.offset, hidden, hidden_corr,
             act.shape[-1], layer.inputs.scale.shape[1], k_down, hidden.shape[1],
@@ -164,7 +168,7 @@ def _forward(
         chunk = SCALE_CHUNK
 
     partial = x.new_empty(S, H, dtype=torch.float32)
-    _launch("down", gemm.down_kernel, (down_tiles, route.max_blocks),
+    _launch("down", down_kernel, (down_tiles, route.max_blocks),
             hidden, hidden_corr, *_codes(layer.down), route.block_expert, route.block_slot, route.num_blocks,
             topk_weights.float().contiguous(), route.local, partial, route.arrived, out, k_down, H,
             NCORR=hidden_corr.shape[-1], NCORR_POW2=_pow2(hidden_corr.shape[-1]), CORR_CHUNK=chunk, TOP_K=top_k,

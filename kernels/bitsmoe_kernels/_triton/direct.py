@@ -1,0 +1,385 @@
+"""The GEMM of `gemm.py` for blocks of few tokens, in Gluon: codes go from memory to the matrix unit's registers.
+
+Every thread reads the words of the very weights that it multiplies. So nothing passes through shared memory, and warps
+do not wait for each other. A program asks for all its words at its start, and its loops find them in L2. Arguments,
+results and layouts in memory are those of `gemm.py`. Every architecture computes mma.sync:
+
+    m16n8k16, thread 4 g + j:   weights of outputs g and g + 8, components 2 j, 2 j + 1, 2 j + 8, 2 j + 9
+"""
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from bitsmoe_kernels._triton import codes, gemm
+
+WARPS = gl.constexpr(4)
+_LANES = gl.constexpr([[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]])
+"""Lane 4 g + j of a tensor whose rows are outputs or tokens and whose columns are lanes' words."""
+
+
+@gluon.constexpr_function
+def _thread_layout(words):
+    """int32 [32, 4 words]: row 8 w + g is thread (g, j) of warp w, which holds the words of lane j."""
+    return gl.DistributedLinearLayout(
+        [[0, 1]] if words == 2 else [],
+        [[r, words * c] for r, c in _LANES.value],
+        [[8, 0], [16, 0]],
+        [],
+        [32, 4 * words],
+    )
+
+
+@gluon.constexpr_function
+def _words_layout(n):
+    """int32 [n, 4]: output 64 r + 16 w + 8 h + g in thread (g, j) of warp w."""
+    registers = [[8, 0]] + [[64, 0]] * (n == 128)
+    return gl.DistributedLinearLayout(registers, _LANES.value, [[16, 0], [32, 0]], [], [n, 4])
+
+
+@gluon.constexpr_function
+def _act_layout(rows, kwidth):
+    """int32 [rows, 32]: activations as they lie in memory, two in a word, kwidth neighbours in a thread."""
+    neighbours, lanes = ([0, 4], [[0, 1], [0, 2]]) if kwidth == 2 else ([0, 1], [[0, 2], [0, 4]])
+    registers = [neighbours, [0, 8], [0, 16]] + [[8, 0]] * (rows == 16)
+    return gl.DistributedLinearLayout(registers, [*lanes, [1, 0], [2, 0], [4, 0]], [[0, 0], [0, 0]], [], [rows, 32])
+
+
+@gluon.constexpr_function
+def _pairs_layout(n, rows):
+    """[n, rows]: neighbouring outputs in one thread, everything else as the matrix unit leaves it."""
+    registers = [[1, 0], [8, 0]] + [[64, 0]] * (n == 128) + [[0, 8]] * (rows == 16)
+    lanes = [[0, 2], [0, 4], [0, 1], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [n, rows])
+
+
+@gluon.constexpr_function
+def _halves_layout(n, rows):
+    """[n / 2, rows]: what `_pairs_layout` leaves of a pair."""
+    registers = [[4, 0]] + [[32, 0]] * (n == 128) + [[0, 8]] * (rows == 16)
+    lanes = [[0, 2], [0, 4], [0, 1], [1, 0], [2, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[8, 0], [16, 0]], [], [n // 2, rows])
+
+
+@gluon.constexpr_function
+def _unit():
+    """What the matrix unit leaves in registers."""
+    return gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8])
+
+
+@gluon.jit
+def _ask_for(words, tiles, stride, width, LINES: gl.constexpr):
+    """Bring tiles to L2: the first `width` words of each, at most LINES lines. They are `stride` words apart."""
+    AT_ONCE: gl.constexpr = WARPS * 32 // LINES
+    thread = gl.arange(0, WARPS * 32, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    for first in range(0, tiles, AT_ONCE):
+        # Threads beyond the last tile or line ask for it once more.
+        tile = gl.minimum(first + thread // LINES, tiles - 1).to(gl.int64)
+        at = words + tile * stride + gl.minimum(thread % LINES * 32, width - 1)
+        gl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1
+        )
+
+
+@gluon.jit
+def _load(at, row, rows, FIRST: gl.constexpr, EVEN: gl.constexpr):
+    """Words FIRST rows behind those at `at`, which are of row `row`."""
+    return gl.load(at) if EVEN else gl.load(at, mask=row + FIRST < rows, other=0)
+
+
+@gluon.jit
+def _wide(at, n, rows, BN: gl.constexpr, WORDS: gl.constexpr, EVEN: gl.constexpr):
+    """The 32-bit words of a tile, [BN, 4] or [BN, 8].
+
+    at [32, 4 WORDS]: where thread (g, j) of warp w finds those of output 16 w + g, which is n. Further outputs lie at
+    fixed distances from it. The compiler has to see that: then all loads share an address.
+    """
+    ROW: gl.constexpr = 4 * WORDS
+    words = gl.join(_load(at, n, rows, 0, EVEN), _load(at + 8 * ROW, n, rows, 8, EVEN))
+    if BN == 64:
+        return gl.reshape(gl.permute(gl.reshape(words, (4, 8, ROW, 2)), (0, 3, 1, 2)), (BN, ROW))
+    else:
+        more = gl.join(_load(at + 64 * ROW, n, rows, 64, EVEN), _load(at + 72 * ROW, n, rows, 72, EVEN))
+        words = gl.reshape(gl.join(words, more), (4, 8, ROW, 2, 2))
+        return gl.reshape(gl.permute(words, (4, 0, 3, 1, 2)), (BN, ROW))
+
+
+@gluon.jit
+def _narrow(at, half, rows, BN: gl.constexpr, EVEN: gl.constexpr):
+    """The 16-bit words of a tile, [BN / 2, 4]. at [32, 4]: those of outputs 16 w + g and 16 w + 8 + g."""
+    words = _load(at, half, rows // 2, 0, EVEN)
+    if BN == 64:
+        return words
+    else:
+        words = gl.reshape(gl.join(words, _load(at + 128, half, rows // 2, 32, EVEN)), (32, 4, 2))
+        return gl.reshape(gl.permute(words, (2, 0, 1)), (BN // 2, 4))
+
+
+@gluon.jit
+def _words(wide, narrow, n, half, tile, rows, BITS: gl.constexpr, BN: gl.constexpr, EVEN: gl.constexpr):
+    """A tile's words; a number where a width has none."""
+    first, second = 0, 0
+    if BITS > 1:
+        first = _wide(wide + tile * (rows * (8 if BITS == 4 else 4)), n, rows, BN, 2 if BITS == 4 else 1, EVEN)
+    if BITS == 1 or BITS == 3:
+        second = _narrow(narrow + tile * (rows * 2), half, rows, BN, EVEN)
+    return first, second
+
+
+@gluon.jit
+def _multiply(wide, narrow, act, acc, BITS: gl.constexpr, BN: gl.constexpr, BT: gl.constexpr, KWIDTH: gl.constexpr,
+              FP16: gl.constexpr):  # fmt: skip
+    """acc and a tile's products. act int32 [BT, 32], as it lies in memory."""
+    one: gl.constexpr = _words_layout(BN)
+    if BITS == 1 or BITS == 3:
+        narrow = gl.convert_layout(codes.narrow_words(narrow, BN, True), one, assert_trivial=True)
+    if BITS == 1:
+        first, second = narrow, narrow
+    elif BITS == 2:
+        first = gl.convert_layout(wide, one, assert_trivial=True)
+        second = first
+    elif BITS == 3:
+        first, second = gl.convert_layout(wide, one, assert_trivial=True), narrow
+    else:
+        first, second = gl.split(gl.reshape(wide, (BN, 4, 2)))
+        first = gl.convert_layout(first, one, assert_trivial=True)
+        second = gl.convert_layout(second, one, assert_trivial=True)
+    left: gl.constexpr = gl.DotOperandLayout(0, _unit(), 2)
+    right: gl.constexpr = gl.DotOperandLayout(1, _unit(), 2)
+    weights = gl.convert_layout(codes.numbers(first, second, BITS, BN, 2, FP16, True), left, assert_trivial=True)
+    if KWIDTH == 4:
+        act = gl.reshape(gl.permute(gl.reshape(act, (BT, 4, 4, 2)), (0, 1, 3, 2)), (BT, 32))
+    pairs = gl.join(codes._as_float(act, FP16), codes._as_float(act >> 16, FP16))
+    act = gl.permute(gl.reshape(pairs, (BT, 64)), (1, 0))
+    return mma_v2(weights, gl.convert_layout(act, right, assert_trivial=True), acc)
+
+
+@gluon.jit
+def _segment(acc, codes32, codes16, wide, narrow, count, act, act_offsets, n0, rows,
+             BITS: gl.constexpr, BN: gl.constexpr, BT: gl.constexpr, KWIDTH: gl.constexpr, FP16: gl.constexpr,
+             EVEN: gl.constexpr):  # fmt: skip
+    """All tiles of one class; see `gemm._segment`. act: int32 words of its first tile, at act_offsets [BT, 32]."""
+    WORDS: gl.constexpr = 2 if BITS == 4 else 1
+    of_wide: gl.constexpr = _thread_layout(WORDS)
+    of_narrow: gl.constexpr = _thread_layout(1)
+    lane = gl.arange(0, 4 * WORDS, gl.SliceLayout(0, of_wide))[None, :]
+    thread = gl.arange(0, 32, gl.SliceLayout(1, of_wide))[:, None]
+    n = thread // 8 * 16 + thread % 8
+    wide = codes32 + wide + n0 * 4 * WORDS + (n * 4 * WORDS + lane)
+    n = n0 + n + 0 * lane
+    lane = gl.arange(0, 4, gl.SliceLayout(0, of_narrow))[None, :]
+    half = gl.arange(0, 32, gl.SliceLayout(1, of_narrow))[:, None]
+    narrow = codes16 + narrow + n0 * 2 + (half * 4 + lane)
+    half = n0 // 2 + half + 0 * lane
+    if count > 0:
+        # Beyond the last tile the last one is read again, and not used.
+        end = count - 1
+        w0, v0 = _words(wide, narrow, n, half, 0, rows, BITS, BN, EVEN)
+        a0 = gl.load(act + act_offsets)
+        w1, v1 = _words(wide, narrow, n, half, gl.minimum(1, end), rows, BITS, BN, EVEN)
+        for i in range(0, end, 2):
+            a1 = gl.load(act + (i + 1) * 32 + act_offsets)
+            acc = _multiply(w0, v0, a0, acc, BITS, BN, BT, KWIDTH, FP16)
+            after = gl.minimum(i + 2, end)
+            w0, v0 = _words(wide, narrow, n, half, after, rows, BITS, BN, EVEN)
+            a0 = gl.load(act + after * 32 + act_offsets)
+            acc = _multiply(w1, v1, a1, acc, BITS, BN, BT, KWIDTH, FP16)
+            after = gl.minimum(i + 3, end)
+            w1, v1 = _words(wide, narrow, n, half, after, rows, BITS, BN, EVEN)
+        if count % 2 != 0:
+            acc = _multiply(w0, v0, a0, acc, BITS, BN, BT, KWIDTH, FP16)
+    return acc
+
+
+@gluon.jit
+def _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row, KMAX, NMAX, matrix, n0, N, rows,
+             NCORR: gl.constexpr, NCORR_POW2: gl.constexpr, CORR_CHUNK: gl.constexpr,
+             BN: gl.constexpr, BT: gl.constexpr, KWIDTH: gl.constexpr, FP16: gl.constexpr,
+             EVEN: gl.constexpr, DENSE: gl.constexpr, BIAS: gl.constexpr, WIDTHS: gl.constexpr):  # fmt: skip
+    """See `gemm._outputs`; row [BT] in the layout of the activations' rows."""
+    acts: gl.constexpr = _act_layout(BT, KWIDTH)
+    unit: gl.constexpr = _unit()
+    starts, counts = start + matrix * 6, tiles + matrix * 5
+    coded = gl.zeros((BN, BT), gl.float32, unit)
+    plain = gl.zeros((BN, BT), gl.float32, unit)
+    pairs = act.to(gl.pointer_type(gl.int32), bitcast=True)
+    act_offsets = row[:, None] * (KMAX // 2) + gl.arange(0, 32, gl.SliceLayout(0, acts))[None, :]
+    here = gl.minimum(rows - n0, BN)
+    for c in gl.static_range(4):
+        if WIDTHS & (1 << c):
+            count = gl.load(counts + c)
+            if c > 0:
+                words = 8 if c == 3 else 4
+                first = codes32 + gl.load(starts + (c if c < 3 else 4)) + n0 * words
+                _ask_for(first, count, rows * words, here * words, BN // (4 if c == 3 else 8))
+            if c == 0 or c == 2:
+                first = codes16 + gl.load(starts + (3 if c == 2 else 0)) + n0 * 2
+                _ask_for(first, count, rows * 2, here * 2, BN // 16)
+    done = 0
+    for c in gl.static_range(4):
+        if WIDTHS & (1 << c):
+            count = gl.load(counts + c)
+            wide = gl.multiple_of(gl.load(starts + (c if c < 3 else 4)), 16)
+            narrow = gl.multiple_of(gl.load(starts + (3 if c == 2 else 0)), 16)
+            coded = _segment(coded, codes32, codes16, wide, narrow, count, pairs + done * 32,
+                             act_offsets, n0, rows,
+                             c + 1, BN, BT, KWIDTH, FP16, EVEN)  # fmt: skip
+            done += count
+    if DENSE:
+        left: gl.constexpr = gl.DotOperandLayout(0, unit, 2)
+        right: gl.constexpr = gl.DotOperandLayout(1, unit, 2)
+        n = n0 + gl.arange(0, BN, gl.SliceLayout(1, left))[:, None]
+        kk = gl.arange(0, 64, gl.SliceLayout(0, left))[None, :]
+        pweight = dense + gl.multiple_of(gl.load(starts + 5), 16) + n * 64 + kk
+        there = gl.convert_layout(row, gl.SliceLayout(0, right))
+        pright = act + there[None, :] * KMAX + (done * 64 + gl.arange(0, 64, gl.SliceLayout(1, right))[:, None])
+        for _ in range(gl.load(counts + 4)):
+            plain = mma_v2(gl.load(pweight, mask=(n < rows) & (kk >= 0), other=0.0), gl.load(pright), plain)
+            pweight += rows * 64
+            pright += 64
+    width = tl.cdiv(done * 64, CORR_CHUNK)
+    sums: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [WARPS, 1], [1, 0])
+    at = gl.arange(0, NCORR_POW2, gl.SliceLayout(0, sums))[None, :]
+    prow = corr + gl.convert_layout(row, gl.SliceLayout(1, sums))[:, None] * NCORR
+    correction = gl.sum(gl.load(prow + at, mask=at < width, other=0.0), 1)
+    coded -= gl.convert_layout(correction, gl.SliceLayout(0, unit))[None, :]
+    n = n0 + gl.arange(0, BN, gl.SliceLayout(1, unit))
+    t = scale + matrix * NMAX + n
+    y = coded * (gl.load(t) if EVEN else gl.load(t, mask=n < N, other=0.0))[:, None] + plain
+    if BIAS:
+        b = bias + matrix * NMAX + n
+        y += (gl.load(b) if EVEN else gl.load(b, mask=n < N, other=0.0))[:, None]
+    return y
+
+
+@gluon.jit
+def gate_up_direct(act, corr, codes32, codes16, dense, start, tiles, columns, scale, bias,
+                   block_expert, block_slot, num_blocks,
+                   down_factor, down_offset, out, out_corr,
+                   KMAX, NMAX, KDOWN, OUT_STRIDE,
+                   NCORR: gl.constexpr, NCORR_POW2: gl.constexpr, CORR_CHUNK: gl.constexpr, OUT_NCORR: gl.constexpr,
+                   BN: gl.constexpr, BT: gl.constexpr, SPLIT: gl.constexpr, FUSED: gl.constexpr, DENSE: gl.constexpr,
+                   ACT: gl.constexpr, BIAS: gl.constexpr,
+                   WIDTHS: gl.constexpr, KWIDTH: gl.constexpr, FP16: gl.constexpr):  # fmt: skip
+    """`gemm.gate_up_kernel`."""
+    block = gl.program_id(1)
+    if block >= gl.load(num_blocks):
+        return
+    expert = gl.load(block_expert + block)
+    HALF: gl.constexpr = BN // 2
+    acts: gl.constexpr = gl.SliceLayout(1, _act_layout(BT, KWIDTH))
+    slot_in = gl.load(block_slot + block * BT + gl.arange(0, BT, acts))
+    row = gl.where(slot_in >= 0, slot_in, 0).to(gl.int64)
+    n0 = gl.program_id(0) * (HALF if SPLIT else BN)
+    matrix = expert.to(gl.int64) * (2 if SPLIT else 1)
+    N = gl.multiple_of(gl.load(columns + matrix), 16)
+    if n0 >= N:
+        return
+    if SPLIT:
+        made: gl.constexpr = _unit()
+        gate = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row * 2, KMAX, NMAX, matrix,
+                        n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16, True, DENSE, BIAS,
+                        WIDTHS)  # fmt: skip
+        up = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row * 2 + 1, KMAX, NMAX,
+                      matrix + 1, n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16, True, DENSE, BIAS,
+                      WIDTHS)  # fmt: skip
+    else:
+        made: gl.constexpr = _halves_layout(BN, BT)
+        y = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row, KMAX, NMAX, matrix,
+                     n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, BN, BT, KWIDTH, FP16, True, DENSE, BIAS,
+                     WIDTHS)  # fmt: skip
+        y = gl.convert_layout(y, _pairs_layout(BN, BT))
+        gate, up = gl.split(gl.permute(gl.reshape(y, (HALF, 2, BT)), (0, 2, 1)))
+        gate = gl.convert_layout(gate, made, assert_trivial=True)
+        up = gl.convert_layout(up, made, assert_trivial=True)
+    h = gemm.gated(gate, up, ACT)
+    at = gl.program_id(0) * HALF + gl.arange(0, HALF, gl.SliceLayout(1, made))
+    slot = gl.load(block_slot + block * BT + gl.arange(0, BT, gl.SliceLayout(0, made)))
+    valid = slot >= 0
+    row_out = gl.where(valid, slot, 0).to(gl.int64)
+    pout = out + row_out[None, :] * OUT_STRIDE + at[:, None]
+    if FUSED:
+        where = expert.to(gl.int64) * KDOWN + at
+        factor, offset = gl.load(down_factor + where), gl.load(down_offset + where)
+        # Padding stays 0 whatever comes out of it.
+        a = codes.rounded(gl.where(factor[:, None] == 0, 0.0, h * factor[:, None]), FP16, True)
+        gl.store(pout, a, mask=valid[None, :])
+        c = gl.sum(a.to(gl.float32) * offset[:, None], 0)
+        gl.store(out_corr + row_out * OUT_NCORR + gl.program_id(0), c, mask=valid)
+    else:
+        gl.store(pout, h, mask=valid[None, :])
+
+
+@gluon.jit(do_not_specialize_on_alignment=["weight"])
+def down_direct(act, corr, codes32, codes16, dense, start, tiles, columns, scale, bias,
+                block_expert, block_slot, num_blocks,
+                weight, local, partial, arrived, out,
+                KMAX, H,
+                NCORR: gl.constexpr, NCORR_POW2: gl.constexpr, CORR_CHUNK: gl.constexpr, TOP_K: gl.constexpr,
+                BN: gl.constexpr, BT: gl.constexpr, EVEN: gl.constexpr, DENSE: gl.constexpr, BIAS: gl.constexpr,
+                WIDTHS: gl.constexpr, KWIDTH: gl.constexpr, FP16: gl.constexpr):  # fmt: skip
+    """`gemm.down_kernel`."""
+    block = gl.program_id(1)
+    if block >= gl.load(num_blocks):
+        return
+    expert = gl.load(block_expert + block)
+    unit: gl.constexpr = _unit()
+    acts: gl.constexpr = gl.SliceLayout(1, _act_layout(BT, KWIDTH))
+    slot_in = gl.load(block_slot + block * BT + gl.arange(0, BT, acts))
+    row_in = gl.where(slot_in >= 0, slot_in, 0).to(gl.int64)
+    slot = gl.load(block_slot + block * BT + gl.arange(0, BT, gl.SliceLayout(0, unit)))
+    valid = slot >= 0
+    row = gl.where(valid, slot, 0).to(gl.int64)
+    n0 = gl.program_id(0) * BN
+    n = n0 + gl.arange(0, BN, gl.SliceLayout(1, unit))
+    inside = n < H
+    matrix = expert.to(gl.int64)
+    y = _outputs(
+        act,
+        corr,
+        codes32,
+        codes16,
+        dense,
+        start,
+        tiles,
+        scale,
+        bias,
+        row_in,
+        KMAX,
+        H,
+        matrix,
+        n0,
+        H,
+        tl.cdiv(H, 16) * 16,
+        NCORR,
+        NCORR_POW2,
+        CORR_CHUNK,
+        BN,
+        BT,
+        KWIDTH,
+        FP16,
+        EVEN,
+        DENSE,
+        BIAS,
+        WIDTHS,
+    )
+    y *= gl.load(weight + row)[None, :]
+    gl.store(partial + row[None, :] * H + n[:, None], y, mask=inside[:, None] & valid[None, :])
+    token = row // TOP_K
+    expected = gl.zeros((BT,), gl.int32, gl.SliceLayout(0, unit))
+    for j in tl.range(TOP_K, loop_unroll_factor=1):
+        expected += (gl.load(local + token * TOP_K + j) >= 0).to(gl.int32)
+    # All threads' stores before the count goes up, and the count before others' stores are read.
+    tl.debug_barrier()
+    one = gl.full((BT,), 1, gl.int32, gl.SliceLayout(0, unit))
+    before = gl.atomic_add(arrived + token * gl.num_programs(0) + gl.program_id(0), one, mask=valid, sem="acq_rel")
+    tl.debug_barrier()
+    last = valid & (before + 1 == expected)
+    y = gl.zeros((BN, BT), gl.float32, unit)
+    for j in tl.range(TOP_K, loop_unroll_factor=1):
+        here = last & (gl.load(local + token * TOP_K + j) >= 0)
+        y += gl.load(partial + (token * TOP_K + j)[None, :] * H + n[:, None],
+                     mask=inside[:, None] & here[None, :], other=0.0, volatile=True)  # fmt: skip
+    pout = out + token[None, :] * H + n[:, None]
+    gl.store(pout, codes.rounded(y, FP16, True), mask=inside[:, None] & last[None, :])
