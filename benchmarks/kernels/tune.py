@@ -19,7 +19,7 @@ from benchmarks.kernels.methods import BITSMOE, Setting, build, source_of, token
 from benchmarks.kernels.routing import REALISTIC, route
 from benchmarks.kernels.shapes import Shape
 from benchmarks.kernels.synthetic import BitsmoeExperts
-from bitsmoe_kernels.backends.launch_config import Tile
+from bitsmoe_kernels.backends.launch_config import FEW, Tile
 
 METHOD = next(iter(BITSMOE))
 GATE_UP_OUTPUTS = 128
@@ -46,7 +46,8 @@ class Slot:
 
 
 SLOTS = (
-    Slot("decode", (1 / 16, 0.5, 4, 16), (16, 32)),
+    Slot("decode", (1 / 16, 0.5, 4, 8), (8, 16)),
+    Slot("decode", (16,), (16, 32)),
     Slot("prefill", (32, 64), (32, 64)),
     Slot("prefill", (128,), (64, 128)),
 )
@@ -69,7 +70,7 @@ def candidates(slot: Slot) -> list[Tile]:
         for unroll in (1, 2, 4)
         for stages in (2, 3, 4)
     ]
-    return [tile for tile in every if legal(tile)]
+    return [tile for tile in FEW if tile.tokens in slot.tokens] + [tile for tile in every if legal(tile)]
 
 
 def tokens_for(mean: float, shape: Shape) -> int:
@@ -170,7 +171,8 @@ def tune(shape: Shape, setting: Setting, path: Path, slots: Sequence[Slot] = SLO
     for slot in slots:
         tiles = candidates(slot)
         tile = tuner.best(slot, tiles[:2] if setting.rehearsal else tiles)
-        wider = [other for n in OUTPUTS if legal(other := replace(tile, outputs=n))]
+        # The kernels of direct tiles have their own number of outputs.
+        wider = [tile] if tile.direct else [other for n in OUTPUTS if legal(other := replace(tile, outputs=n))]
         chosen[slot.name].append(tuner.best(slot, wider))
     shown = {
         k: ", ".join(f"Tile({', '.join(str(v) for v in asdict(t).values())})" for t in v) for k, v in chosen.items()

@@ -17,16 +17,16 @@ from builders import REPO
 pytestmark = pytest.mark.slow
 
 LIMITS = {
-    ("float16", 1): (0.72, 1.40),
-    ("float16", 2): (0.72, 1.20),
-    ("float16", 3): (1.02, 1.75),
-    ("float16", 4): (0.80, 1.40),
-    ("bfloat16", 1): (0.78, 1.46),
-    ("bfloat16", 2): (0.78, 1.24),
-    ("bfloat16", 3): (1.16, 1.88),
-    ("bfloat16", 4): (1.04, 1.60),
+    ("float16", 1): (0.84, 1.26),
+    ("float16", 2): (0.90, 1.36),
+    ("float16", 3): (1.14, 1.63),
+    ("float16", 4): (1.03, 1.48),
+    ("bfloat16", 1): (0.78, 1.20),
+    ("bfloat16", 2): (0.78, 1.23),
+    ("bfloat16", 3): (1.08, 1.56),
+    ("bfloat16", 4): (1.03, 1.48),
 }
-"""(activations, bits): most instructions per weight on sm_90 at the decode tile, arithmetic ones and all; what was
+"""(activations, bits): most instructions per weight on sm_90 at the smallest tile, arithmetic ones and all; what was
 measured, rounded up. Issue 4 asks for at most 1.0 and 1.4 at 2 bits, 1.7 and 2.2 at 3, 1.2 and 1.8 at 4."""
 
 
@@ -41,7 +41,7 @@ def measured(code: str) -> Any:
 
 @pytest.fixture(scope="module")
 def hopper() -> list[dict[str, Any]]:
-    """Rows of the decode tile on sm_90."""
+    """Rows of the tiles for few tokens on sm_90."""
     return measured(
         "import json; from benchmarks.kernels.machine_code import rows\n"
         f"print(json.dumps([r.as_dict() for fp16 in (True, False) for r in rows(90, fp16, ({DECODE!r},))]))"
@@ -50,8 +50,9 @@ def hopper() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(("dtype", "bits"), LIMITS)
 def test_instructions_per_weight(dtype: str, bits: int, hopper: list[dict[str, Any]]) -> None:
-    found = [r for r in hopper if (r["dtype"], r["bits"]) == (dtype, bits)]
-    assert {r["kernel"] for r in found} == {"gate_up", "down"}
+    tokens = TILES[90][DECODE][0].tokens
+    found = [r for r in hopper if (r["dtype"], r["bits"], r["tokens"]) == (dtype, bits, tokens)]
+    assert [r["kernel"] for r in found] == ["gate_up", "down"]
     alu, everything = LIMITS[dtype, bits]
     for row in found:
         # At least two codes come out of one instruction, and there are 16 weights for each matrix instruction.
