@@ -3,10 +3,14 @@
 The same cases run under Triton's interpreter (tests/unit) and on a GPU (tests/gpu).
 """
 
+import importlib.util
+import inspect
 import itertools
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -194,3 +198,19 @@ def check(name: str, dtype: torch.dtype, device: str = "cpu") -> None:
     max_error, rms_error = bounds(name, dtype)
     if want.size:
         assert_close(got, want, max_error, rms_error)
+
+
+def with_fault(source: ModuleType, right: str, wrong: str, folder: Path, **names: Any) -> Any:
+    """A kernels' module with one piece of its text replaced. names: what the new text refers to."""
+    text = inspect.getsource(source)
+    assert text.count(right) == 1
+    name = f"faulty_{source.__name__.rsplit('.', 1)[-1]}"
+    path = folder / f"{name}.py"
+    path.write_text(text.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    faulty = importlib.util.module_from_spec(spec)
+    vars(faulty).update(names)
+    spec.loader.exec_module(faulty)
+    return faulty

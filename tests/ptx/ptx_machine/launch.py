@@ -3,7 +3,6 @@
 Triton itself decides what a launch compiles: which pointers and sizes are multiples of 16, which numbers are 1.
 """
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,8 +24,8 @@ from ptx_machine.memory import GlobalMemory
 
 TOGETHER = 16
 """Most programs side by side."""
-HOPPER, AMPERE = (16, 2), (8, 1)
-"""Rounding of matrix units: products added at once, bits kept beyond the 24 of the largest."""
+AMPERE, HOPPER = (8, 1), (16, 2)
+"""Rounding of matrix units, as was measured on them: products added at once, bits kept beyond 24 of the largest."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Compiled:
 
 
 class Compiler:
-    """Variants of kernels for one architecture, each compiled once.
+    """Variants of kernels for one architecture. Triton keeps them on disk too.
 
     Attributes:
         capability: such as 90.
@@ -48,26 +47,26 @@ class Compiler:
         self.capability = capability
         self._target = GPUTarget("cuda", capability, 32)
         self._backend = CUDABackend(self._target)
-        self._compiled: dict[tuple[Any, str], Compiled] = {}
+        self._compiled: dict[Any, Compiled] = {}
 
-    def compile(self, kernel: JITFunction, args: Any, options: Any) -> tuple[Compiled, list[Any]]:
-        """What a launch runs, and the arguments that it passes: those that are no constants."""
+    def compile(self, kernel: JITFunction, args: Any, options: Any, claimed: tuple[str, ...]) -> tuple[Compiled, Any]:
+        """What a launch runs, and the arguments that it passes: those that are no constants.
+
+        claimed: parameters that are said to be multiples of 16 whether or not they are.
+        """
         bind = create_function_from_signature(kernel.signature, kernel.params, self._backend)
         bound, specialization, rest = bind(*args, **options)
         chosen, signature, constants, attributes = kernel._pack_args(
             self._backend, dict(options), bound, specialization, rest
         )
-        key = (kernel, compute_cache_key({}, specialization, rest))
+        attributes |= {(list(signature).index(name),): [["tt.divisibility", 16]] for name in claimed}
+        key = (kernel, claimed, compute_cache_key({}, specialization, rest))
         if key not in self._compiled:
             source = ASTSource(kernel, signature, constants, attributes)
-            self._compiled[key] = self._ptx(source, chosen.__dict__)
-        passed = [bound[name] for name, kind in signature.items() if kind != "constexpr"]
-        return self._compiled[key], passed
-
-    def _ptx(self, source: ASTSource, options: dict[str, Any]) -> Compiled:
-        with _without_assembler():
-            made = triton_compile(source, target=self._target, options=options)
-        return Compiled(made.asm["ptx"], made.metadata.shared)
+            with _without_assembler():
+                made = triton_compile(source, target=self._target, options=chosen.__dict__)
+            self._compiled[key] = Compiled(made.asm["ptx"], made.metadata.shared)
+        return self._compiled[key], [bound[name] for name, kind in signature.items() if kind != "constexpr"]
 
 
 @contextmanager
@@ -75,14 +74,18 @@ def _without_assembler() -> Iterator[None]:
     """Triton ends with PTX: what the assembler makes of it is not looked at."""
 
     def stages(_: Any = None, stages: Any = None, *__: Any) -> Any:
-        if stages is None:
-            return "ptx only", "ptx only"
+        if stages is None:  # what tells these from others in Triton's cache
+            return "PTX only", "PTX only"
         stages["cubin"] = lambda text, _: text.encode()
         return None
 
     with knobs.runtime.scope():
         knobs.runtime.add_stages_inspection_hook = stages
         yield
+
+
+def _as_it_is(name: str, text: str) -> str:
+    return text
 
 
 @dataclass
@@ -94,24 +97,25 @@ class Machine:
         random: decides in what order programs run.
         rounding: of matrix products, see `fragments.product`; None: IEEE.
         edit: changes the PTX of a kernel, given its name.
+        claimed: parameters of each kernel that are said to be multiples of 16.
         launched: names of the kernels that ran.
     """
 
     compiler: Compiler
     random: np.random.Generator
     rounding: tuple[int, int] | None = None
-    edit: Callable[[str, str], str] = lambda name, text: text
+    edit: Callable[[str, str], str] = _as_it_is
+    claimed: dict[str, tuple[str, ...]] = field(default_factory=dict)
     launched: list[str] = field(default_factory=list)
 
     def launch(self, name: str, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         """As `triton_launch._launch`."""
-        compiled, passed = self.compiler.compile(kernel, args, options)
-        names = [p for p in inspect.signature(kernel.fn).parameters]
+        compiled, passed = self.compiler.compile(kernel, args, options, self.claimed.get(name, ()))
         memory = GlobalMemory()
-        given = []
-        for at, one in enumerate(passed):
-            given.append(memory.put(f"{name}'s {at}", one) if isinstance(one, torch.Tensor) else int(one))
-        assert names
+        given = [
+            memory.put(f"argument {i} of {name}", v) if isinstance(v, torch.Tensor) else int(v)
+            for i, v in enumerate(passed)
+        ]
         code = decoded(self.edit(name, compiled.text))
         # Triton passes two pointers more, to memory that these kernels do not ask for.
         assert len(code.kernel.parameters) == len(given) + 2
@@ -132,7 +136,7 @@ def decoded(text: str) -> Code:
 
 @contextmanager
 def substituted(machine: Machine) -> Iterator[Machine]:
-    """Launches of `triton_launch` go to the machine, as on a GPU of its architecture."""
+    """Launches of `triton_launch` go to the machine, as if x lay on a GPU of its architecture."""
     device = triton_launch.Device(machine.compiler.capability, True)
     with (
         patch.object(triton_launch, "_launch", machine.launch),

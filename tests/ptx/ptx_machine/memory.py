@@ -69,6 +69,9 @@ class GlobalMemory:
 
     def _parts(self, address: Array, who: Array, width: int) -> list[tuple[Allocation, Array, Array]]:
         """Accesses sorted by tensor: it, indices into `who`, offsets. Each must lie within it, and be aligned."""
+        if (address & np.uint64(width - 1)).any():
+            wrong = np.flatnonzero(address & np.uint64(width - 1))[0]
+            raise PtxFault(f"{width} bytes at {int(address[wrong]):#x}, thread {who[wrong]}: not aligned")
         places = address >> np.uint64(_SLOT)
         one = bool((places == places[0]).all())
         parts = []
@@ -85,9 +88,6 @@ class GlobalMemory:
                     f"{out.sum()} threads, the first {who[mine[out][0]]}"
                 )
             parts.append((allocation, mine, offset))
-        if (address & np.uint64(width - 1)).any():
-            wrong = np.flatnonzero(address & np.uint64(width - 1))[0]
-            raise PtxFault(f"{width} bytes at {int(address[wrong]):#x}, thread {who[wrong]}: not aligned")
         return parts
 
     def read(self, p: Any, address: Array, mask: Mask, size: int, count: int) -> Array:

@@ -123,7 +123,7 @@ class _Body:
         for line in text.splitlines():
             code, _, comment = line.partition("//")
             code = code.strip()
-            if code.startswith(".loc"):
+            if code.startswith((".loc ", ".loc\t")):
                 self.place = comment.strip()
             elif statement or code:
                 statement = f"{statement} {code}".strip()
@@ -172,7 +172,7 @@ class _Body:
         for scope in reversed(self.scopes):
             if name in scope:
                 return Register(scope[name])
-        return Register(name) if name.startswith("%") and name not in self.scopes[0] else None
+        return Register(name) if re.fullmatch(r"%[\w.]+", name) else None
 
     def _instruction(self, text: str) -> None:
         found = re.fullmatch(r"(?:@(!?)(\S+)\s+)?([a-z][\w.:]*)\s*(.*)", text, re.DOTALL)

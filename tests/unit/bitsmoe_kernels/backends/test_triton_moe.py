@@ -1,13 +1,10 @@
 """The kernels on a CPU, by Triton's interpreter: the shared cases, what is launched, and the choice of tiles."""
 
-import importlib.util
-import inspect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,7 +21,7 @@ from bitsmoe_kernels.layout.pack import KernelLayer, to_kernel_layout
 from bitsmoe_kernels.reference import LayerWeights
 from bruteforce import gated, matrices
 from builders import MadeLayer, Plan, build_form, build_layer, form_plans
-from kernel_cases import DTYPES, NAMES, WARMED_UP, check, parts, run_case, shuffled_grid
+from kernel_cases import DTYPES, NAMES, WARMED_UP, check, parts, run_case, shuffled_grid, with_fault
 from moe_cases import CASES, MARGIN, bytes_of, call_of, guarded_memory
 from pretended_cuda import pretended_cuda
 from tensor_core import AMPERE, HOPPER, MatrixUnit, multiply_add, rounding_toward_zero
@@ -161,20 +158,6 @@ def test_a_step_beyond_a_tensor_is_seen(at: int, where: str) -> None:
         tensor = torch.empty(3).zero_()
     with pytest.raises(AssertionError, match=f"written {where}"), guarded_memory() as memory:
         memory.put(tensor).as_strided((1,), (1,), MARGIN // 4 + at).zero_()
-
-
-def with_fault(source: ModuleType, right: str, wrong: str, folder: Path) -> Any:
-    """A kernels' module with one piece of its text replaced."""
-    text = inspect.getsource(source)
-    assert text.count(right) == 1
-    path = folder / "faulty.py"
-    path.write_text(text.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location("faulty", path)
-    assert spec is not None
-    assert spec.loader is not None
-    faulty = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(faulty)
-    return faulty
 
 
 @pytest.mark.slow
