@@ -36,16 +36,19 @@ quick: style ## lint, types and the quick tests, in about a minute
 	wait $$first; first=$$?; cat build/quick.log; exit $$((first | second))
 
 # Two halves side by side, one thread for each: two cores finish both in little more than the longer one. Nothing here
-# needs the Hugging Face Hub, and waiting for one that is not there takes minutes.
+# needs the Hugging Face Hub, and waiting for one that is not there takes minutes. tests/ptx compile the kernels that
+# tests/unit interpret: they need a process of their own.
 TRITON_TESTS := tests/unit/bitsmoe_kernels/backends/test_triton_moe.py
 test: lint ## lint and run every test that needs no GPU
 	@mkdir -p build; export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1; \
 	$(PY) -m pytest tests/unit --ignore=$(TRITON_TESTS) > build/unit-tests.log 2>&1 & unit=$$!; \
 	$(PY) -m pytest tests/integration $(TRITON_TESTS); other=$$?; \
-	wait $$unit; unit=$$?; cat build/unit-tests.log; exit $$((unit | other))
+	$(PY) -m pytest tests/ptx; ptx=$$?; \
+	wait $$unit; unit=$$?; cat build/unit-tests.log; exit $$((unit | other | ptx))
 
 nightly: $(STAMP) ## what `make test` leaves to the night: families and options that go the way of others
-	HF_HUB_OFFLINE=1 $(PY) -m pytest tests/unit tests/integration -m nightly
+	HF_HUB_OFFLINE=1 $(PY) -m pytest tests/unit tests/integration -m nightly; other=$$?; \
+	$(PY) -m pytest tests/ptx -m nightly; exit $$((other | $$?))
 
 lint: style ## ruff, codespell and mypy
 	$(PY) -m mypy

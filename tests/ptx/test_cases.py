@@ -54,9 +54,7 @@ def test_case(capability: int, name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["2 bits, kwidth {}", "five tiles", "tile 1 of 80"])
 @pytest.mark.parametrize(("capability", "rounding"), [(80, AMPERE), (90, HOPPER)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_sums_that_round_toward_zero(
-    name: str, capability: int, rounding: tuple[int, int], dtype: torch.dtype
-) -> None:
+def test_sums_that_round_toward_zero(name: str, capability: int, rounding: tuple[int, int], dtype: torch.dtype) -> None:
     """As matrix units add. Few components: more of them would go beyond these bounds with float16."""
     check_on_machine(name.format(4 if capability == 80 else 2), capability, dtype, rounding=rounding)
 

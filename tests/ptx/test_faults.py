@@ -1,5 +1,6 @@
 """Faults planted in what is compiled, or in how: the machine finds each of them."""
 
+import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from bitsmoe_kernels._triton import gemm, prepare
+from bitsmoe_kernels._triton import codes, gemm, prepare
 from kernel_cases import with_fault
 from ptx_cases import check_on_machine, compiler
-from ptx_machine.faults import PtxFault
+from ptx_machine.faults import PtxError
 from ptx_machine.launch import Machine
 
 pytestmark = [
@@ -23,7 +24,9 @@ pytestmark = [
 both = pytest.mark.parametrize("capability", [80, 90])
 
 
-def replaced(kernel: str, pattern: str, new: str | Callable[[re.Match[str]], str], which: slice) -> Callable[[str, str], str]:
+def replaced(
+    kernel: str, pattern: str, new: str | Callable[[re.Match[str]], str], which: slice
+) -> Callable[[str, str], str]:
     """An edit of some matches of a pattern in a kernel's PTX."""
 
     def edit(name: str, text: str) -> str:
@@ -47,7 +50,7 @@ def test_a_wait_for_one_copy_less(capability: int) -> None:
     """In the main loop of gate and up, and in that of the rest."""
     for which in (slice(0, 1), slice(2, 3)):
         edit = replaced("gate_up", r"(cp\.async\.wait_group\s+)(\d+);", one_more, which)
-        with pytest.raises(PtxFault, match="was not waited for"):
+        with pytest.raises(PtxError, match="was not waited for"):
             check_on_machine("five tiles", capability, torch.float16, edit)
 
 
@@ -55,11 +58,11 @@ def test_a_wait_for_one_copy_less(capability: int) -> None:
 def test_a_barrier_less(capability: int) -> None:
     """Those behind the waits, without which a thread reads what another one copied, and at the loop's end."""
     barrier = r"(?<=wait_group)(\s+\d+;\s+)bar\.sync\s+0;"
-    with pytest.raises(PtxFault, match="no barrier between"):
+    with pytest.raises(PtxError, match="no barrier between"):
         check_on_machine("five tiles", capability, torch.float16, replaced("gate_up", barrier, r" 0;", slice(0, 1)))
     for kernel in ("scale", "route", "down"):
         edit = replaced(kernel, r"bar\.sync\s+0;", "", slice(None))
-        with pytest.raises(PtxFault, match="no barrier between|nothing that orders"):
+        with pytest.raises(PtxError, match=r"no barrier between|nothing that orders"):
             check_on_machine("five tiles", capability, torch.float16, edit)
 
 
@@ -70,25 +73,26 @@ def test_a_wait_for_one_product_less() -> None:
 
 
 def test_registers_that_a_product_still_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What Triton 3.6 makes of a loop's product without the use of its sums in `codes.product`."""
-    monkeypatch.setattr(gemm, "gate_up_kernel", unwaited(tmp_path))
-    with pytest.raises(PtxFault, match="of A changed while its product was in flight"):
+    """What Triton 3.6 makes of a loop without the use of the sums in `codes.product`."""
+    ours = inspect.getsource(codes.product.fn)
+    waits, inner = re.search(r"return tl\.inline_asm.*?\[(tl\.dot\(.*?\))\].*", ours).group(0, 1)  # type: ignore[union-attr]
+    without = with_fault(codes, waits, f"return {inner}", tmp_path).product
+    faulty = with_fault(gemm, "    return product(numbers(", "    return bare(numbers(", tmp_path, bare=without)
+    monkeypatch.setattr(gemm, "gate_up_kernel", faulty.gate_up_kernel)
+    with pytest.raises(PtxError, match="of A changed while its product was in flight"):
         check_on_machine("2 bits, kwidth 2", 90, torch.float16)
-
-
-def unwaited(folder: Path) -> object:
-    from bitsmoe_kernels._triton import codes
-
-    right = "return tl.inline_asm_elementwise(\n            \"\", \"=f,0\", [tl.dot(left, right, acc)], dtype=tl.float32, is_pure=True, pack=1\n        )"
-    faulty = with_fault(codes, right, "return tl.dot(left, right, acc)", folder)
-    return with_fault(gemm, "    return product(numbers(", "    return bare(numbers(", folder, bare=faulty.product).gate_up_kernel
 
 
 @both
 def test_another_swizzle(capability: int) -> None:
     """Addresses of activations: exchanged by one bit less, or a descriptor of another pattern."""
     if capability == 80:
-        edit = replaced("gate_up", r"(ldmatrix\S+ \{[^}]*\}, \[%r\d+)(\+\d+)?\]", lambda m: f"{m[1]}+{int(m[2] or 0) ^ 16}]", slice(None))
+        edit = replaced(
+            "gate_up",
+            r"(ldmatrix\S+ \{[^}]*\}, \[%r\d+)(\+\d+)?\]",
+            lambda m: f"{m[1]}+{int(m[2] or 0) ^ 16}]",
+            slice(None),
+        )
     else:
         edit = replaced("gate_up", r"\b46116862932\d+;", lambda m: f"{int(m[0][:-1]) + (1 << 62)};", slice(None))
     with pytest.raises(AssertionError):
@@ -98,7 +102,7 @@ def test_another_swizzle(capability: int) -> None:
 @both
 def test_a_size_that_is_no_multiple_of_16(capability: int) -> None:
     """H is 141; said to be a multiple of 16 it makes stores of 16 bytes that are not aligned."""
-    with pytest.raises(PtxFault, match="not aligned"):
+    with pytest.raises(PtxError, match="not aligned"):
         check_on_machine("sizes of no round number", capability, torch.float16, claimed={"down": ("H",)})
 
 
@@ -115,7 +119,7 @@ def test_a_pointer_that_is_no_multiple_of_16() -> None:
     elsewhere = torch.ones(4 * 64 + 1).half()[1:].view(4, 64)
     run(elsewhere)
     machine.claimed = {"basis": ("x",)}
-    with pytest.raises(PtxFault, match="not aligned"):
+    with pytest.raises(PtxError, match="not aligned"):
         run(elsewhere)
 
 
@@ -125,23 +129,27 @@ def test_an_expert_that_does_not_exist(monkeypatch: pytest.MonkeyPatch, tmp_path
     check_on_machine("2 bits, kwidth 4", 80, torch.float16)
     with pytest.raises(AssertionError):
         check_on_machine("ids of no expert", 80, torch.float16)
-    with pytest.raises(PtxFault, match="bytes at"):
+    with pytest.raises(PtxError, match="bytes at"):
         check_on_machine("ids of no expert in a map", 80, torch.float16)
 
 
 @both
 def test_two_bytes_exchanged(capability: int) -> None:
     for byte_order, wrong in ((0x4140, 0x4041), (0x4342, 0x4243)):
-        edit = replaced("gate_up", rf"(prmt\.b32 %r\d+, %r\d+, 0, ){byte_order};", lambda m, w=wrong: f"{m[1]}{w};", slice(None))
+        edit = replaced(
+            "gate_up", rf"(prmt\.b32 %r\d+, %r\d+, 0, ){byte_order};", lambda m, w=wrong: f"{m[1]}{w};", slice(None)
+        )
         with pytest.raises(AssertionError):
-            check_on_machine("3 bits, kwidth 2" if capability == 90 else "3 bits, kwidth 4", capability, torch.float16, edit)
+            check_on_machine(
+                "3 bits, kwidth 2" if capability == 90 else "3 bits, kwidth 4", capability, torch.float16, edit
+            )
 
 
 @both
 @pytest.mark.parametrize("order", ["relaxed", "release", "acquire"])
 def test_a_count_that_orders_nothing(order: str, capability: int) -> None:
     edit = replaced("down", r"gpu\.acq_rel", f"gpu.{order}", slice(None))
-    with pytest.raises(PtxFault, match="nothing that orders"):
+    with pytest.raises(PtxError, match="nothing that orders"):
         check_on_machine("five tiles", capability, torch.float16, edit)
 
 
@@ -157,5 +165,5 @@ def test_a_release_without_its_barrier(capability: int) -> None:
         assert stores
         return re.sub(r"@%p\d+ st\.global\S+ [^;]*;", "", before) + "\n".join([*stores, count]) + after
 
-    with pytest.raises(PtxFault, match="nothing that orders"):
+    with pytest.raises(PtxError, match="nothing that orders"):
         check_on_machine("five tiles", capability, torch.float16, edit)

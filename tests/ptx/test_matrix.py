@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ptx_machine.faults import PtxFault
+from ptx_machine.faults import PtxError
 from ptx_machine.fragments import product
 from ptx_machine.matrix import described
 from snippets import load, run, store
@@ -98,7 +98,7 @@ def test_ldmatrix_and_stmatrix(count: int, trans: str) -> None:
 def test_rows_of_ldmatrix_are_aligned() -> None:
     body = """mov.u32 %r0, %tid.x; mul.lo.s32 %r1, %r0, 16; mov.b32 %r2, memory; add.s32 %r1, %r1, %r2;
     st.shared.v2.b32 [%r1], {%r0, %r0}; bar.sync 0; ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r3}, [%r1+8];"""
-    with pytest.raises(PtxFault, match="not aligned to 16"):
+    with pytest.raises(PtxError, match="not aligned to 16"):
         run(body, [], shared=1024)
 
 
@@ -148,11 +148,11 @@ def wgmma(kind: str, columns: int, wait: str = "wgmma.wait_group.sync.aligned 0;
 
 
 def into_shared(words: int, fence: str = "fence.proxy.async.shared::cta;") -> str:
-    """Words of parameter 1 to shared memory from 1024 on."""
-    lines = ["mov.u32 %r200, %tid.x; mov.b32 %r202, memory;"]
+    """Words of parameter 1 to shared memory from 1024 on, by 128 threads."""
+    lines = ["mov.u32 %r200, %tid.x; mul.lo.s32 %r203, %r200, 4; mov.b32 %r202, memory; add.s32 %r203, %r203, %r202;"]
     for i in range(0, words, 128):
-        lines += [load(201, 1).replace("%rd199 + 0", f"%rd199 + {4 * i}"),
-                  f"mul.lo.s32 %r203, %r200, 4; add.s32 %r203, %r203, %r202; st.shared.b32 [%r203+{1024 + 4 * i}], %r201;"]  # fmt: skip
+        one = load(201, 1).replace("%rd199 + 0", f"%rd199 + {4 * i}")
+        lines.append(f"{one} st.shared.b32 [%r203+{1024 + 4 * i}], %r201;")
     return "\n".join([*lines, fence, "bar.sync 0;"])
 
 
@@ -190,22 +190,22 @@ def test_wgmma(kind: str, columns: int) -> None:
     ],
 )
 def test_a_product_in_flight_is_left_alone(planted: dict[str, str], fault: str | None) -> None:
-    given, want = operands("f16", 16)
+    given, _want = operands("f16", 16)
     body = into_shared(16 * 32) + wgmma("f16", 16, **planted)
     if fault is None:
         run(body, given, 128, 4096)
         assert given[2].isnan().all()
     else:
-        with pytest.raises(PtxFault, match=fault):
+        with pytest.raises(PtxError, match=fault):
             run(body, given, 128, 4096)
 
 
 def test_stores_are_fenced_before_wgmma_reads_them() -> None:
     given, _ = operands("f16", 16)
-    with pytest.raises(PtxFault, match=r"no fence\.proxy\.async"):
+    with pytest.raises(PtxError, match=r"no fence\.proxy\.async"):
         run(into_shared(16 * 32, fence="") + wgmma("f16", 16), given, 128, 4096)
     body = (into_shared(16 * 32) + wgmma("f16", 16)).replace("bar.sync 0;", "")
-    with pytest.raises(PtxFault, match="no barrier between"):
+    with pytest.raises(PtxError, match="no barrier between"):
         run(body, given, 128, 4096)
 
 
@@ -232,5 +232,7 @@ def test_sums_of_matrix_units(terms: int, extra: int) -> None:
             top = max(e for e in range(-60, 60) if Fraction(2) ** e <= abs(total))
             total = cut(total, Fraction(2) ** (top - 23))
         assert Fraction(float(got[w, row, column])) == total
-        differs |= float(total) != float(np.float32((a[w, row].astype(float) * b[w, :, column]).sum() + c[w, row, column]))
+        differs |= float(total) != float(
+            np.float32((a[w, row].astype(float) * b[w, :, column]).sum() + c[w, row, column])
+        )
     assert differs

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ptx_machine.faults import PtxFault
+from ptx_machine.faults import PtxError
 from snippets import load, run, store
 
 THREADS = "mov.u32 %r30, %tid.x; mul.lo.s32 %r31, %r30, 4; mov.b32 %r32, memory; add.s32 %r32, %r31, %r32;"
@@ -21,17 +21,20 @@ def test_what_lies_within_a_tensor_is_read_and_written() -> None:
 
 @pytest.mark.parametrize("size", [127, 124])
 def test_bounds(size: int) -> None:
-    for tensors, body in ([words(size), words(128)], load(0, 0, count=4)), ([words(128), words(size)], store(0, 1, count=4)):
-        with pytest.raises(PtxFault, match=rf"of p\d \[{size}\] int32, which has {4 * size}"):
+    for tensors, body in (
+        ([words(size), words(128)], load(0, 0, count=4)),
+        ([words(128), words(size)], store(0, 1, count=4)),
+    ):
+        with pytest.raises(PtxError, match=rf"of p\d \[{size}\] int32, which has {4 * size}"):
             run(body, tensors)
 
 
 def test_nothing_lies_before_a_tensor_or_where_no_tensor_is() -> None:
-    with pytest.raises(PtxFault, match="4 bytes at -4 of p0"):
+    with pytest.raises(PtxError, match="4 bytes at -4 of p0"):
         run("ld.param.b64 %rd0, [p0]; ld.global.b32 { %r0 }, [ %rd0 + -4 ];", [words(4)])
-    with pytest.raises(PtxFault, match="of no tensor"):
+    with pytest.raises(PtxError, match="of no tensor"):
         run("mov.b64 %rd0, 64; ld.global.b32 { %r0 }, [ %rd0 + 0 ];", [words(4)])
-    with pytest.raises(PtxFault, match="of no tensor"):
+    with pytest.raises(PtxError, match="of no tensor"):
         run("ld.global.b32 { %r0 }, [ %rd0 + 0 ];", [words(4)])  # a register that nobody wrote
 
 
@@ -39,21 +42,24 @@ def test_vectors_are_aligned_and_tensors_to_no_more_than_16_bytes() -> None:
     body = "ld.param.b64 %rd0, [p0]; ld.global.v4.b32 { %r0, %r1, %r2, %r3 }, [ %rd0 + %s ];"
     run(body.replace("%s", "16"), [words(8)])
     for offset, tensor in (("8", words(8)), ("0", words(9)[1:])):
-        with pytest.raises(PtxFault, match="not aligned"):
+        with pytest.raises(PtxError, match="not aligned"):
             run(body.replace("%s", offset), [tensor])
-    run("ld.param.b64 %rd0, [p0]; cvt.u32.u64 %r0, %rd0; and.b32 %r9, %r0, 31;" + store(9, 1), [words(4), out := words(32)])
+    run(
+        "ld.param.b64 %rd0, [p0]; cvt.u32.u64 %r0, %rd0; and.b32 %r9, %r0, 31;" + store(9, 1),
+        [words(4), out := words(32)],
+    )
     assert set(out.tolist()) == {16}
 
 
 def test_shared_memory_has_bounds_and_alignment() -> None:
-    with pytest.raises(PtxFault, match="4 bytes at 128 of 128 in shared memory"):
+    with pytest.raises(PtxError, match="4 bytes at 128 of 128 in shared memory"):
         run(f"{THREADS} st.shared.b32 [%r32+4], %r30;", [], shared=128)
-    with pytest.raises(PtxFault, match="not aligned"):
+    with pytest.raises(PtxError, match="not aligned"):
         run(f"{THREADS} st.shared.v2.b32 [%r32], {{%r30, %r30}};", [], shared=256)
 
 
 def test_shared_memory_that_nobody_wrote() -> None:
-    with pytest.raises(PtxFault, match="nobody has written"):
+    with pytest.raises(PtxError, match="nobody has written"):
         run(f"{THREADS} ld.shared.b32 %r0, [%r32];", [], shared=128)
 
 
@@ -69,7 +75,7 @@ def test_races_between_a_write_and_a_read(mask: int, barrier: str, races: bool) 
     out = words(64, 0)
     body = f"{THREADS} {REVERSED.format(mask=mask)} st.shared.b32 [%r32], %r30; {barrier} ld.shared.b32 %r9, [%r33];"
     if races:
-        with pytest.raises(PtxFault, match="no barrier between"):
+        with pytest.raises(PtxError, match="no barrier between"):
             run(body, [], 64, 256)
     else:
         run(body + store(9, 0), [out], 64, 256)
@@ -85,16 +91,19 @@ def test_races_with_a_write_that_comes_later(first: str, second: str, barrier: s
     if barrier:
         run(body, [], 64, 256)
     else:
-        with pytest.raises(PtxFault, match="overwrites shared memory"):
+        with pytest.raises(PtxError, match="overwrites shared memory"):
             run(body, [], 64, 256)
 
 
 def test_two_threads_may_write_the_same_value_only() -> None:
-    one = "mov.b32 %r32, memory; st.shared.b32 [%r32], {value}; ld.param.b64 %rd0, [p0]; st.global.b32 [ %rd0 + 0 ], {{ {value} }};"
+    one = "mov.b32 %r32, memory; st.shared.b32 [%r32], {value}; ld.param.b64 %rd0, [p0]; "
+    one += "st.global.b32 [ %rd0 + 0 ], {{ {value} }};"
     run("mov.b32 %r1, 5; " + one.format(value="%r1"), [words(1)], shared=16)
     for part in (0, 1):
-        piece = one.format(value="%r30").replace("st.global" if part else "st.shared", "@%p0 st." + ("global" if part else "shared"))
-        with pytest.raises(PtxFault, match="different values"):
+        piece = one.format(value="%r30").replace(
+            "st.global" if part else "st.shared", "@%p0 st." + ("global" if part else "shared")
+        )
+        with pytest.raises(PtxError, match="different values"):
             run("mov.pred %p0, 0; mov.u32 %r30, %tid.x; " + piece, [words(1)], shared=16)
 
 
@@ -118,9 +127,9 @@ def test_copies_arrive_when_they_are_waited_for() -> None:
     run(copies("cp.async.wait_group 0;", size="0"), [a, out], shared=1024)
     assert not out.any()
     for wait, read in (("", 0), ("cp.async.wait_group 2;", 0), ("cp.async.wait_group 1;", 512)):
-        with pytest.raises(PtxFault, match="was not waited for"):
+        with pytest.raises(PtxError, match="was not waited for"):
             run(copies(wait, read=read), [a, out], shared=1024)
-    with pytest.raises(PtxFault, match="no barrier between"):
+    with pytest.raises(PtxError, match="no barrier between"):
         run(copies("cp.async.wait_group 0;", barrier=""), [a, out], shared=1024)
 
 
@@ -128,18 +137,19 @@ def test_copies_do_not_overwrite_what_others_still_read() -> None:
     again = "cp.async.cg.shared.global [ %r32 + 0 ], [ %rd1 + 512 ], 0x10;"
     body = copies("cp.async.wait_group 0;")
     run(body + "bar.sync 0;" + again, [words(256), words(128)], shared=1024)
-    with pytest.raises(PtxFault, match="overwrites shared memory that others read"):
+    with pytest.raises(PtxError, match="overwrites shared memory that others read"):
         run(body + again, [words(256), words(128)], shared=1024)
 
 
 def test_copies_have_bounds_and_zeros_have_none() -> None:
-    with pytest.raises(PtxFault, match="of p0"):
+    with pytest.raises(PtxError, match="of p0"):
         run(copies("cp.async.wait_group 0;"), [words(128), words(128)], shared=1024)
     body = copies("cp.async.wait_group 1;", size="0").replace("%rd1 + 512 ], 0x10", "%rd1 + 512 ], 0x10, %r40")
     run(body, [words(4), words(128)], shared=1024)
 
 
-COUNTED = """ld.param.b64 %rd0, [p0]; ld.param.b64 %rd1, [p1]; ld.param.b64 %rd2, [p2]; mov.u32 %r0, %tid.x; mov.u32 %r1, %ctaid.x;
+COUNTED = """ld.param.b64 %rd0, [p0]; ld.param.b64 %rd1, [p1]; ld.param.b64 %rd2, [p2];
+mov.u32 %r0, %tid.x; mov.u32 %r1, %ctaid.x;
 mul.lo.s32 %r2, %r1, 32; add.s32 %r3, %r2, %r0; mad.wide.u32 %rd3, %r3, 4, %rd0; st.global.b32 [ %rd3 + 0 ], {{ %r3 }};
 {before} setp.eq.s32 %p0, %r0, 0; mov.b32 %r5, 1;
 @%p0 atom.global.gpu.{order}.add.u32 %r4, [ %rd1 + 0 ], %r5;
@@ -169,13 +179,21 @@ def test_the_last_program_may_read_what_the_others_released(seed: int, together:
 ])  # fmt: skip
 @pytest.mark.parametrize("together", [1, 4])
 def test_what_is_not_released_or_not_acquired_may_not_be_read(before: str, order: str, together: int) -> None:
-    with pytest.raises(PtxFault, match="nothing that orders"):
-        run(COUNTED.format(before=before, order=order), [words(128), words(1, 0), words(32)], 32, 16, (4, 1, 1), 0, together)
+    with pytest.raises(PtxError, match="nothing that orders"):
+        run(
+            COUNTED.format(before=before, order=order),
+            [words(128), words(1, 0), words(32)],
+            32,
+            16,
+            (4, 1, 1),
+            0,
+            together,
+        )
 
 
 def test_programs_do_not_write_to_one_place() -> None:
     body = "mov.u32 %r0, %ctaid.x; ld.param.b64 %rd0, [p0]; st.global.b32 [ %rd0 + 0 ], { %r0 };"
-    with pytest.raises(PtxFault, match="different values|nothing that orders"):
+    with pytest.raises(PtxError, match=r"different values|nothing that orders"):
         run(body, [words(1, 7)], grid=(2, 1, 1))
     run(body.replace("%ctaid.x", "%nctaid.x"), [out := words(1, 7)], grid=(2, 1, 1))
     assert out.tolist() == [2]
@@ -186,5 +204,5 @@ def test_threads_of_a_program_need_a_barrier_in_global_memory_too() -> None:
     mad.wide.u32 %rd1, %r31, 4, %rd0; ld.global.b32 {{ %r9 }}, [ %rd1 + 0 ]; {store(9, 1)}"""
     run(body.replace("%s", "bar.sync 0;"), [words(32, 0), out := words(32)])
     assert out.tolist() == [t ^ 1 for t in range(32)]
-    with pytest.raises(PtxFault, match="nothing that orders"):
+    with pytest.raises(PtxError, match="nothing that orders"):
         run(body.replace("%s", ""), [words(32, 0), words(32)])

@@ -10,7 +10,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from ptx_machine.faults import UnknownInstruction
+from ptx_machine.faults import UnknownInstructionError
 from snippets import results, run
 
 RANDOM = random.Random(0)
@@ -140,7 +140,17 @@ def test_lop3_by_its_truth_table() -> None:
 def test_prmt_by_bytes() -> None:
     a, b = 0x83127FA5, 0xC4B69900
     values = [*a.to_bytes(4, "little"), *b.to_bytes(4, "little")]
-    selectors = [0x3210, 0x4140, 0x4342, 0x7632, 0x9991, 0x0123, 0xFEDC, 0x8888, *(RANDOM.getrandbits(16) for _ in range(99))]
+    selectors = [
+        0x3210,
+        0x4140,
+        0x4342,
+        0x7632,
+        0x9991,
+        0x0123,
+        0xFEDC,
+        0x8888,
+        *(RANDOM.getrandbits(16) for _ in range(99)),
+    ]
     n = len(selectors)
     got = results("prmt.b32 %r9, %r0, %r1, %r2;", ("b32", [a] * n), ("b32", [b] * n), ("b32", selectors))
     for select, word in zip(selectors, got, strict=True):
@@ -193,7 +203,8 @@ def test_floats_round_once_to_nearest(opcode: str) -> None:
     }[opcode[:3]]  # fmt: skip
     given = [("b32", [bits_of(x) for x in v]) for v in (a, b, c)]
     if opcode.endswith("x2"):
-        text = f"mov.b64 %rd1, {{%r1, %r0}}; mov.b64 %rd2, {{%r2, %r1}}; {opcode} %rd3, %rd1, %rd2; mov.b64 {{_, %r9}}, %rd3;"
+        text = f"mov.b64 %rd1, {{%r1, %r0}}; mov.b64 %rd2, {{%r2, %r1}}; {opcode} %rd3, %rd1, %rd2;"
+        text += "mov.b64 {_, %r9}, %rd3;"
     else:
         text = f"{opcode} %r9, %r0, %r1{', %r2' if opcode.startswith('fma') else ''};"
     got = results(text, *given)
@@ -229,7 +240,11 @@ HALF = {"f16": (11, -24, 65504), "bf16": (8, -133, (2 - 2.0**-7) * 2.0**127)}
 def decoded(bits: int, kind: str) -> float:
     """A 16-bit float by its fields: sign, exponent, mantissa."""
     mantissa_bits, bias = (10, 15) if kind == "f16" else (7, 127)
-    sign, exponent, mantissa = bits >> 15, bits >> mantissa_bits & (2**(15 - mantissa_bits) - 1), bits % 2**mantissa_bits
+    sign, exponent, mantissa = (
+        bits >> 15,
+        bits >> mantissa_bits & (2 ** (15 - mantissa_bits) - 1),
+        bits % 2**mantissa_bits,
+    )
     if exponent == 2 ** (15 - mantissa_bits) - 1:
         return math.nan if mantissa else math.inf * (-1) ** sign
     value = (mantissa / 2**mantissa_bits + (exponent > 0)) * 2.0 ** (max(exponent, 1) - bias)
@@ -261,7 +276,7 @@ def test_conversions_from_16_bits(kind: str) -> None:
     every = [*range(0, 65536, 37), 0x7C00, 0xFC00, 0x7F80, 0xFF80, 1, 0x8001, 0x03FF]
     for bits, got in zip(every, results(f"cvt.f32.{kind} %r9, %rs0;", ("b16", every)), strict=True):
         want = decoded(bits, kind)
-        assert float_of(got) == want or math.isnan(want) and math.isnan(float_of(got))
+        assert float_of(got) == want or (math.isnan(want) and math.isnan(float_of(got)))
 
 
 @pytest.mark.parametrize(
@@ -309,9 +324,17 @@ def test_packing() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["add.sat.s32 %r9, %r0, %r0;", "fma.rz.f32 %r9, %r0, %r0, %r0;", "cvt.rz.f16.f32 %rs9, %r0;", "sin.approx.f32 %r9, %r0;",
-     "setp.ltu.f32 %p1, %r0, %r0;", "ld.global.cg.b32 { %r9 }, [ %rd1 + 0 ];", "bar.sync 1;", "add.s32 %rd9, %r0, %r0;"],
-)  # fmt: skip
+    [
+        "add.sat.s32 %r9, %r0, %r0;",
+        "fma.rz.f32 %r9, %r0, %r0, %r0;",
+        "cvt.rz.f16.f32 %rs9, %r0;",
+        "sin.approx.f32 %r9, %r0;",
+        "setp.ltu.f32 %p1, %r0, %r0;",
+        "ld.global.cg.b32 { %r9 }, [ %rd1 + 0 ];",
+        "bar.sync 1;",
+        "add.s32 %rd9, %r0, %r0;",
+    ],
+)
 def test_what_the_machine_does_not_know_is_an_error(text: str) -> None:
-    with pytest.raises(UnknownInstruction):
+    with pytest.raises(UnknownInstructionError):
         run(text, [])

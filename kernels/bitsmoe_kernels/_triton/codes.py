@@ -129,11 +129,9 @@ def _as_float(word, FP16: tl.constexpr):
 def product(left, right, acc, ASM: tl.constexpr):
     """acc + left @ right. The interpreter knows no bfloat16 products; in float32 they are exact too."""
     if ASM:
-        # The sums are in use here, so Triton waits for the product. Without that a loop's next turn overwrites registers
-        # that wgmma still reads (triton-lang/triton#9433). The empty instruction costs nothing.
-        return tl.inline_asm_elementwise(
-            "", "=f,0", [tl.dot(left, right, acc)], dtype=tl.float32, is_pure=True, pack=1
-        )
+        # Triton waits for a product before its sums are used: here, in each turn of a loop. Without this use the next
+        # turn overwrites registers that wgmma still reads (triton-lang/triton#9433).
+        return tl.inline_asm_elementwise("", "=f,0", [tl.dot(left, right, acc)], dtype=tl.float32, is_pure=True, pack=1)
     else:
         return tl.dot(left.to(tl.float32), right.to(tl.float32), acc, input_precision="ieee")
 

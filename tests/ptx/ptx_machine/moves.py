@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ptx_machine.faults import PtxFault, UnknownInstruction
+from ptx_machine.faults import PtxError, UnknownInstructionError
 from ptx_machine.parser import Address, Instruction, Symbol
 from ptx_machine.registers import SIZES, UNSIGNED, Mask, Slots, Step, over, put, type_class
 
@@ -23,8 +23,8 @@ def _store(p: Any, d: int, who: Any, mask: Mask, value: Any) -> None:
 def _shape(i: Instruction, modifiers: tuple[str, ...]) -> tuple[str, int]:
     """Type and number of elements of a load or store, after its memory's name."""
     *vector, kind = modifiers
-    if vector and vector[0] not in ("v2", "v4") or len(vector) > 1 or kind[0] != "b":
-        raise UnknownInstruction(i.text)
+    if (vector and vector[0] not in ("v2", "v4")) or len(vector) > 1 or kind[0] != "b":
+        raise UnknownInstructionError(i.text)
     return kind, int(vector[0][1:]) if vector else 1
 
 
@@ -34,7 +34,7 @@ def _wide_enough(i: Instruction, slots: Slots, operands: Any, kind: str) -> list
     for one in operands:
         place, cls = slots.read_any(one, i)
         if cls == "pred" or SIZES[cls] < SIZES[kind]:
-            raise UnknownInstruction(i.text)
+            raise UnknownInstructionError(i.text)
         places.append(place)
     return places
 
@@ -42,7 +42,7 @@ def _wide_enough(i: Instruction, slots: Slots, operands: Any, kind: str) -> list
 def _parameter(i: Instruction, slots: Slots) -> Step:
     address = i.operands[1]
     if not isinstance(address, Address) or not isinstance(address.base, Symbol) or address.offset:
-        raise UnknownInstruction(i.text)
+        raise UnknownInstructionError(i.text)
     d, number = slots.written(i.operands[0], i.opcode[2], i), slots.parameters[address.base.name]
     dtype = UNSIGNED[i.opcode[2]]
 
@@ -58,7 +58,7 @@ def _load_global(i: Instruction, slots: Slots, modifiers: tuple[str, ...]) -> St
     base, offset = slots.address(i.operands[1], "b64", i)
     size = SIZES[kind]
     if len(ds) != count:
-        raise UnknownInstruction(i.text)
+        raise UnknownInstructionError(i.text)
 
     def step(p: Any, w: Mask) -> None:
         who = p.who(w)
@@ -72,12 +72,12 @@ def _load_global(i: Instruction, slots: Slots, modifiers: tuple[str, ...]) -> St
 def _store_global(i: Instruction, slots: Slots, modifiers: tuple[str, ...]) -> Step:
     kind, count = _shape(i, modifiers)
     if kind == "b8":
-        raise UnknownInstruction(i.text)
+        raise UnknownInstructionError(i.text)
     base, offset = slots.address(i.operands[0], "b64", i)
     sources = [slots.read(one, kind, i) for one in slots.parts(i.operands[1])]
     size = SIZES[kind]
     if len(sources) != count:
-        raise UnknownInstruction(i.text)
+        raise UnknownInstructionError(i.text)
 
     def step(p: Any, w: Mask) -> None:
         who = p.who(w)
@@ -99,7 +99,7 @@ def _load_shared(i: Instruction, slots: Slots) -> Step:
     ds = _wide_enough(i, slots, slots.parts(i.operands[0]), kind)
     address, size = _shared_address(i, slots, i.operands[1]), SIZES[kind]
     if len(ds) != count:
-        raise UnknownInstruction(i.text)
+        raise UnknownInstructionError(i.text)
 
     def step(p: Any, w: Mask) -> None:
         who = p.who(w)
@@ -115,7 +115,7 @@ def _store_shared(i: Instruction, slots: Slots) -> Step:
     sources = _wide_enough(i, slots, slots.parts(i.operands[1]), kind)
     dtype = UNSIGNED[kind]
     if len(sources) != count:
-        raise UnknownInstruction(i.text)
+        raise UnknownInstructionError(i.text)
 
     def step(p: Any, w: Mask) -> None:
         who = p.who(w)
@@ -132,13 +132,13 @@ def _copy(i: Instruction, slots: Slots) -> Step:
     size = slots.values[slots.read(i.operands[2], "b32", i)]
     given = slots.read(i.operands[3], "b32", i) if len(i.operands) == 4 else slots.constant(size, "b32")
     if size not in ((4, 8, 16) if i.opcode[2] == "ca" else (16,)):
-        raise UnknownInstruction(i.text)
+        raise UnknownInstructionError(i.text)
 
     def step(p: Any, w: Mask) -> None:
         who = p.who(w)
         filled = over(p.u[given], p.threads)[who]
         if ((filled != 0) & (filled != size)).any():
-            raise UnknownInstruction("cp.async of a part")
+            raise UnknownInstructionError("cp.async of a part")
         some = np.zeros(p.threads, bool)
         some[who[filled != 0]] = True
         source = over(p.u[base], p.threads)[some] + np.uint64(offset)
@@ -156,12 +156,17 @@ def _copy_group(i: Instruction, slots: Slots) -> Step:
     return lambda p, w: p.copies.wait(p.shared, w, left)
 
 
-_ATOMIC_ORDERS = {"acq_rel": (True, True), "release": (True, False), "acquire": (False, True), "relaxed": (False, False)}
+_ATOMIC_ORDERS = {
+    "acq_rel": (True, True),
+    "release": (True, False),
+    "acquire": (False, True),
+    "relaxed": (False, False),
+}
 
 
 def _atomic(i: Instruction, slots: Slots) -> Step:
     if i.opcode[1:3] != ("global", "gpu") or i.opcode[4:] != ("add", "u32") or i.opcode[3] not in _ATOMIC_ORDERS:
-        raise UnknownInstruction(i.text)
+        raise UnknownInstructionError(i.text)
     releases, acquires = _ATOMIC_ORDERS[i.opcode[3]]
     d, source = slots.written(i.operands[0], "b32", i), slots.read(i.operands[2], "b32", i)
     base, offset = slots.address(i.operands[1], "b64", i)
@@ -180,9 +185,9 @@ def _whole_warps(p: Any, mask: Mask, members: Any, name: str) -> Any:
     who = p.who(mask)
     warps = np.unique(who >> 5)
     if len(who) != len(warps) * WARP:
-        raise PtxFault(f"{name} by a part of a warp")
+        raise PtxError(f"{name} by a part of a warp")
     if (over(members, p.threads)[who] != 0xFFFFFFFF).any():
-        raise UnknownInstruction(f"{name} of a part of a warp")
+        raise UnknownInstructionError(f"{name} of a part of a warp")
     return warps
 
 
@@ -190,7 +195,7 @@ def _exchange(i: Instruction, slots: Slots) -> Step:
     """shfl.sync: the value of another thread of the warp."""
     mode, kind = i.opcode[2:]
     if kind != "b32" or mode not in ("up", "down", "bfly", "idx"):
-        raise UnknownInstruction(i.text)
+        raise UnknownInstructionError(i.text)
     d, *sources = slots.written(i.operands[0], "b32", i), *(slots.read(one, "b32", i) for one in i.operands[1:])
     a, b, c, members = sources
 
@@ -209,7 +214,7 @@ def _exchange(i: Instruction, slots: Slots) -> Step:
 
 def _reduce(i: Instruction, slots: Slots) -> Step:
     if i.opcode != ("redux", "sync", "add", "s32"):
-        raise UnknownInstruction(i.text)
+        raise UnknownInstructionError(i.text)
     d, a, members = slots.written(i.operands[0], "b32", i), *(slots.read(one, "b32", i) for one in i.operands[1:])
 
     def step(p: Any, w: Mask) -> None:

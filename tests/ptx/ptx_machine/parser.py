@@ -6,7 +6,7 @@ Only what Triton writes is understood: one entry function, one array of shared m
 import re
 from dataclasses import dataclass, field
 
-from ptx_machine.faults import UnknownInstruction
+from ptx_machine.faults import UnknownInstructionError
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,10 @@ def parse(text: str) -> Kernel:
     shared = re.search(r"\.shared\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[", text)
     entry = re.search(r"\.entry\s+([\w$]+)\((.*?)\)(.*?)\n\{", text, re.DOTALL)
     if entry is None:
-        raise UnknownInstruction("no entry function")
+        raise UnknownInstructionError("no entry function")
     threads = re.search(r"\.reqntid\s+(\d+)", entry[3])
     if threads is None:
-        raise UnknownInstruction("the number of threads is not given")
+        raise UnknownInstructionError("the number of threads is not given")
     kernel = Kernel(entry[1], re.findall(r"([\w$]+)\s*(?:,|$)", entry[2].strip()), int(threads[1]))
     kernel.shared = shared[1] if shared else ""
     _Body(kernel).read(text[entry.end() :])
@@ -131,7 +131,7 @@ class _Body:
                 statement = statement[at:].strip()
             if not self.scopes:
                 return
-        raise UnknownInstruction(f"the text ends within {statement!r}")
+        raise UnknownInstructionError(f"the text ends within {statement!r}")
 
     def _take(self, text: str) -> int:
         """Handle the whole statements that a text begins with: how many characters they are."""
@@ -159,7 +159,7 @@ class _Body:
             return
         found = re.fullmatch(r"\.reg\s+\.([a-z]+)(\d*)\s+(.*)", text)
         if found is None:
-            raise UnknownInstruction(text)
+            raise UnknownInstructionError(text)
         kind = _CLASSES[found[1] if found[1] == "pred" else found[2]]
         for name in re.split(r"\s*,\s*", found[3]):
             many = re.fullmatch(r"(.+)<(\d+)>", name)
@@ -177,13 +177,13 @@ class _Body:
     def _instruction(self, text: str) -> None:
         found = re.fullmatch(r"(?:@(!?)(\S+)\s+)?([a-z][\w.:]*)\s*(.*)", text, re.DOTALL)
         if found is None:
-            raise UnknownInstruction(text)
+            raise UnknownInstructionError(text)
         negated, guard, opcode, operands = found.groups()
         predicate = None
         if guard:
             register = self._register(guard)
             if register is None:
-                raise UnknownInstruction(text)
+                raise UnknownInstructionError(text)
             predicate = (register, bool(negated))
         parts = tuple(self._operand(one, text) for one in _parted(operands))
         self.kernel.code.append(Instruction(tuple(opcode.split(".")), parts, predicate, text, self.place))
@@ -195,7 +195,7 @@ class _Body:
             base, _, offset = text[1:-1].partition("+")
             origin = self._operand(base.strip(), whole)
             if not isinstance(origin, Register | Symbol):
-                raise UnknownInstruction(whole)
+                raise UnknownInstructionError(whole)
             return Address(origin, int(offset or "0", 0))
         if found := re.fullmatch(r"0[fd]([0-9A-Fa-f]+)", text):
             return Constant(int(found[1], 16))
@@ -205,7 +205,7 @@ class _Body:
             return register
         if re.fullmatch(r"[\w$]+", text):
             return Symbol(text)
-        raise UnknownInstruction(whole)
+        raise UnknownInstructionError(whole)
 
 
 def _parted(text: str) -> list[str]:

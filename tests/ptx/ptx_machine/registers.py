@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptx_machine.faults import UnknownInstruction
+from ptx_machine.faults import UnknownInstructionError
 from ptx_machine.parser import Address, Constant, Instruction, Operand, Register, Symbol, Vector
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ SIZES = {"b8": 1, "b16": 2, "b32": 4, "b64": 8}
 UNSIGNED: dict[str, Any] = {"pred": np.bool_, "b8": np.uint8, "b16": np.uint16, "b32": np.uint32, "b64": np.uint64}
 _SIGNED: dict[str, Any] = {"pred": np.bool_, "b8": np.int8, "b16": np.int16, "b32": np.int32, "b64": np.int64}
 _FLOAT: dict[str, Any] = {"pred": np.bool_, "b8": np.uint8, "b16": np.float16, "b32": np.float32, "b64": np.float64}
-_POISON = {"pred": 0, "b8": 0xAD, "b16": 0x7EAD, "b32": 0x7FEEDEAD, "b64": 0x7FFEEDED7FEEDEAD}
+_POISON = {"pred": 0, "b8": 0xAD, "b16": 0x7EAD, "b32": 0x7FEEDEA0, "b64": 0x7FFEEDED7FEEDEA0}
 """What a register holds before it is written: NaN, or an address of nothing."""
 SPECIAL = ("%tid.x", *(f"%{name}.{axis}" for name in ("ctaid", "nctaid") for axis in "xyz"))
 
@@ -37,7 +37,7 @@ def type_class(kind: str) -> str:
     """Class of registers that a type such as `f32` takes."""
     digits = kind.lstrip("usbf")
     if kind[0] not in "usbf" or f"b{digits}" not in SIZES:
-        raise UnknownInstruction(f"type {kind}")
+        raise UnknownInstructionError(f"type {kind}")
     return f"b{digits}"
 
 
@@ -80,23 +80,23 @@ class Slots:
         if isinstance(operand, Symbol) and operand.name == self._shared:
             return self.constant(0, kind)
         if not isinstance(operand, Register) or operand.name not in self._places:
-            raise UnknownInstruction(f"operand {operand} of {i.text}")
+            raise UnknownInstructionError(f"operand {operand} of {i.text}")
         place = self._places[operand.name]
         if self.classes[place] != kind:
-            raise UnknownInstruction(f"{operand.name} is no {kind}: {i.text}")
+            raise UnknownInstructionError(f"{operand.name} is no {kind}: {i.text}")
         return place
 
     def read_any(self, operand: Operand, i: Instruction) -> tuple[int, str]:
         """A register that is read in its own class: its place and class."""
         if not isinstance(operand, Register) or operand.name not in self._places:
-            raise UnknownInstruction(f"operand {operand} of {i.text}")
+            raise UnknownInstructionError(f"operand {operand} of {i.text}")
         place = self._places[operand.name]
         return place, self.classes[place]
 
     def written(self, operand: Operand, kind: str, i: Instruction) -> int:
         """A register that is written."""
         if not isinstance(operand, Register) or operand.name in SPECIAL:
-            raise UnknownInstruction(f"{i.text} writes to {operand}")
+            raise UnknownInstructionError(f"{i.text} writes to {operand}")
         return self.read(operand, kind, i)
 
     def parts(self, operand: Operand) -> tuple[Operand, ...]:
@@ -106,7 +106,7 @@ class Slots:
     def address(self, operand: Operand, kind: str, i: Instruction) -> tuple[int, int]:
         """Base register, as a class, and offset in bytes."""
         if not isinstance(operand, Address):
-            raise UnknownInstruction(f"no address in {i.text}")
+            raise UnknownInstructionError(f"no address in {i.text}")
         return self.read(operand.base, kind, i), operand.offset
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ptx_machine.faults import UnknownInstruction
+from ptx_machine.faults import UnknownInstructionError
 from ptx_machine.parser import Instruction, Symbol, Vector
 from ptx_machine.registers import SIZES, UNSIGNED, Array, Mask, Slots, Step, over, put, type_class
 
@@ -160,17 +160,18 @@ _COMPARE = {
 
 def _elementwise(i: Instruction, slots: Slots) -> Step | None:
     key = (i.opcode[0], ".".join(i.opcode[1:]))
-    ufunc, function = _UFUNCS.get(key), _FUNCTIONS.get(key)
-    if ufunc is None and function is None:
+    ufunc = _UFUNCS.get(key)
+    function: Any = ufunc or _FUNCTIONS.get(key)
+    if function is None:
         return None
     kind = i.opcode[-1]
     cls = "pred" if kind == "pred" else type_class(kind)
     bank = _BANKS["b" if kind == "pred" else kind[0]]
     d = slots.written(i.operands[0], cls, i)
     sources = [slots.read(one, cls, i) for one in i.operands[1:]]
-    if len(sources) != (ufunc.nin if ufunc is not None else 2 + (key[0] not in ("min", "max", "mul"))):
-        raise UnknownInstruction(i.text)
-    if ufunc is not None and ufunc.nin == 2:
+    if len(sources) != (ufunc.nargs - 1 if ufunc is not None else 2 + (key[0] not in ("min", "max", "mul"))):
+        raise UnknownInstructionError(i.text)
+    if ufunc is not None and ufunc.nargs == 3:
         a, b = sources
 
         def two(p: Any, w: Mask) -> None:
@@ -181,7 +182,7 @@ def _elementwise(i: Instruction, slots: Slots) -> Step | None:
 
     def any_number(p: Any, w: Mask) -> None:
         of = bank(p)
-        put(of[d], (ufunc or function)(*(of[one] for one in sources)), w)
+        put(of[d], function(*(of[one] for one in sources)), w)
 
     return any_number
 
@@ -214,7 +215,7 @@ def _wide(i: Instruction, slots: Slots) -> Step:
     """mul.wide, mad.wide: 32 bits times 32 bits in 64."""
     kind = i.opcode[2]
     if kind not in ("s32", "u32"):
-        raise UnknownInstruction(i.text)
+        raise UnknownInstructionError(i.text)
     d = slots.written(i.operands[0], "b64", i)
     a, b = (slots.read(one, "b32", i) for one in i.operands[1:3])
     c = slots.read(i.operands[3], "b64", i) if i.opcode[0] == "mad" else slots.constant(0, "b64")
@@ -273,7 +274,7 @@ def _selp(i: Instruction, slots: Slots) -> Step:
 def _setp(i: Instruction, slots: Slots) -> Step:
     compare, kind = i.opcode[1:]
     if compare not in _COMPARE:
-        raise UnknownInstruction(i.text)
+        raise UnknownInstructionError(i.text)
     cls, ufunc, bank = type_class(kind), _COMPARE[compare], _BANKS[kind[0]]
     d, a, b = slots.written(i.operands[0], "pred", i), *(slots.read(one, cls, i) for one in i.operands[1:])
     # Comparisons of floats are false for NaN, this one too.
@@ -355,17 +356,17 @@ def _cvt(i: Instruction, slots: Slots) -> Step:
     if form in _TO_FLOAT:
         function = _TO_FLOAT[form]
         if (a_class, d_class) != (type_class("b" + of.lstrip("bfsu")), type_class("b" + to.lstrip("bfsu"))):
-            raise UnknownInstruction(i.text)
+            raise UnknownInstructionError(i.text)
 
         def to_float(p: Any, w: Mask) -> None:
             put(p.u[d], function(over(p.u[a], p.threads)), w)
 
         return to_float
     if len(i.opcode) != 3 or to[0] not in "su" or of[0] not in "su" or "pred" in (a_class, d_class):
-        raise UnknownInstruction(i.text)
+        raise UnknownInstructionError(i.text)
     narrowed, source = np.dtype(_int_of(to)), np.dtype(_int_of(of))
     if source.itemsize > SIZES[a_class] or narrowed.itemsize > SIZES[d_class]:
-        raise UnknownInstruction(i.text)
+        raise UnknownInstructionError(i.text)
     target = UNSIGNED[d_class]
 
     def to_int(p: Any, w: Mask) -> None:
