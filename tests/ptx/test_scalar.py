@@ -53,6 +53,7 @@ def nearest(x: Fraction, mantissa: int, smallest: int) -> Fraction:
         ("sub.s32", lambda a, b: a - b),
         ("mul.lo.s32", lambda a, b: a * b),
         ("mul.hi.u32", lambda a, b: a * b >> 32),
+        ("mul.hi.s32", lambda a, b: signed(a) * signed(b) >> 32),
         ("min.s32", lambda a, b: min(signed(a), signed(b))),
         ("max.s32", lambda a, b: max(signed(a), signed(b))),
         ("and.b32", lambda a, b: a & b),

@@ -108,8 +108,9 @@ def _wide_shift(a: Array, b: Array, n: Array) -> Array:
 
 
 def _high(a: Array, b: Array) -> Array:
-    """mul.hi.u32: the upper half of the product."""
-    return (np.multiply(a, b, dtype=np.uint64) >> np.uint64(32)).astype(np.uint32)
+    """mul.hi: the upper half of the product."""
+    wide, narrow = (np.int64, np.int32) if a.dtype.kind == "i" else (np.uint64, np.uint32)
+    return (np.multiply(a, b, dtype=wide) >> wide(32)).astype(narrow)
 
 
 def _mul_add(a: Array, b: Array, c: Array) -> Array:
@@ -133,6 +134,7 @@ _UFUNCS: dict[tuple[str, str], Any] = {
 
 _FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
     ("mul", "hi.u32"): _high,
+    ("mul", "hi.s32"): _high,
     ("mad", "lo.s32"): _mul_add,
     ("mad", "lo.s64"): _mul_add,
     ("fma", "rn.f32"): fused,
