@@ -192,15 +192,60 @@ def resources(kernel: Any) -> dict[str, int]:
     }
 
 
-def _listing(lines: list[str]) -> tuple[list[str], list[tuple[int, int]]]:
-    """All instructions, and the first and last of every innermost loop, in order."""
+_WIDE_RESULTS = {".128": 4, ".M88.4": 4, ".64": 2, ".M88.2": 2, ".WIDE": 2, "CS2R": 2}
+"""Parts of opcodes whose results take more than one register."""
+
+
+def overwritten(lines: list[str]) -> list[str]:
+    """Instructions that write to registers from which a product of wgmma may still read its left operand.
+
+    A product ends at the `WARPGROUP.DEPBAR` that waits for its group. The body of a loop is gone through twice: what
+    its last turn began is in flight in the next.
+    """
+    code, labels = _instructions(lines)
+    found: list[str] = []
+    groups: list[set[int]] = [set()]
+    """Registers of each group of products in flight; the last one is still open."""
+
+    def go(text: str) -> None:
+        opcode, _, operands = re.sub(r"^@!?U?P[T\d]+\s+", "", text).partition(" ")
+        if opcode.startswith("HGMMA"):
+            if left := re.match(r"\s*R\d+,\s*R(\d+)", operands):
+                groups[-1].update(range(int(left[1]), int(left[1]) + 4))
+            if "gsb0" in operands:
+                groups.append(set())
+        elif opcode.startswith("WARPGROUP.DEPBAR"):
+            left_over = int(operands.split(",")[1], 16)
+            del groups[: max(0, len(groups) - 1 - left_over)]
+        elif result := re.match(r"\s*(?:U?P[T\d]+,\s*)?R(\d+)", operands):
+            size = max([n for part, n in _WIDE_RESULTS.items() if part in opcode], default=1)
+            if set().union(*groups) & set(range(int(result[1]), int(result[1]) + size)):
+                found.append(text)
+
+    for end, text in enumerate(code):
+        go(text)
+        target = re.search(r"\bBRA\b.*?(\.L_x_\d+)", text)
+        if target and (start := labels.get(target[1], len(code))) <= end:
+            for again in code[start : end + 1]:
+                go(again)
+    return found
+
+
+def _instructions(lines: list[str]) -> tuple[list[str], dict[str, int]]:
+    """A disassembly's instructions, and where its labels stand among them."""
     code: list[str] = []
     labels: dict[str, int] = {}
     for line in lines:
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(code)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
             code.append(instruction[1])
+    return code, labels
+
+
+def _listing(lines: list[str]) -> tuple[list[str], list[tuple[int, int]]]:
+    """Opcodes of all instructions, and the first and last of every innermost loop, in order."""
+    code, labels = _instructions(lines)
     spans = []
     for end, text in enumerate(code):
         target = re.search(r"\bBRA\b.*?(\.L_x_\d+)", text)

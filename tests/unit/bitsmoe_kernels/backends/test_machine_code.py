@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.kernels.machine_code import overwritten
 from bitsmoe_kernels.backends.launch_config import DECODE, PREFILL, TILES
 from builders import REPO
 
@@ -62,6 +63,25 @@ def test_instructions_per_weight(dtype: str, bits: int, hopper: list[dict[str, A
         assert row["spill_bytes"] == 0
 
 
+def test_registers_written_before_their_product_ends_are_found() -> None:
+    """A loop with two groups of products, each waited for once the next one has begun."""
+    loop = [".L_x_1:", "LDSM.16.M88.4 R4, [R2] ;", "HGMMA.64x16x16.F32 R32, R4, gdesc[UR8], R32, gsb0 ;",
+            "WARPGROUP.DEPBAR.LE gsb0, 0x1 ;", "LOP3.LUT R{}, R1, 0x3, R2, 0xea, !PT ;",
+            "HGMMA.64x16x16.F32 R32, R8, gdesc[UR8], R32, gsb0 ;", "WARPGROUP.DEPBAR.LE gsb0, 0x1 ;",
+            "@P1 BRA `(.L_x_1) ;"]  # fmt: skip
+
+    def faults(register: int) -> list[str]:
+        code = [line if line.startswith(".") else f"        /*{i:04x}*/  {line}" for i, line in enumerate(loop)]
+        return overwritten([line.format(register) for line in code])
+
+    assert faults(8) == faults(3) == []
+    assert [text[:12] for text in faults(7)] == ["LOP3.LUT R7,"] * 2
+    loop[-2] = loop[-2].replace("0x1", "0x2")
+    assert [text[:8] for text in faults(3)] == ["LDSM.16."]
+    loop[3] = loop[3].replace("0x1", "0x2")
+    assert any(text.startswith("LOP3") for text in faults(8))
+
+
 @pytest.mark.parametrize("capability", TILES)
 def test_every_tile_compiles_without_spills(capability: int) -> None:
     """All widths in one kernel, as layers have them, and the kernels around it; both types of activations.
@@ -76,16 +96,18 @@ def test_every_tile_compiles_without_spills(capability: int) -> None:
         "        for tile in tiles:\n"
         "            for act in (0, 1 if fp16 else 2) if tile is tiles[0] else (0,):\n"
         f"                for name, kernel in gemm_kernels({capability}, tile, fp16, 15, act, bias=act == 2):\n"
-        "                    out.append([name, regime, tile.tokens, resources(kernel)])\n"
+        "                    early = overwritten(machine_code(kernel))\n"
+        "                    out.append([name, regime, tile.tokens, resources(kernel), early])\n"
         f"    for name, kernel in other_kernels({capability}, fp16):\n"
-        "        out.append([name, '', 0, resources(kernel)])\n"
+        "        out.append([name, '', 0, resources(kernel), overwritten(machine_code(kernel))])\n"
         "print(json.dumps(out))"
     )
-    regimes = {(name, regime, tokens) for name, regime, tokens, _ in found}
+    regimes = {(name, regime, tokens) for name, regime, tokens, *_ in found}
     for regime in (DECODE, PREFILL):
         for tile in TILES[capability][regime]:
             assert {("gate_up", regime, tile.tokens), ("down", regime, tile.tokens)} <= regimes
-    for name, regime, tokens, used in found:
+    for name, regime, tokens, used, early in found:
+        assert early == [], (name, regime, tokens)
         assert used["spill_bytes"] == 0, (name, regime, tokens, used)
         assert used["shared_bytes"] <= 99 * 1024  # what a program may have on the smallest of them, sm_86 and sm_120
 
