@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="with --machine-code or --estimate: JSON only")
     parser.add_argument("--out", type=Path, help=f"folder of the results (default: {RESULTS.relative_to(ROOT)})")
     parser.add_argument("--models", nargs="+", metavar="NAME", help="only these layers")
+    parser.add_argument("--gpus", nargs="+", metavar="NAME", help="with --estimate: only these")
     parser.add_argument("--methods", nargs="+", metavar="TEXT", help="only methods whose name holds one of these")
     parser.add_argument("--tokens", nargs="+", type=int, metavar="N", help="only these token counts")
     parser.add_argument("--routing", nargs="+", choices=("realistic", "uniform"), help="only this routing")
@@ -72,7 +73,11 @@ def _estimate(args: argparse.Namespace) -> None:
     if strange := sorted(set(args.models or ()) - {s.model for s in SHAPES}):
         raise SystemExit(f"no model {', '.join(strange)}; there are {', '.join(s.model for s in SHAPES)}")
     shapes = [s for s in SHAPES if s.model in (args.models or (SHAPES[0].model,))]
-    rows = list(estimate.estimates(shapes, args.tokens or estimate.TOKENS, args.bits))
+    known = {gpu.name: gpu for gpu in estimate.GPUS}
+    if strange := sorted(set(args.gpus or ()) - set(known)):
+        raise SystemExit(f"no GPU {', '.join(strange)}; there are {', '.join(known)}")
+    gpus = [known[name] for name in args.gpus or known]
+    rows = list(estimate.estimates(shapes, args.tokens or estimate.TOKENS, args.bits, gpus))
     text = estimate.as_markdown(rows, args.bits)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -8,10 +8,15 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from bitsmoe_kernels.backends.launch_config import kwidth_of
+from bitsmoe_kernels.backends.launch_config import PREFILL, TILES, Tile, kwidth_of
 from kernel_cases import NAMES, check
 from moe_cases import CASES
 from ptx_machine.launch import Compiler, Machine, substituted
+
+
+def pipelined(capability: int) -> Tile:
+    """A tile of the kernels that bring codes to shared memory."""
+    return next(tile for tile in TILES[capability][PREFILL] if not tile.direct)
 
 
 @cache
@@ -35,13 +40,17 @@ def check_on_machine(
     claimed: dict[str, tuple[str, ...]] | None = None,
     rounding: tuple[int, int] | None = None,
     seed: int = 0,
+    tile: Tile | None = None,
 ) -> list[str]:
-    """Run a case as a GPU of that architecture would, and hold it to its bounds; names of the kernels that ran."""
+    """Run a case as a GPU of that architecture would, and hold it to its bounds; names of the kernels that ran.
+
+    tile: instead of the case's, or of the table's.
+    """
     machine = Machine(compiler(capability), np.random.default_rng(seed), rounding)
     if edit:
         machine.edit = edit
     machine.claimed = claimed or {}
-    case = replace(CASES[name], kwidth=kwidth_of(capability))
+    case = replace(CASES[name], kwidth=kwidth_of(capability), tile=tile or CASES[name].tile)
     with substituted(machine), patch.dict(CASES, {name: case}):
         check(name, dtype)
     return machine.launched

@@ -10,7 +10,7 @@ import torch
 
 from kernel_cases import DTYPES
 from moe_cases import CASES
-from ptx_cases import check_on_machine, names
+from ptx_cases import check_on_machine, names, pipelined
 from ptx_machine.launch import AMPERE, HOPPER
 
 pytestmark = [
@@ -39,7 +39,7 @@ def cases(capability: int) -> list[str]:
     """What an architecture runs: all on two of them, some and their own tiles on the others."""
     every = names(capability)
     own = f" of {capability}"
-    return every if capability in (80, 90) else [n for n in every if n in OTHERS or is_tile(n) and n.endswith(own)]
+    return every if capability in (80, 90) else [n for n in every if n in OTHERS or (is_tile(n) and n.endswith(own))]
 
 
 def is_tile(name: str) -> bool:
@@ -69,16 +69,38 @@ def by_day(name: str, capability: int) -> bool:
     ids=dtype_name,
 )
 def test_case(capability: int, name: str, dtype: torch.dtype) -> None:
+    """With the tile that the table has for so few tokens."""
     ran = check_on_machine(name, capability, dtype, seed=list(CASES).index(name))
     assert {"scale", "gate_up", "down"} <= set(ran) or not CASES[name].ids
 
 
-@pytest.mark.parametrize("name", ["2 bits, kwidth {}", "five tiles", "tile 1 of {}"])
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [
+        pytest.param(
+            capability,
+            name,
+            marks=[]
+            if list(CASES).index(name) % 3 == (capability == 90) and name not in LARGE
+            else [pytest.mark.nightly],
+        )
+        for capability in (80, 90)
+        for name in names(capability)
+        if CASES[name].tile is None and name not in LARGE
+    ],
+)
+def test_case_for_many_tokens(capability: int, name: str) -> None:
+    """With a tile of the kernels that bring codes to shared memory. By day each architecture takes a sixth."""
+    check_on_machine(name, capability, dtype_by_day(name, capability), tile=pipelined(capability))
+
+
+@pytest.mark.parametrize("name", ["2 bits, kwidth {}", "five tiles"])
 @pytest.mark.parametrize(("capability", "kwidth", "rounding"), [(80, 4, AMPERE), (90, 2, HOPPER)])
 def test_sums_that_round_toward_zero(name: str, capability: int, kwidth: int, rounding: tuple[int, int]) -> None:
     """As matrix units add. Few components: with many of them float16 would go beyond these bounds."""
-    name = name.format(capability if is_tile(name) else kwidth)
-    check_on_machine(name, capability, dtype_by_day(name, capability), rounding=rounding)
+    name = name.format(kwidth)
+    for tile in (None, pipelined(capability)):
+        check_on_machine(name, capability, dtype_by_day(name, capability), rounding=rounding, tile=tile)
 
 
 @pytest.mark.parametrize("seed", range(1, 4))

@@ -64,8 +64,19 @@ def test_redux() -> None:
     assert got == [sum(WORDS[w : w + 32]) & 0xFFFFFFFF for w in (0, 32) for _ in range(32)]
 
 
+def test_vote() -> None:
+    got = results("setp.lt.u32 %p0, %r0, 1000; vote.sync.ballot.b32 %r9, %p0, -1;", ("b32", WORDS))
+    want = [sum((WORDS[w + lane] < 1000) << lane for lane in range(32)) for w in (0, 32)]
+    assert got == [want[0]] * 32 + [want[1]] * 32
+    assert any(want)
+
+
 def test_exchanges_by_a_part_of_a_warp() -> None:
-    for text in ("shfl.sync.bfly.b32 %r9, %r0, 1, 31, -1;", "redux.sync.add.s32 %r9, %r0, -1;"):
+    for text in (
+        "vote.sync.ballot.b32 %r9, %p0, -1;",
+        "shfl.sync.bfly.b32 %r9, %r0, 1, 31, -1;",
+        "redux.sync.add.s32 %r9, %r0, -1;",
+    ):
         with pytest.raises(PtxError, match="part of a warp"):
             run(f"mov.u32 %r0, %tid.x; setp.lt.s32 %p0, %r0, 5; @%p0 {text}", [])
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from bitsmoe_kernels._triton import codes, gemm, prepare
+from bitsmoe_kernels.backends import triton_launch
+from bitsmoe_kernels.backends.launch_config import FEW, Tile, kwidth_of
 from kernel_cases import with_fault
-from ptx_cases import check_on_machine, compiler
+from ptx_cases import check_on_machine, compiler, pipelined
 from ptx_machine.faults import PtxError
-from ptx_machine.launch import Machine
+from ptx_machine.launch import Machine, substituted
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,6 +24,11 @@ pytestmark = [
 ]
 
 both = pytest.mark.parametrize("capability", [80, 90])
+both_kinds = pytest.mark.parametrize("direct", [True, False], ids=["direct", "pipelined"])
+
+
+def tile_of(direct: bool, capability: int) -> Tile:
+    return FEW[0] if direct else pipelined(capability)
 
 
 def replaced(
@@ -47,29 +54,28 @@ def one_more(found: re.Match[str]) -> str:
 
 @both
 def test_a_wait_for_one_copy_less(capability: int) -> None:
-    """In the main loop of gate and up, and in that of the rest."""
-    for which in (slice(0, 1), slice(2, 3)):
-        edit = replaced("gate_up", r"(cp\.async\.wait_group\s+)(\d+);", one_more, which)
-        with pytest.raises(PtxError, match="was not waited for"):
-            check_on_machine("five tiles", capability, torch.float16, edit)
+    edit = replaced("gate_up", r"(cp\.async\.wait_group\s+)(\d+);", one_more, slice(None))
+    with pytest.raises(PtxError, match="was not waited for"):
+        check_on_machine("five tiles", capability, torch.float16, edit, tile=pipelined(capability))
 
 
 @both
 def test_a_barrier_less(capability: int) -> None:
     """Those behind the waits, without which a thread reads what another one copied, and at the loop's end."""
     barrier = r"(?<=wait_group)(\s+\d+;\s+)bar\.sync\s+0;"
+    edit = replaced("gate_up", barrier, r" 0;", slice(None))
     with pytest.raises(PtxError, match="no barrier between"):
-        check_on_machine("five tiles", capability, torch.float16, replaced("gate_up", barrier, r" 0;", slice(0, 1)))
-    for kernel in ("scale", "route", "down"):
+        check_on_machine("five tiles", capability, torch.float16, edit, tile=pipelined(capability))
+    for kernel in ("scale", "begin", "down"):
         edit = replaced(kernel, r"bar\.sync\s+0;", "", slice(None))
         with pytest.raises(PtxError, match=r"no barrier between|nothing that orders"):
-            check_on_machine("five tiles", capability, torch.float16, edit)
+            check_on_machine("five tiles", capability, torch.float16, edit, tile=pipelined(capability))
 
 
 def test_a_wait_for_one_product_less() -> None:
     edit = replaced("gate_up", r"(wgmma\.wait_group\.sync\.aligned )(\d+);", one_more, slice(None))
     with pytest.raises(AssertionError):
-        check_on_machine("five tiles", 90, torch.float16, edit)
+        check_on_machine("five tiles", 90, torch.float16, edit, tile=pipelined(90))
 
 
 def test_registers_that_a_product_still_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -80,7 +86,7 @@ def test_registers_that_a_product_still_reads(monkeypatch: pytest.MonkeyPatch, t
     faulty = with_fault(gemm, "    return product(numbers(", "    return bare(numbers(", tmp_path, bare=without)
     monkeypatch.setattr(gemm, "gate_up_kernel", faulty.gate_up_kernel)
     with pytest.raises(PtxError, match="of A changed while its product was in flight"):
-        check_on_machine("2 bits, kwidth 2", 90, torch.float16)
+        check_on_machine("2 bits, kwidth 2", 90, torch.float16, tile=Tile(128, 16, 4, 4, 3))
 
 
 @both
@@ -96,65 +102,72 @@ def test_another_swizzle(capability: int) -> None:
     else:
         edit = replaced("gate_up", r"\b46116862932\d+;", lambda m: f"{int(m[0][:-1]) + (1 << 62)};", slice(None))
     with pytest.raises(AssertionError):
-        check_on_machine("five tiles", capability, torch.float16, edit)
+        check_on_machine("five tiles", capability, torch.float16, edit, tile=pipelined(capability))
 
 
 @both
 def test_a_size_that_is_no_multiple_of_16(capability: int) -> None:
     """H is 141; said to be a multiple of 16 it makes stores of 16 bytes that are not aligned."""
     with pytest.raises(PtxError, match="not aligned"):
-        check_on_machine("sizes of no round number", capability, torch.float16, claimed={"down": ("H",)})
+        check_on_machine(
+            "sizes of no round number", capability, torch.float16, claimed={"down": ("H",)}, tile=pipelined(capability)
+        )
 
 
 def test_a_pointer_that_is_no_multiple_of_16() -> None:
     x, basis, scale, z = torch.ones(4, 64).half(), torch.ones(8, 64).half(), torch.ones(8), torch.zeros(4, 8)
+    ids = torch.zeros(4, 1, dtype=torch.int32)
     machine = Machine(compiler(80), np.random.default_rng(0))
-    options = {"BN": 32, "BT": 16, "BK": 128, "STAGES": 3, "ASM": True, "num_warps": 4}
 
     def run(x: torch.Tensor) -> None:
-        machine.launch("basis", prepare.basis_kernel, (1, 1), x, basis, scale, z, 4, 64, 8, **options)
+        with substituted(machine):
+            triton_launch._route(ids, None, 1, 16, 1, (x, basis, scale, z), True)
 
     run(x)
     assert (z == 64).all()
     elsewhere = torch.ones(4 * 64 + 1).half()[1:].view(4, 64)
     run(elsewhere)
-    machine.claimed = {"basis": ("x",)}
+    machine.claimed = {"begin": ("x",)}
     with pytest.raises(PtxError, match="not aligned"):
         run(elsewhere)
 
 
 def test_an_expert_that_does_not_exist(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     right, wrong = "(expert >= 0) & (expert < EXPERTS)", "expert >= 0"
-    monkeypatch.setattr(prepare, "route_kernel", with_fault(prepare, right, wrong, tmp_path).route_kernel)
-    check_on_machine("2 bits, kwidth 4", 80, torch.float16)
+    monkeypatch.setattr(prepare, "begin_kernel", with_fault(prepare, right, wrong, tmp_path).begin_kernel)
+    check_on_machine("2 bits, kwidth 4", 80, torch.float16, tile=pipelined(80))
     with pytest.raises(AssertionError):
-        check_on_machine("ids of no expert", 80, torch.float16)
+        check_on_machine("ids of no expert", 80, torch.float16, tile=pipelined(80))
     with pytest.raises(PtxError, match="bytes at"):
-        check_on_machine("ids of no expert in a map", 80, torch.float16)
+        check_on_machine("ids of no expert in a map", 80, torch.float16, tile=pipelined(80))
 
 
 @both
-def test_two_bytes_exchanged(capability: int) -> None:
+@both_kinds
+def test_two_bytes_exchanged(direct: bool, capability: int) -> None:
+    tile = tile_of(direct, capability)
     for byte_order, wrong in ((0x4140, 0x4041), (0x4342, 0x4243)):
         edit = replaced(
             "gate_up", rf"(prmt\.b32 %r\d+, %r\d+, 0, ){byte_order};", lambda m, w=wrong: f"{m[1]}{w};", slice(None)
         )
         with pytest.raises(AssertionError):
-            check_on_machine(
-                "3 bits, kwidth 2" if capability == 90 else "3 bits, kwidth 4", capability, torch.float16, edit
-            )
+            check_on_machine(f"3 bits, kwidth {kwidth_of(capability)}", capability, torch.float16, edit, tile=tile)
 
 
 @both
+@both_kinds
 @pytest.mark.parametrize("order", ["relaxed", "release", "acquire"])
-def test_a_count_that_orders_nothing(order: str, capability: int) -> None:
+def test_a_count_that_orders_nothing(order: str, direct: bool, capability: int) -> None:
     edit = replaced("down", r"gpu\.acq_rel", f"gpu.{order}", slice(None))
     with pytest.raises(PtxError, match="nothing that orders"):
-        check_on_machine("five tiles", capability, torch.float16, edit)
+        check_on_machine(
+            "five tiles", capability, torch.float16, edit, tile=FEW[0] if direct else pipelined(capability)
+        )
 
 
 @both
-def test_a_release_without_its_barrier(capability: int) -> None:
+@both_kinds
+def test_a_release_without_its_barrier(direct: bool, capability: int) -> None:
     """The stores come behind the barrier, right before the count."""
 
     def edit(name: str, text: str) -> str:
@@ -166,4 +179,6 @@ def test_a_release_without_its_barrier(capability: int) -> None:
         return re.sub(r"@%p\d+ st\.global\S+ [^;]*;", "", before) + "\n".join([*stores, count]) + after
 
     with pytest.raises(PtxError, match="nothing that orders"):
-        check_on_machine("five tiles", capability, torch.float16, edit)
+        check_on_machine(
+            "five tiles", capability, torch.float16, edit, tile=FEW[0] if direct else pipelined(capability)
+        )

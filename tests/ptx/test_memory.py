@@ -206,3 +206,26 @@ def test_threads_of_a_program_need_a_barrier_in_global_memory_too() -> None:
     assert out.tolist() == [t ^ 1 for t in range(32)]
     with pytest.raises(PtxError, match="nothing that orders"):
         run(body.replace("%s", ""), [words(32, 0), words(32)])
+
+
+@pytest.mark.parametrize(("before", "behind"), [("", "bar.sync 0;"), ("bar.sync 0;", "")])
+def test_atomics_in_shared_memory_meet_without_a_barrier(before: str, behind: str) -> None:
+    """Two warps add up. The first number needs a barrier behind it, and so does the last sum."""
+    out = torch.zeros(64, dtype=torch.int32)
+
+    def body(before: str, behind: str) -> str:
+        return f"""mov.u32 %r0, %tid.x; mov.u32 %r1, memory; setp.eq.u32 %p0, %r0, 0;
+        @%p0 st.shared.b32 [%r1], 0; {before}
+        atom.shared.add.u32 %r2, [%r1], %r0; {behind} ld.shared.b32 %r9, [%r1]; {store(9, 0)}"""
+
+    run(body("bar.sync 0;", "bar.sync 0;"), [out], 64, 16)
+    assert out.tolist() == [sum(range(64))] * 64
+    with pytest.raises(PtxError, match="no barrier"):
+        run(body(before, behind), [out], 64, 16)
+
+
+def test_a_prefetch_reads_nothing_but_needs_an_address() -> None:
+    numbers = torch.zeros(4, dtype=torch.int32)
+    run("ld.param.b64 %rd0, [p0]; prefetch.global.L2 [%rd0 + 12];", [numbers])
+    with pytest.raises(PtxError, match="bytes at"):
+        run("ld.param.b64 %rd0, [p0]; prefetch.global.L2 [%rd0 + 16];", [numbers])

@@ -46,6 +46,11 @@ def nearest(x: Fraction, mantissa: int, smallest: int) -> Fraction:
     return round(x / unit) * unit  # Python rounds halves to even
 
 
+def truncated(a: int, b: int) -> int:
+    """a / b, toward zero."""
+    return int(Fraction(a, b))
+
+
 @pytest.mark.parametrize(
     ("opcode", "rule"),
     [
@@ -54,6 +59,8 @@ def nearest(x: Fraction, mantissa: int, smallest: int) -> Fraction:
         ("mul.lo.s32", lambda a, b: a * b),
         ("mul.hi.u32", lambda a, b: a * b >> 32),
         ("mul.hi.s32", lambda a, b: signed(a) * signed(b) >> 32),
+        ("div.s32", lambda a, b: truncated(signed(a), signed(b))),
+        ("rem.s32", lambda a, b: signed(a) - truncated(signed(a), signed(b)) * signed(b)),
         ("min.s32", lambda a, b: min(signed(a), signed(b))),
         ("max.s32", lambda a, b: max(signed(a), signed(b))),
         ("and.b32", lambda a, b: a & b),
@@ -62,8 +69,9 @@ def nearest(x: Fraction, mantissa: int, smallest: int) -> Fraction:
     ],
 )
 def test_integers(opcode: str, rule: Callable[[int, int], int]) -> None:
-    got = results(f"{opcode} %r9, %r0, %r1;", ("b32", WORDS), ("b32", OTHERS))
-    assert got == [rule(a, b) & 0xFFFFFFFF for a, b in zip(WORDS, OTHERS, strict=True)]
+    pairs = [(a, b) for a, b in zip(WORDS, OTHERS, strict=True) if b or opcode[:3] not in ("div", "rem")]
+    got = results(f"{opcode} %r9, %r0, %r1;", *(("b32", one) for one in zip(*pairs, strict=True)))
+    assert got == [rule(a, b) & 0xFFFFFFFF for a, b in pairs]
 
 
 @pytest.mark.parametrize(

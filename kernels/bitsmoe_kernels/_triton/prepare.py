@@ -57,8 +57,9 @@ def _route(e, ids, local, block_expert, block_slot, num_blocks, arrived, S, NT, 
             hit = (_expert_of(ids, s, S, E, EXPERTS, EXPERT_MAP, expert_map) == e).to(tl.int32)
             tl.store(block_slot + place + tl.cumsum(hit, 0) - hit, s, mask=hit > 0)
             place += tl.sum(hit)
-    rest = place + tl.arange(0, CHUNK)
-    tl.store(block_slot + rest, tl.zeros((CHUNK,), tl.int32) - 1, mask=rest < end * block)
+    for first in range(place, end * block, CHUNK):
+        rest = first + tl.arange(0, CHUNK)
+        tl.store(block_slot + rest, tl.zeros((CHUNK,), tl.int32) - 1, mask=rest < end * block)
 
 
 @triton.jit
@@ -97,8 +98,8 @@ def begin_kernel(ids, local, block_expert, block_slot, num_blocks, arrived, S, N
     least one, and before them those of the basis.
 
     ids: int32 or int64 [S], of EXPERTS global experts; all others are skipped. local: int32 [S], written: expert here
-    or -1. expert_map: int32 [EXPERTS], local index or -1. block: slots of a block, at most CHUNK. BINS: a power of
-    two, at least E and 32. arrived: int32 [NT], cleared. z: float32 [T, R]. basis: [R, H], int8 or x's dtype.
+    or -1. expert_map: int32 [EXPERTS], local index or -1. block: slots of a block. BINS: a power of two, at least E and
+    32. arrived: int32 [NT], cleared. z: float32 [T, R]. basis: [R, H], int8 or x's dtype.
     """
     program = tl.program_id(0)
     if BASIS:

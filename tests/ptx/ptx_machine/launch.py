@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 from triton.compiler import compile as triton_compile
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
 
 from bitsmoe_kernels.backends import triton_launch
@@ -62,7 +63,7 @@ class Compiler:
         attributes |= {(list(signature).index(name),): [["tt.divisibility", 16]] for name in claimed}
         key = (kernel, claimed, compute_cache_key({}, specialization, rest))
         if key not in self._compiled:
-            source = ASTSource(kernel, signature, constants, attributes)
+            source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
             with _without_assembler():
                 made = triton_compile(source, target=self._target, options=chosen.__dict__)
             self._compiled[key] = Compiled(made.asm["ptx"], made.metadata.shared)

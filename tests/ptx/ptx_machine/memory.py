@@ -191,6 +191,7 @@ class SharedMemory:
         self.was_read = np.zeros(grains, np.int32)
         self.watched = np.zeros(grains, np.int16)
         self.stored = np.zeros(grains, bool)
+        self.added = np.zeros(grains, bool)
 
     def places(self, address: Array, who: Array, width: int) -> Array:
         """Offsets in `data` of some threads' addresses: within bounds, and aligned."""
@@ -270,10 +271,29 @@ class SharedMemory:
                 "no barrier between"
             )
 
+    def add(self, address: Array, who: Array, values: Array) -> Array:
+        """atom.add of words: what was there, thread after thread. Atomic operations may meet without a barrier."""
+        places = self.places(address, who, 4)
+        grains = self.grains(places, 4)
+        if (self.writer[grains] == NOBODY).any():
+            raise PtxError("a thread adds to shared memory that nobody has written")
+        together = self.added[grains].all(1)
+        self.check_write(who[~together], grains[~together], None)
+        self.check_write(who[together], grains[together], np.zeros(int(together.sum()), bool))
+        self.note_write(who, grains, stored=True)
+        self.added[grains] = True
+        at, words = places // 4, self._views[4]
+        before = np.empty(len(at), np.uint32)
+        for one, (place, value) in enumerate(zip(at, values, strict=True)):
+            before[one] = words[place]
+            words[place] += value
+        return before
+
     def note_write(self, who: Array, grains: Array, arriving: bool = False, stored: bool = False) -> None:
         """Remember who wrote, and whether by a store."""
         self.writer[grains] = ARRIVING if arriving else who[:, None]
         self.stored[grains] = stored
+        self.added[grains] = False
         self.written[grains] = self._p.tick
         self.reader[grains] = self.reader_warp[grains] = NOBODY
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ptx_machine.faults import PtxError, UnknownInstructionError
-from ptx_machine.parser import Address, Instruction, Symbol
+from ptx_machine.parser import Address, Constant, Instruction, Symbol
 from ptx_machine.registers import SIZES, UNSIGNED, Mask, Slots, Step, over, put, type_class
 
 WARP = 32
@@ -112,7 +112,10 @@ def _load_shared(i: Instruction, slots: Slots) -> Step:
 def _store_shared(i: Instruction, slots: Slots) -> Step:
     kind, count = _shape(i, i.opcode[2:])
     address, size = _shared_address(i, slots, i.operands[0]), SIZES[kind]
-    sources = _wide_enough(i, slots, slots.parts(i.operands[1]), kind)
+    sources = [
+        slots.read(one, kind, i) if isinstance(one, Constant) else _wide_enough(i, slots, [one], kind)[0]
+        for one in slots.parts(i.operands[1])
+    ]
     dtype = UNSIGNED[kind]
     if len(sources) != count:
         raise UnknownInstructionError(i.text)
@@ -176,6 +179,47 @@ def _atomic(i: Instruction, slots: Slots) -> Step:
         address = over(p.u[base], p.threads)[who] + np.uint64(offset)
         values = over(p.u[source], p.threads)[who]
         p.u[d][who] = p.memory.add(p, address, w, values, releases, acquires)
+
+    return step
+
+
+def _shared_atomic(i: Instruction, slots: Slots) -> Step:
+    if i.opcode != ("atom", "shared", "add", "u32"):
+        raise UnknownInstructionError(i.text)
+    d, source = slots.written(i.operands[0], "b32", i), slots.read(i.operands[2], "b32", i)
+    address = _shared_address(i, slots, i.operands[1])
+
+    def step(p: Any, w: Mask) -> None:
+        who = p.who(w)
+        p.u[d][who] = p.shared.add(address(p, who), who, over(p.u[source], p.threads)[who])
+
+    return step
+
+
+def _prefetch(i: Instruction, slots: Slots) -> Step:
+    """A hint; nothing happens, but the address has to be one."""
+    if i.opcode != ("prefetch", "global", "L2"):
+        raise UnknownInstructionError(i.text)
+    base, offset = slots.address(i.operands[0], "b64", i)
+
+    def step(p: Any, w: Mask) -> None:
+        who = p.who(w)
+        p.memory.read(p, over(p.u[base], p.threads)[who] + np.uint64(offset), w, 4, 1)
+
+    return step
+
+
+def _ballot(i: Instruction, slots: Slots) -> Step:
+    """vote.sync.ballot: one bit for each thread of the warp."""
+    if i.opcode != ("vote", "sync", "ballot", "b32"):
+        raise UnknownInstructionError(i.text)
+    d, a = slots.written(i.operands[0], "b32", i), slots.read(i.operands[1], "pred", i)
+    members = slots.read(i.operands[2], "b32", i)
+
+    def step(p: Any, w: Mask) -> None:
+        warps = _whole_warps(p, w, p.u[members], "vote")
+        bits = over(p.u[a], p.threads).reshape(-1, WARP)[warps].astype(np.uint32) << np.arange(WARP, dtype=np.uint32)
+        p.u[d].reshape(-1, WARP)[warps] = bits.sum(1, keepdims=True, dtype=np.uint32)
 
     return step
 
@@ -253,6 +297,12 @@ def decode(i: Instruction, slots: Slots) -> Step | None:
             return _copy(i, slots)
         case ("cp", "async", "commit_group" | "wait_group"):
             return _copy_group(i, slots)
+        case ("vote", *_):
+            return _ballot(i, slots)
+        case ("prefetch", *_):
+            return _prefetch(i, slots)
+        case ("atom", "shared", *_):
+            return _shared_atomic(i, slots)
         case ("atom", *_):
             return _atomic(i, slots)
         case ("shfl", "sync", _, _):

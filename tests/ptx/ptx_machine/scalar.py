@@ -113,6 +113,17 @@ def _high(a: Array, b: Array) -> Array:
     return (np.multiply(a, b, dtype=wide) >> wide(32)).astype(narrow)
 
 
+def _quotient(a: Array, b: Array) -> Array:
+    """div.s32, toward zero; by zero anything."""
+    a, b = a.astype(np.int64), b.astype(np.int64)
+    return (np.sign(a) * np.sign(b) * (np.abs(a) // np.maximum(np.abs(b), 1))).astype(np.int32)
+
+
+def _remainder(a: Array, b: Array) -> Array:
+    """rem.s32, with the sign of the dividend."""
+    return (a - _quotient(a, b) * b).astype(np.int32)
+
+
 def _mul_add(a: Array, b: Array, c: Array) -> Array:
     return a * b + c
 
@@ -133,6 +144,8 @@ _UFUNCS: dict[tuple[str, str], Any] = {
 }
 
 _FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("div", "s32"): _quotient,
+    ("rem", "s32"): _remainder,
     ("mul", "hi.u32"): _high,
     ("mul", "hi.s32"): _high,
     ("mad", "lo.s32"): _mul_add,
@@ -171,7 +184,9 @@ def _elementwise(i: Instruction, slots: Slots) -> Step | None:
     bank = _BANKS["b" if kind == "pred" else kind[0]]
     d = slots.written(i.operands[0], cls, i)
     sources = [slots.read(one, cls, i) for one in i.operands[1:]]
-    if len(sources) != (ufunc.nargs - 1 if ufunc is not None else 2 + (key[0] not in ("min", "max", "mul"))):
+    if len(sources) != (
+        ufunc.nargs - 1 if ufunc is not None else 2 + (key[0] not in ("min", "max", "mul", "div", "rem"))
+    ):
         raise UnknownInstructionError(i.text)
     if ufunc is not None and ufunc.nargs == 3:
         a, b = sources
