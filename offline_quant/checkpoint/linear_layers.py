@@ -21,8 +21,8 @@ from bitsmoe_kernels.format.linear_layers import (
 from bitsmoe_kernels.format.safetensors_io import ShardWriter
 from bitsmoe_kernels.format.schema import TensorSpec
 from offline_quant.model.expert_weights import ExpertWeights
-from offline_quant.model.source import SourceModel, WeightSource
-from offline_quant.model.tensors import Tensors
+from offline_quant.model.source import SourceModel
+from offline_quant.model.tensors import Tensors, WeightSource
 
 _SCALES = {4: torch.linspace(1.0, 0.5, 21), 8: torch.linspace(1.004, 0.96, 12)}
 """Scales that are tried, relative to the one that clips nothing. At 4 bits, clipping the few largest values pays. At 8

@@ -16,8 +16,8 @@ from offline_quant.calibration.text_source import TextSource
 from offline_quant.calibration.windows import load_tokenizer, text_windows, window_length
 from offline_quant.model.download import resolve_model
 from offline_quant.model.quantized import QuantizedModel, open_model
-from offline_quant.model.source import WeightSource
 from offline_quant.model.streaming import Head, StreamedModel
+from offline_quant.model.tensors import WeightSource
 from offline_quant.runtime.device import check_device
 from offline_quant.runtime.progress import bar
 

@@ -81,6 +81,18 @@ def read_experts(tensors: ShardReader, shape: MoEShape, layer: int, chunk: range
     return experts
 
 
+def module_experts(family: Family, held: Mapping[str, Tensor], chunk: range) -> ExpertWeights:
+    """The reverse of `module_tensors`, for a chunk of experts, in the parameters' dtype."""
+    gate_up, down = (held[name][chunk.start : chunk.stop] for name in FUSED_NAMES)
+    biases = None
+    if family.bias:
+        of_gate_up, of_down = (held[bias_name(name)][chunk.start : chunk.stop] for name in FUSED_NAMES)
+        biases = ExpertBiases(_apart(of_gate_up) if family.interleaved else of_gate_up, of_down)
+    if family.interleaved:
+        gate_up, down = _apart(gate_up.mT), down.mT
+    return ExpertWeights(gate_up, down, biases)
+
+
 def module_tensors(family: Family, experts: ExpertWeights) -> dict[str, Tensor]:
     """Parameters of transformers' experts module, by name."""
     gate_up, down = experts.gate_up, experts.down

@@ -5,8 +5,8 @@ from pathlib import Path
 from bitsmoe_kernels.errors import FormatError
 from bitsmoe_kernels.format.checkpoint import Checkpoint, is_bitsmoe
 from bitsmoe_kernels.format.safetensors_io import read_json
-from bitsmoe_kernels.models.families import moe_shape
 from bitsmoe_kernels.reference import LayerWeights
+from offline_quant.model.derived import model_shape
 from offline_quant.model.expert_weights import ExpertBiases, ExpertWeights
 from offline_quant.model.side_files import check_side_files
 from offline_quant.model.source import SourceModel
@@ -24,12 +24,18 @@ class QuantizedModel:
         self.checkpoint = Checkpoint(directory)
         self.checkpoint.check()
         self.config = self.checkpoint.model_config
-        self.shape = moe_shape(self.config, str(directory))
+        layers = self.checkpoint.config.layers.keys()
+        self.shape = model_shape(self.config, directory, self._plain_names, layers)
         self.dense = self.checkpoint.dense()
         self.tensors = self.checkpoint.plain_tensors()
         self._last: tuple[int, LayerWeights] | None = None
         check_side_files(directory)
         self._check_schema()
+
+    def _plain_names(self) -> list[str]:
+        """Tensors outside the quantized experts."""
+        quantized = self.checkpoint.config.tensor_specs()
+        return [name for name in self.checkpoint.plain_tensors() if name not in quantized]
 
     def _check_schema(self) -> None:
         """Refuse a config.json whose quantization_config describes other experts."""

@@ -4,14 +4,15 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.safetensors_io import ShardReader, read_json
-from bitsmoe_kernels.models.families import MoEShape, language_config, moe_shape, without_quantization
+from bitsmoe_kernels.models.families import language_config, without_quantization
+from offline_quant.model.derived import model_shape
 from offline_quant.model.expert_files import expert_tensor_shapes, read_experts
 from offline_quant.model.expert_weights import ExpertWeights
 from offline_quant.model.float8 import Float8Reader
@@ -31,21 +32,6 @@ _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", 
 _EXPERT_NUMBER = re.compile(r"(.*?\.experts\.)(\d+)\.")
 MAX_FAULTS = 1_000
 """Faults after which no more are looked for."""
-
-
-class WeightSource(Protocol):
-    """A model's weights, ordinary or quantized."""
-
-    directory: Path
-    config: dict[str, Any]
-    shape: MoEShape
-
-    @property
-    def tensors(self) -> Tensors:
-        """The files' tensors; quantized ones outside the experts appear as dequantized matrices."""
-
-    def experts(self, layer: int, chunk: range | None = None) -> ExpertWeights:
-        """Routed experts of a layer, all or a chunk of them."""
 
 
 def source_reader(config: dict[str, Any], directory: Path) -> Callable[[], ShardReader]:
@@ -81,7 +67,7 @@ class SourceModel:
         self.config = read_json(directory / "config.json")
         reader = source_reader(self.config, directory)
         self.config = without_quantization(self.config)
-        self.shape = moe_shape(self.config, str(directory))
+        self.shape = model_shape(self.config, directory, lambda: reader().specs.keys())
         check_side_files(directory)
         self.tensors = reader()
         self._check_experts()

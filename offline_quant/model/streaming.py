@@ -27,7 +27,7 @@ from bitsmoe_kernels.models.families import MoEShape, built_config, kept_tensors
 from offline_quant.model.expert_files import module_tensors
 from offline_quant.model.expert_inputs import ExpertInputs
 from offline_quant.model.sizes import FLOAT, RunSizes
-from offline_quant.model.source import WeightSource
+from offline_quant.model.tensors import WeightSource
 from offline_quant.runtime.chunks import chunks_of, matrix_bytes
 from offline_quant.runtime.malloc import trim
 from offline_quant.runtime.progress import console
@@ -90,18 +90,33 @@ class _WithoutMemory(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def model_without_memory(config: Mapping[str, Any], shape: MoEShape, directory: Path) -> Any:
-    """transformers' model of a config.json, stored tensors on "meta", with the routed experts that were read from it.
+def empty_model(config: Mapping[str, Any], auto_class: str, directory: Path) -> Any:
+    """transformers' model of a config.json, stored tensors on "meta".
+
+    Args:
+        config: config.json.
+        auto_class: the class of transformers that builds it, see `Family.auto_class`.
+        directory: of the model.
 
     Raises:
-        BitsmoeError: transformers refuses the config, or builds other experts.
+        BitsmoeError: transformers refuses the config.
     """
-    known, auto = transformers_config(config, directory), getattr(transformers, shape.family.auto_class)
+    known, auto = transformers_config(config, directory), getattr(transformers, auto_class)
     with _building(directory), _WithoutMemory():
         model = auto.from_config(known, dtype=torch.float32).eval()
     for name, value in kept_tensors(model):  # norms are filled when they are made
         if not value.is_meta:
-            _assign(model, name, torch.empty_like(value, device="meta"))
+            assign(model, name, torch.empty_like(value, device="meta"))
+    return model
+
+
+def model_without_memory(config: Mapping[str, Any], shape: MoEShape, directory: Path) -> Any:
+    """`empty_model`, with the routed experts that were read from config.json.
+
+    Raises:
+        BitsmoeError: transformers refuses the config, or builds other experts.
+    """
+    model = empty_model(config, shape.family.auto_class, directory)
     if faults := shape.expert_faults(model):
         raise BitsmoeError(
             fault_list(f"{directory}: transformers builds other experts; is a key of their layers missing?", faults)
@@ -252,7 +267,7 @@ class StreamedModel:
             if but is None or not name.startswith(f"{but}."):
                 stored = self.shape.family.stored_names(f"{prefix}.{name}")
                 parts = [self.source.tensors.get(part).to(self.device, torch.float32) for part in stored]
-                _assign(module, name, parts[0] if len(parts) == 1 else torch.cat(parts))
+                assign(module, name, parts[0] if len(parts) == 1 else torch.cat(parts))
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -274,7 +289,7 @@ class StreamedModel:
             if moe:
                 del experts.forward
             for name, value in kept_tensors(module):
-                _assign(module, name, torch.empty_like(value, device="meta"))
+                assign(module, name, torch.empty_like(value, device="meta"))
 
     def routed(self, index: int, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Output of a layer's routed experts, [T, H], with gradients where they are enabled.
@@ -514,13 +529,13 @@ class StreamedModel:
                 continue
             self._fill(module, prefix, self.experts_name)
             for name, weights in module_tensors(self.shape.family, self.source.experts(index)).items():
-                _assign(module.get_submodule(self.experts_name), name, weights.to(self.device))
+                assign(module.get_submodule(self.experts_name), name, weights.to(self.device))
         del self.decoder.embed_tokens.forward
         self._fill(self.decoder.embed_tokens, f"{self._base}embed_tokens")
         head = self.head
-        _assign(self.model, "lm_head.weight", head.weight)
+        assign(self.model, "lm_head.weight", head.weight)
         if head.bias is not None:
-            _assign(self.model, "lm_head.bias", head.bias)
+            assign(self.model, "lm_head.bias", head.bias)
         return self.model
 
 
@@ -544,7 +559,8 @@ def forward_bytes(sizes: RunSizes, tokens: int) -> int:
     return sizes.mapped_bytes + sizes.decoder_bytes + together + max(attention, experts)
 
 
-def _assign(root: nn.Module, name: str, value: Tensor) -> None:
+def assign(root: nn.Module, name: str, value: Tensor) -> None:
+    """Put a tensor in the place of a parameter or buffer, by its name within a module."""
     path, _, leaf = name.rpartition(".")
     parent = root.get_submodule(path)
     if leaf in parent._buffers:

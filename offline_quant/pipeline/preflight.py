@@ -9,7 +9,7 @@ import torch
 from bitsmoe_kernels.errors import BitsmoeError, Faults
 from bitsmoe_kernels.format.linear_layers import DenseConfig
 from bitsmoe_kernels.format.safetensors_io import read_json
-from bitsmoe_kernels.models.families import language_config, moe_shape
+from bitsmoe_kernels.models.families import in_table, language_config, moe_shape
 from offline_quant.allocation.budget import budget_bits
 from offline_quant.allocation.objectives import OBJECTIVES, forms_of
 from offline_quant.calibration.sources.base import CalibrationSource
@@ -18,6 +18,7 @@ from offline_quant.calibration.windows import load_tokenizer, window_length
 from offline_quant.checkpoint.directory import check_output, check_space
 from offline_quant.checkpoint.linear_layers import DenseModel, dense_plan, left_at_16_bits
 from offline_quant.config import QuantizeConfig
+from offline_quant.model.derived import untested
 from offline_quant.model.download import resolve_model
 from offline_quant.model.side_files import missing_code
 from offline_quant.model.sizes import RunSizes
@@ -104,7 +105,8 @@ def check_inputs(
     with faults.gathered():
         directory, tokenizer = resolve_model(model, revision), None
         described = read_json(directory / "config.json")
-        moe_shape(described, str(directory))
+        if in_table(described, str(directory)):
+            moe_shape(described, str(directory))
         transformers_config(described, directory)
         with faults.gathered():
             tokenizer = load_tokenizer(directory)
@@ -123,6 +125,8 @@ def check_inputs(
     faults.raise_all()
     assert inputs is not None
     if workers.rank == 0:
+        if said := untested(inputs.source.shape, str(inputs.source.directory)):
+            console.print(said)
         inputs.original.warn_of_ignored()
         if inputs.dense is not None and (left := left_at_16_bits(inputs.source, inputs.dense)):
             console.print(f"--dense-bits {config.dense_bits} leaves these at 16 bits in every layer: {', '.join(left)}")

@@ -20,8 +20,8 @@ from offline_quant.calibration.sources.registry import open_text
 from offline_quant.calibration.windows import load_tokenizer, text_windows
 from offline_quant.evaluation import sanity
 from offline_quant.model.quantized import open_model
-from offline_quant.model.source import WeightSource
 from offline_quant.model.streaming import StreamedModel
+from offline_quant.model.tensors import WeightSource
 
 _ALL = {
     "vocab_size": 4096, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1,

@@ -1,11 +1,11 @@
-"""Which tensors of a model are routed experts: one table. An architecture outside it is refused, never guessed.
+"""Which tensors of a model are routed experts: one table. What is outside it is derived elsewhere, or refused.
 
 Names are those of checkpoint files, which vLLM follows. transformers' modules differ in a few; `module_names` says how.
 """
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -44,12 +44,13 @@ LAYER_KINDS_KEY = "mlp_layer_types"
 LAYER_KINDS = ("dense", "sparse")
 MODEL_TYPES = {"kimi_k2": "deepseek_v3", "AXK1": "axk1"}
 """Model types that published files give where transformers has the model under another one."""
-Tested = Literal["tokens", "bfloat16", "transformers"]
+Tested = Literal["tokens", "bfloat16", "transformers", "derived"]
 """How far a family is tested, on small random models. In each case streaming equals transformers' own forward pass.
 
     tokens          vLLM on a CPU generates the tokens of the dequantized checkpoint
     bfloat16        vLLM on a CPU has nothing but bfloat16, and is as close to exact logits as with that checkpoint
     transformers    vLLM cannot run the architecture on a CPU
+    derived         nobody tested it: it is outside the table, and was checked when the model was opened
 """
 
 
@@ -166,6 +167,9 @@ class Family:
         text: where a model of several parts keeps its language model.
         top_k_key: how many experts a token is routed to; transformers knows the family's own number without it.
         layer_outputs: values that transformers' decoder layers return; nothing but the first, hidden states, is used.
+        stored_base: how names of tensors in files begin, but for the head's, where `text` does not say it.
+        stored_as: names in files of transformers' tensors, one by one, where no rule above gives them.
+        built_by: the class of transformers that builds the model, where it is not the usual one.
         tested: how far, see `Tested`.
     """
 
@@ -195,6 +199,9 @@ class Family:
     text: LanguagePart | None = None
     top_k_key: str = "num_experts_per_tok"
     layer_outputs: int = 1
+    stored_base: str | None = None
+    stored_as: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    built_by: str | None = None
     tested: Tested = "tokens"
 
     def top_k(self, config: Mapping[str, Any]) -> Any:
@@ -206,7 +213,8 @@ class Family:
     @property
     def auto_class(self) -> str:
         """The class of transformers that builds the model, or its language model alone where it can."""
-        return "AutoModelForImageTextToText" if self.text and self.text.whole else "AutoModelForCausalLM"
+        usual = "AutoModelForImageTextToText" if self.text and self.text.whole else "AutoModelForCausalLM"
+        return self.built_by or usual
 
     def built_part(self, config: Any) -> Any:
         """Of transformers' config of a whole model, or of its language model: the part for `auto_class`."""
@@ -228,20 +236,26 @@ class Family:
     @property
     def _base(self) -> str:
         """Prefix of the tensors of the language model, but for its head."""
+        if self.stored_base is not None:
+            return self.stored_base
         return self.text.prefix if self.text else _MODULE_BASE
 
     def stored_name(self, name: str) -> str:
         """The name in files of a parameter, or of a module, of the model that transformers builds."""
+        if name in self.stored_as:
+            return self.stored_as[name][0]
         for stored, module in self.module_names:
             name = name.replace(module, stored)
         if self.text is None or self.text.whole:
-            return name
+            return self._base + name.removeprefix(self.module_base) if name.startswith(self.module_base) else name
         if name.partition(".")[0] == "lm_head":
             return self.text.head + name.removeprefix("lm_head")
         return self._base + name.removeprefix(_MODULE_BASE)
 
     def stored_names(self, name: str) -> list[str]:
         """`stored_name`; several where files hold in parts what transformers joins (Kimi-Linear)."""
+        if name in self.stored_as:
+            return list(self.stored_as[name])
         name = self.stored_name(name)
         return next(
             ([name.replace(whole, part) for part in parts] for whole, parts in self.joined if whole in name), [name]
@@ -702,7 +716,12 @@ class MoEShape:
         """Whether a stored tensor belongs to routed experts."""
         start = name.find(f".{self.family.experts}.")
         own = start >= 0 and name[: start + 1 + len(self.family.experts)] in self._prefixes
-        return (own and not name.endswith(self._beside_experts)) or name in self._stacked
+        beside = name.endswith(self._beside_experts) or name in self._named_apart
+        return (own and not beside) or name in self._stacked
+
+    @cached_property
+    def _named_apart(self) -> frozenset[str]:
+        return frozenset(name for names in self.family.stored_as.values() for name in names)
 
     @cached_property
     def _beside_experts(self) -> tuple[str, ...]:
@@ -835,10 +854,17 @@ def _family(config: Mapping[str, Any]) -> Family | None:
     return next((_BY_NAME[a] for a in _named_architectures(config) if a in _BY_NAME), None)
 
 
+def text_part(config: Mapping[str, Any]) -> LanguagePart | None:
+    """Where a model of several parts keeps its language model; outside the table, in `text_config` if anywhere."""
+    if family := _family(config):
+        return family.text
+    usual = LanguagePart(whole=True)
+    return usual if isinstance(config.get(usual.config), Mapping) else None
+
+
 def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json says of the language model: all of it, or the entry of a model of several parts."""
-    family = _family(config)
-    text = family.text if family else None
+    text = text_part(config)
     part = config.get(text.config) if text else config
     if not isinstance(part, Mapping):
         return {}
@@ -850,18 +876,18 @@ def built_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Most keys of the language model are in `language_config`.
     """
-    family = _family(config)
-    found = dict(config) if family and family.text and family.text.whole else language_config(config)
+    text = text_part(config)
+    found = dict(config) if text and text.whole else language_config(config)
     named = found.get("model_type")
     return found | {"model_type": MODEL_TYPES[named]} if isinstance(named, str) and named in MODEL_TYPES else found
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of the same model in 16 bits, for one that is published otherwise."""
-    key, family = "quantization_config", _family(config)
+    key, text = "quantization_config", text_part(config)
     kept = {name: value for name, value in config.items() if name != key}
-    if family and family.text and key in (part := language_config(config)):
-        kept[family.text.config] = {name: value for name, value in part.items() if name != key}
+    if text and key in (part := language_config(config)):
+        kept[text.config] = {name: value for name, value in part.items() if name != key}
     return kept
 
 
@@ -871,23 +897,40 @@ def _names_experts(config: Mapping[str, Any]) -> bool:
     return any("expert" in key for part in parts for key in part)
 
 
+def in_table(config: Mapping[str, Any], subject: str) -> bool:
+    """Whether the table knows the architecture of a MoE model.
+
+    Raises:
+        BitsmoeError: not a MoE model, or an architecture of `REFUSED`.
+    """
+    named = _named_architectures(config)
+    if _family(config) is not None:
+        return True
+    shown = f"{named!s:.200}"
+    if not (REFUSED.keys() & named or _names_experts(config)):
+        raise BitsmoeError(
+            f"{subject}: {shown if named else 'a config without architectures'} is not a Mixture-of-Experts model "
+            f"(its config names no experts); bitsmoe quantizes routed experts only. Supported: {_known()}"
+        )
+    if why := next((REFUSED[a] for a in named if a in REFUSED), None):
+        raise BitsmoeError(f"{subject}: architecture {shown} is not supported: {why}")
+    return False
+
+
+def _known() -> str:
+    return ", ".join(sorted(FAMILIES))
+
+
 def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
-    """Find a model's experts from its config.json.
+    """Find a model's experts from its config.json and the table.
 
     Raises:
         BitsmoeError: not a MoE model, or an architecture outside the table.
     """
-    named, family = _named_architectures(config), _family(config)
+    family = _family(config) if in_table(config, subject) else None
     if family is None:
-        known, shown = ", ".join(sorted(FAMILIES)), f"{named!s:.200}"
-        if not (REFUSED.keys() & named or _names_experts(config)):
-            raise BitsmoeError(
-                f"{subject}: {shown if named else 'a config without architectures'} is not a Mixture-of-Experts model "
-                f"(its config names no experts); bitsmoe quantizes routed experts only. Supported: {known}"
-            )
-        if why := next((REFUSED[a] for a in named if a in REFUSED), None):
-            raise BitsmoeError(f"{subject}: architecture {shown} is not supported: {why}")
-        raise BitsmoeError(f"{subject}: architecture {shown} is not supported. Supported: {known}")
+        shown = f"{_named_architectures(config)!s:.200}"
+        raise BitsmoeError(f"{subject}: architecture {shown} is not supported. Supported: {_known()}")
     if family.text and not language_config(config):
         raise BitsmoeError(f"{subject}: config.json lacks {family.text.config}, which describes the language model")
     model_type, config = config.get("model_type", family.model_type), language_config(config)
