@@ -6,8 +6,8 @@ from bitsmoe_kernels.errors import FormatError
 from bitsmoe_kernels.format.checkpoint import Checkpoint, is_bitsmoe
 from bitsmoe_kernels.format.safetensors_io import read_json
 from bitsmoe_kernels.reference import LayerWeights
-from offline_quant.model.derived import model_shape
 from offline_quant.model.expert_weights import ExpertBiases, ExpertWeights
+from offline_quant.model.outside.shape import model_shape
 from offline_quant.model.side_files import check_side_files
 from offline_quant.model.source import SourceModel
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.safetensors_io import ShardReader, read_json
 from bitsmoe_kernels.models.families import language_config, without_quantization
-from offline_quant.model.derived import model_shape
 from offline_quant.model.expert_files import expert_tensor_shapes, read_experts
 from offline_quant.model.expert_weights import ExpertWeights
 from offline_quant.model.float8 import Float8Reader
 from offline_quant.model.mxfp4 import Mxfp4Reader
+from offline_quant.model.outside.shape import model_shape
 from offline_quant.model.packed_integers import PackedReader
 from offline_quant.model.side_files import check_side_files
 from offline_quant.model.sizes import RunSizes

@@ -18,8 +18,8 @@ from offline_quant.calibration.windows import load_tokenizer, window_length
 from offline_quant.checkpoint.directory import check_output, check_space
 from offline_quant.checkpoint.linear_layers import DenseModel, dense_plan, left_at_16_bits
 from offline_quant.config import QuantizeConfig
-from offline_quant.model.derived import untested
 from offline_quant.model.download import resolve_model
+from offline_quant.model.outside.shape import untested
 from offline_quant.model.side_files import missing_code
 from offline_quant.model.sizes import RunSizes
 from offline_quant.model.source import SourceModel
