@@ -16,6 +16,7 @@ TESTED: dict[Tested, str] = {
     "tokens": "vLLM on a CPU gives the tokens of the dequantized checkpoint",
     "bfloat16": "vLLM on a CPU is as exact as with the dequantized checkpoint, in bfloat16",
     "transformers": "against transformers' own logits; no test serves it, as vLLM cannot on a CPU",
+    "derived": "by nobody; not known to serve",
 }
 # A line of text is one line however narrow the terminal, so that paths and figures can be searched for in it.
 output = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -63,6 +64,8 @@ def print_probe(found: Probe, model: str) -> None:
         f"{size / 1e9:.3g} billion weights in experts: {2 * size / 1e9:.3g} GB at 16 bits, {size / 4e9:.3g} GB at 2"
     )
     output.print(f"Tested on small random models: {TESTED[found.tested]}")
+    if found.derived is not None:
+        output.print(f"Derived from transformers and checked: {found.derived}")
     if not found.index:
         output.print(
             "No index of the weights to compare with: names and shapes are checked when the model is quantized"

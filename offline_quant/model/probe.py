@@ -1,18 +1,20 @@
 """What is known of a model from config.json and the index of its weights, before anything large is downloaded."""
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
-from bitsmoe_kernels.format.safetensors_io import INDEX_FILE, read_json
+from bitsmoe_kernels.format.safetensors_io import INDEX_FILE, ShardReader, read_json
 from bitsmoe_kernels.format.schema import TensorSpec
-from bitsmoe_kernels.models.families import MoEShape, Tested, moe_shape
+from bitsmoe_kernels.models.families import MoEShape, Tested, without_quantization
 from offline_quant.model.download import resolve_model
 from offline_quant.model.expert_files import expert_tensor_shapes
 from offline_quant.model.mxfp4 import BLOCKS
+from offline_quant.model.outside.shape import described, model_shape
 from offline_quant.model.packed_integers import PACKED
 from offline_quant.model.source import source_reader
 from offline_quant.model.streaming import model_without_memory
@@ -32,6 +34,7 @@ class Probe:
         hidden_size, intermediate_size: of an expert.
         expert_weights: weights in all routed experts.
         index: whether there was an index of the weights to compare with.
+        derived: of a model outside the table, what was derived of its experts; None for one of the table.
     """
 
     architecture: str
@@ -44,6 +47,7 @@ class Probe:
     intermediate_size: int
     expert_weights: int
     index: bool
+    derived: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As `--json` prints it."""
@@ -63,9 +67,9 @@ def probe(name: str, revision: str | None = None) -> Probe:
     directory = resolve_model(name, revision, with_weights=False)
     config = read_json(directory / "config.json")
     source_reader(config, directory)
-    shape = moe_shape(config, str(directory))
-    built = model_without_memory(config, shape, directory)
     index = directory / INDEX_FILE
+    shape = model_shape(without_quantization(config), directory, partial(_stored_names, directory, index))
+    built = model_without_memory(config, shape, directory)
     if index.is_file() and (faults := _index_faults(index, shape)):
         raise BitsmoeError(fault_list(f"{index}: does not name the experts of config.json", faults))
     return Probe(
@@ -79,16 +83,28 @@ def probe(name: str, revision: str | None = None) -> Probe:
         intermediate_size=shape.intermediate_size,
         expert_weights=shape.num_weights,
         index=index.is_file(),
+        derived=described(shape),
     )
+
+
+def _names_of(index: Path) -> list[str]:
+    named = read_json(index).get("weight_map")
+    return [name.removesuffix(PACKED).removesuffix(BLOCKS) for name in (named if isinstance(named, dict) else ())]
+
+
+def _stored_names(directory: Path, index: Path) -> list[str]:
+    """Names of the tensors, from the index, or from the files where they are here.
+
+    Raises:
+        BitsmoeError: neither is.
+    """
+    return _names_of(index) if index.is_file() else list(ShardReader(directory).specs)
 
 
 def _index_faults(index: Path, shape: MoEShape) -> list[str]:
     """Tensors of experts that the index does not name, the first of every layer."""
-    named = read_json(index).get("weight_map")
     unknown = TensorSpec(torch.bfloat16, ())  # only names are compared
-    names = {
-        name.removesuffix(PACKED).removesuffix(BLOCKS): unknown for name in (named if isinstance(named, dict) else ())
-    }
+    names = dict.fromkeys(_names_of(index), unknown)
     faults = []
     for layer in shape.layers:
         wanted = expert_tensor_shapes(shape, layer, names, shape.num_experts)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.format.schema import Layer, ProjectionName
-from bitsmoe_kernels.models.families import language_config, moe_shape
+from bitsmoe_kernels.models.families import in_table, language_config, moe_shape
 from bitsmoe_kernels.sharding import ParallelSizes, parallel_sizes
 from offline_quant.checkpoint.directory import existing_directory
 from offline_quant.report.collect import linear_layers_report, width_histogram
@@ -13,11 +13,13 @@ from offline_quant.report.schema import Inspection, LayerInspection, ProjectionI
 
 def parallel_sizes_of(checkpoint: Checkpoint) -> ParallelSizes:
     """Sizes of vLLM's parallelism that a checkpoint's model divides into."""
-    shape = moe_shape(checkpoint.model_config, str(checkpoint.directory))
+    config, model_config = checkpoint.config, checkpoint.model_config
+    if in_table(model_config, str(checkpoint.directory)):
+        moe_shape(model_config, str(checkpoint.directory))
+    layer, *_ = config.layers.values()  # all are of one size
     return parallel_sizes(
-        shape.num_experts, shape.intermediate_size, len(shape.layers), checkpoint.config.block_size,
-        language_config(checkpoint.model_config),
-    )  # fmt: skip
+        layer.num_experts, layer.intermediate_size, len(config.layers), config.block_size, language_config(model_config)
+    )
 
 
 def inspect_directory(directory: Path) -> Inspection:

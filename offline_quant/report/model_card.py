@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.format.safetensors_io import file_fault
+from bitsmoe_kernels.models.families import in_table
 from offline_quant.calibration.sources.base import CalibrationText
 from offline_quant.calibration.sources.hub import hub_dataset
 from offline_quant.checkpoint.directory import PAGE_FILE, REPORT_FILE
@@ -73,6 +74,7 @@ def write_card(directory: Path, model: str, source: Path, report: ModelReport, t
     base, name = base_model(model, source)
     snapshot = hub_snapshot(source)
     checkpoint = Checkpoint(directory)
+    served = in_table(checkpoint.model_config, str(directory))
     data = ModelCardData(
         base_model=base,
         base_model_relation="quantized" if base else None,
@@ -86,7 +88,7 @@ def write_card(directory: Path, model: str, source: Path, report: ModelReport, t
     body = "\n".join(
         [
             *_head(name, base, snapshot.commit if snapshot else None, report, total),
-            *_serving(checkpoint.config.tool_version),
+            *(_serving(checkpoint.config.tool_version) if served else _UNSERVED),
             *_layers(report),
             *_making(name, report, text, checkpoint),
         ]
@@ -134,6 +136,15 @@ def _head(name: str, base: str | None, commit: str | None, report: ModelReport, 
         if sanity.degenerate:
             lines += ["", f"**This model is broken: {'; '.join(sanity.faults)}.**"]
     return [*lines, ""]
+
+
+_UNSERVED = [
+    "## Use it",
+    "",
+    "Nobody has tested this architecture, and vLLM is not known to serve it. `bitsmoe dequantize` makes an ordinary "
+    "checkpoint of it.",
+    "",
+]
 
 
 def _serving(tool_version: str) -> list[str]:

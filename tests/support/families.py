@@ -23,12 +23,12 @@ from offline_quant.model.quantized import open_model
 from offline_quant.model.streaming import StreamedModel
 from offline_quant.model.tensors import WeightSource
 
-_ALL = {
+ALL = {
     "vocab_size": 4096, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1,
     "max_position_embeddings": 512, "tie_word_embeddings": False, "num_experts_per_tok": 2, "bos_token_id": None,
     "eos_token_id": 0, "pad_token_id": None,
 }  # fmt: skip
-_MLA = {  # the sizes vLLM's attention for them insists on
+MLA = {  # the sizes vLLM's attention for them insists on
     "num_key_value_heads": 2, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32,
     "n_group": 4, "topk_group": 2,
 }  # fmt: skip
@@ -36,7 +36,7 @@ _DENSE_FIRST = {
     "intermediate_size": 128, "moe_intermediate_size": 96, "n_routed_experts": 8, "first_k_dense_replace": 1,
     "routed_scaling_factor": 1.5,
 }  # fmt: skip
-_VISION = {
+VISION = {
     "depth": 1, "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2,
     "num_attention_heads": 2, "out_hidden_size": 64, "projection_hidden_size": 64,
 }  # fmt: skip
@@ -50,12 +50,12 @@ _MIMO = {
     "hybrid_layer_pattern": [0, 1, 0], "moe_layer_freq": [0, 1, 1], "add_swa_attention_sink_bias": True,
     "sliding_window_size": 16, "layernorm_epsilon": 1e-6,
 }  # fmt: skip
-_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-_QWEN = {"intermediate_size": 128, "moe_intermediate_size": 96, "num_experts": 8}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+QWEN = {"intermediate_size": 128, "moe_intermediate_size": 96, "num_experts": 8}
 _DELTA_NET = {
     "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
 }  # fmt: skip
-_GEMMA = _QWEN | {
+_GEMMA = QWEN | {
     "enable_moe_block": True, "pad_token_id": 0, "top_k_experts": 2, "head_dim": 32, "global_head_dim": 32,
     "num_kv_shared_layers": 0,
     "hidden_size_per_layer_input": 0, "final_logit_softcapping": 5.0,
@@ -66,30 +66,30 @@ _GRANITE = {
     "residual_multiplier": 0.4, "attention_multiplier": 0.2,
 }  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
-    "Qwen3MoeForCausalLM": _QWEN | {"head_dim": 32, "norm_topk_prob": True},
-    "Qwen2MoeForCausalLM": _QWEN | {"shared_expert_intermediate_size": 64, "mlp_only_layers": [0]},
-    "Qwen3NextForCausalLM": _QWEN
+    "Qwen3MoeForCausalLM": QWEN | {"head_dim": 32, "norm_topk_prob": True},
+    "Qwen2MoeForCausalLM": QWEN | {"shared_expert_intermediate_size": 64, "mlp_only_layers": [0]},
+    "Qwen3NextForCausalLM": QWEN
     | _DELTA_NET
     | {"head_dim": 32, "shared_expert_intermediate_size": 64, "num_hidden_layers": 4},
-    "Qwen3_5MoeForCausalLM": _QWEN
+    "Qwen3_5MoeForCausalLM": QWEN
     | _DELTA_NET
     | {"head_dim": 32, "shared_expert_intermediate_size": 64, "num_hidden_layers": 4},
-    "Qwen3_5MoeForConditionalGeneration": _QWEN
+    "Qwen3_5MoeForConditionalGeneration": QWEN
     | _DELTA_NET
     | {"head_dim": 32, "shared_expert_intermediate_size": 64, "num_hidden_layers": 4},
     "MixtralForCausalLM": {"intermediate_size": 96, "num_local_experts": 8},
     "OlmoeForCausalLM": {"intermediate_size": 96, "num_experts": 8},
     "DeepseekV2ForCausalLM": _DENSE_FIRST
-    | _MLA
+    | MLA
     | {"q_lora_rank": None, "n_shared_experts": 2, "topk_method": "group_limited_greedy"},
     "DeepseekV3ForCausalLM": _DENSE_FIRST
-    | _MLA
+    | MLA
     | {"q_lora_rank": 48, "n_shared_experts": 1, "topk_method": "noaux_tc", "norm_topk_prob": True},
-    "DeepseekV32ForCausalLM": _DENSE_FIRST | _MLA | {"q_lora_rank": 48, "n_shared_experts": 1} | _INDEXER,
+    "DeepseekV32ForCausalLM": _DENSE_FIRST | MLA | {"q_lora_rank": 48, "n_shared_experts": 1} | _INDEXER,
     "Glm4MoeForCausalLM": _DENSE_FIRST | _ONE_GROUP | {"head_dim": 32, "n_shared_experts": 1},
-    "Glm4MoeLiteForCausalLM": _DENSE_FIRST | _MLA | _ONE_GROUP | _LISTED | {"q_lora_rank": 48, "n_shared_experts": 1},
+    "Glm4MoeLiteForCausalLM": _DENSE_FIRST | MLA | _ONE_GROUP | _LISTED | {"q_lora_rank": 48, "n_shared_experts": 1},
     "GlmMoeDsaForCausalLM": _DENSE_FIRST
-    | _MLA
+    | MLA
     | _ONE_GROUP
     | {"q_lora_rank": 48, "n_shared_experts": 1, "first_k_dense_replace": 2}
     | _INDEXER,
@@ -104,7 +104,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "scoring_func": "sigmoid",
         "use_routing_bias": True,
     },
-    "HYV3ForCausalLM": _QWEN
+    "HYV3ForCausalLM": QWEN
     | _LISTED
     | {
         "head_dim": 32,
@@ -115,12 +115,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "qk_norm": True,
     },
     "MiMoV2FlashForCausalLM": _DENSE_FIRST | _LISTED | _MIMO,
-    "LagunaForCausalLM": _QWEN | _LISTED | _FULL | {"head_dim": 32, "shared_expert_intermediate_size": 64},
-    "ExaoneMoeForCausalLM": _QWEN
+    "LagunaForCausalLM": QWEN | _LISTED | _FULL | {"head_dim": 32, "shared_expert_intermediate_size": 64},
+    "ExaoneMoeForCausalLM": QWEN
     | _LISTED
     | _FULL
     | {"head_dim": 32, "num_shared_experts": 1, "sliding_window": 64, "routed_scaling_factor": 1.5},
-    "Lfm2MoeForCausalLM": _QWEN
+    "Lfm2MoeForCausalLM": QWEN
     | {"num_dense_layers": 1, "layer_types": ["full_attention", "conv", "full_attention"], "use_expert_bias": True},
     "JambaForCausalLM": {
         "intermediate_size": 96,
@@ -133,13 +133,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "mamba_d_state": 16,
         "mamba_dt_rank": 8,
     },
-    "MellumForCausalLM": _QWEN | _FULL | {"head_dim": 32},
+    "MellumForCausalLM": QWEN | _FULL | {"head_dim": 32},
     "HunYuanMoEV1ForCausalLM": {
         "intermediate_size": 96,
         "num_experts": 8,
         "moe_topk": 2,
         "head_dim": 32,
-        "rope_parameters": _ROPE,
+        "rope_parameters": ROPE,
     },
     "Ernie4_5_MoeForCausalLM": {
         "intermediate_size": 128,
@@ -161,7 +161,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "mamba_n_heads": 8,
         "mamba_d_state": 32,
     },
-    "AfmoeForCausalLM": _QWEN
+    "AfmoeForCausalLM": QWEN
     | _ONE_GROUP
     | {
         "head_dim": 32,
@@ -180,7 +180,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "prefix_dense_intermediate_size": 128,
         "logit_scale": 0.25,
     },
-    "AXK1ForCausalLM": _DENSE_FIRST | _MLA | {"q_lora_rank": 48, "n_shared_experts": 1, "first_k_dense_replace": 0},
+    "AXK1ForCausalLM": _DENSE_FIRST | MLA | {"q_lora_rank": 48, "n_shared_experts": 1, "first_k_dense_replace": 0},
     "FlexOlmoForCausalLM": {"intermediate_size": 96, "num_experts": 8},
     "PhiMoEForCausalLM": {
         "intermediate_size": 96,
@@ -190,7 +190,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "Gemma4ForCausalLM": _GEMMA,
     "Gemma4ForConditionalGeneration": _GEMMA,
-    "KimiLinearForCausalLM": _MLA
+    "KimiLinearForCausalLM": MLA
     | _ONE_GROUP
     | _LISTED
     | {
@@ -203,12 +203,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     },
     "AXK2ForCausalLM": _DENSE_FIRST
-    | _MLA
+    | MLA
     | _LISTED
     | _INDEXER
     | {"q_lora_rank": 48, "n_shared_experts": 1, "gated_norm_rank": 4},
     "KimiK25ForConditionalGeneration": _DENSE_FIRST
-    | _MLA
+    | MLA
     | {"q_lora_rank": 48, "n_shared_experts": 1, "topk_method": "noaux_tc", "norm_topk_prob": True},
     "MiniMaxForCausalLM": {
         "intermediate_size": 96,
@@ -220,15 +220,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "mlp_alpha_factor": 2.0,
         "mlp_beta_factor": 0.5,
     },
-    "Qwen3VLMoeForConditionalGeneration": _QWEN
-    | {"head_dim": 32, "norm_topk_prob": True, "rope_parameters": _ROPE | {"mrope_section": [6, 5, 5]}},
+    "Qwen3VLMoeForConditionalGeneration": QWEN
+    | {"head_dim": 32, "norm_topk_prob": True, "rope_parameters": ROPE | {"mrope_section": [6, 5, 5]}},
     "Glm4vMoeForConditionalGeneration": _DENSE_FIRST
     | _ONE_GROUP
     | {
         "head_dim": 32,
         "n_shared_experts": 1,
         "use_qk_norm": False,
-        "rope_parameters": _ROPE | {"mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5},
+        "rope_parameters": ROPE | {"mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5},
     },
     "Dots1ForCausalLM": _DENSE_FIRST | _ONE_GROUP | {"head_dim": 32, "n_shared_experts": 1},
     "MiniMaxM3SparseForConditionalGeneration": _LISTED
@@ -325,22 +325,10 @@ def class_of(family: Family) -> Any:
 
 def make_model(architecture: str, directory: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Write a random model; returns its directory."""
-    family, sizes = FAMILIES[architecture], _ALL | CONFIGS[architecture]
-    parts = {"text_config": sizes, "vision_config": _VISION, "tie_word_embeddings": False} if family.text else sizes
-    torch.manual_seed(0)
-    model = class_of(family).from_config(
-        transformers.AutoConfig.for_model(family.model_type, **parts), dtype=torch.float32
-    )
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.ndim > 1:
-                p.normal_(std=1.0 if "embed" in name else 0.12)
-                if family.hidden_act != "silu" and name.endswith("experts.gate_up_proj"):
-                    p *= 4  # so that clamps bite
-        for name, b in model.named_buffers():
-            if name.endswith(("e_score_correction_bias", "expert_bias")):
-                b.normal_(std=0.05)
-    model.to(dtype).save_pretrained(directory)
+    family, sizes = FAMILIES[architecture], ALL | CONFIGS[architecture]
+    parts = {"text_config": sizes, "vision_config": VISION, "tie_word_embeddings": False} if family.text else sizes
+    known = transformers.AutoConfig.for_model(family.model_type, **parts)
+    random_model(class_of(family), known, family.hidden_act != "silu").to(dtype).save_pretrained(directory)
     if architecture in _PUBLISHED:
         file, tensors = directory / "model.safetensors", load_file(directory / "model.safetensors")
         for saved, published in _PUBLISHED[architecture]:
@@ -353,9 +341,30 @@ def make_model(architecture: str, directory: Path, dtype: torch.dtype = torch.bf
     (directory / "config.json").write_text(json.dumps(written))
     if architecture in _PREPROCESSORS:
         (directory / "preprocessor_config.json").write_text(json.dumps(_PREPROCESSORS[architecture]))
+    add_tokenizer(directory)
+    return directory
+
+
+def random_model(auto: Any, config: Any, clamped: bool) -> Any:
+    """A model of transformers with random weights, float32; clamped experts have weights that reach the clamps."""
+    torch.manual_seed(0)
+    model = auto.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim > 1:
+                p.normal_(std=1.0 if "embed" in name else 0.12)
+                if clamped and name.endswith("experts.gate_up_proj"):
+                    p *= 4
+        for name, b in model.named_buffers():
+            if name.endswith(("e_score_correction_bias", "expert_bias")):
+                b.normal_(std=0.05)
+    return model
+
+
+def add_tokenizer(directory: Path) -> None:
+    """Write the demo model's tokenizer into a model's directory."""
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copyfile(TINY_MOE / name, directory / name)
-    return directory
 
 
 def make_quantized(architecture: str, directory: Path, form: str = "natural", max_shard_bytes: int = 10**9) -> Path:

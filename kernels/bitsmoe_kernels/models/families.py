@@ -845,13 +845,14 @@ def kept_tensors(module: Any) -> list[tuple[str, Any]]:
     return list({id(tensor): (name, tensor) for name, tensor in reversed(own.items())}.values())[::-1]
 
 
-def _named_architectures(config: Mapping[str, Any]) -> list[str]:
+def named_architectures(config: Mapping[str, Any]) -> list[str]:
+    """The architectures that config.json names."""
     architectures = config.get("architectures")
     return [a for a in architectures if isinstance(a, str)] if isinstance(architectures, list) else []
 
 
 def _family(config: Mapping[str, Any]) -> Family | None:
-    return next((_BY_NAME[a] for a in _named_architectures(config) if a in _BY_NAME), None)
+    return next((_BY_NAME[a] for a in named_architectures(config) if a in _BY_NAME), None)
 
 
 def text_part(config: Mapping[str, Any]) -> LanguagePart | None:
@@ -903,7 +904,7 @@ def in_table(config: Mapping[str, Any], subject: str) -> bool:
     Raises:
         BitsmoeError: not a MoE model, or an architecture of `REFUSED`.
     """
-    named = _named_architectures(config)
+    named = named_architectures(config)
     if _family(config) is not None:
         return True
     shown = f"{named!s:.200}"
@@ -929,7 +930,7 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
     """
     family = _family(config) if in_table(config, subject) else None
     if family is None:
-        shown = f"{_named_architectures(config)!s:.200}"
+        shown = f"{named_architectures(config)!s:.200}"
         raise BitsmoeError(f"{subject}: architecture {shown} is not supported. Supported: {_known()}")
     if family.text and not language_config(config):
         raise BitsmoeError(f"{subject}: config.json lacks {family.text.config}, which describes the language model")

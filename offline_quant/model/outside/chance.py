@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_kernels.format.schema import TensorSpec
+from offline_quant.model.outside.skeleton import covered
 
 _STEP = 7
 """Values between the places of two tensors."""
@@ -24,7 +25,7 @@ class Chance:
     def __init__(self, tensors: Mapping[str, Tensor], hidden_size: int, dtype: torch.dtype, below: int = 1):
         self._tensors, self._below = tensors, below
         self._places = {name: _STEP * i for i, name in enumerate(tensors)}
-        longest = max((_covered(tensor) for tensor in tensors.values()), default=0)
+        longest = max((covered(tensor) for tensor in tensors.values()), default=0)
         generator = torch.Generator().manual_seed(0)
         self._vector = torch.randn(longest + _STEP * len(tensors), generator=generator, dtype=dtype)
         self._vector *= hidden_size**-0.5
@@ -38,11 +39,6 @@ class Chance:
             return self._vector[place:].as_strided(like.shape, (1, *inner))
         window = self._vector[place : place + like.numel()].view(like.shape)
         return window if like.dim() == 2 else 1 + window
-
-
-def _covered(tensor: Tensor) -> int:
-    """Values of the vector that a window for a tensor covers."""
-    return tensor.numel() if tensor.dim() <= 2 else tensor[0].numel() + len(tensor)
 
 
 class HeldTensors:

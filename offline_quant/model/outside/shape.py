@@ -66,6 +66,19 @@ def model_shape(
     return Trial(skeleton, shape).compared()
 
 
+def described(shape: MoEShape) -> str | None:
+    """What was derived of a model outside the table; None for one of the table."""
+    family = shape.family
+    if family.tested != "derived":
+        return None
+    held = " and ".join(family.stacked) if family.stacked else f"{', '.join(family.projections)} of each expert"
+    where = f"{family.decoder(shape.layers[0])}.{family.experts}"
+    return (
+        f"experts at {where}, stored as {held}; activation {shape.hidden_act}; {family.top_k_key} of config.json; "
+        "names, the formula of the experts and a forward pass of the whole model with weights of chance"
+    )
+
+
 def _these(layers: tuple[int, ...], config: dict[str, Any]) -> list[int]:
     return list(layers)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.models.families import (
@@ -16,11 +16,15 @@ from bitsmoe_kernels.models.families import (
     MAX_SIZE,
     bias_name,
     language_config,
+    named_architectures,
     text_part,
 )
 from offline_quant.model.streaming import empty_model, transformers_config
 
 OUTSIDE = "outside the table"
+"""In the place of the names of a family's models."""
+MAX_EXPERTS, MAX_VALUES = 1 << 16, 1 << 29
+"""Beyond any model: experts of a layer, and values of a tensor, for which memory is taken when a model is tried."""
 _NO_GATE = "its experts have two matrices and no gate, which the checkpoint format does not hold"
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
 
@@ -55,8 +59,8 @@ class Skeleton:
         self.config = config
         self.directory = directory
         self.passed: list[str] = []
-        named = config.get("architectures")
-        self.architecture = str(named[0]) if isinstance(named, list) and named else "without a name"
+        named = named_architectures(config)
+        self.architecture = named[0] if named else ""
         self.language = language_config(config)
         self.text = text_part(config)
         self._check_sizes()
@@ -67,6 +71,7 @@ class Skeleton:
         self.passed.append("class")
         self.base = self._base()
         self.weighted = self._weighted()
+        self._check_values()
         self.passed.append("decoder")
         self.sites = self._sites()
         self.passed.append("experts")
@@ -78,18 +83,15 @@ class Skeleton:
             BitsmoeError: names the check, and every fault that it found.
         """
         passed = f" (passed before it: {', '.join(self.passed)})" if self.passed else ""
+        shown = f"{self.directory}: architecture {named_architectures(self.config)!s:.200} is not supported"
         raise BitsmoeError(
-            fault_list(
-                f"{self.directory}: architecture {self.architecture:.200} is not supported: it is {OUTSIDE}, and fails "
-                f"the check of its {check}{passed}",
-                list(faults),
-            )
+            fault_list(f"{shown}: it is {OUTSIDE}, and fails the check of its {check}{passed}", list(faults))
         )
 
     def _check_sizes(self) -> None:
         own = self.language
         counts = [key for key in EXPERT_COUNT_KEYS if own.get(key) is not None]
-        most = {"num_hidden_layers": MAX_LAYERS}
+        most = {"num_hidden_layers": MAX_LAYERS} | dict.fromkeys(counts, MAX_EXPERTS)
         faults = [
             f"{key} is {own.get(key)!r:.80}, but must be a whole number above 0, at most {most.get(key, MAX_SIZE)}"
             for key in ("num_hidden_layers", "hidden_size", "vocab_size", *counts)
@@ -130,6 +132,17 @@ class Skeleton:
             self.fail("decoder", f"it holds weights outside its modules: {', '.join(loose)}")
         return modules
 
+    def _check_values(self) -> None:
+        """Refuse tensors that no memory can be taken for."""
+        embedding = f"{self.base}embed_tokens."
+        faults = [
+            f"{name} is {list(tensor.shape)}, larger than any that is tried"
+            for name, tensor in self.model.state_dict().items()
+            if name.startswith(self.base) and not name.startswith(embedding) and covered(tensor) > MAX_VALUES
+        ]
+        if faults:
+            self.fail("sizes", *faults[:10])
+
     def _sites(self) -> list[Site]:
         found: list[Site] = []
         faults: list[str] = []
@@ -161,6 +174,11 @@ class Skeleton:
     def within_layer(self, site: Site) -> str:
         """Name of a site's module within its decoder layer."""
         return site.name.removeprefix(f"{self.base}layers.{site.layer}.")
+
+
+def covered(tensor: Tensor) -> int:
+    """Values that weights of chance for a tensor take: a matrix's, or those of one expert."""
+    return tensor.numel() if tensor.dim() <= 2 else tensor[0].numel() + len(tensor)
 
 
 def sizes(module: Any) -> tuple[int, int, int]:

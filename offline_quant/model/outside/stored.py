@@ -117,7 +117,7 @@ class StoredNames:
         if not both or not down:
             lacking = (name for name, found in zip(FUSED_NAMES, (both, down), strict=True) if not found)
             raise ValueError(f"no stored tensor becomes {' or '.join(lacking)}")
-        if len(both) == len(down) == 1:
+        if len(both) == len(down) == 1 and not _FIRST_EXPERT.fullmatch(both[0][0]):
             return self._stacked(site, both[0], down[0])
         return self._one_by_one(site, both, down)
 

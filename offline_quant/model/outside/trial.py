@@ -193,7 +193,9 @@ class Trial:
         streamed = StreamedModel(self)
         hidden, arguments = streamed.embed(ids)
         yield "what enters the first layer", hidden, seen.entered[0]
-        for index, (entering, leaving) in enumerate(zip(seen.entered, seen.left, strict=True)):
+        # Other tokens, and layers from the last to the first: nothing that one keeps to itself may matter to another.
+        streamed.embed(ids.flip(1)[:, 1:])
+        for index, (entering, leaving) in reversed(list(enumerate(zip(seen.entered, seen.left, strict=True)))):
             if index:
                 yield f"what enters decoder layer {index}", seen.left[index - 1], entering
             with streamed.layer(index) as module:
@@ -271,7 +273,7 @@ def _with_few_rows(config: dict[str, Any], skeleton: Skeleton) -> dict[str, Any]
     """config.json of the same model with a small vocabulary."""
     found = deepcopy(config)
     for part in (found, found[skeleton.text.config] if skeleton.text else found):
-        if "vocab_size" in part:
+        if isinstance(part.get("vocab_size"), int):
             part["vocab_size"] = min(part["vocab_size"], ROWS)
         if part.get("pad_token_id") is not None:
             part["pad_token_id"] = 0
