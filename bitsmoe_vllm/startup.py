@@ -115,6 +115,11 @@ def _other_faults(checkpoint: Checkpoint, specs: Mapping[str, TensorSpec], hf_co
     vLLM does not notice when one is missing from a quantized checkpoint, and would serve uninitialized memory.
     """
     shape = moe_shape(checkpoint.model_config, str(checkpoint.directory))
+    if why := shape.family.unserved:
+        raise BitsmoeError(
+            f"{checkpoint.directory}: {shape.family.architecture} cannot be served: {why}; "
+            "`bitsmoe dequantize` makes an ordinary checkpoint of it"
+        )
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 

@@ -1,4 +1,4 @@
-"""Reads checkpoints whose experts are stacked matrices in MXFP4 (gpt-oss) as bfloat16, which holds them exactly.
+"""MXFP4 as bfloat16, which holds it exactly; reads checkpoints whose experts are stacked matrices in it (gpt-oss).
 
 A code of 4 bits is a sign, two bits of exponent and one of mantissa; 32 neighbours share a power of two (OCP
 Microscaling Formats 1.0). Two codes share a byte, the first in its lower half.
@@ -18,6 +18,15 @@ BLOCKS, SCALES = "_blocks", "_scales"
 """What follows a stacked matrix's name: codes uint8 [E, N, K / 32, 16], exponents uint8 [E, N, K / 32]."""
 BLOCK, EXPONENT_OF_ONE = 32, 127
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_NUMBERS = torch.tensor([*_MAGNITUDES, *(-m for m in _MAGNITUDES)], dtype=torch.bfloat16)
+_PAIRS = torch.stack([_NUMBERS[torch.arange(256) % 16], _NUMBERS[torch.arange(256) // 16]], 1)
+
+
+def decoded(codes: Tensor, exponents: Tensor) -> Tensor:
+    """bfloat16 [..., K] of codes uint8 [..., K / 2] and exponents uint8 [..., K / 32]."""
+    values = _PAIRS[codes.int()].view(*exponents.shape, BLOCK)
+    values *= torch.exp2(exponents.float() - EXPONENT_OF_ONE).bfloat16()[..., None]
+    return values.flatten(-2)
 
 
 class Mxfp4Reader(ShardReader):
@@ -34,9 +43,6 @@ class Mxfp4Reader(ShardReader):
     def __init__(self, directory: Path, quantization: dict[str, Any]):
         super().__init__(directory)
         self._coded: set[str] = set()
-        numbers = torch.tensor([*_MAGNITUDES, *(-m for m in _MAGNITUDES)], dtype=torch.bfloat16)
-        byte = torch.arange(256)
-        self._pairs = torch.stack([numbers[byte % 16], numbers[byte // 16]], 1)
         faults = []
         for name in [n.removesuffix(BLOCKS) for n in self.specs if n.endswith(BLOCKS)]:
             codes, scales = self.specs.pop(name + BLOCKS), self.specs.pop(name + SCALES, None)
@@ -71,6 +77,4 @@ class Mxfp4Reader(ShardReader):
 
     def _decoded(self, codes: Tensor, scales: Tensor) -> Tensor:
         """bfloat16 [..., K, N] of codes uint8 [..., N, K / 32, 16] and exponents uint8 [..., N, K / 32]."""
-        values = self._pairs[codes.int()].flatten(-2)
-        values *= torch.exp2(scales.float() - EXPONENT_OF_ONE).bfloat16()[..., None]
-        return values.flatten(-2).mT
+        return decoded(codes.flatten(-2), scales).mT

@@ -266,8 +266,12 @@ class StreamedModel:
         for name, _ in kept_tensors(module):
             if but is None or not name.startswith(f"{but}."):
                 stored = self.shape.family.stored_names(f"{prefix}.{name}")
-                parts = [self.source.tensors.get(part).to(self.device, torch.float32) for part in stored]
+                parts = [self._as_computed(self.source.tensors.get(part)) for part in stored]
                 assign(module, name, parts[0] if len(parts) == 1 else torch.cat(parts))
+
+    def _as_computed(self, stored: Tensor) -> Tensor:
+        """A stored tensor where layers run: float32, but for whole numbers (experts of token ids)."""
+        return stored.to(self.device, torch.float32 if stored.is_floating_point() else None)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.format.safetensors_io import file_fault
-from bitsmoe_kernels.models.families import in_table
+from bitsmoe_kernels.models.families import why_not_served
 from offline_quant.calibration.sources.base import CalibrationText
 from offline_quant.calibration.sources.hub import hub_dataset
 from offline_quant.checkpoint.directory import PAGE_FILE, REPORT_FILE
@@ -74,7 +74,7 @@ def write_card(directory: Path, model: str, source: Path, report: ModelReport, t
     base, name = base_model(model, source)
     snapshot = hub_snapshot(source)
     checkpoint = Checkpoint(directory)
-    served = in_table(checkpoint.model_config, str(directory))
+    unserved = why_not_served(checkpoint.model_config)
     data = ModelCardData(
         base_model=base,
         base_model_relation="quantized" if base else None,
@@ -88,7 +88,7 @@ def write_card(directory: Path, model: str, source: Path, report: ModelReport, t
     body = "\n".join(
         [
             *_head(name, base, snapshot.commit if snapshot else None, report, total),
-            *(_serving(checkpoint.config.tool_version) if served else _UNSERVED),
+            *(_unserved(unserved) if unserved else _serving(checkpoint.config.tool_version)),
             *_layers(report),
             *_making(name, report, text, checkpoint),
         ]
@@ -138,13 +138,13 @@ def _head(name: str, base: str | None, commit: str | None, report: ModelReport, 
     return [*lines, ""]
 
 
-_UNSERVED = [
-    "## Use it",
-    "",
-    "Nobody has tested this architecture, and vLLM is not known to serve it. `bitsmoe dequantize` makes an ordinary "
-    "checkpoint of it.",
-    "",
-]
+def _unserved(why: str) -> list[str]:
+    return [
+        "## Use it",
+        "",
+        f"vLLM is not known to serve it: {why}. `bitsmoe dequantize` makes an ordinary checkpoint of it.",
+        "",
+    ]
 
 
 def _serving(tool_version: str) -> list[str]:

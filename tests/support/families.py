@@ -266,6 +266,29 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
         "swiglu_limit": 10.0,
     },
+    "DeepseekV4ForCausalLM": {
+        "moe_intermediate_size": 96,
+        "n_routed_experts": 8,
+        "num_hidden_layers": 4,
+        "head_dim": 64,
+        "q_lora_rank": 48,
+        "o_lora_rank": 16,
+        "o_groups": 2,
+        "index_n_heads": 2,
+        "index_head_dim": 32,
+        "index_topk": 3,
+        "partial_rotary_factor": 0.5,
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 8},
+        "layer_types": [
+            "sliding_attention",
+            "heavily_compressed_attention",
+            "compressed_sparse_attention",
+            "heavily_compressed_attention",
+        ],
+        "mlp_layer_types": ["hash_moe", "hash_moe", "moe", "moe"],
+        "sliding_window": 16,
+        "swiglu_limit": 10.0,
+    },
     "GptOssForCausalLM": {
         "intermediate_size": 96,
         "num_local_experts": 8,
@@ -300,6 +323,12 @@ _PUBLISHED = {
     ],
     "MiniMaxM3SparseForConditionalGeneration": [
         (r"layers\.(\d+)\.block_sparse_moe\.(gate|up|down)_proj\.", r"layers.\1.mlp.\2_proj.")
+    ],
+    "DeepseekV4ForCausalLM": [
+        (r"^model\.", ""),
+        (r"^embed_tokens\.", "embed."),
+        (r"^hc_head\.hc_", "hc_head_"),
+        (r"\.attn\.norm\.", ".attn.kv_norm."),
     ],
     "KimiLinearForCausalLM": [(r"\.block_sparse_moe\.(gate|up|down)_proj\.", r".mlp.\1_proj.")],
 }
@@ -358,6 +387,8 @@ def random_model(auto: Any, config: Any, clamped: bool) -> Any:
         for name, b in model.named_buffers():
             if name.endswith(("e_score_correction_bias", "expert_bias")):
                 b.normal_(std=0.05)
+            elif name.endswith("tid2eid"):  # experts of every token id
+                b.copy_(torch.rand(len(b), 8).argsort(1)[:, : b.shape[1]])
     return model
 
 
@@ -409,6 +440,45 @@ def to_float8(directory: Path, block: int = 32, scales: torch.dtype = torch.floa
     return meaning
 
 
+def to_mixed_codes(directory: Path, block: int = 32) -> dict[str, torch.Tensor]:
+    """Store experts in MXFP4 and attention in float8, as DeepSeek-V4 is published; returns what they stand for."""
+    file = directory / "model.safetensors"
+    tensors, meaning = load_file(file), {}
+    for name in [n for n in tensors if re.search(r"\.(w[123]|wq_[ab]|wkv)\.weight$", n)]:
+        w, scale = tensors[name].float(), name.removesuffix("weight") + "scale"
+        if ".ffn.experts." in name:
+            codes, exponent, meaning[name] = mxfp4_codes(w)
+            tensors[name], tensors[scale] = codes.view(torch.int8), exponent.view(torch.float8_e8m0fnu)
+            continue
+        rows, columns = (-(-size // block) for size in w.shape)
+        padded = torch.nn.functional.pad(w, (0, columns * block - w.shape[1], 0, rows * block - w.shape[0]))
+        tiles = padded.view(rows, block, columns, block)
+        power = (tiles.abs().amax((1, 3)).clamp(min=1e-12) / 440).log2().ceil()
+        fitting = (tiles / torch.exp2(power)[:, None, :, None]).to(torch.float8_e4m3fn)
+        back = (fitting.float() * torch.exp2(power)[:, None, :, None]).view(padded.shape)
+        tensors[name] = fitting.view(padded.shape)[: w.shape[0], : w.shape[1]].contiguous()
+        tensors[scale] = (power + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
+        meaning[name] = back[: w.shape[0], : w.shape[1]].bfloat16()
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text()) | {"expert_dtype": "fp4"}
+    config["quantization_config"] = {
+        "quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "weight_block_size": [block, block],
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config))
+    return meaning
+
+
+def mxfp4_codes(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes uint8 [..., K / 2], exponents uint8 [..., K / 32] and bfloat16 values of a matrix float32 [..., K]."""
+    numbers = torch.tensor([s * m for s in (1, -1) for m in (0, 0.5, 1, 1.5, 2, 3, 4, 6)])
+    groups = w.reshape(*w.shape[:-1], -1, 32)
+    exponent = (groups.abs().amax(-1).clamp(min=1e-30) / 6).log2().ceil().clamp(-127, 127)
+    codes = ((groups / torch.exp2(exponent)[..., None])[..., None] - numbers).abs().argmin(-1)
+    values = (numbers[codes] * torch.exp2(exponent)[..., None]).view_as(w).bfloat16()
+    pairs = (codes[..., 0::2] + 16 * codes[..., 1::2]).to(torch.uint8).flatten(-2)
+    return pairs, (exponent + 127).to(torch.uint8), values
+
+
 def to_packed(directory: Path, bits: DenseBits = 4, group: int = 32) -> dict[str, torch.Tensor]:
     """Store every matrix of the experts as packed integers, as Kimi-K2.5 does; returns what they stand for."""
     file = directory / "model.safetensors"
@@ -442,15 +512,11 @@ def to_mxfp4(directory: Path) -> dict[str, torch.Tensor]:
     """Store the experts' stacked matrices in MXFP4, as gpt-oss is published; returns what they stand for."""
     file = directory / "model.safetensors"
     tensors, meaning = load_file(file), {}
-    numbers = torch.tensor([s * m for s in (1, -1) for m in (0, 0.5, 1, 1.5, 2, 3, 4, 6)])
     for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        w = tensors.pop(name).float().mT  # [E, N, K]
-        groups = w.reshape(*w.shape[:2], -1, 32)
-        exponent = (groups.abs().amax(-1).clamp(min=1e-30) / 6).log2().ceil().clamp(-127, 127)
-        codes = ((groups / torch.exp2(exponent)[..., None])[..., None] - numbers).abs().argmin(-1)
-        meaning[name] = (numbers[codes] * torch.exp2(exponent)[..., None]).view_as(w).mT.contiguous().bfloat16()
-        tensors[f"{name}_blocks"] = (codes[..., 0::2] + 16 * codes[..., 1::2]).to(torch.uint8)
-        tensors[f"{name}_scales"] = (exponent + 127).to(torch.uint8)
+        pairs, exponents, values = mxfp4_codes(tensors.pop(name).float().mT)  # of [E, N, K]
+        meaning[name] = values.mT.contiguous()
+        tensors[f"{name}_blocks"] = pairs.unflatten(-1, (-1, 16))
+        tensors[f"{name}_scales"] = exponents
     save_file(tensors, file, metadata={"format": "pt"})
     config = json.loads((directory / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}

@@ -25,7 +25,7 @@ from bitsmoe_kernels.format.schema import TensorSpec
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """What a weight may be stored in."""
-_CODE_DTYPES = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
+_CODE_DTYPES = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
 _CODE_PARTS = (
     "weight_scale", "weight_zero_point", "weight_packed", "weight_shape", "weight_global_scale", "weight_bitmask",
     "qweight", "qzeros", "scales", "g_idx", "absmax", "quant_map", "quant_state", "SCB", "bitmask",
@@ -41,7 +41,9 @@ EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "mo
 """Names of the number of routed experts in config.json; a config without any is no MoE model."""
 LAYER_KINDS_KEY = "mlp_layer_types"
 """The kind of every decoder layer's MLP, one of `LAYER_KINDS`. Where it is, transformers reads nothing else."""
-LAYER_KINDS = ("dense", "sparse")
+DENSE = "dense"
+LAYER_KINDS = (DENSE, "sparse", "moe", "hash_moe")
+"""All but the first have routed experts; those of the last are chosen by the token's id (DeepSeek-V4)."""
 MODEL_TYPES = {"kimi_k2": "deepseek_v3", "AXK1": "axk1"}
 """Model types that published files give where transformers has the model under another one."""
 Tested = Literal["tokens", "bfloat16", "transformers", "derived"]
@@ -71,7 +73,7 @@ def _all_layers(config: dict[str, Any]) -> list[int]:
 def _sparse_layers(config: dict[str, Any]) -> list[int]:
     layers = range(config["num_hidden_layers"])
     if (kinds := config.get(LAYER_KINDS_KEY)) is not None:
-        return [i for i in layers if kinds[i] == "sparse"]
+        return [i for i in layers if kinds[i] != DENSE]
     return list(layers[config.get("first_k_dense_replace") or 0 :])
 
 
@@ -169,6 +171,7 @@ class Family:
         layer_outputs: values that transformers' decoder layers return; nothing but the first, hidden states, is used.
         stored_base: how names of tensors in files begin, but for the head's, where `text` does not say it.
         stored_as: names in files of transformers' tensors, one by one, where no rule above gives them.
+        unserved: why vLLM cannot serve it; None: nothing is known against it.
         built_by: the class of transformers that builds the model, where it is not the usual one.
         tested: how far, see `Tested`.
     """
@@ -202,6 +205,7 @@ class Family:
     stored_base: str | None = None
     stored_as: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     built_by: str | None = None
+    unserved: str | None = None
     tested: Tested = "tokens"
 
     def top_k(self, config: Mapping[str, Any]) -> Any:
@@ -343,6 +347,37 @@ _CLAMPED_SILU = (("swiglu_limit", SILU_LIMIT), ("hidden_act", HIDDEN_ACT))
 _SWIGLUOAI = (("swiglu_alpha", SWIGLU_ALPHA), ("swiglu_limit", SWIGLU_LIMIT))
 """Keys of models whose experts have that activation: the format knows no other constants."""
 
+_DEEPSEEK_V4_NAMES = (
+    ("embed.", "embed_tokens."),
+    ("head.", "lm_head."),
+    ("hc_head_", "hc_head.hc_"),
+    (".attn.indexer.weights_proj.", ".self_attn.compressor.indexer.scorer.weights_proj."),
+    (".attn.indexer.wq_b.", ".self_attn.compressor.indexer.q_b_proj."),
+    (".attn.indexer.compressor.", ".self_attn.compressor.indexer."),
+    (".attn.", ".self_attn."),
+    (".wkv.", ".kv_proj."),
+    (".wgate.", ".gate_proj."),
+    ("compressor.norm.", "compressor.kv_norm."),
+    ("compressor.ape", "compressor.position_bias"),
+    (".wq_a.", ".q_a_proj."),
+    (".wq_b.", ".q_b_proj."),
+    (".q_norm.", ".q_a_norm."),
+    (".wo_a.", ".o_a_proj."),
+    (".wo_b.", ".o_b_proj."),
+    (".attn_sink", ".sinks"),
+    (".attn_norm.", ".input_layernorm."),
+    (".ffn_norm.", ".post_attention_layernorm."),
+    (".hc_attn_", ".attn_hc."),
+    (".hc_ffn_", ".ffn_hc."),
+    (".gate.bias", ".gate.e_score_correction_bias"),
+    (".shared_experts.w1.", ".shared_experts.wgate."),
+    (".shared_experts.w3.", ".shared_experts.up_proj."),
+    (".shared_experts.w2.", ".shared_experts.down_proj."),
+    (".ffn.", ".mlp."),
+)
+"""Names that DeepSeek-V4's files have in the place of transformers'. The gate of its shared experts becomes `.wgate.`
+before it becomes theirs."""
+
 FAMILIES: dict[str, Family] = {
     f.architecture: f
     for f in (
@@ -368,6 +403,21 @@ FAMILIES: dict[str, Family] = {
         Family("DeepseekV2ForCausalLM", "deepseek_v2", "DeepSeek-V2, V2-Lite", **_DEEPSEEK),
         Family("DeepseekV3ForCausalLM", "deepseek_v3", "DeepSeek-V3, R1, Kimi-K2", **_DEEPSEEK),
         Family("DeepseekV32ForCausalLM", "deepseek_v32", "DeepSeek-V3.2", tested="transformers", **_DEEPSEEK),
+        Family(
+            "DeepseekV4ForCausalLM",
+            "deepseek_v4",
+            "DeepSeek-V4-Flash, V4-Pro",
+            num_experts_key="n_routed_experts",
+            intermediate_size_key="moe_intermediate_size",
+            moe_layers=_all_layers,
+            experts="ffn.experts",
+            projections=("w1", "w3", "w2"),
+            stored_base="",
+            module_names=_DEEPSEEK_V4_NAMES,
+            fixed=_CLAMPED_SILU,
+            unserved="vLLM's loader of it takes no expert tensors but those of its own names",
+            **_STREAMS,
+        ),
         Family("Glm4MoeForCausalLM", "glm4_moe", "GLM-4.5 to GLM-4.7", **_DEEPSEEK),
         Family(
             "Glm4MoeLiteForCausalLM",
@@ -667,7 +717,6 @@ _PARTS = "it is a model of several parts that nobody has described here yet"
 REFUSED = {
     **dict.fromkeys(("Llama4ForCausalLM", "Llama4ForConditionalGeneration"), "it weighs what enters its experts"),
     **dict.fromkeys(("NemotronHForCausalLM", "NemotronH_Omni_Reasoning_V3"), _NO_GATE),
-    "DeepseekV4ForCausalLM": "vLLM's loader of it takes no expert tensors but those of its own names",
     **dict.fromkeys(("DeepseekV4ForConditionalGeneration", "DeepseekV41ForCausalLM"), _NO_CLASS),
     "HYV4ForCausalLM": _SHARED_INDEXERS,
     **dict.fromkeys(("Qwen4ExpForConditionalGeneration", "Qwen4ExpForCausalLM"), _TABLES),
@@ -863,6 +912,12 @@ def text_part(config: Mapping[str, Any]) -> LanguagePart | None:
     return usual if isinstance(config.get(usual.config), Mapping) else None
 
 
+def why_not_served(config: Mapping[str, Any]) -> str | None:
+    """Why vLLM is not known to serve a model; None where nothing is known against it."""
+    family = _family(config)
+    return "nobody has tested this architecture" if family is None else family.unserved
+
+
 def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json says of the language model: all of it, or the entry of a model of several parts."""
     text = text_part(config)
@@ -886,7 +941,7 @@ def built_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of the same model in 16 bits, for one that is published otherwise."""
     key, text = "quantization_config", text_part(config)
-    kept = {name: value for name, value in config.items() if name != key}
+    kept = {name: value for name, value in config.items() if name not in (key, "expert_dtype")}
     if text and key in (part := language_config(config)):
         kept[text.config] = {name: value for name, value in part.items() if name != key}
     return kept
@@ -1034,7 +1089,7 @@ def _layer_kind_faults(config: dict[str, Any]) -> list[str]:
     if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in LAYER_KINDS for kind in kinds):
         named = " or ".join(map(repr, LAYER_KINDS))
         return [f"{LAYER_KINDS_KEY} is {kinds!r:.80}, but must list {named} for each of {layers} layers"]
-    if type(first) is int and first >= 0 and kinds != ["dense"] * min(first, layers) + ["sparse"] * (layers - first):
+    if type(first) is int and first >= 0 and [kind == DENSE for kind in kinds] != [i < first for i in range(layers)]:
         return [f"first_k_dense_replace is {first}, but {LAYER_KINDS_KEY} lists other layers"]
     return []
 

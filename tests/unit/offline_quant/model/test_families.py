@@ -11,6 +11,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -30,6 +31,7 @@ from families import (
     make_model,
     streamed_logits,
     to_float8,
+    to_mixed_codes,
     to_mxfp4,
     to_packed,
     whole_logits,
@@ -302,6 +304,54 @@ def test_mxfp4_sources_are_read_as_what_they_stand_for(tmp_path: Path, calib: st
         assert torch.equal(theirs, value)
     assert torch.equal(source.tensors.rows("model.norm.weight", slice(3)), stored["model.norm.weight"][:3])
     assert_same_result(model, plain, tmp_path, calib)
+
+
+@pytest.mark.slow
+def test_experts_in_mxfp4_beside_float8(tmp_path: Path, calib: str) -> None:
+    """DeepSeek-V4 as it is published: scales are powers of two, and called after the module."""
+    model, plain, meaning = published("DeepseekV4ForCausalLM", tmp_path, to_mixed_codes)
+    source, stored = SourceModel(model), load_file(model / "model.safetensors")
+    assert source.tensors.specs.keys() == load_file(plain / "model.safetensors").keys()
+    for name, value in meaning.items():
+        scale = stored[name.removesuffix("weight") + "scale"]
+        assert torch.equal(source.tensors.get(name), value)
+        assert source.tensors.specs[name].shape == value.shape
+        if ".experts." in name:
+            assert torch.equal(Fp8Dequantize(None)._dequantize_one(stored[name], scale, torch.bfloat16), value)
+    assert_same_result(model, plain, tmp_path, calib)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t, w, s: t.pop(s), "is int8"),
+        (
+            lambda t, w, s: t.update({s: t[s][:, :1].contiguous()}),
+            r"MXFP4 of \[96, 64\], needs float8_e8m0fnu\[96, 2\]",
+        ),
+        (lambda t, w, s: t.update({s: t[s].float()}), r"is float32\[96, 2\], but"),
+        (lambda t, w, s: t.update({w: t[w][:, :24].contiguous()}), r"MXFP4 of \[96, 48\], needs"),
+        (lambda t, w, s: t.pop("layers.1.attn.wkv.scale"), r"wkv\.weight is float8_e4m3fn\[64, 64\], without"),
+    ],
+    ids=["no scale", "scale of another shape", "scale of another dtype", "codes of another shape", "no float8 scale"],
+)
+def test_broken_mxfp4_beside_float8_is_refused(change, said: str, tmp_path: Path) -> None:
+    model = make_model("DeepseekV4ForCausalLM", tmp_path / "model")
+    to_mixed_codes(model)
+    tensors = load_file(model / "model.safetensors")
+    change(tensors, "layers.1.ffn.experts.3.w1.weight", "layers.1.ffn.experts.3.w1.scale")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BitsmoeError, match=said):
+        SourceModel(model)
+
+
+def test_experts_of_token_ids_stay_whole_numbers(tmp_path: Path) -> None:
+    """The first layers of DeepSeek-V4 look the experts of a token up."""
+    model = make_model("DeepseekV4ForCausalLM", tmp_path / "model")
+    streamed = StreamedModel(SourceModel(model))
+    with streamed.layer(0) as module:
+        assert module.mlp.gate.tid2eid.dtype == torch.int64
+        assert module.mlp.is_hash
 
 
 def test_every_code_of_mxfp4(tmp_path: Path) -> None:
