@@ -16,7 +16,7 @@ from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.format.linear_layers import DenseConfig, DenseWeights, Linear, dense_linears, plain_specs
 from bitsmoe_kernels.format.safetensors_io import SINGLE_FILE, read_index
 from bitsmoe_kernels.format.schema import CheckpointConfig, TensorSpec
-from bitsmoe_kernels.models.families import EXPERT_COUNT_KEYS, moe_shape
+from bitsmoe_kernels.models.families import EXPERT_COUNT_KEYS, moe_shape, named_architectures, why_not_served
 from bitsmoe_kernels.sharding import parallel_sizes
 from bitsmoe_vllm import _compat
 from bitsmoe_vllm.options import option_faults
@@ -114,12 +114,13 @@ def _other_faults(checkpoint: Checkpoint, specs: Mapping[str, TensorSpec], hf_co
 
     vLLM does not notice when one is missing from a quantized checkpoint, and would serve uninitialized memory.
     """
-    shape = moe_shape(checkpoint.model_config, str(checkpoint.directory))
-    if why := shape.family.unserved:
+    if why := why_not_served(checkpoint.model_config):
+        named = named_architectures(checkpoint.model_config)
         raise BitsmoeError(
-            f"{checkpoint.directory}: {shape.family.architecture} cannot be served: {why}; "
+            f"{checkpoint.directory}: vLLM is not known to serve {named}: {why}; "
             "`bitsmoe dequantize` makes an ordinary checkpoint of it"
         )
+    shape = moe_shape(checkpoint.model_config, str(checkpoint.directory))
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 

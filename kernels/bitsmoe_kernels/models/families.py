@@ -725,7 +725,7 @@ REFUSED = {
     "LongcatFlashForCausalLM": "some of its experts are the identity, which the checkpoint format does not hold",
     "Ernie4_5_VLMoeForConditionalGeneration": "its layers have two groups of experts of different sizes",
     **dict.fromkeys(("Qwen3OmniMoeForConditionalGeneration", "AriaForConditionalGeneration"), _PARTS),
-    **dict.fromkeys(("InklingForConditionalGeneration", "Mistral3ForConditionalGeneration"), _PARTS),
+    "InklingForConditionalGeneration": _PARTS,
     **dict.fromkeys(("BailingMoeForCausalLM", "BailingMoeV2ForCausalLM", "BailingMoeV2_5ForCausalLM"), _NO_CLASS),
     **dict.fromkeys(("BailingMoeV3ForCausalLM", "KimiK3ForConditionalGeneration", "SarvamMoEForCausalLM"), _NO_CLASS),
     **dict.fromkeys(("PanguProMoEV2ForCausalLM", "PanguUltraMoEForCausalLM", "Param2MoEForCausalLM"), _NO_CLASS),

@@ -249,6 +249,21 @@ def test_a_sound_checkpoint_passes(tmp_path: Path) -> None:
     startup.check_checkpoint(tmp_path, AutoConfig.from_pretrained(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("architecture", "said"),
+    [
+        ("NewMoeForCausalLM", "nobody has tested this architecture"),
+        ("DeepseekV4ForCausalLM", "takes no expert tensors"),
+    ],
+)
+def test_a_checkpoint_that_vllm_is_not_known_to_serve(architecture: str, said: str, tmp_path: Path) -> None:
+    write_tiny_qwen3_moe(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"architectures": [architecture]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BitsmoeError, match=rf"not known to serve \['{architecture}'\]: .*{said}"):
+        startup.check_checkpoint(tmp_path, PreTrainedConfig())
+
+
 def test_a_model_in_the_hub_cache_counts_once_it_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
