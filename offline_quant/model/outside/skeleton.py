@@ -64,8 +64,11 @@ class Skeleton:
         self.language = language_config(config)
         self.text = text_part(config)
         self._check_sizes()
-        self.auto_class = self._auto_class()
-        self.model = empty_model(config, self.auto_class, directory)
+        try:
+            self.auto_class = self._auto_class()
+            self.model = empty_model(config, self.auto_class, directory)
+        except BitsmoeError as e:
+            self.fail("class", str(e).removeprefix(f"{directory}: "))
         if (built := type(self.model).__name__) != self.architecture:
             self.fail("class", f"transformers builds {built} from config.json")
         self.passed.append("class")
@@ -108,7 +111,7 @@ class Skeleton:
         for name in _AUTO_CLASSES[::-1] if self.text else _AUTO_CLASSES:
             if type(known) in getattr(transformers, name)._model_mapping:
                 return name
-        self.fail("class", f"transformers has no language model of model_type {self.config['model_type']!r:.80}")
+        raise BitsmoeError(f"transformers has no language model of model_type {self.config['model_type']!r:.80}")
 
     def _base(self) -> str:
         """How names of the decoder's parameters begin in the model."""

@@ -301,6 +301,8 @@ def test_the_forward_pass_is_a_check_of_its_own(tmp_path: Path, monkeypatch: pyt
         ({"num_attention_heads": 3}, "fails the check of its forward pass"),
         ({"num_experts_per_tok": 9}, "forward pass"),
         ({"model_type": None}, "model_type is missing"),
+        ({"model_type": "mystery"}, "fails the check of its class"),
+        ({"model_type": "clip"}, "no language model of model_type 'clip'"),
     ],
 )
 def test_config_json_of_another_model(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
