@@ -66,7 +66,9 @@ def dense_plan(source: SourceModel, bits: Literal[4, 8, 16]) -> DenseConfig | No
             weights = DenseWeights(num_bits=bits, strategy=strategy, group_size=GROUP if strategy == "group" else None)
             groups[strategy] = DenseGroup(targets=tuple(named), weights=weights)
     if not groups:
-        raise BitsmoeError(f"--dense-bits {bits}: {source.directory} has no linear layers outside its routed experts")
+        raise BitsmoeError(
+            f"--dense-bits {bits}: {source.directory} has no linear layers of known names outside its routed experts"
+        )
     return DenseConfig(quant_method="compressed-tensors", format="pack-quantized", config_groups=groups)
 
 

@@ -40,10 +40,8 @@ FUSED_NAMES = ("gate_up_proj", "down_proj")
 EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Names of the number of routed experts in config.json; a config without any is no MoE model."""
 LAYER_KINDS_KEY = "mlp_layer_types"
-"""The kind of every decoder layer's MLP, one of `LAYER_KINDS`. Where it is, transformers reads nothing else."""
-DENSE = "dense"
-LAYER_KINDS = (DENSE, "sparse", "moe", "hash_moe")
-"""All but the first have routed experts; those of the last are chosen by the token's id (DeepSeek-V4)."""
+"""The kind of every decoder layer's MLP, see `Family.layer_kinds`. Where it is, transformers reads nothing else."""
+LAYER_KINDS = ("dense", "sparse")
 MODEL_TYPES = {"kimi_k2": "deepseek_v3", "AXK1": "axk1"}
 """Model types that published files give where transformers has the model under another one."""
 Tested = Literal["tokens", "bfloat16", "transformers", "derived"]
@@ -73,7 +71,7 @@ def _all_layers(config: dict[str, Any]) -> list[int]:
 def _sparse_layers(config: dict[str, Any]) -> list[int]:
     layers = range(config["num_hidden_layers"])
     if (kinds := config.get(LAYER_KINDS_KEY)) is not None:
-        return [i for i in layers if kinds[i] != DENSE]
+        return [i for i in layers if kinds[i] == "sparse"]
     return list(layers[config.get("first_k_dense_replace") or 0 :])
 
 
@@ -148,6 +146,7 @@ class Family:
         num_experts_key: E in config.json.
         intermediate_size_key: I of a routed expert in config.json.
         moe_layers: indices of the decoder layers that have routed experts, from config.json.
+        layer_kinds: what `LAYER_KINDS_KEY` may call a layer.
         experts: the experts within a decoder layer.
         served_experts: what vLLM calls them, where that is another name.
         projections: names of gate, up and down of one expert.
@@ -182,6 +181,7 @@ class Family:
     num_experts_key: str
     intermediate_size_key: str
     moe_layers: Callable[[dict[str, Any]], list[int]]
+    layer_kinds: tuple[str, ...] = LAYER_KINDS
     experts: str = "mlp.experts"
     served_experts: str | None = None
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
@@ -410,6 +410,7 @@ FAMILIES: dict[str, Family] = {
             num_experts_key="n_routed_experts",
             intermediate_size_key="moe_intermediate_size",
             moe_layers=_all_layers,
+            layer_kinds=("hash_moe", "moe"),
             experts="ffn.experts",
             projections=("w1", "w3", "w2"),
             stored_base="",
@@ -1016,7 +1017,7 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
         for key, least in _LAYER_BOUNDS.items()
         if (found := config.get(key)) is not None and (type(found) is not int or found < least)
     ]
-    faults += _layer_kind_faults(config)
+    faults += _layer_kind_faults(config, family.layer_kinds)
     faults += [
         f"{key} is {config[key]!r}, but {counts[0]} {config[counts[0]]!r}"
         for key in counts[1:]
@@ -1081,15 +1082,15 @@ _LAYER_BOUNDS = {
 """Keys of config.json that say which layers have experts, and their least values."""
 
 
-def _layer_kind_faults(config: dict[str, Any]) -> list[str]:
+def _layer_kind_faults(config: dict[str, Any], known: tuple[str, ...]) -> list[str]:
     """Faults of the listed kinds of layers. transformers and vLLM may read different keys, so these must agree."""
     kinds, layers, first = (config.get(k) for k in (LAYER_KINDS_KEY, "num_hidden_layers", "first_k_dense_replace"))
     if kinds is None or type(layers) is not int or layers > MAX_LAYERS:
         return []
-    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in LAYER_KINDS for kind in kinds):
-        named = " or ".join(map(repr, LAYER_KINDS))
+    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in known for kind in kinds):
+        named = " or ".join(map(repr, known))
         return [f"{LAYER_KINDS_KEY} is {kinds!r:.80}, but must list {named} for each of {layers} layers"]
-    if type(first) is int and first >= 0 and [kind == DENSE for kind in kinds] != [i < first for i in range(layers)]:
+    if type(first) is int and first >= 0 and kinds != ["dense"] * min(first, layers) + ["sparse"] * (layers - first):
         return [f"first_k_dense_replace is {first}, but {LAYER_KINDS_KEY} lists other layers"]
     return []
 

@@ -240,10 +240,10 @@ def test_a_directory_without_safetensors(tmp_path: Path) -> None:
 
 
 def test_an_unsupported_dtype_is_named(tmp_path: Path) -> None:
-    header = {"odd": {"dtype": "F4", "shape": [2], "data_offsets": [0, 2]}}
+    header = {"odd": {"dtype": "C64", "shape": [2], "data_offsets": [0, 16]}}
     raw = json.dumps(header).encode()
-    (tmp_path / SINGLE_FILE).write_bytes(struct.pack("<Q", len(raw)) + raw + b"\0\0")
-    assert "tensor odd has dtype F4, which is not supported" in error(tmp_path)
+    (tmp_path / SINGLE_FILE).write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(16))
+    assert "tensor odd has dtype C64, which is not supported" in error(tmp_path)
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b"\xff\xfe{}", b'"x"', b"null"])
@@ -401,7 +401,7 @@ def test_json_as_deep_as_allowed(tmp_path: Path) -> None:
 
 
 def test_names_are_shown_as_a_terminal_can_take_them(tmp_path: Path) -> None:
-    write_raw(tmp_path, {"\x1b[2J" + "n" * 5000: {"dtype": "F4", "shape": [1], "data_offsets": [0, 1]}}, b"\0")
+    write_raw(tmp_path, {"\x1b[2J" + "n" * 5000: {"dtype": "C64", "shape": [1], "data_offsets": [0, 8]}}, bytes(8))
     message = error(tmp_path)
     assert "tensor \\x1b[2Jnnn" in message
     assert len(message) < 1000

@@ -173,7 +173,20 @@ def test_zeros_outliers_and_tiny_numbers(bits: Any, dtype: torch.dtype) -> None:
 # ---- which layers ----
 
 
-@pytest.mark.parametrize("architecture", [name for name, family in FAMILIES.items() if not family.text])
+OWN_NAMES = ("DeepseekV4ForCausalLM",)
+"""Architectures whose files call every linear layer otherwise: `--dense-bits` is refused."""
+
+
+@pytest.mark.parametrize("architecture", OWN_NAMES)
+def test_linear_layers_of_other_names_are_refused(architecture: str, tmp_path: Path) -> None:
+    source = SourceModel(make_model(architecture, tmp_path / "model"))
+    with pytest.raises(BitsmoeError, match=r"--dense-bits 4: .* has no linear layers of known names"):
+        dense_plan(source, 4)
+
+
+@pytest.mark.parametrize(
+    "architecture", [name for name, family in FAMILIES.items() if not family.text and name not in OWN_NAMES]
+)
 def test_every_linear_layer_but_the_named_exceptions(architecture: str, tmp_path: Path) -> None:
     """By the modules of transformers' own model. Engines compute together what has one input."""
     model = make_model(architecture, tmp_path / "model")
@@ -357,7 +370,7 @@ def test_shapes_that_cannot_be_packed_are_refused_before_any_work(tmp_path: Path
     assert "o_proj" not in str(caught.value)  # 36 columns are 9 words of 4
     assert dense_plan(source, 16) is None
     source.tensors = SimpleNamespace(specs={})
-    with pytest.raises(BitsmoeError, match="no linear layers outside its routed experts"):
+    with pytest.raises(BitsmoeError, match="no linear layers of known names outside its routed experts"):
         dense_plan(source, 4)
 
 

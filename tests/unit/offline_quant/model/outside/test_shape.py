@@ -19,7 +19,15 @@ from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.safetensors_io import INDEX_FILE
 from bitsmoe_kernels.models import families as table
 from bitsmoe_kernels.models.families import FAMILIES, language_config
-from families import calibration_perplexity, family_cases, make_model, streamed_logits, whole_logits
+from families import (
+    calibration_perplexity,
+    family_cases,
+    make_model,
+    streamed_logits,
+    to_float8,
+    to_mixed_codes,
+    whole_logits,
+)
 from offline_quant.checkpoint.dequantize import dequantize_checkpoint
 from offline_quant.config import QuantizeConfig
 from offline_quant.model.outside import shape as derived
@@ -96,6 +104,38 @@ def test_rows_of_the_table_can_be_derived(architecture: str, tmp_path: Path, mon
         assert source.shape.prefix(layer) == row.prefix(layer)
         assert source.shape.family.top_k(language_config(source.config)) == 2
     assert torch.allclose(streamed_logits(source), want, atol=2e-4)
+
+
+def turned_files(directory: Path) -> None:
+    """Stacked matrices as Qwen3-VL is published."""
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    turned = {n: t.mT.contiguous() if ".experts." in n else t for n, t in tensors.items()}
+    save_file(turned, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "published"),
+    [
+        ("DeepseekV4ForCausalLM", to_mixed_codes),
+        ("DeepseekV3ForCausalLM", to_float8),
+        ("Qwen3VLMoeForConditionalGeneration", turned_files),
+    ],
+)
+def test_published_forms(
+    architecture: str, published: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is derived reads the same as the row."""
+    model = make_model(architecture, tmp_path / "model")
+    published(model)
+    row = SourceModel(model)
+    monkeypatch.setattr(table, "_BY_NAME", {})
+    found = SourceModel(model)
+    assert found.shape.family.tested == "derived"
+    for layer in row.shape.layers:
+        assert torch.equal(found.experts(layer).gate_up, row.experts(layer).gate_up)
+        assert torch.equal(found.experts(layer).down, row.experts(layer).down)
+    assert torch.equal(streamed_logits(found), streamed_logits(row))
 
 
 @pytest.mark.slow
