@@ -25,6 +25,11 @@ OUTSIDE = "outside the table"
 """In the place of the names of a family's models."""
 MAX_EXPERTS, MAX_VALUES = 1 << 16, 1 << 29
 """Beyond any model: experts of a layer, and values of a tensor, for which memory is taken when a model is tried."""
+_OTHER_SIZES = (
+    "num_attention_heads", "num_key_value_heads", "head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+    "max_position_embeddings",
+)  # fmt: skip
+"""Keys of config.json by which memory is foreseen and windows are cut, where they are present."""
 _NO_GATE = "its experts have two matrices and no gate, which the checkpoint format does not hold"
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
 
@@ -99,6 +104,11 @@ class Skeleton:
             f"{key} is {own.get(key)!r:.80}, but must be a whole number above 0, at most {most.get(key, MAX_SIZE)}"
             for key in ("num_hidden_layers", "hidden_size", "vocab_size", *counts)
             if type(own.get(key)) is not int or not 1 <= own[key] <= most.get(key, MAX_SIZE)
+        ]
+        faults += [
+            f"{key} is {own[key]!r:.80}, but must be a whole number, at most {MAX_SIZE}"
+            for key in _OTHER_SIZES
+            if own.get(key) is not None and (type(own[key]) is not int or not 0 <= own[key] <= MAX_SIZE)
         ]
         if not isinstance(self.config.get("model_type"), str):
             faults.append("model_type is missing")

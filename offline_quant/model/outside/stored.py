@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
+from bitsmoe_kernels.errors import one_line
 from bitsmoe_kernels.models.families import FUSED_NAMES, bias_name
 from offline_quant.model.outside.skeleton import Site, Skeleton, sizes
 
@@ -56,19 +57,21 @@ class StoredNames:
                 dot_natural_key,
                 rename_source_key,
             )
-        except ImportError:
-            skeleton.fail("names", f"transformers {transformers.__version__} does not say how it converts them")
-        self._skeleton, self._rename = skeleton, rename_source_key
-        self._own = skeleton.model.state_dict()
-        mapping = get_model_conversion_mapping(skeleton.model)
-        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        self._sources: dict[str, list[Source]] = {}
-        # Some renamings depend on the order, which is transformers'.
-        for name in sorted((n for n in names if not _LATER_EXPERT.search(n)), key=dot_natural_key):
-            target, pattern = self._target(name)
-            if target in self._own:
-                self._sources.setdefault(target, []).append((name, pattern))
+
+            self._skeleton, self._rename = skeleton, rename_source_key
+            self._own = skeleton.model.state_dict()
+            mapping = get_model_conversion_mapping(skeleton.model)
+            self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+            self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+            self._sources: dict[str, list[Source]] = {}
+            # Some renamings depend on the order, which is transformers'.
+            for name in sorted((n for n in names if not _LATER_EXPERT.search(n)), key=dot_natural_key):
+                target, pattern = self._target(name)
+                if target in self._own:
+                    self._sources.setdefault(target, []).append((name, pattern))
+        except (ImportError, AttributeError, TypeError) as e:  # of another version
+            said = f"transformers {transformers.__version__} does not say how it converts them ({one_line(e)[:200]})"
+            skeleton.fail("names", said)
 
     def _target(self, name: str) -> tuple[str, str | None]:
         """The parameter that transformers fills from a stored tensor, and the pattern of the converter between."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import silu
-from transformers import AutoConfig
+from transformers import AutoConfig, core_model_loading
 from transformers.activations import ACT2FN
 from transformers.core_model_loading import WeightConverter
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -316,7 +316,14 @@ def test_matrices_that_are_stacked_otherwise(tmp_path: Path) -> None:
         SourceModel(model)
 
 
-def test_a_class_without_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_outside(ODD, tmp_path / "model")
+    monkeypatch.setattr(core_model_loading, "rename_source_key", lambda name: name)
+    with pytest.raises(BitsmoeError, match=r"its names .*\n.*does not say how it converts them \(.*positional"):
+        SourceModel(model)
+
+
+def test_a_class_without_conversion(tmp_path: Path) -> None:
     """transformers converts no names of classes that are not its own; such files hold what modules hold."""
     outside.convert_as(list.clear)
     model = make_outside(ODD, tmp_path / "model")
@@ -337,6 +344,8 @@ def test_the_forward_pass_is_a_check_of_its_own(tmp_path: Path, monkeypatch: pyt
         ({"architectures": ["NewForCausalLM"]}, "transformers builds OddForCausalLM from config.json"),
         ({"num_hidden_layers": "3"}, "num_hidden_layers is '3'"),
         ({"num_local_experts": 1 << 20}, "num_local_experts is 1048576"),
+        ({"num_attention_heads": [2, 2, 2]}, "num_attention_heads is [2, 2, 2]"),
+        ({"max_position_embeddings": 1e30}, "max_position_embeddings is 1e+30"),
         ({"hidden_size": 1 << 20, "intermediate_size": 1 << 20}, "larger than any that is tried"),
         ({"num_attention_heads": 3}, "fails the check of its forward pass"),
         ({"num_experts_per_tok": 9}, "forward pass"),
