@@ -5,6 +5,7 @@ import resource
 import signal
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -14,6 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+from bitsmoe_kernels.errors import BitsmoeError
+from offline_quant.model.outside.shape import model_shape
 from offline_quant.runtime import progress
 from tools.fuzz import mutations, targets
 from tools.fuzz.bases import Base, all_bases
@@ -82,13 +85,21 @@ def run_case(bases: list[Base], seed: int, case: int) -> Result:
 Run = Callable[[list[Base], int, int], Result]
 
 
+def _set_up(bases: list[Base], seed: int) -> None:
+    """Load whatever is loaded on first use, before memory is limited."""
+    run_case(bases, seed, 0)
+    sizes = dict.fromkeys(("num_hidden_layers", "hidden_size", "vocab_size", "num_experts"), 1)
+    with suppress(BitsmoeError):  # transformers builds a model, of another name
+        model_shape({"architectures": ["Unknown"], "model_type": "qwen3_moe"} | sizes, Path(), list)
+
+
 def _serve(connection: Connection, bases: list[Base], seed: int, run: Run) -> None:
     """The worker: take numbers, send results."""
     torch.set_num_threads(1)
     progress.console.quiet = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    run_case(bases, seed, 0)  # whatever is set up on first use
+    _set_up(bases, seed)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + SPARE_BYTES, held + SPARE_BYTES))
     while (case := connection.recv()) is not None:

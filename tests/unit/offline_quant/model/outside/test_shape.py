@@ -13,6 +13,7 @@ from transformers import AutoConfig, core_model_loading
 from transformers.activations import ACT2FN
 from transformers.core_model_loading import WeightConverter
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from typer.testing import CliRunner
 
 import outside
 from bitsmoe_kernels.errors import BitsmoeError
@@ -29,6 +30,7 @@ from families import (
     whole_logits,
 )
 from offline_quant.checkpoint.dequantize import dequantize_checkpoint
+from offline_quant.cli.commands import app
 from offline_quant.config import QuantizeConfig
 from offline_quant.model.outside import shape as derived
 from offline_quant.model.probe import probe
@@ -370,6 +372,10 @@ def test_probe_says_what_was_derived(tmp_path: Path) -> None:
     assert (whole.tested, whole.models, whole.index) == ("derived", "outside the table", False)
     assert whole.derived is not None
     assert "experts at language_model.model.layers.0.mlp.experts, stored as gate_proj, up_proj" in whole.derived
+    printed = CliRunner().invoke(app, ["probe", str(model)]).output
+    assert "InternVLForConditionalGeneration (outside the table), can be quantized" in printed
+    assert "Tested on small random models: by nobody; not known to serve" in printed
+    assert f"Derived from transformers and checked: {whole.derived}" in printed
     names = dict.fromkeys(load_file(model / "model.safetensors"), "x")
     (model / "model.safetensors").unlink()
     with pytest.raises(BitsmoeError):
