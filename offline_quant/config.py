@@ -57,11 +57,20 @@ class QuantizeConfig(BaseModel):
     # The order of fields is the order in config.json.
     model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True)
 
-    bits: Annotated[float, Panel.FIRST] = Field(
+    bits: Annotated[float | None, Panel.FIRST] = Field(
+        default=None,
         gt=0,
         le=16,
         allow_inf_nan=False,
-        description="All-in bits per weight of the routed experts: codes, scales, metadata and basis.",
+        description="All-in bits per weight of the routed experts: codes, scales, metadata and basis. Required without "
+        "--target-kl.",
+    )
+    target_kl: Annotated[float | None, Panel.ALLOCATION] = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="In place of --bits: KL divergence from the original that is acceptable, nats a token. The fewest "
+        "bits are taken whose forecast is at most this.",
     )
     objective: Annotated[ObjectiveName, Panel.ALLOCATION] = Field(
         default="bitsmoe", description="What bits are spent for."
@@ -148,6 +157,12 @@ class QuantizeConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
+        if self.bits is not None and self.target_kl is not None:
+            raise ValueError(
+                f"--bits {self.bits} and --target-kl {self.target_kl}: give one of them; --target-kl picks the bits"
+            )
+        if self.bits is None and self.target_kl is None:
+            raise ValueError("--bits: missing; give bits per weight, or the acceptable divergence as --target-kl")
         if self.basis not in _BASES.get(self.objective, (self.basis,)):
             raise ValueError(
                 f"--objective {self.objective} works on whole matrices without a basis, not with --basis {self.basis}; "
@@ -155,7 +170,7 @@ class QuantizeConfig(BaseModel):
             )
         if 0 not in self.ranks or list(self.ranks) != sorted(set(self.ranks)):
             raise ValueError(f"--ranks {','.join(map(str, self.ranks))}: must begin with 0 and ascend")
-        given = [f"--{name.replace('_', '-')}" for name in self._given_dataset_options()]
+        given = [f"--{name.replace('_', '-')}" for name in self._given(_DATASET_OPTIONS)]
         if given and self.calib in (None, SELF):
             raise ValueError(f"{', '.join(given)}: for --calib FILE or hf:DATASET only")
         if (self.calib_config or self.calib_split) and not str(self.calib).startswith(HUB):
@@ -165,12 +180,28 @@ class QuantizeConfig(BaseModel):
             )
         return self
 
-    def _given_dataset_options(self) -> list[str]:
-        return [name for name in _DATASET_OPTIONS if getattr(self, name) is not None]
+    @property
+    def known_bits(self) -> float:
+        """`bits`, given or picked.
+
+        Raises:
+            RuntimeError: they are not picked yet.
+        """
+        if self.bits is None:
+            raise RuntimeError("the bits of --target-kl are not picked yet")
+        return self.bits
+
+    def with_bits(self, bits: float) -> Self:
+        """These options with other bits, picked for `target_kl` or on trial."""
+        return self.model_copy(update={"bits": bits})
+
+    def _given(self, names: tuple[str, ...]) -> list[str]:
+        return [name for name in names if getattr(self, name) is not None]
 
     def record(self) -> dict[str, object]:
         """Options as config.json keeps them. Without paths, so that equal inputs give equal bytes anywhere."""
-        left_out = {"device", *_DATASET_OPTIONS} - {*self._given_dataset_options()}
+        optional = ("target_kl", *_DATASET_OPTIONS)
+        left_out = {"device", *optional} - {*self._given(optional)}
         data = self.model_dump(mode="json", by_alias=True, exclude=left_out)
         if self.calib:
             data["calib"] = recorded_name(self.calib)

@@ -1,10 +1,17 @@
 """Bits left for codes under an all-in budget."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.schema import Layer
 from offline_quant.config import QuantizeConfig
+
+
+def least_bits(schemas: Iterable[Layer], config: QuantizeConfig) -> float:
+    """Bits per weight that scales, metadata and basis alone take in the smallest of some schemas."""
+    return min(8 * schema.nbytes(config.block_size) / schema.num_weights for schema in schemas)
 
 
 def budget_bits(schema: Layer, config: QuantizeConfig, subject: str) -> int:
@@ -14,7 +21,7 @@ def budget_bits(schema: Layer, config: QuantizeConfig, subject: str) -> int:
         BitsmoeError: scales, metadata and basis alone exceed it; names the smallest possible budget.
     """
     overhead = 8 * schema.nbytes(config.block_size)
-    budget = int(config.bits * schema.num_weights)
+    budget = int(config.known_bits * schema.num_weights)
     if overhead > budget:
         least = overhead / schema.num_weights
         raise BitsmoeError(

@@ -48,6 +48,20 @@ class ChoiceTable:
         """All-in bits of the cheapest choices."""
         return self.overhead + int(self.cost.min(1).sum())
 
+    @property
+    def most_bits(self) -> int:
+        """All-in bits of the dearest choices: more cannot be spent."""
+        return self.overhead + int(np.where(np.isfinite(self.loss), self.cost, 0).max(1).sum())
+
+    def losses(self, choice: NDArray[np.int64]) -> dict[ProjectionName, float]:
+        """Loss of some choices by projection, for objectives whose units lie within one.
+
+        Args:
+            choice: [units].
+        """
+        taken = self.loss[np.arange(len(choice)), choice]
+        return {name: float(taken[unit].sum()) for name, unit in self.unit_of.items()}
+
 
 def choice_table(
     objective: Objective, view: ValuedLayer, form: str, schema: Layer, projections: RankedProjections, overhead: int

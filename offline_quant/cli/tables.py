@@ -43,8 +43,8 @@ def print_run(report: ModelReport, out: Path, plan_only: bool) -> None:
                 f"Sane: perplexity {sanity.perplexity_original:.4g} -> {sanity.perplexity_quantized:.4g} on "
                 f"{sanity.tokens} tokens of the calibration text"
             )
-    if report.forecast is not None:
-        output.print(str(report.forecast))
+    for line in report.expectation():
+        output.print(line)
     if report.model_tuning is not None:
         output.print(str(report.model_tuning))
     if report.dense_layers is not None:

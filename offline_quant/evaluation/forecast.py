@@ -7,10 +7,11 @@ bits, and was learnt from three models (docs/log/2026-12-01.md).
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from offline_quant.evaluation.sanity import VOCABULARY_ROWS
@@ -33,6 +34,7 @@ class Forecast(BaseModel):
         kl: nats per token, on text like the calibration text that it has not seen.
         low, high: where it is likely to lie.
         tokens: tokens of calibration text that noise was tried on.
+        measured: divergence of the quantized model on these tokens; None, and no part of the data, while there is none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,16 +43,20 @@ class Forecast(BaseModel):
     low: float
     high: float
     tokens: int
+    measured: float | None = Field(default=None, exclude_if=lambda value: value is None)
 
     def __str__(self) -> str:
-        return f"Expected: KL to the original {self.kl:.2g} nats a token, {self.low:.2g} to {self.high:.2g}"
+        expected = f"Expected: KL to the original {self.kl:.2g} nats a token, {self.low:.2g} to {self.high:.2g}"
+        if self.measured is None:
+            return expected
+        return f"{expected}. Measured: {self.measured:.2g} on {self.tokens:,} tokens of the calibration text"
 
 
 def forecast_bytes(sizes: RunSizes) -> int:
     """Bytes of memory that `forecast` takes."""
     H, rows = sizes.shape.hidden_size, min(VOCABULARY_ROWS, sizes.vocabulary)
     judged = min(sizes.tokens, BATCH_TOKENS)
-    states = FLOAT * (judged * (4 * H + 3 * sizes.state_values) + rows * (H + 4 * judged))
+    states = FLOAT * (judged * (4 * H + 3 * sizes.state_values) + rows * (2 * H + 4 * judged))
     return states + forward_bytes(sizes, judged)
 
 
@@ -87,22 +93,40 @@ def noisy_states(
 
 
 @torch.no_grad()
-def divergence(model: StreamedModel, wanted: Tensor, found: Tensor) -> float:
+def divergence(model: StreamedModel, wanted: Tensor, found: Tensor, other: StreamedModel | None = None) -> float:
     """Mean KL(wanted || found) of predictions, nats per token, for a few rows of the head at a time.
 
     Args:
-        model: gives the head.
+        model: gives norm and head.
         wanted, found: hidden states that leave the last layer, of one shape.
+        other: gives norm and head for `found`; None: `model` does.
     """
-    states = [model.normed(s).flatten(0, -2) for s in (wanted, found)]
+    models = (model, other or model)
+    states = [m.normed(s).flatten(0, -2) for m, s in zip(models, (wanted, found), strict=True)]
+
+    def logits() -> Iterator[list[Tensor]]:
+        heads = (m.head_parts(VOCABULARY_ROWS) for m in models)
+        for parts in zip(*heads, strict=True):
+            yield [head(s) for head, s in zip(parts, states, strict=True)]
+
     totals = [s.new_full((len(s),), -torch.inf) for s in states]
-    for head in model.head_parts(VOCABULARY_ROWS):
-        totals = [torch.logaddexp(t, head(s).logsumexp(-1)) for t, s in zip(totals, states, strict=True)]
+    for both in logits():
+        totals = [torch.logaddexp(t, part.logsumexp(-1)) for t, part in zip(totals, both, strict=True)]
     lost = 0.0
-    for head in model.head_parts(VOCABULARY_ROWS):
-        p, q = (head(s).sub_(t[:, None]) for t, s in zip(totals, states, strict=True))
+    for both in logits():
+        p, q = (part.sub_(t[:, None]) for t, part in zip(totals, both, strict=True))
         lost += float((p.exp() * p.sub(q)).sum(dtype=torch.float64))
     return lost / len(states[0])
+
+
+def forecast_windows(windows: Tensor) -> Tensor:
+    """The first of some windows [n, L], of BATCH_TOKENS tokens: those that noise is tried on."""
+    return windows[: max(1, BATCH_TOKENS // windows.shape[1])]
+
+
+def first_windows(states: Iterable[Tensor], count: int) -> Tensor:
+    """The first windows [count, L, ...] of hidden states in batches, of which no more are read."""
+    return torch.stack(list(islice((row for batch in states for row in batch), count)))
 
 
 def forecast(
@@ -125,9 +149,8 @@ def forecast(
         seed: of the noise.
         on_layer: called after every layer.
     """
-    windows = windows[: max(1, BATCH_TOKENS // windows.shape[1])]
-    rows = (row for batch in states for row in batch)
-    wanted = torch.stack([row for _, row in zip(windows, rows, strict=False)])
+    windows = forecast_windows(windows)
+    wanted = first_windows(states, len(windows))
     lost = divergence(model, wanted, noisy_states(model, windows, errors, seed, on_layer))
     kl = lost * max(LEAST_MULTIPLE, MULTIPLE_AT_2_BITS + MULTIPLE_PER_BIT * (bits - 2))
     return Forecast(kl=kl, low=kl / UNCERTAINTY, high=kl * UNCERTAINTY, tokens=windows.numel())

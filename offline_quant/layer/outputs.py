@@ -1,12 +1,13 @@
 """What a layer's experts give, before and after they are quantized."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bitsmoe_kernels.format.schema import Layer
+from bitsmoe_kernels.format.schema import Layer, ProjectionName
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
 from offline_quant.allocation.objectives import OBJECTIVES
 from offline_quant.calibration.output_sample import (
@@ -58,19 +59,47 @@ def output_of(ctx: LayerContext, layer: Layer, tensors: dict[str, Tensor]) -> Te
     return moe_forward(weights, inputs.x, inputs.topk_weights, inputs.topk_ids)
 
 
-def planned_output_error(view: LayerView, plan: LayerPlan) -> float | None:
-    """Relative error of the layer's output that a plan predicts: errors of all projections, each by itself.
+@dataclass(frozen=True)
+class OutputErrors:
+    """What losses of projections do to a layer's output: errors of all projections, each by itself.
 
-    None where the objective predicts no errors.
+    Attributes:
+        energy: of a projection's output.
+        unit_energy: energy at the layer's output of one unit of a projection's error.
+        top_k: experts of a token.
+        total: energy of the layer's output.
     """
+
+    energy: Mapping[ProjectionName, float]
+    unit_energy: Mapping[ProjectionName, float]
+    top_k: int
+    total: float
+
+    def of(self, losses: Mapping[ProjectionName, float]) -> float:
+        """Relative error of the layer's output for relative errors of the projections."""
+        lost = 0.0
+        for name, loss in losses.items():
+            lost += loss * self.energy[name] * self.unit_energy[name]
+        return lost * self.top_k / max(self.total, 1e-300)
+
+
+def output_errors(view: LayerView, plan: LayerPlan) -> OutputErrors | None:
+    """What losses under a plan's form do to the output; None where the objective predicts no errors."""
     if not OBJECTIVES[view.config.objective].predicts_errors:
         return None
-    frequency, lost = view.routing_frequency.double(), 0.0
-    for name, loss in plan.losses.items():
-        energy = float((frequency * plan.projections[name].components.total.double()).sum())
-        lost += loss * energy * view.unit_energy(name)
-    total = float(view.measurements.output.double().square().sum(1).mean())
-    return lost * view.ctx.moments.top_k / max(total, 1e-300)
+    frequency = view.routing_frequency.double()
+    return OutputErrors(
+        {n: float((frequency * p.components.total.double()).sum()) for n, p in plan.projections.items()},
+        {n: view.unit_energy(n) for n in plan.projections},
+        view.ctx.moments.top_k,
+        float(view.measurements.output.double().square().sum(1).mean()),
+    )
+
+
+def planned_output_error(view: LayerView, plan: LayerPlan) -> float | None:
+    """Relative error of the layer's output that a plan predicts; None where the objective predicts no errors."""
+    errors = output_errors(view, plan)
+    return None if errors is None else errors.of(plan.losses)
 
 
 def output_error(view: LayerView, output: Tensor | None = None) -> float:

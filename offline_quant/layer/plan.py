@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,8 +35,7 @@ class LayerPlan:
     @property
     def losses(self) -> dict[ProjectionName, float]:
         """What the solver minimized, by projection, for objectives whose units lie within one."""
-        taken = self.table.loss[np.arange(len(self.allocation.choice)), self.allocation.choice]
-        return {name: float(taken[unit].sum()) for name, unit in self.table.unit_of.items()}
+        return self.table.losses(self.allocation.choice)
 
     @property
     def basis(self) -> str:

@@ -35,10 +35,10 @@ SAMPLE_EXPERTS = 16
 """Experts, at least, that choose the form of a layer that has over twice as many."""
 
 
-def pass_count(config: QuantizeConfig) -> int:
-    """How often every expert comes by, at most."""
+def pass_count(config: QuantizeConfig, plans: int = 1) -> int:
+    """How often every expert comes by, at most, where some plans are made of a layer."""
     each_form = 2 if runs_pilot(config) else 1
-    return 2 + each_form * len(forms_of(config))
+    return 2 + plans * each_form * len(forms_of(config))
 
 
 def plan_layer(view: LayerView, budget: int | None = None, trim: bool = True) -> LayerPlan:
@@ -54,7 +54,7 @@ def plan_layer(view: LayerView, budget: int | None = None, trim: bool = True) ->
     """
     config, shape = view.config, view.shape
     weights = shape.num_weights // len(shape.layers)
-    whole = int(config.bits * weights) if budget is None else budget
+    whole = int(config.known_bits * weights) if budget is None else budget
     forms = _likely_forms(view, _allowed_forms(view), whole)
     best: LayerPlan | None = None
     least = np.inf

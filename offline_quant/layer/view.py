@@ -93,6 +93,10 @@ class LayerView:
         """See `LayerMoments.routing_frequency`."""
         return self.ctx.moments.routing_frequency[: self.shape.num_experts]
 
+    def with_bits(self, bits: float) -> "LayerView":
+        """The layer with other bits per weight; what is kept between passes is shared."""
+        return replace(self, ctx=replace(self.ctx, config=self.config.with_bits(bits)))
+
     def sample(self, experts: int) -> "LayerView":
         """The layer with its first experts only, see `LayerContext.sample`."""
         ctx, down = self.ctx.sample(experts), self.measurements.down

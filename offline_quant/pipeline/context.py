@@ -1,6 +1,6 @@
 """What all layers of a run are worked on with."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -62,6 +62,10 @@ class RunContext:
     def windows_read_after(self, layer: int) -> int:
         """Windows whose hidden states are read after a layer; of the last one, only the judged windows are."""
         return len(self.judged if layer == self.num_layers - 1 else self.windows)
+
+    def with_bits(self, bits: float) -> "RunContext":
+        """The run with bits that were picked for `--target-kl`."""
+        return replace(self, config=self.config.with_bits(bits))
 
     def embed(self) -> None:
         """Write the hidden states that enter the first layer."""

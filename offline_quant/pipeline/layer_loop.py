@@ -4,17 +4,18 @@ A layer is calibrated on the output of the quantized layers before it, so that i
 windows pass through the original layers too, to judge the result by.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from bitsmoe_kernels.format.schema import Layer
 from offline_quant.evaluation import sanity
-from offline_quant.evaluation.forecast import Forecast, forecast
+from offline_quant.evaluation.forecast import Forecast, divergence, first_windows, forecast, forecast_windows
 from offline_quant.pipeline.context import RunContext
 from offline_quant.pipeline.model_tuning import tuned_states
 from offline_quant.pipeline.moe_layer import LayerProgress, layer_bar, quantize_moe_layer
-from offline_quant.pipeline.records import DividedBudget, LayerRecord, MoELayerRecord
+from offline_quant.pipeline.records import DividedBudget, LayerRecord, MoELayerRecord, PickedBits
 from offline_quant.report.schema import LayerPicture, LayerReport
 from offline_quant.runtime.progress import bar
 
@@ -85,7 +86,20 @@ def _finish_layer(run: RunContext, index: int, budget: DividedBudget | None, pro
     run.clock.lap("write")
 
 
-def forecast_plan(run: RunContext, layers: FinishedLayers) -> Forecast | None:
+def expected_quality(run: RunContext, layers: FinishedLayers, picked: PickedBits | None) -> Forecast | None:
+    """The forecast that bits were picked by, with what was measured; of a plan its own; else None."""
+    if picked is None:
+        return _forecast_plan(run, layers)
+    if run.plan_only:
+        return picked.forecast
+    count, last = len(forecast_windows(run.judged)), run.num_layers - 1
+    wanted, found = (first_windows(s, count) for s in (run.originals.read_all(last), _quantized_states(run)))
+    measured = divergence(run.original, wanted, found, run.streamed)
+    run.clock.lap("forecast")
+    return picked.forecast.model_copy(update={"measured": measured})
+
+
+def _forecast_plan(run: RunContext, layers: FinishedLayers) -> Forecast | None:
     """The quality to expect of a plan; None where nothing was only planned, or no errors are predicted."""
     planned = [report.planned_output_error for report in layers.reports]
     known = [error for error in planned if error is not None]
@@ -94,7 +108,7 @@ def forecast_plan(run: RunContext, layers: FinishedLayers) -> Forecast | None:
     states = run.calibration.read_all(run.num_layers - 1)
     with bar("Forecasting", run.num_layers) as on_layer:
         errors = dict(zip(run.shape.layers, known, strict=True))
-        found = forecast(run.streamed, run.judged, states, errors, run.config.bits, run.config.seed, on_layer)
+        found = forecast(run.streamed, run.judged, states, errors, run.config.known_bits, run.config.seed, on_layer)
     run.clock.lap("forecast")
     return found
 
@@ -105,12 +119,16 @@ def sanity_check(run: RunContext, layers: FinishedLayers) -> sanity.SanityVerdic
         return None
     last = run.num_layers - 1
     original = sanity.tally(run.original, run.judged, run.originals.read_all(last))
-    states = run.calibration.read_all(last)
-    if (tuning := run.state.tuning) is not None and tuning.kept:
-        states = iter([tuned_states(run)])
-    quantized = sanity.tally(run.streamed, run.judged, states)
+    quantized = sanity.tally(run.streamed, run.judged, _quantized_states(run))
     natural = all(report.basis == "natural" for report in layers.reports)
     remedy = sanity.advice(run.config.tune, run.config.tune_model, natural)
     verdict = sanity.verdict(original, quantized, remedy)
     run.clock.lap("sanity")
     return verdict
+
+
+def _quantized_states(run: RunContext) -> Iterator[Tensor]:
+    """Hidden states in batches that leave the quantized model's last layer, of the judged windows at least."""
+    if (tuning := run.state.tuning) is not None and tuning.kept:
+        return iter([tuned_states(run)])
+    return run.calibration.read_all(run.num_layers - 1)

@@ -7,7 +7,7 @@ from offline_quant.allocation.objectives import OBJECTIVES
 from offline_quant.allocation.solver import allocate
 from offline_quant.calibration.sensitivity import layer_sensitivities
 from offline_quant.pipeline.context import RunContext
-from offline_quant.pipeline.moe_layer import layer_bar, moe_layer_choices
+from offline_quant.pipeline.moe_layer import examine_layers, layer_choices
 from offline_quant.pipeline.records import DividedBudget
 from offline_quant.report.schema import ModelBudget
 from offline_quant.runtime.progress import bar
@@ -22,8 +22,7 @@ def share_budget(run: RunContext) -> DividedBudget:
     if (earlier := run.state.model_budget) is not None:
         return earlier
     sensitivity = _sensitivities(run)
-    tables = _all_choices(run)
-    run.clock.lap("calibration")
+    tables = examine_layers(run, layer_choices, "Planning")
     budget = _divided(run, tables, sensitivity)
     if run.workers.rank == 0:
         run.state.keep_model_budget(budget)
@@ -41,30 +40,12 @@ def _sensitivities(run: RunContext) -> dict[int, float]:
     return found
 
 
-def _all_choices(run: RunContext) -> dict[int, ChoiceTable]:
-    """The choices of every MoE layer, by layer index."""
-    tables = {}
-    run.embed()
-    with layer_bar(run, "Planning") as progress:
-        for index in range(run.num_layers):
-            run.state.open_layer(index)
-            if index in run.shape.layers:
-                tables[index] = moe_layer_choices(run, index, progress)
-            else:
-                run.calibration.propagate(index)
-            run.workers.barrier()  # nobody may drop hidden states that another process reads
-            if index and run.workers.rank == 0:  # the quantized layers begin with what enters the first
-                run.state.drop_hidden(index - 1)
-            progress.round_off(index + 1)
-    return tables
-
-
 def _divided(run: RunContext, tables: dict[int, ChoiceTable], sensitivity: dict[int, float]) -> DividedBudget:
     """Solve one program over the choices of all layers."""
     shape = run.shape
     loss = np.concatenate([table.loss * sensitivity.get(index, 1.0) for index, table in tables.items()])
     cost = np.concatenate([table.cost for table in tables.values()])
-    codes = int(run.config.bits * shape.num_weights) - sum(table.overhead for table in tables.values())
+    codes = int(run.config.known_bits * shape.num_weights) - sum(table.overhead for table in tables.values())
     result = run.workers.broadcast_from_first(lambda: allocate(loss, cost, codes))
     bits: dict[str, int] = {}
     start = 0

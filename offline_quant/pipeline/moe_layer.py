@@ -1,8 +1,9 @@
 """One layer with routed experts: calibrate, plan, quantize. All uses of `layer/` in a run are here."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,19 +28,49 @@ from offline_quant.runtime.chunks import gpu_share
 from offline_quant.runtime.offload import OffloadCache
 from offline_quant.runtime.progress import Bar, bar
 
+Result = TypeVar("Result")
 
-def moe_layer_choices(run: RunContext, index: int, on_progress: "LayerProgress") -> ChoiceTable:
-    """The choices of a layer for one budget over the model; its hidden states go on as the original model has them.
+
+def examine_layers(
+    run: RunContext, look: Callable[[LayerView], Result], description: str, plans: int = 1
+) -> dict[int, Result]:
+    """Look at every MoE layer on the original model's activations, before bits are decided; by layer index.
+
+    The hidden states that leave its last layer stay on the disk, and those that enter the first one.
+
+    Args:
+        run: the run.
+        look: at a layer after its first pass.
+        description: of the progress.
+        plans: that `look` makes of a layer.
 
     Raises:
         BitsmoeError: activations or weights beyond float32, or an impossible budget.
     """
-    with _finite_or_refuse(run.shape.prefix(index)):
-        view = _measured_layer(run, index, on_progress)
-        table = replace(plan_layer(view, trim=False).table, projections={})
-    run.calibration.add_expert_output(index, original_output(view.ctx), run.windows_read_after(index))
-    view.ctx.cache.clear()
-    return table
+    found = {}
+    run.embed()
+    with layer_bar(run, description, plans) as progress:
+        for index in range(run.num_layers):
+            run.state.open_layer(index)
+            if index in run.shape.layers:
+                with _finite_or_refuse(run.shape.prefix(index)):
+                    view = _measured_layer(run, index, progress)
+                    found[index] = look(view)
+                run.calibration.add_expert_output(index, original_output(view.ctx), run.windows_read_after(index))
+                view.ctx.cache.clear()
+            else:
+                run.calibration.propagate(index)
+            run.workers.barrier()  # nobody may drop hidden states that another process reads
+            if index and run.workers.rank == 0:  # the quantized layers begin with what enters the first
+                run.state.drop_hidden(index - 1)
+            progress.round_off(index + 1)
+    run.clock.lap("calibration")
+    return found
+
+
+def layer_choices(view: LayerView) -> ChoiceTable:
+    """The choices of a layer for one budget over the model, without its components."""
+    return replace(plan_layer(view, trim=False).table, projections={})
 
 
 def quantize_moe_layer(
@@ -161,8 +192,8 @@ class LayerProgress:
 
 
 @contextmanager
-def layer_bar(run: RunContext, description: str) -> Iterator[LayerProgress]:
-    """A bar over all layers."""
-    each = run.shape.num_experts * pass_count(run.config)
+def layer_bar(run: RunContext, description: str, plans: int = 1) -> Iterator[LayerProgress]:
+    """A bar over all layers, of each of which some plans are made."""
+    each = run.shape.num_experts * pass_count(run.config, plans)
     with bar(description, run.num_layers * each) as inner:
         yield LayerProgress(inner, each)

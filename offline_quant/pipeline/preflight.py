@@ -11,7 +11,7 @@ from bitsmoe_kernels.format.linear_layers import DenseConfig
 from bitsmoe_kernels.format.safetensors_io import read_json
 from bitsmoe_kernels.models.families import in_table, language_config, moe_shape
 from offline_quant.allocation.budget import budget_bits
-from offline_quant.allocation.objectives import OBJECTIVES, forms_of
+from offline_quant.allocation.objectives import OBJECTIVES, budget_scope, forms_of
 from offline_quant.calibration.sources.base import CalibrationSource
 from offline_quant.calibration.sources.registry import calibration_source
 from offline_quant.calibration.windows import load_tokenizer, window_length
@@ -21,7 +21,7 @@ from offline_quant.config import QuantizeConfig
 from offline_quant.model.download import resolve_model
 from offline_quant.model.outside.shape import untested
 from offline_quant.model.side_files import missing_code
-from offline_quant.model.sizes import RunSizes
+from offline_quant.model.sizes import MAX_CODE_BITS, RunSizes
 from offline_quant.model.source import SourceModel
 from offline_quant.model.streaming import StreamedModel, transformers_config
 from offline_quant.pipeline.hidden_states import batch_windows
@@ -36,15 +36,27 @@ from offline_quant.runtime.progress import console
 
 
 def check_budget(source: SourceModel, config: QuantizeConfig) -> None:
-    """Refuse an impossible budget from the model's shape alone, before calibration.
+    """Refuse an impossible budget, or a divergence that cannot be forecast, from the model's shape alone.
 
     Raises:
-        BitsmoeError: names the smallest possible budget.
+        BitsmoeError: names the smallest possible budget, or the option that rules out a forecast.
     """
-    schemas = [form.schema(source.shape, config.basis_bits) for form in forms_of(config)]
-    least = min(schemas, key=lambda schema: schema.nbytes(config.block_size))
-    budget_bits(least, config, str(source.directory))
-    OBJECTIVES[config.objective].check(source.shape)
+    objective = OBJECTIVES[config.objective]
+    if config.target_kl is None:
+        schemas = [form.schema(source.shape, config.basis_bits) for form in forms_of(config)]
+        least = min(schemas, key=lambda schema: schema.nbytes(config.block_size))
+        budget_bits(least, config, str(source.directory))
+    elif not objective.predicts_errors:
+        raise BitsmoeError(
+            f"--target-kl {config.target_kl}: --objective {objective.name} predicts no errors that a divergence could "
+            "be forecast from; use --objective bitsmoe, or give --bits"
+        )
+    elif budget_scope(config) == "model":
+        raise BitsmoeError(
+            f"--target-kl {config.target_kl}: with --budget model no forecast was compared with measurements; leave "
+            "--budget out, or give --bits"
+        )
+    objective.check(source.shape)
 
 
 @dataclass(frozen=True)
@@ -140,14 +152,15 @@ def check_inputs(
 
 
 def run_sizes(inputs: RunInputs, config: QuantizeConfig) -> RunSizes:
-    """The sizes by which stages state their memory."""
+    """The sizes by which stages state their memory: of as many bits as there can be, while none are picked."""
     source = inputs.source
     length = window_length(source.config, config.calib_length)
     state_shape = inputs.streamed.state_shape
     batch = min(config.calib_samples, batch_windows(length, state_shape.numel()))
     return RunSizes(
-        source.shape, source.tensors.specs, language_config(source.config), config.bits, config.calib_samples * length,
-        batch * length, length, torch.device(config.device), state_shape.numel() // source.shape.hidden_size,
+        source.shape, source.tensors.specs, language_config(source.config), config.bits or MAX_CODE_BITS,
+        config.calib_samples * length, batch * length, length, torch.device(config.device),
+        state_shape.numel() // source.shape.hidden_size,
     )  # fmt: skip
 
 
@@ -162,6 +175,8 @@ def check_resources(
     max_memory: int | None,
 ) -> MemoryEstimate:
     """Estimate memory and disk, say so, and refuse a run that would take too much of either.
+
+    The result's disk counts once its bits are known.
 
     Args:
         inputs, sizes: of the run.
@@ -182,6 +197,7 @@ def check_resources(
         check_memory(memory, max_memory)
     if workers.rank == 0 and not earlier.complete:
         with faults.gathered():
-            check_space(out, memory.result * (not plan_only) + memory.disk - held_bytes(out))
+            written = memory.result if config.bits is not None and not plan_only else 0
+            check_space(out, written + memory.disk - held_bytes(out))
     faults.raise_all()
     return memory

@@ -12,13 +12,14 @@ from offline_quant.checkpoint.writer import write_checkpoint
 from offline_quant.config import QuantizeConfig
 from offline_quant.pipeline.calibrate import calibration_windows
 from offline_quant.pipeline.context import start_run
-from offline_quant.pipeline.layer_loop import forecast_plan, quantize_layers, sanity_check
+from offline_quant.pipeline.layer_loop import expected_quality, quantize_layers, sanity_check
 from offline_quant.pipeline.memory import MemoryEstimate
 from offline_quant.pipeline.model_budget import share_budget
 from offline_quant.pipeline.model_tuning import tune_whole_model
 from offline_quant.pipeline.preflight import RunInputs, check_inputs, check_resources, run_sizes
 from offline_quant.pipeline.resume import RESULT, EarlierRun, fingerprint, run_state
 from offline_quant.pipeline.stopwatch import Stopwatch
+from offline_quant.pipeline.target_kl import pick_bits
 from offline_quant.report.collect import linear_layers_report, model_report
 from offline_quant.report.model_card import write_card
 from offline_quant.report.page import write_page
@@ -92,6 +93,13 @@ def quantize_model(
             lambda: calibration_windows(inputs, config, sizes, max_memory, state, clock)
         )
         run = start_run(inputs, config, calibration.tokens, state, workers, clock, plan_only)
+        picked = None
+        if config.target_kl is not None:
+            picked = pick_bits(run, config.target_kl)
+            run = run.with_bits(picked.bits)
+            config = run.config
+            sizes = run_sizes(inputs, config)
+            memory = check_resources(inputs, sizes, config, out, workers, earlier, plan_only, max_memory)
         budget = share_budget(run) if budget_scope(config) == "model" else None
         layers = quantize_layers(run, budget)
         if workers.rank:
@@ -101,7 +109,7 @@ def quantize_model(
         report = model_report(
             layers.reports, layers.schemas, config, options, calibration.tokens, sanity_check(run, layers),
             budget.report if budget else None, tuning, linear_layers_report(dense, source.tensors.specs),
-            forecast_plan(run, layers),
+            expected_quality(run, layers, picked),
         )  # fmt: skip
         result = state.directory / RESULT
         result.mkdir()

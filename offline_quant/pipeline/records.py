@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bitsmoe_kernels.format.schema import Layer
+from offline_quant.evaluation.forecast import Forecast
 from offline_quant.pipeline.stopwatch import StageFigures
 from offline_quant.report.schema import LayerPicture, LayerReport, ModelBudget
 
@@ -54,6 +55,28 @@ class LayerRecord:
             schema, picture = Layer.model_validate(data["schema"]), LayerPicture.restored(data["picture"])
             moe = MoELayerRecord(schema, LayerReport.model_validate(data["report"]), picture)
         return cls(StageFigures(**data["clock"]), moe)
+
+
+@dataclass(frozen=True)
+class PickedBits:
+    """Bits that were picked for `--target-kl`.
+
+    Attributes:
+        bits: all-in bits per weight.
+        forecast: of the plan they were picked by.
+    """
+
+    bits: float
+    forecast: Forecast
+
+    def dump(self) -> dict[str, Any]:
+        """The bits as JSON data."""
+        return {"bits": self.bits, "forecast": self.forecast.model_dump()}
+
+    @classmethod
+    def load(cls, data: dict[str, Any]) -> "PickedBits":
+        """The bits that `dump` wrote."""
+        return cls(data["bits"], Forecast.model_validate(data["forecast"]))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
         lock                held by the run that works here
         windows.safetensors calibration tokens
         calibration.json    their origin
+        picked.json         the bits that were picked for a divergence, where they were
         shared.json         one budget for the model, divided among its layers, where there is one
         layer-00003/        a finished layer: its tensors, schema, report and the hidden states that leave it; its tuned
                             scales, where the whole model is tuned
@@ -43,14 +44,14 @@ from offline_quant.checkpoint.directory import (
     remove_empty,
     unwritable,
 )
-from offline_quant.pipeline.records import DividedBudget, LayerRecord
+from offline_quant.pipeline.records import DividedBudget, LayerRecord, PickedBits
 from offline_quant.report.schema import ModelTuning
 from offline_quant.runtime.distributed import Workers
 
 STATE_VERSION = 2
 RESULT = "result"
 _STATE, _LOCK, _WINDOWS = "state.json", "lock", "windows.safetensors"
-_TEXT, _BUDGET = "calibration.json", "shared.json"
+_TEXT, _BUDGET, _PICKED = "calibration.json", "shared.json", "picked.json"
 _TENSORS, _LAYER = "tensors.safetensors", "layer.json"
 _TUNED, _SCALES = "tuned.json", "tuned.safetensors"
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
@@ -279,6 +280,16 @@ class RunState:
     def keep_model_budget(self, budget: DividedBudget) -> None:
         """Keep one budget for the model, divided among its layers."""
         self._keep(_BUDGET, budget.dump())
+
+    @property
+    def picked_bits(self) -> PickedBits | None:
+        """The bits that `keep_picked_bits` kept; None: there are none yet."""
+        data = self._kept(_PICKED)
+        return None if data is None else PickedBits.load(data)
+
+    def keep_picked_bits(self, picked: PickedBits) -> None:
+        """Keep the bits that were picked for `--target-kl`."""
+        self._keep(_PICKED, picked.dump())
 
     def _keep(self, name: str, data: dict[str, Any]) -> None:
         _write(self.directory / name, json.dumps(data))

@@ -131,7 +131,7 @@ def model_report(
         model_budget: None where every layer has a budget of its own.
         model_tuning: None where the whole model was not tuned.
         dense_layers: see `linear_layers_report`.
-        forecast: None but after `--plan`.
+        forecast: None but after `--plan`, or with bits picked for a divergence.
     """
     weights = sum(layer.num_weights for layer in layers.values())
     size = sum(layer.nbytes(config.block_size) for layer in layers.values())

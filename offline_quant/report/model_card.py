@@ -126,6 +126,14 @@ def _head(name: str, base: str | None, commit: str | None, report: ModelReport, 
         *linear_size,
         f"| size of everything else | {(total - experts) / 1e6:,.2f} MB |",
     ]
+    if (expected := report.forecast) is not None:
+        lines.append(
+            f"| KL divergence from the original, forecast | {expected.kl:.2g} nats a token, {expected.low:.2g} to "
+            f"{expected.high:.2g} |"
+        )
+        if expected.measured is not None:
+            tokens = f"{expected.tokens:,} tokens of the calibration text"
+            lines.append(f"| the same, measured on {tokens} | {expected.measured:.2g} |")
     if (sanity := report.sanity) is not None:
         tokens = f"{sanity.tokens:,} tokens of the calibration text"
         before, after = sanity.perplexity_original, sanity.perplexity_quantized

@@ -38,6 +38,7 @@ def write_page(
     sections = [
         _summary(report),
         _sanity(report.sanity),
+        _expectation(report),
         _layers(report),
         _errors(report),
         _bit_maps(pictures),
@@ -90,6 +91,11 @@ def _sanity(sanity: SanityVerdict | None) -> str:
         f'<div class="bad"><strong>This model is broken. Do not use it.</strong>\n<ul>{faults}</ul>\n'
         f"{advice}\n<p>Measured: {figures}.</p></div>"
     )
+
+
+def _expectation(report: ModelReport) -> str:
+    lines = report.expectation()
+    return f"<p>{_text('. '.join(lines))}.</p>" if lines else ""
 
 
 def _layers(report: ModelReport) -> str:

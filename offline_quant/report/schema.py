@@ -150,7 +150,8 @@ class ModelReport(Report):
         model_tuning: None without `--tune-model`.
         layers: MoE layers in the model's order.
         dense_layers: None where the other linear layers are not quantized.
-        forecast: the quality to expect; None but after `--plan` with an objective that predicts errors.
+        forecast: the quality to expect; None but after `--plan` with an objective that predicts errors, or with bits
+            picked for a divergence.
     """
 
     bpw: float
@@ -164,6 +165,17 @@ class ModelReport(Report):
     layers: list[LayerReport]
     dense_layers: LinearLayersReport | None
     forecast: Forecast | None = None
+
+    def expectation(self) -> list[str]:
+        """The bits that were picked and the quality to expect, as sentences; empty without a forecast."""
+        if self.forecast is None:
+            return []
+        lines, options = [str(self.forecast)], self.options
+        if (target := options.get("target_kl")) is not None:
+            lines.insert(0, f"Picked for --target-kl {target:g}: --bits {options['bits']:g}")
+        if options.get("tune") or options.get("tune_model"):
+            lines.append("The forecast is for runs without tuning, which does better")
+        return lines
 
 
 class ProjectionInspection(Report):
