@@ -49,7 +49,7 @@ class Forecast(BaseModel):
         expected = f"Expected: KL to the original {self.kl:.2g} nats a token, {self.low:.2g} to {self.high:.2g}"
         if self.measured is None:
             return expected
-        return f"{expected}. Measured: {self.measured:.2g} on {self.tokens:,} tokens of the calibration text"
+        return f"{expected}. Measured: {self.measured:.2g} on {self.tokens:,} tokens that it was calibrated on"
 
 
 def forecast_bytes(sizes: RunSizes) -> int:

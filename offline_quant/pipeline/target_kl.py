@@ -84,7 +84,7 @@ class Forecasts:
             )
         if step == self._least:
             raise BitsmoeError(
-                f"--target-kl {target:g}: too large to pick bits by; the fewest, {bits}, are forecast to give "
+                f"--target-kl {target:g}: too large to pick bits by; the fewest considered, {bits}, are forecast to give "
                 f"{kl:.2g}; give at most --target-kl {_rounded(kl, math.floor):g}, or --bits"
             )
         return PickedBits(bits, self.at(step))

@@ -132,8 +132,10 @@ def _head(name: str, base: str | None, commit: str | None, report: ModelReport, 
             f"{expected.high:.2g} |"
         )
         if expected.measured is not None:
-            tokens = f"{expected.tokens:,} tokens of the calibration text"
-            lines.append(f"| the same, measured on {tokens} | {expected.measured:.2g} |")
+            lines.append(
+                f"| the same, measured on {expected.tokens:,} tokens that it was calibrated on | "
+                f"{expected.measured:.2g} |"
+            )
     if (sanity := report.sanity) is not None:
         tokens = f"{sanity.tokens:,} tokens of the calibration text"
         before, after = sanity.perplexity_original, sanity.perplexity_quantized
