@@ -84,8 +84,8 @@ class Forecasts:
             )
         if step == self._least:
             raise BitsmoeError(
-                f"--target-kl {target:g}: too large to pick bits by; the fewest considered, {bits}, are forecast to give "
-                f"{kl:.2g}; give at most --target-kl {_rounded(kl, math.floor):g}, or --bits"
+                f"--target-kl {target:g}: too large to pick bits by; the fewest considered, {bits}, are forecast to "
+                f"give {kl:.2g}; give at most --target-kl {_rounded(kl, math.floor):g}, or --bits"
             )
         return PickedBits(bits, self.at(step))
 
