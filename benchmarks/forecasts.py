@@ -1,9 +1,13 @@
 """Forecasts of `bitsmoe quantize --plan` beside the divergences that were measured.
 
     python -m benchmarks.forecasts --model DIR [--calib FILE] [--samples N] [--out DIR]
+    python -m benchmarks.forecasts --model DIR --targets KL ... [--calib FILE] [--text FILE] [--samples N] [--out DIR]
 
-Plans again what quality-MODEL.json has of untuned runs with default objective and windows, and compares. Writes
-forecasts-MODEL.md.
+The first plans again what quality-MODEL.json has of untuned runs with default objective and windows, and compares.
+Writes forecasts-MODEL.md.
+
+The second quantizes with `--target-kl`, and measures the divergence on other text. Without --calib and --text the model
+writes both itself, from different seeds. Writes targets-MODEL.md.
 """
 
 import argparse
@@ -11,10 +15,14 @@ import json
 import platform
 import tempfile
 from pathlib import Path
+from typing import Any
+
+import torch
 
 import bitsmoe
-from benchmarks.quality import OURS
+from benchmarks.quality import OURS, write_held_out_text
 from benchmarks.record import ROOT, commit
+from offline_quant.evaluation.evaluate import Reference
 from offline_quant.report.schema import ModelReport
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -47,6 +55,39 @@ def table(model: Path, calib: str, samples: int | None) -> str:
     return head + "\n".join(lines) + tail
 
 
+def target_table(model: Path, calib: str, samples: int | None, text: Path, targets: list[float]) -> str:
+    """What `--target-kl` picks, and what is measured then, as a page.
+
+    Args:
+        model: checkpoint directory.
+        calib: calibration text.
+        samples: its windows; None: the default.
+        text: what is measured on.
+        targets: divergences, nats per token.
+    """
+    lines = ["| target KL | picked bits | bpw | forecast KL | range | measured KL | over target |"]
+    lines.append("|---" * 7 + "|")
+    reference, tokens = Reference(model, text), 0
+    for target in targets:
+        options: dict[str, Any] = {"calib": calib, **({"calib_samples": samples} if samples else {})}
+        with tempfile.TemporaryDirectory() as scratch:
+            out = Path(scratch) / "model"
+            report: ModelReport = bitsmoe.quantize(model, out, target_kl=target, **options).report
+            found = reference.evaluate(out)
+        expected, tokens = report.forecast, found.tokens
+        assert expected is not None
+        assert found.kl is not None
+        lines.append(
+            f"| {target:g} | {report.options['bits']:g} | {report.bpw:.3f} | {expected.kl:.5f} | {expected.low:.5f} to "
+            f"{expected.high:.5f} | {found.kl:.5f} ± {found.kl_stderr:.5f} | {found.kl / target:.2f} |"
+        )
+    tail = (
+        f"\n\nMeasured on {tokens:,} tokens that the model was not calibrated on, calibrated on {calib}; commit "
+        f"{commit()}, {torch.get_num_threads()} thread(s) on {platform.machine()}.\n"
+    )
+    return f"# Targets: {model.name}\n\n" + "\n".join(lines) + tail
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -54,9 +95,19 @@ def main() -> None:
     parser.add_argument("--calib", default="self")
     parser.add_argument("--samples", type=int)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--targets", type=float, nargs="+", help="quantize for these divergences")
+    parser.add_argument("--text", type=Path, help="what is measured on with --targets")
     args = parser.parse_args()
-    page = table(args.model, args.calib, args.samples)
-    (args.out / f"forecasts-{args.model.name}.md").write_text(page, encoding="utf-8")
+    if args.targets:
+        with tempfile.TemporaryDirectory() as scratch:
+            text = args.text or Path(scratch) / "held_out.txt"
+            if args.text is None:
+                write_held_out_text(args.model, text)
+            page = target_table(args.model, args.calib, args.samples, text, args.targets)
+    else:
+        page = table(args.model, args.calib, args.samples)
+    name = "targets" if args.targets else "forecasts"
+    (args.out / f"{name}-{args.model.name}.md").write_text(page, encoding="utf-8")
     print(page)
 
 

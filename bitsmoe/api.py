@@ -66,8 +66,8 @@ def quantize(model: StrPath, out: StrPath, options: RunOptions) -> QuantizationR
     Args:
         model: directory, or name on the Hugging Face Hub.
         out: directory to write; must not exist or be empty.
-        options: keywords. `bits` is required. All others are the options of `bitsmoe quantize` under the same names:
-            the fields of `QuantizeConfig`, and `revision`, `resume`, `max_memory` (bytes, or text such as "24GB") and
+        options: keywords. `bits` or `target_kl` is required. All have the names of options of `bitsmoe quantize`: the
+            fields of `QuantizeConfig`, and `revision`, `resume`, `max_memory` (bytes, or text such as "24GB") and
             `plan`.
 
     Returns:

@@ -14,9 +14,10 @@ from offline_quant.layer.outputs import OutputErrors, output_errors
 from offline_quant.layer.planner import plan_layer
 from offline_quant.layer.view import LayerView
 
-PLANNED = (1.5, 2.0, 2.5, 3.0, 4.0)
-"""Bits that a layer is planned at, each with a pilot. Beyond them the form and the pilot of the nearest plan hold."""
-SOLVED = (1.0, 1.25, 1.75, 2.25, 2.75, 3.5, 5.0, 6.0, 7.0, 8.0)
+PLANNED = (1.5, 2.0, 2.25, 2.5, 2.75, 3.0, 4.0)
+"""Bits that a layer is planned at, each with a pilot. They are closest where layers change from shared bases to natural
+channels. Beyond them the form and the pilot of the nearest plan hold."""
+SOLVED = (1.0, 1.25, 1.75, 2.125, 2.375, 2.625, 2.875, 3.5, 5.0, 6.0, 7.0, 8.0)
 """Bits that the choices of the plans on either side are solved at."""
 LEAST_ERROR = 1e-30
 

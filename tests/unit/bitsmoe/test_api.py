@@ -87,7 +87,7 @@ def test_options_are_keywords_with_their_names_and_defaults() -> None:
     parameters = inspect.signature(bitsmoe.quantize).parameters
     fields = {field.alias or name: field for name, field in QuantizeConfig.model_fields.items()}
     assert list(parameters) == ["model", "out", *fields, "revision", "resume", "max_memory", "plan"]
-    assert [p.name for p in parameters.values() if p.default is p.empty] == ["model", "out", "bits"]
+    assert [p.name for p in parameters.values() if p.default is p.empty] == ["model", "out"]
     for name, field in fields.items():
         assert field.is_required() or parameters[name].default == field.default
 

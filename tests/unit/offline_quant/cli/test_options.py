@@ -17,9 +17,9 @@ FIRST = {
     "--plan",
 }  # fmt: skip
 OTHERS = {
-    "--objective", "--budget", "--gamma", "--ranks", "--basis", "--basis-bits", "--block-size", "--feedback",
-    "--no-feedback", "--refine", "--tune-model", "--calib-config", "--calib-split", "--calib-column", "--calib-length",
-    "--seed", "--revision", "--max-memory",
+    "--target-kl", "--objective", "--budget", "--gamma", "--ranks", "--basis", "--basis-bits", "--block-size",
+    "--feedback", "--no-feedback", "--refine", "--tune-model", "--calib-config", "--calib-split", "--calib-column",
+    "--calib-length", "--seed", "--revision", "--max-memory",
 }  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def test_help_and_table_say_what_the_fields_say(panels: dict[str, str]) -> None:
     assert "| `16` | Bits of attention" in table["--dense-bits"]
     assert table["--dense-bits"].endswith("One of 4, 8, 16. |")
     assert table["--objective"].endswith("One of bitsmoe, alphaq, bt-moe, frequency, uniform. |")
-    assert "| required |" in table["--bits"]
+    assert "| required |" in table["--out"]
     assert "| `0,8,16,32,64,128` |" in table["--ranks"]
     assert table["--feedback"].startswith("| `--feedback` `--no-feedback` | on |")
     assert "| off |" in table["--tune"]
@@ -90,6 +90,7 @@ def test_options_of_a_run_are_no_part_of_the_record() -> None:
     run = RunOptions(bits=2, without=["trim"], seed=3, revision="dev", plan=True, max_memory="1GB")
     config = run.config()
     assert type(config) is QuantizeConfig
+    assert list(RunOptions(target_kl=0.01).config().with_bits(2.5).record())[:3] == ["bits", "target_kl", "objective"]
     assert config == QuantizeConfig(bits=2, without=["trim"], seed=3)
     assert list(config.record()) == [
         "bits", "objective", "budget", "gamma", "ranks", "basis", "basis_bits", "block_size", "dense_bits", "widths",

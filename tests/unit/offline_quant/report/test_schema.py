@@ -52,6 +52,8 @@ def test_the_json_of_a_run_is_that_of_its_data() -> None:
     }  # fmt: skip
     report = ModelReport.model_validate(data)
     assert report.to_json(indent=1) == json.dumps(data, indent=1)
+    measured = data | {"forecast": {**report.forecast.model_dump(), "measured": 0.009}}
+    assert ModelReport.model_validate(measured).to_json() == json.dumps(measured)
     for empty in ("sanity", "model_budget", "model_tuning", "dense_layers", "forecast"):
         assert ModelReport.model_validate(data | {empty: None}).to_json() == json.dumps(data | {empty: None})
 
