@@ -20,14 +20,17 @@ from typing import Any
 import torch
 
 import bitsmoe
-from benchmarks.quality import OURS, write_held_out_text
+from benchmarks.quality import HELD_OUT_SEED, OURS, write_held_out_text
 from benchmarks.record import ROOT, commit
+from offline_quant.config import SELF
 from offline_quant.evaluation.evaluate import Reference
 from offline_quant.report.schema import ModelReport
 
 RESULTS = ROOT / "benchmarks" / "results"
 COMPARED = [{}, {"basis": "natural"}]
 """Options of the rows that are compared."""
+CALIBRATION_SEED = HELD_OUT_SEED + 1
+"""Of the calibration text that the model writes with --targets, once for all of them."""
 
 
 def table(model: Path, calib: str, samples: int | None) -> str:
@@ -65,7 +68,7 @@ def target_table(model: Path, calib: str, samples: int | None, text: Path, targe
         text: what is measured on.
         targets: divergences, nats per token.
     """
-    lines = ["| target KL | picked bits | bpw | forecast KL | range | measured KL | over target |"]
+    lines = ["| target KL | picked bits | bpw | forecast KL | of the plan of these bits | measured KL | over target |"]
     lines.append("|---" * 7 + "|")
     reference, tokens = Reference(model, text), 0
     for target in targets:
@@ -74,16 +77,19 @@ def target_table(model: Path, calib: str, samples: int | None, text: Path, targe
             out = Path(scratch) / "model"
             report: ModelReport = bitsmoe.quantize(model, out, target_kl=target, **options).report
             found = reference.evaluate(out)
+            bits = report.options["bits"]
+            planned = bitsmoe.quantize(model, Path(scratch) / "plan", bits=bits, plan=True, **options).report.forecast
         expected, tokens = report.forecast, found.tokens
         assert expected is not None
+        assert planned is not None
         assert found.kl is not None
         lines.append(
-            f"| {target:g} | {report.options['bits']:g} | {report.bpw:.3f} | {expected.kl:.5f} | {expected.low:.5f} to "
-            f"{expected.high:.5f} | {found.kl:.5f} ± {found.kl_stderr:.5f} | {found.kl / target:.2f} |"
+            f"| {target:g} | {bits:g} | {report.bpw:.3f} | {expected.kl:.5f} | {planned.kl:.5f} | {found.kl:.5f} ± "
+            f"{found.kl_stderr:.5f} | {found.kl / target:.2f} |"
         )
     tail = (
-        f"\n\nMeasured on {tokens:,} tokens that the model was not calibrated on, calibrated on {calib}; commit "
-        f"{commit()}, {torch.get_num_threads()} thread(s) on {platform.machine()}.\n"
+        f"\n\nMeasured on {tokens:,} tokens of {text.name}, calibrated on {report.calibration_tokens:,} tokens of "
+        f"{Path(calib).name}; commit {commit()}, {torch.get_num_threads()} thread(s) on {platform.machine()}.\n"
     )
     return f"# Targets: {model.name}\n\n" + "\n".join(lines) + tail
 
@@ -92,7 +98,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--calib", default="self")
+    parser.add_argument("--calib")
     parser.add_argument("--samples", type=int)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--targets", type=float, nargs="+", help="quantize for these divergences")
@@ -100,12 +106,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.targets:
         with tempfile.TemporaryDirectory() as scratch:
-            text = args.text or Path(scratch) / "held_out.txt"
+            text, calib = args.text or Path(scratch) / "held_out.txt", args.calib or str(Path(scratch) / "calib.txt")
             if args.text is None:
                 write_held_out_text(args.model, text)
-            page = target_table(args.model, args.calib, args.samples, text, args.targets)
+            if args.calib is None:
+                write_held_out_text(args.model, Path(calib), CALIBRATION_SEED)
+            page = target_table(args.model, calib, args.samples, text, args.targets)
     else:
-        page = table(args.model, args.calib, args.samples)
+        page = table(args.model, args.calib or SELF, args.samples)
     name = "targets" if args.targets else "forecasts"
     (args.out / f"{name}-{args.model.name}.md").write_text(page, encoding="utf-8")
     print(page)

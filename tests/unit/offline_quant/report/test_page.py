@@ -285,6 +285,22 @@ def test_a_plan_measured_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_forecast_stands_below_the_gate(tmp_path: Path) -> None:
+    """With the target it was picked for, what was measured, and what tuning does; nothing where there is none."""
+    report, pictures = make(layers=1, experts=2)
+    assert "Expected" not in render(tmp_path, report, pictures).text
+    report["forecast"] = {"kl": 0.0098, "low": 0.0065, "high": 0.0147, "tokens": 4096}
+    expected = "Expected: KL to the original 0.0098 nats a token, 0.0065 to 0.015"
+    assert f"{expected}." in render(tmp_path, report, pictures).texts["p"]
+    report["forecast"]["measured"] = 0.0071
+    report["options"] |= {"bits": 2.38, "target_kl": 0.01, "tune": True}
+    assert (
+        f"Picked for --target-kl 0.01: --bits 2.38. {expected}. Measured: 0.0071 on 4,096 tokens that it was "
+        "calibrated on. The forecast is for runs without tuning, which does better."
+    ) in render(tmp_path, report, pictures).texts["p"]
+
+
+@pytest.mark.slow
 def test_odd_text_stays_text(tmp_path: Path) -> None:
     report, pictures = make(layers=2, experts=4)
     report["options"]["calib"] = report["layers"][0]["basis"] = ODD
