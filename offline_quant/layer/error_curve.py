@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from offline_quant.allocation.budget import least_bits
-from offline_quant.allocation.choices import ChoiceTable
 from offline_quant.allocation.objectives import forms_of
 from offline_quant.allocation.solver import allocate
-from offline_quant.layer.outputs import OutputErrors, output_errors
+from offline_quant.layer.outputs import output_errors
 from offline_quant.layer.planner import plan_layer
 from offline_quant.layer.view import LayerView
 
@@ -45,34 +44,31 @@ def error_curve(view: LayerView) -> ErrorCurve:
     Raises:
         BitsmoeError: a loss is not finite.
     """
-    planned = _planned_bits(view)
+    planned = (0.0, *_planned_bits(view), math.inf)
     found: dict[float, list[float]] = {}
-    for i, bits in enumerate(planned):
-        plan = plan_layer(view.with_bits(bits))
-        errors = output_errors(view, plan)
-        assert errors is not None, "the objective predicts no errors"
-        found[bits] = [errors.of(plan.losses)]
-        least, most = (table_bits / _weights(view) for table_bits in (plan.table.least_bits, plan.table.most_bits))
-        low, high = planned[i - 1] if i else 0.0, planned[i + 1] if i + 1 < len(planned) else math.inf
-        for other in (*SOLVED, most):
-            if low < other < high and other not in planned and least <= other <= most:
-                found.setdefault(other, []).append(_error(view, plan.table, errors, other))
-    bits_known = sorted(found)
-    return ErrorCurve(bits_known, [math.prod(found[b]) ** (1 / len(found[b])) for b in bits_known])
+    for low, bits, high in zip(planned, planned[1:], planned[2:], strict=False):
+        for other, error in _errors_about(view.with_bits(bits), low, high).items():
+            found.setdefault(other, []).append(error)
+    known = sorted(found)
+    return ErrorCurve(known, [math.prod(found[bits]) ** (1 / len(found[bits])) for bits in known])
+
+
+def _errors_about(view: LayerView, low: float, high: float) -> dict[float, float]:
+    """Errors of the output: of a plan at the view's bits, and of its choices at the SOLVED bits between two limits."""
+    plan = plan_layer(view)
+    errors = output_errors(view, plan)
+    assert errors is not None, "the objective predicts no errors"
+    table, weights = plan.table, view.shape.num_weights // len(view.shape.layers)
+    found = {view.config.known_bits: errors.of(plan.losses)}
+    for bits in (*SOLVED, table.most_bits / weights):
+        codes = int(bits * weights) - table.overhead
+        if low < bits < high and table.least_bits <= codes + table.overhead <= table.most_bits:
+            result = view.ctx.workers.broadcast_from_first(lambda: allocate(table.loss, table.cost, codes))  # noqa: B023
+            found[bits] = errors.of(table.losses(result.choice))
+    return found
 
 
 def _planned_bits(view: LayerView) -> tuple[float, ...]:
     """PLANNED bits that some form allows; one above what stores no codes where it allows none."""
     least = least_bits((form.schema(view.shape, view.config.basis_bits) for form in forms_of(view.config)), view.config)
     return tuple(bits for bits in PLANNED if bits >= least) or (least + 1,)
-
-
-def _weights(view: LayerView) -> int:
-    return view.shape.num_weights // len(view.shape.layers)
-
-
-def _error(view: LayerView, table: ChoiceTable, errors: OutputErrors, bits: float) -> float:
-    """Error of the output where a budget is spent on the choices of a table."""
-    budget = max(table.least_bits, int(bits * _weights(view))) - table.overhead
-    result = view.ctx.workers.broadcast_from_first(lambda: allocate(table.loss, table.cost, budget))
-    return errors.of(table.losses(result.choice))

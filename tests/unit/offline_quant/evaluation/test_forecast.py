@@ -1,10 +1,12 @@
 """The forecast of a plan: noise in the experts' output, and the divergence that it makes, against whole models."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import bitsmoe
 from builders import TINY_MOE
@@ -27,6 +29,23 @@ def test_divergence_is_that_of_whole_logits(architecture: str, tmp_path: Path) -
     p, q = (model.logits(s, model.head).double().log_softmax(-1) for s in (wanted, found))
     assert divergence(model, wanted, found) == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
     assert divergence(model, wanted, wanted) == pytest.approx(0, abs=1e-6)
+
+
+def test_divergence_of_two_models_is_that_of_their_own_heads(tmp_path: Path) -> None:
+    """As where the head of the result is quantized too."""
+    first = make_model("Qwen3MoeForCausalLM", tmp_path / "model")
+    second = shutil.copytree(first, tmp_path / "other")
+    tensors = load_file(second / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].flip(1).contiguous()
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.5
+    save_file(tensors, second / "model.safetensors", metadata={"format": "pt"})
+    models = [StreamedModel(SourceModel(directory)) for directory in (first, second)]
+    wanted = noisy_states(models[0], IDS, {}, 0)
+    found = noisy_states(models[1], IDS, {1: 0.1}, 0)
+    p, q = (m.logits(s, m.head).double().log_softmax(-1) for m, s in zip(models, (wanted, found), strict=True))
+    expected = float((p.exp() * (p - q)).sum(-1).mean())
+    assert divergence(models[0], wanted, found, models[1]) == pytest.approx(expected, rel=1e-4)
+    assert divergence(models[0], wanted, found) != pytest.approx(expected, rel=0.01)
 
 
 def test_noise_has_the_planned_size(tmp_path: Path) -> None:
