@@ -170,7 +170,7 @@ def test_faults_are_found() -> None:
         "make no", "python -m offline_quant.layer", "python -m tools.no",
     ]  # fmt: skip
     calls = (
-        '```python\nbitsmoe.inspect("a")\nbitsmoe.inspect("a", b=1)\nbitsmoe.no()\nbitsmoe.quantize("a", "b")\n```\n'
+        '```python\nbitsmoe.inspect("a")\nbitsmoe.inspect("a", b=1)\nbitsmoe.no()\nbitsmoe.quantize("a", bits=2)\n```\n'
     )
     assert [fault.partition(":")[0] for fault in wrong_calls(calls)] == ["inspect", "no", "quantize"]
 
