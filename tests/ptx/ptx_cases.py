@@ -12,6 +12,7 @@ from bitsmoe_kernels.backends.launch_config import PREFILL, TILES, Tile, kwidth_
 from kernel_cases import NAMES, check
 from moe_cases import CASES
 from ptx_machine.launch import Compiler, Machine, substituted
+from tensor_core import MatrixUnit
 
 
 def pipelined(capability: int) -> Tile:
@@ -38,7 +39,7 @@ def check_on_machine(
     dtype: torch.dtype,
     edit: Callable[[str, str], str] | None = None,
     claimed: dict[str, tuple[str, ...]] | None = None,
-    rounding: tuple[int, int] | None = None,
+    rounding: MatrixUnit | None = None,
     seed: int = 0,
     tile: Tile | None = None,
 ) -> list[str]:

@@ -8,6 +8,7 @@ import torch
 
 from ptx_machine.control import Code, Launch
 from ptx_machine.memory import GlobalMemory
+from tensor_core import MatrixUnit
 
 _WIDTH = {"b16": ("%rs", 2), "b32": ("%r", 4), "b64": ("%rd", 8)}
 
@@ -31,7 +32,7 @@ ret;
 
 
 def run(body: str, tensors: Sequence[torch.Tensor], threads: int = 32, shared: int = 0, grid: Sequence[int] = (1, 1, 1),
-        seed: int = 0, together: int = 4, rounding: tuple[int, int] | None = None) -> None:  # fmt: skip
+        seed: int = 0, together: int = 4, rounding: MatrixUnit | None = None) -> None:  # fmt: skip
     """Run `body` with the tensors' addresses as parameters. `shared`: bytes of each program."""
     memory = GlobalMemory()
     arguments = [memory.put(f"p{i}", tensor) for i, tensor in enumerate(tensors)]

@@ -11,7 +11,7 @@ import torch
 from kernel_cases import DTYPES
 from moe_cases import CASES
 from ptx_cases import check_on_machine, names, pipelined
-from ptx_machine.launch import AMPERE, HOPPER
+from tensor_core import AMPERE, HOPPER, MatrixUnit
 
 pytestmark = [
     pytest.mark.slow,
@@ -96,7 +96,7 @@ def test_case_for_many_tokens(capability: int, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["2 bits, kwidth {}", "five tiles"])
 @pytest.mark.parametrize(("capability", "kwidth", "rounding"), [(80, 4, AMPERE), (90, 2, HOPPER)])
-def test_sums_that_round_toward_zero(name: str, capability: int, kwidth: int, rounding: tuple[int, int]) -> None:
+def test_sums_that_round_toward_zero(name: str, capability: int, kwidth: int, rounding: MatrixUnit) -> None:
     """As matrix units add. Few components: with many of them float16 would go beyond these bounds."""
     name = name.format(kwidth)
     for tile in (None, pipelined(capability)):

@@ -11,6 +11,7 @@ from ptx_machine.faults import PtxError
 from ptx_machine.fragments import product
 from ptx_machine.matrix import described
 from snippets import load, run, store
+from tensor_core import MatrixUnit
 
 WARP = range(32)
 
@@ -219,7 +220,7 @@ def test_sums_of_matrix_units(terms: int, extra: int) -> None:
     gen = np.random.default_rng(0)
     a, b = (gen.normal(size=shape).astype(np.float16).astype(np.float32) for shape in ((3, 16, 16), (3, 16, 8)))
     c = (gen.normal(size=(3, 16, 8)) * 1000).astype(np.float32)
-    got = product(a, b, c, (terms, extra))
+    got = product(a, b, c, MatrixUnit(terms, extra))
     differs = False
     for w, row, column in np.ndindex(3, 16, 8):
         total = Fraction(float(c[w, row, column]))

@@ -42,16 +42,16 @@ def multiply_add(left: Array, right: Array, acc: Array, unit: MatrixUnit) -> Arr
     """acc + left @ right as the unit computes it, values of float32.
 
     Args:
-        left: [M, K], values of float16 or bfloat16.
-        right: [K, N], likewise.
-        acc: [M, N], values of float32.
+        left: [..., M, K], values of float16 or bfloat16.
+        right: [..., K, N], likewise.
+        acc: [..., M, N], values of float32.
         unit: see `MatrixUnit`.
     """
-    for k in range(0, left.shape[1], unit.terms):
-        products = left[:, k : k + unit.terms, None] * right[None, k : k + unit.terms]
-        terms = np.concatenate([acc[:, None], products], 1)
-        _, exponent = np.frexp(np.abs(terms).max(1))
-        total = cut(terms, np.ldexp(1.0, exponent - MANTISSA - unit.extra)[:, None]).sum(1)
+    for k in range(0, left.shape[-1], unit.terms):
+        products = left[..., k : k + unit.terms, None] * right[..., None, k : k + unit.terms, :]
+        terms = np.concatenate([acc[..., None, :], products], -2)
+        _, exponent = np.frexp(np.abs(terms).max(-2))
+        total = cut(terms, np.ldexp(1.0, exponent - MANTISSA - unit.extra)[..., None, :]).sum(-2)
         _, exponent = np.frexp(np.abs(total))
         acc = cut(total, np.ldexp(1.0, exponent - MANTISSA))
     return acc

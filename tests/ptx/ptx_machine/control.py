@@ -17,6 +17,7 @@ from ptx_machine.memory import Copies, GlobalMemory, SharedMemory
 from ptx_machine.ordering import Order
 from ptx_machine.parser import Constant, Instruction, Kernel, Symbol, parse
 from ptx_machine.registers import SPECIAL, Array, File, Mask, Slots, Step
+from tensor_core import MatrixUnit
 
 _CONTROL = {("bra",), ("bra", "uni"), ("ret",), ("bar", "sync")}
 
@@ -234,7 +235,7 @@ class Launch:
         rounding: of matrix products, see `fragments.product`.
     """
 
-    def __init__(self, memory: GlobalMemory, random: np.random.Generator, rounding: tuple[int, int] | None) -> None:
+    def __init__(self, memory: GlobalMemory, random: np.random.Generator, rounding: MatrixUnit | None) -> None:
         self.memory, self.random, self.rounding = memory, random, rounding
         self.order = Order(0)
 

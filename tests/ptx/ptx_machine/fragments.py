@@ -10,6 +10,7 @@ import numpy as np
 
 from ptx_machine.registers import Array
 from ptx_machine.scalar import bfloat16_to_float32
+from tensor_core import MatrixUnit, multiply_add
 
 
 def numbers(bits: Array, kind: str) -> Array:
@@ -50,27 +51,9 @@ def dealt(matrix: Array) -> Array:
     return matrix.reshape(-1, 2, 8, n, 4, 2).transpose(3, 1, 5, 0, 2, 4).reshape(4 * n, -1)
 
 
-def product(a: Array, b: Array, c: Array, rounding: tuple[int, int] | None) -> Array:
-    """a [n, 16, 16] times b [n, 16, m] plus c [n, 16, m], float32.
-
-    rounding: None: IEEE sums in float32. Else as matrix units add: this number of products and the running sum
-    are cut to 24 bits of the largest and this number of bits more, added, and cut to 24 bits.
-    """
+def product(a: Array, b: Array, c: Array, rounding: MatrixUnit | None) -> Array:
+    """a [n, 16, 16] times b [n, 16, m] plus c [n, 16, m], float32; rounding: as that matrix unit adds; None: IEEE."""
     if rounding is None:
         return np.matmul(a, b) + c
-    terms, extra = rounding
-    for k in range(0, a.shape[2], terms):
-        some = slice(k, k + terms)
-        each = a[:, :, None, some].astype(np.float64) * b.transpose(0, 2, 1)[:, None, :, some]
-        c = _cut_sum(np.concatenate([each, c[..., None].astype(np.float64)], 3), extra)
-    return c
-
-
-def _cut_sum(terms: Array, extra: int) -> Array:
-    """Sum over the last axis, float64 -> float32."""
-    _, exponent = np.frexp(np.abs(terms).max(3))
-    unit = np.ldexp(1.0, exponent - 24 - extra)
-    total = (np.trunc(terms / unit[..., None])).sum(3) * unit
-    near = total.astype(np.float32)
-    beyond = np.abs(near) > np.abs(total)
-    return np.where(beyond, np.nextafter(near, np.float32(0)), near)
+    a, b, c = (v.astype(np.float64) for v in (a, b, c))
+    return multiply_add(a, b, c, rounding).astype(np.float32)

@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction, compute_cache_key, create_function_f
 from bitsmoe_kernels.backends import triton_launch
 from ptx_machine.control import Code, Launch
 from ptx_machine.memory import GlobalMemory
+from tensor_core import MatrixUnit
 
 TOGETHER = 16
 """Most programs side by side."""
@@ -104,7 +105,7 @@ class Machine:
 
     compiler: Compiler
     random: np.random.Generator
-    rounding: tuple[int, int] | None = None
+    rounding: MatrixUnit | None = None
     edit: Callable[[str, str], str] = _as_it_is
     claimed: dict[str, tuple[str, ...]] = field(default_factory=dict)
     launched: list[str] = field(default_factory=list)
