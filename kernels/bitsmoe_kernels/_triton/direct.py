@@ -1,8 +1,8 @@
 """The GEMM of `gemm.py` for blocks of few tokens, in Gluon: codes go from memory to the matrix unit's registers.
 
 Every thread reads the words of the very weights that it multiplies. So nothing passes through shared memory, and warps
-do not wait for each other. A program asks for all its words at its start, and its loops find them in L2. Arguments,
-results and layouts in memory are those of `gemm.py`. Every architecture computes mma.sync:
+do not wait for each other. A program asks for words of every width at its start, and its loops find them in L2.
+Arguments, results and layouts in memory are those of `gemm.py`. Every architecture computes mma.sync:
 
     m16n8k16, thread 4 g + j:   weights of outputs g and g + 8, components 2 j, 2 j + 1, 2 j + 8, 2 j + 9
 """
@@ -15,6 +15,9 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from bitsmoe_kernels._triton import codes, gemm
 
 WARPS = gl.constexpr(4)
+ASKED, LEAST, MOST = gl.constexpr(4096), gl.constexpr(4), gl.constexpr(32)
+"""Tiles of a width that all programs together ask for, and that each of them does. What is asked for must stay in L2
+until it is used. So few programs may ask for all of their tiles, and many for the first ones."""
 _LANES = gl.constexpr([[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]])
 """Lane 4 g + j of a tensor whose rows are outputs or tokens and whose columns are lanes' words."""
 
@@ -22,13 +25,8 @@ _LANES = gl.constexpr([[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]])
 @gluon.constexpr_function
 def _thread_layout(words):
     """int32 [32, 4 words]: row 8 w + g is thread (g, j) of warp w, which holds the words of lane j."""
-    return gl.DistributedLinearLayout(
-        [[0, 1]] if words == 2 else [],
-        [[r, words * c] for r, c in _LANES.value],
-        [[8, 0], [16, 0]],
-        [],
-        [32, 4 * words],
-    )
+    registers, lanes = [[0, 1]] * (words == 2), [[r, words * c] for r, c in _LANES.value]
+    return gl.DistributedLinearLayout(registers, lanes, [[8, 0], [16, 0]], [], [32, 4 * words])
 
 
 @gluon.constexpr_function
@@ -193,11 +191,17 @@ def _segment(acc, codes32, codes16, wide, narrow, count, act, act_offsets, n0, r
 
 
 @gluon.jit
-def _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row, KMAX, NMAX, matrix, n0, N, rows,
+def _ahead(num_blocks):
+    """Tiles of each width that a program asks for."""
+    return gl.maximum(LEAST, gl.minimum(MOST, ASKED // (num_blocks * gl.num_programs(0))))
+
+
+@gluon.jit
+def _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row, KMAX, NMAX, matrix, n0, N, rows, ahead,
              NCORR: gl.constexpr, NCORR_POW2: gl.constexpr, CORR_CHUNK: gl.constexpr,
              BN: gl.constexpr, BT: gl.constexpr, KWIDTH: gl.constexpr, FP16: gl.constexpr,
              EVEN: gl.constexpr, DENSE: gl.constexpr, BIAS: gl.constexpr, WIDTHS: gl.constexpr):  # fmt: skip
-    """See `gemm._outputs`; row [BT] in the layout of the activations' rows."""
+    """See `gemm._outputs`; row [BT] in the layout of the activations' rows; ahead: see `_ahead`."""
     acts: gl.constexpr = _act_layout(BT, KWIDTH)
     unit: gl.constexpr = _unit()
     starts, counts = start + matrix * 6, tiles + matrix * 5
@@ -208,7 +212,7 @@ def _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row,
     here = gl.minimum(rows - n0, BN)
     for c in gl.static_range(4):
         if WIDTHS & (1 << c):
-            count = gl.load(counts + c)
+            count = gl.minimum(gl.load(counts + c), ahead)
             if c > 0:
                 words = 8 if c == 3 else 4
                 first = codes32 + gl.load(starts + (c if c < 3 else 4)) + n0 * words
@@ -264,7 +268,8 @@ def gate_up_direct(act, corr, codes32, codes16, dense, start, tiles, columns, sc
                    WIDTHS: gl.constexpr, KWIDTH: gl.constexpr, FP16: gl.constexpr):  # fmt: skip
     """`gemm.gate_up_kernel`."""
     block = gl.program_id(1)
-    if block >= gl.load(num_blocks):
+    blocks = gl.load(num_blocks)
+    if block >= blocks:
         return
     expert = gl.load(block_expert + block)
     HALF: gl.constexpr = BN // 2
@@ -279,15 +284,15 @@ def gate_up_direct(act, corr, codes32, codes16, dense, start, tiles, columns, sc
     if SPLIT:
         made: gl.constexpr = _unit()
         gate = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row * 2, KMAX, NMAX, matrix,
-                        n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16, True, DENSE, BIAS,
-                        WIDTHS)  # fmt: skip
+                        n0, N, N, _ahead(blocks), NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16, True, DENSE,
+                        BIAS, WIDTHS)  # fmt: skip
         up = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row * 2 + 1, KMAX, NMAX,
-                      matrix + 1, n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16, True, DENSE, BIAS,
-                      WIDTHS)  # fmt: skip
+                      matrix + 1, n0, N, N, _ahead(blocks), NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16,
+                      True, DENSE, BIAS, WIDTHS)  # fmt: skip
     else:
         made: gl.constexpr = _halves_layout(BN, BT)
         y = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row, KMAX, NMAX, matrix,
-                     n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, BN, BT, KWIDTH, FP16, True, DENSE, BIAS,
+                     n0, N, N, _ahead(blocks), NCORR, NCORR_POW2, CORR_CHUNK, BN, BT, KWIDTH, FP16, True, DENSE, BIAS,
                      WIDTHS)  # fmt: skip
         y = gl.convert_layout(y, _pairs_layout(BN, BT))
         gate, up = gl.split(gl.permute(gl.reshape(y, (HALF, 2, BT)), (0, 2, 1)))
@@ -321,7 +326,8 @@ def down_direct(act, corr, codes32, codes16, dense, start, tiles, columns, scale
                 WIDTHS: gl.constexpr, KWIDTH: gl.constexpr, FP16: gl.constexpr):  # fmt: skip
     """`gemm.down_kernel`."""
     block = gl.program_id(1)
-    if block >= gl.load(num_blocks):
+    blocks = gl.load(num_blocks)
+    if block >= blocks:
         return
     expert = gl.load(block_expert + block)
     unit: gl.constexpr = _unit()
@@ -335,35 +341,9 @@ def down_direct(act, corr, codes32, codes16, dense, start, tiles, columns, scale
     n = n0 + gl.arange(0, BN, gl.SliceLayout(1, unit))
     inside = n < H
     matrix = expert.to(gl.int64)
-    y = _outputs(
-        act,
-        corr,
-        codes32,
-        codes16,
-        dense,
-        start,
-        tiles,
-        scale,
-        bias,
-        row_in,
-        KMAX,
-        H,
-        matrix,
-        n0,
-        H,
-        tl.cdiv(H, 16) * 16,
-        NCORR,
-        NCORR_POW2,
-        CORR_CHUNK,
-        BN,
-        BT,
-        KWIDTH,
-        FP16,
-        EVEN,
-        DENSE,
-        BIAS,
-        WIDTHS,
-    )
+    y = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row_in, KMAX, H, matrix, n0, H,
+                 tl.cdiv(H, 16) * 16, _ahead(blocks), NCORR, NCORR_POW2, CORR_CHUNK, BN, BT, KWIDTH, FP16, EVEN, DENSE,
+                 BIAS, WIDTHS)  # fmt: skip
     y *= gl.load(weight + row)[None, :]
     gl.store(partial + row[None, :] * H + n[:, None], y, mask=inside[:, None] & valid[None, :])
     token = row // TOP_K
