@@ -7,18 +7,21 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bitsmoe_kernels._triton import gemm, prepare
+from bitsmoe_kernels._triton import direct, gemm, prepare
 from bitsmoe_kernels.backends import triton_launch as moe
+from bitsmoe_kernels.backends.launch_config import DECODE, PREFILL, Tile, kwidth_of, table_of
+from bitsmoe_kernels.format.schema import Basis
 from bitsmoe_kernels.layout.pack import KernelLayer, to_kernel_layout
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
 from bitsmoe_kernels.sharding import shard_layer
-from builders import REPO
+from builders import REPO, Plan, build_layer
 from kernel_cases import DTYPES, NAMES, WARMED_UP, check, parts, run_case
 from moe_cases import CASES, bytes_of, call_of, made_layer
 
@@ -44,6 +47,46 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 @pytest.mark.parametrize("name", NAMES)
 def test_case(name: str, dtype: torch.dtype) -> None:
     check(name, dtype, "cuda")
+
+
+def tiles() -> list[Tile]:
+    """All that the table has for this GPU."""
+    major, minor = torch.cuda.get_device_capability()
+    table = table_of(10 * major + minor)
+    return list(dict.fromkeys((*table[DECODE], *table[PREFILL])))
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@both_dtypes
+@pytest.mark.parametrize("name", [name for name in NAMES if CASES[name].tile is None])
+def test_case_with_every_tile(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with those that the table has for more tokens than the cases have."""
+    for tile in tiles():
+        monkeypatch.setitem(CASES, name, replace(CASES[name], tile=tile))
+        check(name, dtype, "cuda")
+
+
+@both_dtypes
+@pytest.mark.parametrize(
+    ("E", "H", "inner", "top_k", "basis"),
+    [(128, 2048, 768, 8, True), (8, 7168, 2048, 2, False), (4, 512, 7168, 2, False)],
+)
+def test_full_sizes(E: int, H: int, inner: int, top_k: int, basis: bool, dtype: torch.dtype) -> None:
+    """Thousands of components and 128 experts: sums that round toward zero, and as many programs as a layer has."""
+    gate_up = Plan(bits=(0, 1, 2, 3, 4), basis=Basis(rank=H, bits=8) if basis else None)
+    plans: dict[Any, Plan] = {"gate_up": gate_up, "down": Plan(bits=(0, 1, 2, 3, 4))}
+    made = build_layer(plans, num_experts=E, hidden_size=H, intermediate_size=inner)
+    weights = LayerWeights(made.layer, made.block_size, {k: v.cuda() for k, v in made.tensors.items()})
+    major, minor = torch.cuda.get_device_capability()
+    layer = to_kernel_layout(weights, dtype, kwidth_of(10 * major + minor))
+    gen = torch.Generator().manual_seed(0)
+    for T in (1, 8, 37, 300, 1100):
+        x = torch.randn(T, H, generator=gen).to(dtype).cuda()
+        ids = torch.rand(T, E, generator=gen).topk(top_k).indices.int().cuda()
+        topk_weights = (torch.rand(T, top_k, generator=gen) + 0.5).cuda()
+        want = moe_forward(weights, x.float(), topk_weights, ids)
+        error = (moe.moe_forward(layer, x, topk_weights, ids).float() - want).square().mean().sqrt()
+        assert error <= (1e-3 if dtype == torch.float16 else 6e-3) * want.square().mean().sqrt(), T
 
 
 def routings(ids: Tensor, experts: int) -> list[Tensor]:
@@ -105,7 +148,8 @@ def test_many_tokens_are_deterministic() -> None:
 
 def compiled() -> int:
     """Variants of the kernels that Triton holds."""
-    kernels = (prepare.begin_kernel, prepare.scale_kernel, gemm.gate_up_kernel, gemm.down_kernel)
+    around = (prepare.begin_kernel, prepare.scale_kernel)
+    kernels = (*around, gemm.gate_up_kernel, gemm.down_kernel, direct.gate_up_direct, direct.down_direct)
     return sum(len(cache) for kernel in kernels for cache, *_ in kernel.device_caches.values())
 
 
@@ -182,18 +226,19 @@ def test_a_call_never_waits_for_the_device() -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 @pytest.mark.parametrize("name", ["negative ids", "ids of no expert in a map", "sizes of no round number"])
-def test_memory_checker(name: str) -> None:
-    """NVIDIA's compute-sanitizer (part of the CUDA toolkit) finds no access beyond what was allocated.
+def test_memory_checker(name: str, tool: str) -> None:
+    """NVIDIA's compute-sanitizer (part of the CUDA toolkit) finds no access beyond what was allocated, and no race.
 
     By hand: PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m pytest tests/gpu -k test_case
     """
     checker = shutil.which("compute-sanitizer")
     assert checker, "compute-sanitizer is not on PATH; it comes with the CUDA toolkit (bin/compute-sanitizer)"
-    test = f"tests/gpu/test_kernels.py::test_case[{name}-bfloat16]"
+    test = f"tests/gpu/test_kernels.py::test_case_with_every_tile[{name}-bfloat16]"
     # Without torch's own pool every tensor is an allocation, and a step beyond its end is seen.
     done = subprocess.run(
-        [checker, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", test],
+        [checker, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", test],
         cwd=REPO,
         env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         capture_output=True,
@@ -202,4 +247,5 @@ def test_memory_checker(name: str) -> None:
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "1 passed" in done.stdout
-    assert "ERROR SUMMARY: 0 errors" in done.stdout + done.stderr
+    said = done.stdout + done.stderr
+    assert "ERROR SUMMARY: 0 errors" in said or "RACECHECK SUMMARY: 0 hazards" in said
