@@ -17,9 +17,8 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
 
-from bitsmoe_kernels._triton import direct, gemm, prepare, rounding
+from bitsmoe_kernels._triton import gemm, prepare, rounding
 from bitsmoe_kernels.backends.launch_config import DECODE, PREFILL, TILES, Tile, kwidth_of
 from bitsmoe_kernels.layout.fields import CLASSES, TILE
 
@@ -102,7 +101,13 @@ def compiled(
     unknown = {p.name for p in kernel.params if p.do_not_specialize_on_alignment}
     aligned = [n for n in names if (signature[n].startswith("*") and n not in unknown) or n in sizes]
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
-    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constexprs, attrs)
+    kind: Any = ASTSource
+    if kernel.is_gluon():
+        # Gluon cannot be imported where Triton's interpreter stands for the compiler.
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        kind = GluonASTSource
+    source = kind(kernel, signature, constexprs, attrs)
     options = {"num_warps": warps}
     return triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=options)
 
@@ -120,8 +125,11 @@ def gemm_kernels(
         "BN": 2 * TILE, "BT": tile.tokens, "DENSE": False, "BIAS": bias, "WIDTHS": widths,
         "KWIDTH": kwidth_of(capability), "FP16": fp16,
     }  # fmt: skip
-    gate_up, second = direct.gate_up_direct, direct.down_direct
-    if not tile.direct:
+    if tile.direct:
+        from bitsmoe_kernels._triton import direct
+
+        gate_up, second = direct.gate_up_direct, direct.down_direct
+    else:
         gate_up, second = gemm.gate_up_kernel, gemm.down_kernel
         common |= {"ASM": True, "UNROLL": tile.unroll, "STAGES": tile.stages}
     inputs = {"NCORR": 4, "NCORR_POW2": 4, "CORR_CHUNK": 512, "OUT_NCORR": 12, "SPLIT": False, "FUSED": True,
