@@ -223,7 +223,8 @@ def bitsmoe(shape: Shape, tokens: int, form: str, bits: float, gpu: Gpu) -> tupl
     # A program does the one or the other; the longer one counts for all.
     routing = machine_code.executed(list(lines), [0] * len(turns), chunks)
     contract = machine_code.executed(list(lines), turns, 0) if coordinates else 0
-    begin = Launch("begin", programs + coordinates, 4, max(routing, contract), 3 + (2 if coordinates else 0),
+    warps = 8 if wide and coordinates else 4
+    begin = Launch("begin", programs + coordinates, warps, max(routing, contract), 3 + (2 if coordinates else 0),
                    layer.shared_bytes() + tokens * H * 2, used["registers"], used["shared_bytes"])  # fmt: skip
     lines, used = code["scale"]
     scale = Launch("scale", S * -(-k_in // SCALE_CHUNK), 4, machine_code.executed(list(lines), [], 1), 4,

@@ -147,10 +147,10 @@ def other_kernels(capability: int, fp16: bool) -> Iterator[tuple[str, Any]]:
         "arrived": "*i32", "expert_map": "*i32", "x": kind, "basis": "*i8", "basis_scale": "*fp32", "z": "*fp32",
     }  # fmt: skip
     routing = {"E": 128, "BINS": 128, "CHUNK": 512, "EXPERTS": 128, "EXPERT_MAP": True}
-    for basis, bt, bn in ((False, 16, 16), (True, 16, 32), (True, 64, 64)):
+    for basis, bt, bn, warps in ((False, 16, 16, 4), (True, 16, 32, 4), (True, 64, 64, 8)):
         constants = routing | {"BASIS": basis, "BN": bn, "BT": bt, "BK": 128, "STAGES": 3, "ASM": True}
         name = f"begin{f', basis for {bt} tokens' * basis}"
-        yield name, compiled(prepare.begin_kernel, capability, constants, types, 4)
+        yield name, compiled(prepare.begin_kernel, capability, constants, types, warps)
     types = {"source": "*fp32", "local": "*i32", "index": "*i32", "factor": "*fp32", "offset": "*fp32", "tiles": "*i32",
              "act": kind, "corr": "*fp32", "rank": "*i32", "lowrank": "*fp16", "lowrank_start": "*i32",
              "out": kind}  # fmt: skip

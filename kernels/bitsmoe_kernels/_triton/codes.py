@@ -111,7 +111,7 @@ def numbers(first, second, BITS: tl.constexpr, N: tl.constexpr, KWIDTH: tl.const
         v7 = _pair(second, BITS, 7, FP16, ASM)
     # [N, 4 lanes, a / 4, a / 2 mod 2, a mod 2]; joins, splits and reshapes move nothing between threads.
     v = tl.join(tl.join(tl.join(v0, v4), tl.join(v2, v6)), tl.join(tl.join(v1, v5), tl.join(v3, v7)))
-    q = tl.join(_as_float(v, FP16), _as_float(v >> 16, FP16))
+    q = tl.join(as_float(v, FP16), as_float(v >> 16, FP16))
     if KWIDTH == 2:
         q = tl.permute(q, (0, 2, 3, 4, 1, 5))
     else:
@@ -120,7 +120,7 @@ def numbers(first, second, BITS: tl.constexpr, N: tl.constexpr, KWIDTH: tl.const
 
 
 @triton.jit
-def _as_float(word, FP16: tl.constexpr):
+def as_float(word, FP16: tl.constexpr):
     """The lower 16 bits of a word as a float16 or bfloat16."""
     return (word & 0xFFFF).to(tl.uint16).to(tl.float16 if FP16 else tl.bfloat16, bitcast=True)
 
@@ -146,4 +146,4 @@ def rounded(v, FP16: tl.constexpr, ASM: tl.constexpr):
     else:
         # The interpreter would cut the lower bits off.
         bits = v.to(tl.int32, bitcast=True)
-        return _as_float((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, FP16)
+        return as_float((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, FP16)

@@ -148,7 +148,7 @@ def _multiply(wide, narrow, act, acc, BITS: gl.constexpr, BN: gl.constexpr, BT: 
     weights = gl.convert_layout(codes.numbers(first, second, BITS, BN, 2, FP16, True), left, assert_trivial=True)
     if KWIDTH == 4:
         act = gl.reshape(gl.permute(gl.reshape(act, (BT, 4, 4, 2)), (0, 1, 3, 2)), (BT, 32))
-    pairs = gl.join(codes._as_float(act, FP16), codes._as_float(act >> 16, FP16))
+    pairs = gl.join(codes.as_float(act, FP16), codes.as_float(act >> 16, FP16))
     act = gl.permute(gl.reshape(pairs, (BT, 64)), (1, 0))
     return mma_v2(weights, gl.convert_layout(act, right, assert_trivial=True), acc)
 

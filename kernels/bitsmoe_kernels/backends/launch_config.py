@@ -52,7 +52,7 @@ TILES: dict[int, dict[str, tuple[Tile, ...]]] = {
     },
     120: {
         DECODE: FEW,
-        PREFILL: (Tile(128, 32, 4, 2, 2), Tile(128, 64, 8, 1, 2)),
+        PREFILL: (Tile(128, 32, 4, 2, 2), Tile(128, 64, 8, 1, 3)),
     },
 }
 """By the oldest architecture they serve."""

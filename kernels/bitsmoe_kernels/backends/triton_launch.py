@@ -207,18 +207,18 @@ def _route(
     empty = torch.empty(sum(sizes), dtype=torch.int32, device=ids.device)
     local, num_blocks, block_expert, block_slot, arrived = empty.split(sizes)[::2]
     x, basis, basis_scale, z = coordinates or (empty,) * 4
-    H, R, BN, BT = 0, 0, 16, 16
+    H, R, BN, BT, warps = 0, 0, 16, 16, 4
     programs = max(1, E)
     if coordinates is not None:
         H, R = x.shape[1], len(basis)
-        BN, BT = (32, 16) if T <= 64 else (64, 64)
+        BN, BT, warps = (32, 16, 4) if T <= 64 else (64, 64, 8)
         programs += -(-R // BN) * -(-T // BT)
     _launch("begin", prepare.begin_kernel, (programs,),
             ids, local, block_expert, block_slot, num_blocks, arrived, S, len(arrived), tokens,
             ids if expert_map is None else expert_map, x, basis, basis_scale, z, T, H, R,
             E=E, BINS=max(32, _pow2(E)), CHUNK=ROUTE_CHUNK,
             EXPERTS=E if expert_map is None else len(expert_map), EXPERT_MAP=expert_map is not None,
-            BASIS=coordinates is not None, BN=BN, BT=BT, BK=128, STAGES=3, ASM=asm, num_warps=4)  # fmt: skip
+            BASIS=coordinates is not None, BN=BN, BT=BT, BK=128, STAGES=3, ASM=asm, num_warps=warps)  # fmt: skip
     return _Route(local, block_expert, block_slot, num_blocks, arrived, most)
 
 
