@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from benchmarks.kernels import machine_code
-from benchmarks.kernels.grouped import _grouped_kernel
+from benchmarks.kernels.grouped import INNER, _grouped_kernel, tile_of
 from benchmarks.kernels.routing import REALISTIC, route
 from benchmarks.kernels.shapes import Shape
 from benchmarks.kernels.synthetic import NATURAL, WHITENED, BitsmoeExperts, fewer_experts, format_layer
-from bitsmoe_kernels.backends.launch_config import Tile, pick_tile, table_of
+from bitsmoe_kernels.backends.launch_config import TILES, Tile, basis_tile, pick_tile
 from bitsmoe_kernels.backends.triton_launch import ROUTE_CHUNK, SCALE_CHUNK
 from bitsmoe_kernels.layout.fields import TILE
 
@@ -140,14 +140,10 @@ class Row:
 
 
 @cache
-def _code(capability: int, tile: Tile, widths: tuple[int, int]) -> dict[str, tuple[tuple[str, ...], dict[str, int]]]:
-    """Machine code and resources of the GEMM kernels with the widths that occur in each, and of those around them."""
-    made = {}
-    for at, name in enumerate(("gate_up", "down")):
-        for found, kernel in machine_code.gemm_kernels(capability, tile, False, widths[at]):
-            if found == name:
-                made[name] = kernel
-    return {k: (tuple(machine_code.machine_code(v)), machine_code.resources(v)) for k, v in made.items()}
+def _code(capability: int, tile: Tile, widths: int) -> dict[str, tuple[tuple[str, ...], dict[str, int]]]:
+    """Machine code and resources of both GEMM kernels with these widths."""
+    made = machine_code.gemm_kernels(capability, tile, False, widths)
+    return {k: (tuple(machine_code.machine_code(v)), machine_code.resources(v)) for k, v in made}
 
 
 @cache
@@ -176,11 +172,11 @@ def _gemm(
     kernel: str, capability: int, tile: Tile, layer: BitsmoeExperts, programs: int, size: float, top_k: int
 ) -> tuple[Launch, float]:
     """The launch of gate and up or of down, and its instructions per weight, averaged over the sampled experts."""
-    widths = layer.layer.input_widths, layer.layer.down_widths
     at = ("gate_up", "down").index(kernel)
+    widths = (layer.layer.input_widths, layer.layer.down_widths)[at]
     lines, used = _code(capability, tile, widths)[kernel]
-    tiles = (layer.layer.inputs if at == 0 else layer.layer.down).tiles[:, :4].tolist()
-    every = [_turns(counts, tile, widths[at]) for counts in tiles]
+    tiles = (layer.layer.inputs, layer.layer.down)[at].tiles[:, :4].tolist()
+    every = [_turns(counts, tile, widths) for counts in tiles]
     instructions = sum(machine_code.executed(list(lines), turns, top_k) for turns in every) / len(every)
     # Number of blocks, expert, counts and starts; then first tiles; then what the outputs need.
     starts = 1.0 if tile.direct else sum(sum(t > 0 for t in turns) for turns in every) / len(every)
@@ -201,7 +197,7 @@ def _hit(shape: Shape, tokens: int) -> tuple[int, dict[int, int]]:
 
 def bitsmoe(shape: Shape, tokens: int, form: str, bits: float, gpu: Gpu) -> tuple[list[Launch], float]:
     """The launches of our layer and its executed instructions per weight (of gate and up, and down, averaged)."""
-    capability = max(c for c in (80, 90, 100, 120) if c <= gpu.capability)
+    capability = max(c for c in TILES if c <= gpu.capability)
     H, S = shape.hidden_size, tokens * shape.top_k
     tile = pick_tile(capability, S, shape.num_experts)
     layer = _layer(shape, form, bits, capability)
@@ -213,17 +209,17 @@ def bitsmoe(shape: Shape, tokens: int, form: str, bits: float, gpu: Gpu) -> tupl
     k_in, k_down = inputs.index.shape[1], down.index.shape[1]
 
     code = _other_code(capability)
-    wide = tokens > 64
-    kind = f"begin, basis for {64 if wide else 16} tokens" if form == WHITENED else "begin"
+    wide = basis_tile(tokens)
+    kind = f"begin, basis for {wide.tokens} tokens" if form == WHITENED else "begin"
     lines, used = code[kind]
     chunks, programs, coordinates = -(-S // ROUTE_CHUNK), shape.num_experts, 0
     if form == WHITENED:
-        coordinates = -(-H // (64 if wide else 32)) * -(-tokens // (64 if wide else 16))
+        coordinates = -(-H // wide.coordinates) * -(-tokens // wide.tokens)
     turns = [-(-H // 128)] * sum(bool(machine_code.MATRIX & set(b)) for b in machine_code.loops(list(lines)))
     # A program does the one or the other; the longer one counts for all.
     routing = machine_code.executed(list(lines), [0] * len(turns), chunks)
     contract = machine_code.executed(list(lines), turns, 0) if coordinates else 0
-    warps = 8 if wide and coordinates else 4
+    warps = wide.warps if coordinates else 4
     begin = Launch("begin", programs + coordinates, warps, max(routing, contract), 3 + (2 if coordinates else 0),
                    layer.shared_bytes() + tokens * H * 2, used["registers"], used["shared_bytes"])  # fmt: skip
     lines, used = code["scale"]
@@ -240,15 +236,14 @@ def bitsmoe(shape: Shape, tokens: int, form: str, bits: float, gpu: Gpu) -> tupl
 
 
 @cache
-def _grouped(capability: int, block: int) -> tuple[tuple[str, ...], dict[str, int], int, int]:
-    """Machine code of the plain grouped GEMM at 16 bits, its resources, outputs of a program, warps."""
-    outputs, warps = (64, 4) if block == 16 else (128, 4 if block < 128 else 8)
-    constants = {"ROWS_PER": 8, "BITS": 16, "BM": block, "BN": outputs, "BK": 64, "PER_GROUP": 128, "WEIGHTED": False,
-                 "FP16": False, "ASM": True}  # fmt: skip
+def _grouped(capability: int, block: int, outputs: int, warps: int) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Machine code of the plain grouped GEMM at 16 bits, and its resources."""
+    constants = {"ROWS_PER": 8, "BITS": 16, "BM": block, "BN": outputs, "BK": INNER, "PER_GROUP": 128,
+                 "WEIGHTED": False, "FP16": False, "ASM": True}  # fmt: skip
     types = {"x": "*bf16", "weight": "*bf16", "scale": "*bf16", "block_expert": "*i32", "block_slot": "*i32",
              "num_blocks": "*i32", "slot_weight": "*fp32", "out": "*bf16"}  # fmt: skip
     kernel = machine_code.compiled(_grouped_kernel, capability, constants, types, warps, sizes=("N", "K"))
-    return tuple(machine_code.machine_code(kernel)), machine_code.resources(kernel), outputs, warps
+    return tuple(machine_code.machine_code(kernel)), machine_code.resources(kernel)
 
 
 def sixteen_bits(shape: Shape, tokens: int, gpu: Gpu) -> list[Launch]:
@@ -256,11 +251,11 @@ def sixteen_bits(shape: Shape, tokens: int, gpu: Gpu) -> list[Launch]:
     capability = min(gpu.capability, 90)
     H, inner, S = shape.hidden_size, shape.intermediate_size, tokens * shape.top_k
     hit, blocks = _hit(shape, tokens)
-    block = next((m for m in (16, 32, 64) if S / shape.num_experts <= m), 128)
-    lines, used, outputs, warps = _grouped(capability, block)
+    block, outputs, warps = tile_of(S / shape.num_experts)
+    lines, used = _grouped(capability, block, outputs, warps)
     made = []
     for name, N, K in (("gate_up", 2 * inner, H), ("down", H, inner)):
-        instructions = machine_code.executed(list(lines), [K // 64], 1)
+        instructions = machine_code.executed(list(lines), [K // INNER], 1)
         made.append(Launch(name, -(-N // outputs) * blocks[block], warps, instructions, 5,
                            hit * N * K * 2 + S * (N + K) * 2, used["registers"], used["shared_bytes"]))  # fmt: skip
     return _with_helpers(made, S, inner, H)
@@ -290,7 +285,6 @@ def _with_helpers(gemms: list[Launch], S: int, inner: int, H: int) -> list[Launc
 def estimates(shapes: Sequence[Shape], tokens: Sequence[int], bits: float, gpus: Sequence[Gpu] = GPUS) -> Iterator[Row]:
     """Rows of all methods."""
     for gpu in gpus:
-        table_of(gpu.capability)
         for shape in shapes:
             for count in tokens:
                 made: list[tuple[str, bool, list[Launch], float]] = []

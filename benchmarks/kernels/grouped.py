@@ -13,6 +13,8 @@ from benchmarks.kernels.experts import GROUP
 from bitsmoe_kernels._triton.codes import product, rounded
 from bitsmoe_kernels.backends import triton_launch as moe
 
+INNER = 64
+"""Inputs of one turn of the loop."""
 PER_WORD = 8
 """Codes of 4 bits in an int32."""
 
@@ -61,6 +63,12 @@ def _silu_kernel(both, out, I, CHUNK: tl.constexpr, FP16: tl.constexpr, ASM: tl.
     tl.store(out + s * I + i, rounded(gate * tl.sigmoid(gate) * up, FP16, ASM), mask=i < I)
 
 
+def tile_of(mean: float) -> tuple[int, int, int]:
+    """Slots of a block, outputs of a program and its warps, for so many slots of an expert on average."""
+    block = next((m for m in (16, 32, 64) if mean <= m), 128)
+    return (block, 64, 4) if block == 16 else (block, 128, 4 if block < 128 else 8)
+
+
 def silu_and_mul(both: Tensor, out: Tensor) -> None:
     """out [S, I] = silu(gate) * up of both [S, 2 I]."""
     S, I = out.shape  # noqa: E741
@@ -84,9 +92,8 @@ def grouped_forward(
     """
     T, top_k = ids.shape
     S, E, both, H = T * top_k, len(w13), w13.shape[1], x.shape[1]
-    mean = S / E
-    BM = next((m for m in (16, 32, 64) if mean <= m), 128)
-    BN, BK, warps = (64, 64, 4) if BM == 16 else (128, 64, 4 if BM < 128 else 8)
+    BM, BN, warps = tile_of(S / E)
+    BK = INNER
     route = moe._route(ids, None, E, BM, 1)
     fp16 = x.dtype == torch.float16
     common = {"BITS": bits, "BM": BM, "BN": BN, "BK": BK, "PER_GROUP": GROUP, "FP16": fp16, "ASM": x.is_cuda,

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bitsmoe_kernels._triton import gemm, prepare, rounding
-from bitsmoe_kernels.backends.launch_config import DECODE, PREFILL, TILES, Tile, kwidth_of
+from bitsmoe_kernels.backends.launch_config import BASIS_TILES, DECODE, PREFILL, TILES, Tile, kwidth_of
 from bitsmoe_kernels.layout.fields import CLASSES, TILE
 
 MATRIX = {"HGMMA", "HMMA", "QGMMA", "IMMA"}
@@ -147,10 +147,10 @@ def other_kernels(capability: int, fp16: bool) -> Iterator[tuple[str, Any]]:
         "arrived": "*i32", "expert_map": "*i32", "x": kind, "basis": "*i8", "basis_scale": "*fp32", "z": "*fp32",
     }  # fmt: skip
     routing = {"E": 128, "BINS": 128, "CHUNK": 512, "EXPERTS": 128, "EXPERT_MAP": True}
-    for basis, bt, bn, warps in ((False, 16, 16, 4), (True, 16, 32, 4), (True, 64, 64, 8)):
-        constants = routing | {"BASIS": basis, "BN": bn, "BT": bt, "BK": 128, "STAGES": 3, "ASM": True}
-        name = f"begin{f', basis for {bt} tokens' * basis}"
-        yield name, compiled(prepare.begin_kernel, capability, constants, types, warps)
+    for basis, tile in ((False, BASIS_TILES[0]), *((True, tile) for tile in BASIS_TILES)):
+        constants = routing | {"BASIS": basis, "BN": tile.coordinates, "BT": tile.tokens, "BK": 128, "STAGES": 3}
+        kernel = compiled(prepare.begin_kernel, capability, constants | {"ASM": True}, types, tile.warps)
+        yield f"begin{f', basis for {tile.tokens} tokens' * basis}", kernel
     types = {"source": "*fp32", "local": "*i32", "index": "*i32", "factor": "*fp32", "offset": "*fp32", "tiles": "*i32",
              "act": kind, "corr": "*fp32", "rank": "*i32", "lowrank": "*fp16", "lowrank_start": "*i32",
              "out": kind}  # fmt: skip

@@ -249,12 +249,14 @@ def _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row,
     correction = gl.sum(gl.load(prow + at, mask=at < width, other=0.0), 1)
     coded -= gl.convert_layout(correction, gl.SliceLayout(0, unit))[None, :]
     n = n0 + gl.arange(0, BN, gl.SliceLayout(1, unit))
-    t = scale + matrix * NMAX + n
-    y = coded * (gl.load(t) if EVEN else gl.load(t, mask=n < N, other=0.0))[:, None] + plain
-    if BIAS:
-        b = bias + matrix * NMAX + n
-        y += (gl.load(b) if EVEN else gl.load(b, mask=n < N, other=0.0))[:, None]
-    return y
+    return gemm.finished(coded, plain, scale, bias, matrix * NMAX, n, N, EVEN, BIAS)
+
+
+@gluon.jit
+def _rows(block_slot, block, BT: gl.constexpr, layout: gl.constexpr):
+    """Rows [BT] of a block, int64 and 0 where there is none, and whether there is one."""
+    slot = gl.load(block_slot + block * BT + gl.arange(0, BT, layout))
+    return gl.where(slot >= 0, slot, 0).to(gl.int64), slot >= 0
 
 
 @gluon.jit
@@ -274,46 +276,34 @@ def gate_up_direct(act, corr, codes32, codes16, dense, start, tiles, columns, sc
     expert = gl.load(block_expert + block)
     HALF: gl.constexpr = BN // 2
     acts: gl.constexpr = gl.SliceLayout(1, _act_layout(BT, KWIDTH))
-    slot_in = gl.load(block_slot + block * BT + gl.arange(0, BT, acts))
-    row = gl.where(slot_in >= 0, slot_in, 0).to(gl.int64)
+    row, _ = _rows(block_slot, block, BT, acts)
     n0 = gl.program_id(0) * (HALF if SPLIT else BN)
     matrix = expert.to(gl.int64) * (2 if SPLIT else 1)
     N = gl.multiple_of(gl.load(columns + matrix), 16)
     if n0 >= N:
         return
+    ahead = _ahead(blocks)
     if SPLIT:
         made: gl.constexpr = _unit()
         gate = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row * 2, KMAX, NMAX, matrix,
-                        n0, N, N, _ahead(blocks), NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16, True, DENSE,
+                        n0, N, N, ahead, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16, True, DENSE,
                         BIAS, WIDTHS)  # fmt: skip
         up = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row * 2 + 1, KMAX, NMAX,
-                      matrix + 1, n0, N, N, _ahead(blocks), NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16,
+                      matrix + 1, n0, N, N, ahead, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16,
                       True, DENSE, BIAS, WIDTHS)  # fmt: skip
     else:
         made: gl.constexpr = _halves_layout(BN, BT)
         y = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row, KMAX, NMAX, matrix,
-                     n0, N, N, _ahead(blocks), NCORR, NCORR_POW2, CORR_CHUNK, BN, BT, KWIDTH, FP16, True, DENSE, BIAS,
+                     n0, N, N, ahead, NCORR, NCORR_POW2, CORR_CHUNK, BN, BT, KWIDTH, FP16, True, DENSE, BIAS,
                      WIDTHS)  # fmt: skip
         y = gl.convert_layout(y, _pairs_layout(BN, BT))
         gate, up = gl.split(gl.permute(gl.reshape(y, (HALF, 2, BT)), (0, 2, 1)))
         gate = gl.convert_layout(gate, made, assert_trivial=True)
         up = gl.convert_layout(up, made, assert_trivial=True)
-    h = gemm.gated(gate, up, ACT)
     at = gl.program_id(0) * HALF + gl.arange(0, HALF, gl.SliceLayout(1, made))
-    slot = gl.load(block_slot + block * BT + gl.arange(0, BT, gl.SliceLayout(0, made)))
-    valid = slot >= 0
-    row_out = gl.where(valid, slot, 0).to(gl.int64)
-    pout = out + row_out[None, :] * OUT_STRIDE + at[:, None]
-    if FUSED:
-        where = expert.to(gl.int64) * KDOWN + at
-        factor, offset = gl.load(down_factor + where), gl.load(down_offset + where)
-        # Padding stays 0 whatever comes out of it.
-        a = codes.rounded(gl.where(factor[:, None] == 0, 0.0, h * factor[:, None]), FP16, True)
-        gl.store(pout, a, mask=valid[None, :])
-        c = gl.sum(a.to(gl.float32) * offset[:, None], 0)
-        gl.store(out_corr + row_out * OUT_NCORR + gl.program_id(0), c, mask=valid)
-    else:
-        gl.store(pout, h, mask=valid[None, :])
+    row_out, valid = _rows(block_slot, block, BT, gl.SliceLayout(0, made))
+    gemm.store_hidden(gemm.gated(gate, up, ACT), at, row_out, valid, expert.to(gl.int64) * KDOWN, down_factor,
+                      down_offset, out, out_corr, OUT_STRIDE, OUT_NCORR, FUSED, FP16, True)  # fmt: skip
 
 
 @gluon.jit(do_not_specialize_on_alignment=["weight"])
@@ -332,11 +322,8 @@ def down_direct(act, corr, codes32, codes16, dense, start, tiles, columns, scale
     expert = gl.load(block_expert + block)
     unit: gl.constexpr = _unit()
     acts: gl.constexpr = gl.SliceLayout(1, _act_layout(BT, KWIDTH))
-    slot_in = gl.load(block_slot + block * BT + gl.arange(0, BT, acts))
-    row_in = gl.where(slot_in >= 0, slot_in, 0).to(gl.int64)
-    slot = gl.load(block_slot + block * BT + gl.arange(0, BT, gl.SliceLayout(0, unit)))
-    valid = slot >= 0
-    row = gl.where(valid, slot, 0).to(gl.int64)
+    row_in, _ = _rows(block_slot, block, BT, acts)
+    row, valid = _rows(block_slot, block, BT, gl.SliceLayout(0, unit))
     n0 = gl.program_id(0) * BN
     n = n0 + gl.arange(0, BN, gl.SliceLayout(1, unit))
     inside = n < H

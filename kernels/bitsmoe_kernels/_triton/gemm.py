@@ -117,12 +117,18 @@ def _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row,
                              BN, BT, KWIDTH, FP16, ASM, EVEN, DENSE, WIDTHS, UNROLL, STAGES)  # fmt: skip
     at = tl.arange(0, NCORR_POW2)
     parts = tl.load(corr + row[:, None] * NCORR + at[None, :], mask=at[None, :] < width, other=0.0)
-    n = n0 + tl.arange(0, BN)
-    t = scale + matrix * NMAX + n
-    t = tl.load(t) if EVEN else tl.load(t, mask=n < N, other=0.0)
-    y = (coded - tl.sum(parts, 1)[None, :]) * t[:, None] + plain
+    return finished(coded - tl.sum(parts, 1)[None, :], plain, scale, bias, matrix * NMAX, n0 + tl.arange(0, BN), N,
+                    EVEN, BIAS)  # fmt: skip
+
+
+# What follows up to the kernels has no layouts of its own: `direct.py` calls it too.
+@triton.jit
+def finished(coded, plain, scale, bias, first, n, N, EVEN: tl.constexpr, BIAS: tl.constexpr):
+    """Outputs n [BN] of a matrix from its sums [BN, BT]. first: where its share of `scale` and of `bias` begins."""
+    t = scale + first + n
+    y = coded * (tl.load(t) if EVEN else tl.load(t, mask=n < N, other=0.0))[:, None] + plain
     if BIAS:
-        b = bias + matrix * NMAX + n
+        b = bias + first + n
         y += (tl.load(b) if EVEN else tl.load(b, mask=n < N, other=0.0))[:, None]
     return y
 
@@ -142,6 +148,25 @@ def gated(gate, up, ACT: tl.constexpr):
         return gate * tl.sigmoid(gate) * up
     else:
         return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
+def store_hidden(h, at, row, valid, first, down_factor, down_offset, out, out_corr, OUT_STRIDE,
+                 OUT_NCORR: tl.constexpr, FUSED: tl.constexpr, FP16: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    """What `gate_up_kernel` writes of h [HALF, BT]: components at [HALF] of down, for rows [BT].
+
+    first: where the expert's components begin in down's tables.
+    """
+    pout = out + row[None, :] * OUT_STRIDE + at[:, None]
+    if FUSED:
+        factor, offset = tl.load(down_factor + first + at), tl.load(down_offset + first + at)
+        # Padding stays 0 whatever comes out of it.
+        a = rounded(tl.where(factor[:, None] == 0, 0.0, h * factor[:, None]), FP16, ASM)
+        tl.store(pout, a, mask=valid[None, :])
+        c = tl.sum(a.to(tl.float32) * offset[:, None], 0)
+        tl.store(out_corr + row * OUT_NCORR + tl.program_id(0), c, mask=valid)
+    else:
+        tl.store(pout, h, mask=valid[None, :])
 
 
 @triton.jit
@@ -185,18 +210,8 @@ def gate_up_kernel(act, corr, codes32, codes16, dense, start, tiles, columns, sc
                      n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, BN, BT, KWIDTH, FP16, ASM, True, DENSE, BIAS,
                      WIDTHS, UNROLL, STAGES)  # fmt: skip
         gate, up = tl.split(tl.permute(tl.reshape(y, (HALF, 2, BT)), (0, 2, 1)))
-    h = gated(gate, up, ACT)
-    pout = out + row[None, :] * OUT_STRIDE + at[:, None]
-    if FUSED:
-        where = expert.to(tl.int64) * KDOWN + at
-        factor, offset = tl.load(down_factor + where), tl.load(down_offset + where)
-        # Padding stays 0 whatever comes out of it.
-        a = rounded(tl.where(factor[:, None] == 0, 0.0, h * factor[:, None]), FP16, ASM)
-        tl.store(pout, a, mask=valid[None, :])
-        c = tl.sum(a.to(tl.float32) * offset[:, None], 0)
-        tl.store(out_corr + row * OUT_NCORR + tl.program_id(0), c, mask=valid)
-    else:
-        tl.store(pout, h, mask=valid[None, :])
+    store_hidden(gated(gate, up, ACT), at, row, valid, expert.to(tl.int64) * KDOWN, down_factor, down_offset, out,
+                 out_corr, OUT_STRIDE, OUT_NCORR, FUSED, FP16, ASM)  # fmt: skip
 
 
 @triton.jit(do_not_specialize_on_alignment=["weight"])

@@ -58,6 +58,23 @@ TILES: dict[int, dict[str, tuple[Tile, ...]]] = {
 """By the oldest architecture they serve."""
 
 
+@dataclass(frozen=True)
+class BasisTile:
+    """Coordinates and tokens of a program of the shared basis, and its warps."""
+
+    coordinates: int
+    tokens: int
+    warps: int
+
+
+BASIS_TILES = (BasisTile(32, 16, 4), BasisTile(64, 64, 8))
+
+
+def basis_tile(tokens: int) -> BasisTile:
+    """For a call with so many tokens."""
+    return BASIS_TILES[tokens > 64]
+
+
 def why_no_table(capability: int) -> str | None:
     """Why there are no kernels for a compute capability such as 90; None where there are."""
     if capability < min(TILES):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_kernels._triton import gemm, prepare
-from bitsmoe_kernels.backends.launch_config import Tile, pick_tile
+from bitsmoe_kernels.backends.launch_config import BASIS_TILES, Tile, basis_tile, pick_tile
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.layout.fields import TILE
 from bitsmoe_kernels.layout.matrices import Matrices
@@ -207,18 +207,18 @@ def _route(
     empty = torch.empty(sum(sizes), dtype=torch.int32, device=ids.device)
     local, num_blocks, block_expert, block_slot, arrived = empty.split(sizes)[::2]
     x, basis, basis_scale, z = coordinates or (empty,) * 4
-    H, R, BN, BT, warps = 0, 0, 16, 16, 4
+    H, R, tile = 0, 0, BASIS_TILES[0]
     programs = max(1, E)
     if coordinates is not None:
-        H, R = x.shape[1], len(basis)
-        BN, BT, warps = (32, 16, 4) if T <= 64 else (64, 64, 8)
-        programs += -(-R // BN) * -(-T // BT)
+        H, R, tile = x.shape[1], len(basis), basis_tile(T)
+        programs += -(-R // tile.coordinates) * -(-T // tile.tokens)
     _launch("begin", prepare.begin_kernel, (programs,),
             ids, local, block_expert, block_slot, num_blocks, arrived, S, len(arrived), tokens,
             ids if expert_map is None else expert_map, x, basis, basis_scale, z, T, H, R,
             E=E, BINS=max(32, _pow2(E)), CHUNK=ROUTE_CHUNK,
             EXPERTS=E if expert_map is None else len(expert_map), EXPERT_MAP=expert_map is not None,
-            BASIS=coordinates is not None, BN=BN, BT=BT, BK=128, STAGES=3, ASM=asm, num_warps=warps)  # fmt: skip
+            BASIS=coordinates is not None, BN=tile.coordinates, BT=tile.tokens, BK=128, STAGES=3, ASM=asm,
+            num_warps=tile.warps)  # fmt: skip
     return _Route(local, block_expert, block_slot, num_blocks, arrived, most)
 
 
