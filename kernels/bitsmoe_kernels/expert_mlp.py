@@ -1,11 +1,14 @@
-"""The MLP of one routed expert: `down(act(gate, up))`. The one owner of the activation and of its derivatives.
+"""The MLP of one routed expert: `down(act(gate, up))`, or `down(act(up))` where it has no gate.
+
+The one owner of the activation and of its derivatives. *Pre-activations* are what enters it: outputs of gate and up, or
+of up alone.
 
 Another activation needs an entry in `ACTIVATIONS`, and a case in the Triton kernels (`_triton/gemm.py`) and in the CPU
 kernels (`_cpu/engine.h`), which know it by its place in `ACTIVATIONS`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HiddenAct = Literal["silu", "gelu_pytorch_tanh", "swigluoai", "silu_clamp10"]
-"""Activations that are supported: values of `hidden_act` in config.json, that of gpt-oss, and that of GLM-5.3-Flash."""
+HiddenAct = Literal["silu", "gelu_pytorch_tanh", "swigluoai", "silu_clamp10", "relu2"]
+"""Activations that are supported: values of `hidden_act` in config.json, that of gpt-oss, and that of GLM-5.3-Flash.
+"relu2" is of Nemotron-3, whose experts have no gate."""
 HIDDEN_ACT: HiddenAct = "silu"
 """The activation of a layer whose schema names none."""
 OWN_NAMES: tuple[HiddenAct, ...] = ("swigluoai", "silu_clamp10")
@@ -27,20 +31,22 @@ SILU_LIMIT = 10.0
 
 @dataclass(frozen=True)
 class Activation:
-    """One activation `h = act(gate, up)` in the forms that callers need.
+    """One activation of its pre-activations, in the forms that callers need.
 
     Attributes:
-        apply: h as a new tensor. Gradients pass through it.
-        apply_: h, written to the third tensor; may overwrite gate and up. Gives the same bits as `apply`.
-        slopes_: h, written to the third tensor, and the derivatives by gate and by up. May overwrite gate and up. h may
+        apply: h of the pre-activations, as a new tensor. Gradients pass through it.
+        apply_: h, written to the tensor after them; may overwrite them. Gives the same bits as `apply`.
+        slopes_: h, written to the tensor after them, and its derivatives by each of them. May overwrite them. h may
             round differently from `apply`.
-        scales_with_up: whether h is proportional to up.
+        degree: h of c up is c^degree h of up, for c > 0; None: of no degree.
+        matrices: how many pre-activations it takes: 2, of gate and of up, or 1, of up alone.
     """
 
-    apply: Callable[[Tensor, Tensor], Tensor]
-    apply_: Callable[[Tensor, Tensor, Tensor], Tensor]
-    slopes_: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    scales_with_up: bool
+    apply: Callable[..., Tensor]
+    apply_: Callable[..., Tensor]
+    slopes_: Callable[..., tuple[Tensor, ...]]
+    degree: int | None = None
+    matrices: Literal[1, 2] = 2
 
 
 def _times_up(
@@ -56,7 +62,7 @@ def _times_up(
         return slope.mul_(up), value
 
     return Activation(
-        lambda gate, up: act(gate) * up, lambda gate, up, out: torch.mul(act_(gate), up, out=out), slopes_, True
+        lambda gate, up: act(gate) * up, lambda gate, up, out: torch.mul(act_(gate), up, out=out), slopes_, degree=1
     )
 
 
@@ -129,51 +135,63 @@ def _clamped_silu_slopes_(gate: Tensor, up: Tensor, out: Tensor) -> tuple[Tensor
     return slope.mul_(up).mul_(free_gate), value.mul_(free_up)
 
 
+def _relu2_(up: Tensor, out: Tensor) -> Tensor:
+    return torch.square(F.relu(up, inplace=True), out=out)
+
+
+def _relu2_slopes_(up: Tensor, out: Tensor) -> tuple[Tensor]:
+    _relu2_(up, out)
+    return (up.mul_(2),)
+
+
 ACTIVATIONS: dict[HiddenAct, Activation] = {
     "silu": _times_up(F.silu, _silu_, _silu_with_slope_),
     "gelu_pytorch_tanh": _times_up(_gelu, _gelu_, _gelu_with_slope_),
-    "swigluoai": Activation(_swigluoai, _swigluoai_, _swigluoai_slopes_, scales_with_up=False),
-    "silu_clamp10": Activation(_clamped_silu, _clamped_silu_, _clamped_silu_slopes_, scales_with_up=False),
+    "swigluoai": Activation(_swigluoai, _swigluoai_, _swigluoai_slopes_),
+    "silu_clamp10": Activation(_clamped_silu, _clamped_silu_, _clamped_silu_slopes_),
+    "relu2": Activation(lambda up: F.relu(up).square(), _relu2_, _relu2_slopes_, degree=2, matrices=1),
 }
 """By the name that `hidden_act` has in a layer's schema. Kernels know them by their places here."""
 ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 
-def gated(gate: Tensor, up: Tensor, hidden_act: HiddenAct = HIDDEN_ACT) -> Tensor:
-    """`act(gate, up)` as a new tensor. Gradients pass.
+def activated(pre: Sequence[Tensor], hidden_act: HiddenAct = HIDDEN_ACT) -> Tensor:
+    """The activation as a new tensor, [n, I]. Gradients pass.
 
     Args:
-        gate: outputs of the gate projection, [n, I].
-        up: outputs of the up projection, [n, I].
+        pre: pre-activations, [n, I] each.
         hidden_act: a key of `ACTIVATIONS`.
     """
-    return ACTIVATIONS[hidden_act].apply(gate, up)
+    return ACTIVATIONS[hidden_act].apply(*pre)
 
 
-def gated_(gate: Tensor, up: Tensor, out: Tensor, hidden_act: HiddenAct = HIDDEN_ACT) -> Tensor:
-    """As `gated`, with the same bits, without new memory for the result: may overwrite `gate` and `up`.
+def activated_(pre: Sequence[Tensor], out: Tensor, hidden_act: HiddenAct = HIDDEN_ACT) -> Tensor:
+    """As `activated`, with the same bits, without new memory for the result: may overwrite `pre`.
 
     Args:
-        gate: outputs of the gate projection, [n, I].
-        up: outputs of the up projection, [n, I].
+        pre: pre-activations, [n, I] each.
         out: receives the result, [n, I].
         hidden_act: a key of `ACTIVATIONS`.
 
     Returns:
         `out`.
     """
-    return ACTIVATIONS[hidden_act].apply_(gate, up, out)
+    return ACTIVATIONS[hidden_act].apply_(*pre, out)
 
 
-def gated_with_slopes_(
-    gate: Tensor, up: Tensor, out: Tensor, hidden_act: HiddenAct = HIDDEN_ACT
-) -> tuple[Tensor, Tensor]:
-    """As `gated_`, with the derivatives by gate and by up, [n, I] each.
+def activated_with_slopes_(
+    pre: Sequence[Tensor], out: Tensor, hidden_act: HiddenAct = HIDDEN_ACT
+) -> tuple[Tensor, ...]:
+    """As `activated_`, with the derivatives by each of the pre-activations, [n, I] each.
 
     Args:
-        gate: outputs of the gate projection, [n, I].
-        up: outputs of the up projection, [n, I].
+        pre: pre-activations, [n, I] each.
         out: receives the result, [n, I].
         hidden_act: a key of `ACTIVATIONS`.
     """
-    return ACTIVATIONS[hidden_act].slopes_(gate, up, out)
+    return ACTIVATIONS[hidden_act].slopes_(*pre, out)
+
+
+def input_matrices(hidden_act: HiddenAct) -> int:
+    """How many matrices of an expert read its input: 2, gate and up, or 1, up alone."""
+    return ACTIVATIONS[hidden_act].matrices

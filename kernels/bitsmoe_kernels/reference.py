@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bitsmoe_kernels.expert_mlp import gated
+from bitsmoe_kernels.expert_mlp import activated
 from bitsmoe_kernels.format.packing import unpack_codes
 from bitsmoe_kernels.format.schema import Layer, Part, Projection, ProjectionName
 
@@ -170,22 +170,20 @@ class LayerWeights:
         """The stored projections, two or three."""
         return {n: ProjectionWeights(self.layer, n, self.block_size, self.tensors) for n in self.layer.projections}
 
-    def expert_weights(self, expert: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Dequantized gate [I, H], up [I, H] and down [H, I] of one expert, float32."""
+    def expert_weights(self, expert: int) -> tuple[Tensor, ...]:
+        """Dequantized gate [I, H] if there is one, up [I, H] and down [H, I] of one expert, float32."""
         p = self.projections
         if "gate_up" in p:
-            gate, up = p["gate_up"].weight(expert).chunk(2)
-        else:
-            gate, up = p["gate"].weight(expert), p["up"].weight(expert)
-        return gate, up, p["down"].weight(expert)
+            return *p["gate_up"].weight(expert).chunk(2), p["down"].weight(expert)
+        return tuple(p[name].weight(expert) for name in ("gate", "up", "down") if name in p)
 
     def experts(self, chosen: range) -> tuple[Tensor, Tensor]:
-        """Dequantized gate and up [n, 2 I, H] and down [n, H, I] of some experts, float32."""
+        """Dequantized gate and up [n, 2 I, H], or up alone [n, I, H], and down [n, H, I] of some experts, float32."""
         experts = [self.expert_weights(e) for e in chosen]
-        return torch.stack([torch.cat([g, u]) for g, u, _ in experts]), torch.stack([d for _, _, d in experts])
+        return torch.stack([torch.cat(e[:-1]) for e in experts]), torch.stack([e[-1] for e in experts])
 
     def biases(self, chosen: range) -> tuple[Tensor, Tensor] | None:
-        """Biases of gate and up [n, 2 I] and of down [n, H] of some experts, float32; None where there are none."""
+        """Biases of gate and up [n, 2 I], or of up alone, and of down [n, H], float32; None where there are none."""
         if not any(p.spec.bias for p in self.projections.values()):
             return None
 
@@ -224,7 +222,8 @@ def moe_forward(
     topk_ids: Tensor,
     expert_map: Tensor | None = None,
 ) -> Tensor:
-    """Routed experts of one layer: sum over a token's experts of weight * down(act(gate(x), up(x))).
+    """Routed experts of one layer: sum over a token's experts of weight * down(act(gate(x), up(x))),
+    or of weight * down(act(up(x))).
 
     Dequantizes the experts that were routed to, one after another, and no others. Computes in float32.
 
@@ -252,8 +251,8 @@ def moe_forward(
             continue
         token, slot = (ids == expert).nonzero(as_tuple=True)
         hidden = [w.forward(expert, xf[token], z[token]) for w, z in zip(inputs, shared, strict=True)]
-        gate, up = hidden[0].chunk(2, -1) if len(hidden) == 1 else hidden
-        h = gated(gate, up, weights.layer.hidden_act)
+        pre = hidden[0].chunk(2, -1) if "gate_up" in p else hidden
+        h = activated(pre, weights.layer.hidden_act)
         y = down.forward(expert, h, down.project(h))
         out.index_add_(0, token, y * topk_weights[token, slot, None].float())
     return out.to(x.dtype)

@@ -1,6 +1,7 @@
 """Second moments of what the experts of one layer see on calibration text, weighed by what the layer's output feels.
 
 Symbols: w routing weight of a token at an expert, g and u its gate and up outputs, h = silu(g) * u, D the down matrix.
+An expert without a gate has u alone.
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bitsmoe_kernels.expert_mlp import HIDDEN_ACT, HiddenAct, gated_, gated_with_slopes_
+from bitsmoe_kernels.expert_mlp import HIDDEN_ACT, HiddenAct, activated_, activated_with_slopes_
 from offline_quant.linalg import add_product, mirrored
 from offline_quant.model.expert_inputs import ExpertInputs
 from offline_quant.model.expert_weights import OneExpert
@@ -33,7 +34,7 @@ class MeasuredExpert:
 
     Attributes:
         inputs: float32 [H, H], second moments of x with tokens weighed, of mean weight one.
-        output_weights: float32 [2 I], mean square of what an error of each gate and up output moves.
+        output_weights: float32 [2 I], mean square of what an error of each gate and up output moves; [I] of up alone.
         down: float32 [I, I], E[w^2 h h^T].
         activations: float32 [n, I], h of the expert's own tokens, then of the sample of all tokens.
     """
@@ -143,23 +144,23 @@ class LayerMoments:
         down = weights.down
         norms = down.square().sum(0)
         I, H = len(norms), len(down)  # noqa: E741
-        hidden, token, outputs = down.new_empty(len(tokens), I), torch.empty_like(mass), down.new_zeros(2 * I)
+        hidden, token = down.new_empty(len(tokens), I), torch.empty_like(mass)
+        outputs = down.new_zeros(len(weights.gate_up))
         D = down.new_zeros(I, I)
         step = min(PLANNING_STEP, max(1, len(tokens) // (PLANNING_TOKENS * I)))
         for part in _blocks(len(tokens)):
             x, m = self.inputs.x.index_select(0, tokens[part]), mass[part]
             h = hidden[part]
-            by_gate, by_up = gated_with_slopes_(*weights.gate_and_up(x), h, self.hidden_act)
-            by_gate.square_()
-            by_up.square_()
-            torch.add(by_gate @ norms, by_up @ norms, out=token[part])
-            outputs[:I] += m @ by_gate
-            outputs[I:] += m @ by_up
+            slopes = activated_with_slopes_(weights.preactivations(x), h, self.hidden_act)
+            felt = [slope.square_() @ norms for slope in slopes]
+            token[part] = felt[0] if len(felt) == 1 else felt[0] + felt[1]
+            for weight, slope in zip(outputs.split(I), slopes, strict=True):
+                weight += m @ slope
             # D decides who gets bits, not what is rounded to what: part of the tokens will do.
             some = h[::step]
             add_product(D, some * (step * m[::step, None]), some)
         token *= mass
-        outputs *= norms.repeat(2)
+        outputs *= norms.repeat(len(outputs) // I)
         outputs = outputs.clamp(min=LEAST_OUTPUT * float(outputs.mean())).clamp(min=1e-30)
         token = token.clamp(max=HEAVIEST_TOKEN * float(token.mean()))
         if not bool(token.any()):  # a dead expert: no error of it is felt, and its inputs count alike
@@ -190,7 +191,7 @@ class LayerMoments:
         moments, crossed = (weights.gate_up.new_zeros(I, I) for _ in range(2))
         for part in _blocks(len(tokens)):
             x = self.inputs.x.index_select(0, tokens[part])
-            h = gated_(*weights.gate_and_up(x), seen[part], self.hidden_act)
+            h = activated_(weights.preactivations(x), seen[part], self.hidden_act)
             weighed = h * mass[part, None]
             add_product(moments, h, weighed)
             crossed.addmm_(original[part].T, weighed)

@@ -24,7 +24,7 @@ are most of the memory of `--budget model`."""
 
 def sensitivity_bytes(sizes: RunSizes) -> int:
     """Bytes of memory that `layer_sensitivities` takes: hidden states of all layers, and logits or a whole layer."""
-    H, I = sizes.shape.hidden_size, sizes.shape.intermediate_size  # noqa: E741
+    H, I = sizes.hidden_size, sizes.shape.intermediate_size  # noqa: E741
     measured = min(sizes.tokens, TOKENS)
     batch = min(measured, BATCH_TOKENS)
     logits = int(FLOAT * sizes.vocabulary * (H + LOGIT_COPIES * batch))
@@ -69,7 +69,7 @@ def layer_sensitivities(
                     for h, (_, args), g in zip(hidden, batches, gradients, strict=True)
                 ]
             if moe:
-                found[index] = power.close() / windows.numel() * energy[index] / (2 * gradients[0].shape[-1])
+                found[index] = power.close() / windows.numel() * energy[index] / (2 * model.shape.hidden_size)
         on_progress()
     return found
 

@@ -54,7 +54,7 @@ class Forecast(BaseModel):
 
 def forecast_bytes(sizes: RunSizes) -> int:
     """Bytes of memory that `forecast` takes."""
-    H, rows = sizes.shape.hidden_size, min(VOCABULARY_ROWS, sizes.vocabulary)
+    H, rows = sizes.hidden_size, min(VOCABULARY_ROWS, sizes.vocabulary)
     judged = min(sizes.tokens, BATCH_TOKENS)
     states = FLOAT * (judged * (4 * H + 3 * sizes.state_values) + rows * (2 * H + 4 * judged))
     return states + forward_bytes(sizes, judged)

@@ -70,7 +70,7 @@ def judged_tokens(tokens: int) -> int:
 
 def judging_bytes(sizes: RunSizes) -> int:
     """Bytes of memory that `tally` takes."""
-    H, judged = sizes.shape.hidden_size, judged_tokens(sizes.tokens)
+    H, judged = sizes.hidden_size, judged_tokens(sizes.tokens)
     # Logits of some rows of the head, and of the rows before or their sum of exponentials.
     rows = min(VOCABULARY_ROWS, sizes.vocabulary)
     return FLOAT * (judged * (2 * H + sizes.state_values) + rows * (H + 2 * judged)) + sizes.whole_tensor_bytes

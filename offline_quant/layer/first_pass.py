@@ -30,8 +30,8 @@ class LayerMeasurements:
 
     Attributes:
         output_unit: mean weight of a gate or up output.
-        sqrt_output_weight: float32 [E, 2 I], root of the weight of every gate and up output relative to that mean,
-            channels sorted.
+        sqrt_output_weight: float32 [E, 2 I], or [E, I] of up alone, root of the weight of every gate and up
+            output relative to that mean, channels sorted.
         channel_order: int64 [E, I], the model's intermediate channel at each place, by ascending importance.
         down: the components of down without a basis, in that order.
         grams: sums by form, what shared bases are found from.
@@ -106,6 +106,7 @@ def _measure_chunk(ctx: LayerContext, chunk: range) -> _ChunkMeasurements:
     """Measure some experts, and sort their intermediate channels by ascending importance."""
     experts = ctx.load_balanced(chunk)
     down, intermediate_size = experts.down, experts.down.shape[2]
+    matrices = experts.gate_up.shape[1] // intermediate_size
     weights, moments, outputs = experts.gate_up.new_empty(experts.gate_up.shape[:2]), [], []
     forms, frequency = forms_of(ctx.config), ctx.moments.routing_frequency[chunk.start : chunk.stop].tolist()
     grams: dict[str, Grams] = {form.name: {} for form in forms}
@@ -126,7 +127,8 @@ def _measure_chunk(ctx: LayerContext, chunk: range) -> _ChunkMeasurements:
     keep_moments(ctx, DOWN, chunk, M, factor)
     # Sorted by now: the components of down are its channels in their new order.
     order = torch.arange(intermediate_size, device=down.device).expand_as(channels.order)
-    roots = weights.gather(1, torch.cat([channels.order, channels.order + intermediate_size], 1)).sqrt()
+    rows = torch.cat([channels.order + i * intermediate_size for i in range(matrices)], 1)
+    roots = weights.gather(1, rows).sqrt()
     return _ChunkMeasurements(
         sqrt_output_weight=roots.cpu(),
         channel_order=channels.order.cpu(),
@@ -148,8 +150,7 @@ def keep_moments(ctx: LayerContext, key: str, chunk: range, M: Tensor | None, fa
 
 def _overflow(ctx: LayerContext, expert: int, weights: OneExpert) -> str:
     """What to say of an expert whose weights are finite, but not what they compute."""
-    gate, up = weights.gate_up.chunk(2)
-    matrices = {"gate": gate, "up": up, "down": weights.down}
+    matrices = weights.inputs | {"down": weights.down}
     sizes = ", ".join(f"{name} {float(w.abs().max()):.3g}" for name, w in matrices.items())
     return (
         f"{ctx.prefix}: what expert {expert} computes on the calibration text is beyond float32 (largest weights: "

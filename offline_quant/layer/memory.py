@@ -19,7 +19,9 @@ def kept_bytes(sizes: RunSizes) -> int:
 def offload_disk_bytes(sizes: RunSizes) -> int:
     """Bytes on disk of what the offload cache must keep, once memory is full: activations and down matrices."""
     s = sizes.shape
-    needed = FLOAT * (sizes.tokens * sizes.top_k * s.intermediate_size + sizes.layer_weights // 3)
+    needed = FLOAT * (
+        sizes.tokens * sizes.top_k * s.intermediate_size + s.num_experts * s.hidden_size * s.intermediate_size
+    )
     return max(0, needed - MEMORY_BYTES)
 
 

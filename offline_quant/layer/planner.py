@@ -142,7 +142,11 @@ def _rank(view: LayerView, form: Form, schema: Layer) -> RankedProjections:
     """Components of every projection under one form; keeps its moments and their factors."""
     config, measurements = view.config, view.measurements
     decompositions = form.decompositions(
-        measurements.grams[form.name], view.ctx.moments.pooled, measurements.output_unit, config.basis_bits
+        measurements.grams[form.name],
+        view.ctx.moments.pooled,
+        measurements.output_unit,
+        config.basis_bits,
+        schema.gated,
     )
     # Down without a basis was ranked by the first pass, for all forms.
     unranked = {n: d for n, d in decompositions.items() if n != "down" or d.basis is not None}

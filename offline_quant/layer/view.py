@@ -119,8 +119,12 @@ class LayerView:
     def sqrt_output_weight(self, name: ProjectionName, chunk: range) -> Tensor | None:
         """Roots of the weights of outputs [n, N]; None for down, whose outputs all weigh the same."""
         roots = self.measurements.sqrt_output_weight[chunk.start : chunk.stop]
+        if name == "down":
+            return None
+        if name == "gate_up" or not self.shape.family.gated:
+            return roots
         gate, up = roots.chunk(2, 1)
-        return {"gate_up": roots, "gate": gate, "up": up}.get(name)
+        return gate if name == "gate" else up
 
     def scaled_weights(self, name: ProjectionName, chunk: range, experts: ExpertWeights) -> Tensor:
         """W [n, N, K] of a projection, rows scaled by the root of the weight of their outputs."""

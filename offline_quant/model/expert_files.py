@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bitsmoe_kernels.format.safetensors_io import ShardReader
 from bitsmoe_kernels.format.schema import TensorSpec
-from bitsmoe_kernels.models.families import FUSED_NAMES, Family, MoEShape, bias_name
+from bitsmoe_kernels.models.families import Family, MoEShape, bias_name
 from offline_quant.model.expert_weights import ExpertBiases, ExpertWeights
 
 
@@ -47,14 +47,14 @@ def expert_tensor_shapes(
     E, H, I = shape.num_experts, shape.hidden_size, shape.intermediate_size  # noqa: E741
     if is_stacked(shape, layer, specs):
         names = shape.fused_names(layer)
-        sizes: list[tuple[int, ...]] = [(E, 2 * I, H), (E, H, I)]
+        N = shape.input_matrices * I
+        sizes: list[tuple[int, ...]] = [(E, N, H), (E, H, I)]
         if is_transposed(shape, layer, specs):
-            sizes = [(E, H, 2 * I), (E, I, H)]
-        biases = zip(map(bias_name, names), [(E, 2 * I), (E, H)], strict=True) if shape.family.bias else ()
+            sizes = [(E, H, N), (E, I, H)]
+        biases = zip(map(bias_name, names), [(E, N), (E, H)], strict=True) if shape.family.bias else ()
         return dict([*zip(names, sizes, strict=True), *biases])
-    sizes_of_one = [(I, H), (I, H), (H, I)]
     each = (shape.expert_names(layer, e) for e in range(min(E, experts)))
-    return {name: size for names in each for name, size in zip(names, sizes_of_one, strict=True)}
+    return {name: size for names in each for name, size in zip(names, shape.matrix_sizes, strict=True)}
 
 
 def read_experts(tensors: ShardReader, shape: MoEShape, layer: int, chunk: range) -> ExpertWeights:
@@ -72,21 +72,21 @@ def read_experts(tensors: ShardReader, shape: MoEShape, layer: int, chunk: range
         of_gate_up, of_down = (tensors.rows(bias_name(name), part).float() for name in names)
         of_gate_up = _apart(of_gate_up) if shape.family.interleaved else of_gate_up
         return ExpertWeights(*weights, ExpertBiases(of_gate_up, of_down))
-    experts = ExpertWeights(torch.empty(len(chunk), 2 * I, H), torch.empty(len(chunk), H, I))
+    experts = ExpertWeights(torch.empty(len(chunk), shape.input_matrices * I, H), torch.empty(len(chunk), H, I))
     for i, e in enumerate(chunk):
-        gate, up, down = shape.expert_names(layer, e)
-        experts.gate_up[i, :I] = tensors.get(gate)
-        experts.gate_up[i, I:] = tensors.get(up)
+        *inputs, down = shape.expert_names(layer, e)
+        for name, rows in zip(inputs, experts.gate_up[i].split(I), strict=True):
+            rows[:] = tensors.get(name)
         experts.down[i] = tensors.get(down)
     return experts
 
 
 def module_experts(family: Family, held: Mapping[str, Tensor], chunk: range) -> ExpertWeights:
     """The reverse of `module_tensors`, for a chunk of experts, in the parameters' dtype."""
-    gate_up, down = (held[name][chunk.start : chunk.stop] for name in FUSED_NAMES)
+    gate_up, down = (held[name][chunk.start : chunk.stop] for name in family.fused_names)
     biases = None
     if family.bias:
-        of_gate_up, of_down = (held[bias_name(name)][chunk.start : chunk.stop] for name in FUSED_NAMES)
+        of_gate_up, of_down = (held[bias_name(name)][chunk.start : chunk.stop] for name in family.fused_names)
         biases = ExpertBiases(_apart(of_gate_up) if family.interleaved else of_gate_up, of_down)
     if family.interleaved:
         gate_up, down = _apart(gate_up.mT), down.mT
@@ -98,10 +98,10 @@ def module_tensors(family: Family, experts: ExpertWeights) -> dict[str, Tensor]:
     gate_up, down = experts.gate_up, experts.down
     if family.interleaved:
         gate_up, down = _interleaved(gate_up).mT.contiguous(), down.mT.contiguous()
-    found = dict(zip(FUSED_NAMES, (gate_up, down), strict=True))
+    found = dict(zip(family.fused_names, (gate_up, down), strict=True))
     if experts.biases is not None:
         of_gate_up = _interleaved(experts.biases.gate_up) if family.interleaved else experts.biases.gate_up
-        found |= zip(map(bias_name, FUSED_NAMES), (of_gate_up, experts.biases.down), strict=True)
+        found |= zip(map(bias_name, family.fused_names), (of_gate_up, experts.biases.down), strict=True)
     return found
 
 
@@ -109,11 +109,11 @@ def expert_tensors(shape: MoEShape, layer: int, experts: ExpertWeights) -> Itera
     """Names and values of the tensors that hold a layer's experts: stacked only where the family has no other form."""
     if shape.family.stacked is not None:
         held, names = module_tensors(shape.family, experts), shape.fused_names(layer)
-        for name, own in zip(names, FUSED_NAMES, strict=True):
+        for name, own in zip(names, shape.family.fused_names, strict=True):
             yield name, held[own].mT.contiguous() if shape.family.transposed else held[own]
             if shape.family.bias:
                 yield bias_name(name), held[bias_name(own)]
         return
     for e in range(shape.num_experts):
-        matrices = (*experts.gate_up[e].chunk(2), experts.down[e])
+        matrices = (*experts.gate_up[e].split(shape.intermediate_size), experts.down[e])
         yield from zip(shape.expert_names(layer, e), matrices, strict=True)

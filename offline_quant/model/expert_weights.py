@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from bitsmoe_kernels.errors import BitsmoeError
-from bitsmoe_kernels.expert_mlp import ACTIVATIONS, HiddenAct
+from bitsmoe_kernels.expert_mlp import ACTIVATIONS, HiddenAct, activated
 from bitsmoe_kernels.format.schema import ProjectionName
 
 UNBALANCED = 2.0**8
@@ -19,7 +19,7 @@ class ExpertBiases(NamedTuple):
     """Biases of n routed experts.
 
     Attributes:
-        gate_up: float32 [n, 2 I].
+        gate_up: float32 [n, 2 I]; of experts without a gate up's, [n, I].
         down: float32 [n, H].
     """
 
@@ -32,7 +32,7 @@ class ExpertWeights:
     """Weights of n routed experts.
 
     Attributes:
-        gate_up: float32 [n, 2 I, H].
+        gate_up: float32 [n, 2 I, H], gate and up one behind the other; of experts without a gate up alone, [n, I, H].
         down: float32 [n, H, I].
         biases: None where the experts have none.
     """
@@ -40,6 +40,10 @@ class ExpertWeights:
     gate_up: Tensor
     down: Tensor
     biases: ExpertBiases | None = None
+
+    @property
+    def _input_matrices(self) -> int:
+        return self.gate_up.shape[1] // self.down.shape[2]
 
     def to(self, device: torch.device) -> "ExpertWeights":
         """The same on a device."""
@@ -55,13 +59,11 @@ class ExpertWeights:
         """Bias [n, N] of a projection; None where the experts have none."""
         if self.biases is None:
             return None
-        gate, up = self.biases.gate_up.chunk(2, 1)
-        return {"gate_up": self.biases.gate_up, "gate": gate, "up": up, "down": self.biases.down}[name]
+        return _named(self.biases.gate_up, self.biases.down, self._input_matrices)[name]
 
     def projection(self, name: ProjectionName) -> Tensor:
         """W [n, N, K] of a projection."""
-        gate, up = self.gate_up.chunk(2, 1)
-        return {"gate_up": self.gate_up, "gate": gate, "up": up, "down": self.down}[name]
+        return _named(self.gate_up, self.down, self._input_matrices)[name]
 
     def stored_bias(self, name: ProjectionName, prefix: str, chunk: range) -> Tensor | None:
         """Bias of a projection as files store it, float16 [n, N]; None where the experts have none.
@@ -80,22 +82,23 @@ class ExpertWeights:
         """Experts of the same function, whose up and down do not differ much in size.
 
         A power of two goes from one to the other: errors of both are weighed together, and their scales are float16.
-        Ordinary experts are not changed, nor those whose activation is not proportional to up.
+        Ordinary experts are not changed, nor those whose activation has no degree in up.
         """
-        if not ACTIVATIONS[hidden_act].scales_with_up:
+        if (degree := ACTIVATIONS[hidden_act].degree) is None:
             return self
-        gate, up = self.gate_up.chunk(2, 1)
+        *gate, up = self.gate_up.chunk(self._input_matrices, 1)
         sizes = [torch.maximum(w.amax((1, 2)), -w.amin((1, 2))) for w in (up, self.down)]
         ratio = torch.where((sizes[0] > 0) & (sizes[1] > 0), sizes[0] / sizes[1], 1.0)
         unbalanced = (ratio > UNBALANCED) | (ratio < 1 / UNBALANCED)
         if not bool(unbalanced.any()):
             return self
-        shift = torch.exp2((0.5 * ratio.log2()).round().clamp(-48, 48)).where(unbalanced, 1.0)[:, None, None]
+        # With up over s, down times s^degree computes the same.
+        shift = torch.exp2((ratio.log2() / (1 + degree)).round().clamp(-48, 48)).where(unbalanced, 1.0)[:, None, None]
         biases = self.biases
         if biases is not None:
-            of_gate, of_up = biases.gate_up.chunk(2, 1)
-            biases = ExpertBiases(torch.cat([of_gate, of_up / shift[:, :, 0]], 1), biases.down)
-        return ExpertWeights(torch.cat([gate, up / shift], 1), self.down * shift, biases)
+            *of_gate, of_up = biases.gate_up.chunk(self._input_matrices, 1)
+            biases = ExpertBiases(torch.cat([*of_gate, of_up / shift[:, :, 0]], 1), biases.down)
+        return ExpertWeights(torch.cat([*gate, up / shift], 1), self.down * shift**degree, biases)
 
     def permuted(self, order: Tensor) -> "ExpertWeights":
         """Experts of the same function, intermediate channels in another order.
@@ -103,19 +106,27 @@ class ExpertWeights:
         Args:
             order: int64 [n, I], the channel of these weights at each place.
         """
-        rows = torch.cat([order, order + order.shape[1]], 1)
+        rows = torch.cat([order + i * order.shape[1] for i in range(self._input_matrices)], 1)
         gate_up = self.gate_up.gather(1, rows[:, :, None].expand_as(self.gate_up))
         biases = None if self.biases is None else ExpertBiases(self.biases.gate_up.gather(1, rows), self.biases.down)
         return ExpertWeights(gate_up, self.down.gather(2, order[:, None].expand_as(self.down)), biases)
+
+
+def _named(gate_up: Tensor, down: Tensor, input_matrices: int) -> dict[ProjectionName, Tensor]:
+    """What belongs to each projection, of what belongs to all inputs [n, N, ...] and to down."""
+    if input_matrices == 1:
+        return {"up": gate_up, "down": down}
+    gate, up = gate_up.chunk(2, 1)
+    return {"gate_up": gate_up, "gate": gate, "up": up, "down": down}
 
 
 class OneExpert(NamedTuple):
     """Weights of one routed expert.
 
     Attributes:
-        gate_up: float32 [2 I, H].
+        gate_up: float32 [2 I, H]; of an expert without a gate up alone, [I, H].
         down: float32 [H, I].
-        gate_up_bias: float32 [2 I]; None: none.
+        gate_up_bias: float32 [2 I] or [I]; None: none.
         down_bias: float32 [H]; None: none.
     """
 
@@ -124,11 +135,22 @@ class OneExpert(NamedTuple):
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
 
-    def gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs of gate and of up, [n, I] each, of x [n, H]."""
-        biases = (None, None) if self.gate_up_bias is None else self.gate_up_bias.chunk(2)
-        gate, up = (linear(x, W, b) for W, b in zip(self.gate_up.chunk(2), biases, strict=True))
-        return gate, up
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """The matrices that read the expert's input by name, [I, H] each."""
+        matrices = self.gate_up.split(self.down.shape[1])
+        return dict(zip(("gate", "up")[-len(matrices) :], matrices, strict=True))
+
+    def preactivations(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Outputs of gate and of up, or of up alone, [n, I] each, of x [n, H]."""
+        matrices = self.inputs.values()
+        biases = [None] * len(matrices) if self.gate_up_bias is None else self.gate_up_bias.chunk(len(matrices))
+        return tuple(linear(x, W, b) for W, b in zip(matrices, biases, strict=True))
+
+    def forward(self, x: Tensor, hidden_act: HiddenAct) -> Tensor:
+        """Output [n, H] of x [n, H]; gradients pass."""
+        both = linear(x, self.gate_up, self.gate_up_bias)
+        return self.output(activated(both.split(self.down.shape[1], -1), hidden_act))
 
     def output(self, hidden: Tensor) -> Tensor:
         """Output [n, H] of what enters down, [n, I]."""

@@ -49,7 +49,12 @@ class RunSizes:
     @property
     def state_values(self) -> int:
         """Values of a token's hidden state between layers."""
-        return self.streams * self.shape.hidden_size
+        return self.streams * self.hidden_size
+
+    @property
+    def hidden_size(self) -> int:
+        """The model's, which its experts need not see."""
+        return int(self.model_config["hidden_size"])
 
     @property
     def top_k(self) -> int:
@@ -74,7 +79,7 @@ class RunSizes:
     @property
     def head_size(self) -> int:
         """Values of an attention head."""
-        return int(self.model_config.get("head_dim") or self.shape.hidden_size // self.heads)
+        return int(self.model_config.get("head_dim") or self.hidden_size // self.heads)
 
     @property
     def query_size(self) -> int:
@@ -89,12 +94,12 @@ class RunSizes:
     @property
     def attention_values(self) -> int:
         """Float32 values that attention takes for each token, besides its scores."""
-        return 6 * self.shape.hidden_size + 4 * max(self.shape.hidden_size, self.heads * self.head_size)
+        return 6 * self.hidden_size + 4 * max(self.hidden_size, self.heads * self.head_size)
 
     @property
     def layer_weights(self) -> int:
         """Weights of one layer's routed experts."""
-        return 3 * self.shape.num_experts * self.shape.hidden_size * self.shape.intermediate_size
+        return self.shape.num_experts * self.shape.weights_per_expert
 
     @property
     def coded_bytes(self) -> int:
@@ -110,7 +115,7 @@ class RunSizes:
     @property
     def chunk_bytes(self) -> int:
         """Bytes of a chunk of experts, float32, and of the chunk before it: both are in memory while one is read."""
-        return FLOAT * 2 * self.chunk_experts * 3 * self.shape.hidden_size * self.shape.intermediate_size
+        return FLOAT * 2 * self.chunk_experts * self.shape.weights_per_expert
 
     @cached_property
     def mapped_bytes(self) -> int:

@@ -21,7 +21,6 @@ from torch.overrides import TorchFunctionMode
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list, one_line
-from bitsmoe_kernels.expert_mlp import gated
 from bitsmoe_kernels.format.checkpoint import plain_config
 from bitsmoe_kernels.models.families import MoEShape, built_config, kept_tensors
 from offline_quant.model.expert_files import module_tensors
@@ -171,10 +170,11 @@ class StreamedModel:
         self._place = {module: index for index, module in enumerate(self.decoder.layers)}
         self._arguments: dict[torch.Size, Arguments] = {}
         self._factors: dict[int, float | None] = {}
-        self.vocabulary: int = self.decoder.embed_tokens.num_embeddings
+        self.embedding = self.decoder.get_submodule(self.shape.family.module_embedding)
+        self.vocabulary: int = self.embedding.num_embeddings
         self._check_tensors()
-        self.decoder.embed_tokens.forward = self._embedding
-        self.decoder.embed_tokens.padding_idx = None  # of rows that are not all there
+        self.embedding.forward = self._embedding
+        self.embedding.padding_idx = None  # of rows that are not all there
         for name in self.shape.family.module_tail:
             self._fill(self.decoder.get_submodule(name), f"{self._base}{name}")
         for module in self.decoder.modules():
@@ -240,7 +240,7 @@ class StreamedModel:
 
     def _embedding(self, ids: Tensor) -> Tensor:
         """Embedded tokens, float32, as the model's own module makes them of these rows; the others are not read."""
-        module = self.decoder.embed_tokens
+        module = self.embedding
         needed, place = ids.cpu().unique(return_inverse=True)
         rows = self.source.tensors.get(self._embedding_name)[needed].to(self.device, torch.float32)
         usual, module.weight = module.weight, nn.Parameter(rows, requires_grad=False)
@@ -313,8 +313,7 @@ class StreamedModel:
             experts = self.source.experts(index, chunk).to(self.device)
             for i, (token, slot) in enumerate(called):
                 one = experts.one(i)
-                gate, up = nn.functional.linear(x[token], one.gate_up, one.gate_up_bias).chunk(2, -1)
-                out = one.output(gated(gate, up, s.hidden_act))
+                out = one.forward(x[token], s.hidden_act)
                 y.index_add_(0, token, out * topk_weights[token, slot, None])
         return y
 
@@ -403,8 +402,8 @@ class StreamedModel:
     def expert_factor(self, index: int) -> float | None:
         """Factor with which the output of a layer's routed experts enters the layer's own; 1 in most models.
 
-        None where that is not linear, because a norm follows, say (Trinity), or where it enters several streams
-        (GLM-5.3-Flash). Known once the layer was open.
+        None where that is not linear, because a norm follows, say (Trinity), where it enters several streams
+        (GLM-5.3-Flash), or where experts see another width than the model's. Known once the layer was open.
         """
         return self._factors[index]
 
@@ -414,7 +413,7 @@ class StreamedModel:
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(1, TRIED_TOKENS, *self.state_shape, generator=generator)
         rest = self.expert_inputs(module, hidden, arguments)[1]
-        if len(self.state_shape) > 1:
+        if self.state_shape != (self.shape.hidden_size,):
             return None
         output = torch.randn(hidden.shape, generator=generator) * rest.square().mean().sqrt()
         share = (self.with_output(module, hidden, arguments, output) - rest).double()
@@ -425,7 +424,7 @@ class StreamedModel:
 
     @torch.no_grad()
     def with_output(self, module: nn.Module, hidden: Tensor, arguments: Arguments, output: Tensor) -> Tensor:
-        """Output of a decoder layer, [n, L, H] on the CPU, whose routed experts put out `output`, as many values."""
+        """Output of a decoder layer, [n, L, H] on the CPU, whose routed experts put out `output`, [T, H of experts]."""
         with self._experts_as(module, lambda x, *_: output.to(x).view_as(x)):
             return self.run(module, hidden, arguments).cpu()
 
@@ -470,7 +469,7 @@ class StreamedModel:
 
     @property
     def _embedding_name(self) -> str:
-        return self.shape.family.stored_name(f"{self._base}embed_tokens.weight")
+        return self.shape.family.stored_name(f"{self._base}{self.shape.family.module_embedding}.weight")
 
     def head_parts(self, count: int) -> Iterator[Head]:
         """`head`, `count` rows at a time; the matrix itself stays in the checkpoint."""
@@ -534,8 +533,8 @@ class StreamedModel:
             self._fill(module, prefix, self.experts_name)
             for name, weights in module_tensors(self.shape.family, self.source.experts(index)).items():
                 assign(module.get_submodule(self.experts_name), name, weights.to(self.device))
-        del self.decoder.embed_tokens.forward
-        self._fill(self.decoder.embed_tokens, f"{self._base}embed_tokens")
+        del self.embedding.forward
+        self._fill(self.embedding, f"{self._base}{self.shape.family.module_embedding}")
         head = self.head
         assign(self.model, "lm_head.weight", head.weight)
         if head.bias is not None:

@@ -160,7 +160,7 @@ def run_sizes(inputs: RunInputs, config: QuantizeConfig) -> RunSizes:
     return RunSizes(
         source.shape, source.tensors.specs, language_config(source.config), config.bits or MAX_CODE_BITS,
         config.calib_samples * length, batch * length, length, torch.device(config.device),
-        state_shape.numel() // source.shape.hidden_size,
+        state_shape.numel() // language_config(source.config)["hidden_size"],
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bitsmoe_kernels.expert_mlp import gated
+from bitsmoe_kernels.expert_mlp import activated, input_matrices
 from bitsmoe_kernels.format.schema import Layer, ProjectionName
 from bitsmoe_kernels.reference import LayerWeights, ProjectionWeights
 from offline_quant.model.sizes import FLOAT, RunSizes
@@ -129,12 +129,12 @@ class _Tuner:
             token, slot = (ids == e).nonzero(as_tuple=True)
             # Of `x[token]` the gradient takes far longer on a CPU.
             own = flat.index_select(0, token)
-            gate_up = [
+            outputs = [
                 _projected(changes[name], parts[name], e, own, own if part is flat else part.index_select(0, token))
                 for name, part in z.items()
             ]
-            gate, up = torch.cat(gate_up, -1).chunk(2, -1)
-            h = gated(gate, up, weights.layer.hidden_act)
+            act = weights.layer.hidden_act
+            h = activated(torch.cat(outputs, -1).chunk(input_matrices(act), -1), act)
             out = _projected(changes["down"], parts["down"], e, h, parts["down"].project(h))
             y = y.index_add(0, token, out * shares[token, slot, None])
         return y.view_as(x)
@@ -261,11 +261,12 @@ def tuning_bytes(sizes: RunSizes) -> int:
     """Bytes of memory that `tune_model` takes: scales, moments, gradients; hidden states; logits or a layer."""
     s = sizes.shape
     H, I = s.hidden_size, s.intermediate_size  # noqa: E741
-    scales = len(s.layers) * s.num_experts * 3 * (H + I)
+    matrices = 1 + s.input_matrices
+    scales = len(s.layers) * s.num_experts * matrices * (H + I)
     step = max(STEP_TOKENS, sizes.length)
-    logits = FLOAT * sizes.vocabulary * (H + LOGIT_COPIES * min(step, HEAD_TOKENS))
+    logits = FLOAT * sizes.vocabulary * (sizes.hidden_size + LOGIT_COPIES * min(step, HEAD_TOKENS))
     gradients = sizes.length * (sizes.top_k * (4 * H + 8 * I) + sizes.attention_values)
-    layer = sizes.decoder_bytes + sizes.coded_bytes + FLOAT * (3 * H * I + gradients)
+    layer = sizes.decoder_bytes + sizes.coded_bytes + FLOAT * (matrices * H * I + gradients)
     return (
         FLOAT * (4 * scales + step * sizes.state_values * (sizes.num_layers + 4))
         + sizes.mapped_bytes

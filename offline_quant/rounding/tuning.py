@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from bitsmoe_kernels.expert_mlp import gated
+from bitsmoe_kernels.expert_mlp import activated, input_matrices
 from bitsmoe_kernels.format.schema import Layer, ProjectionName, code_dtype
 from bitsmoe_kernels.reference import LayerWeights, ProjectionWeights, moe_forward
 from offline_quant.model.expert_inputs import ExpertInputs
@@ -112,8 +112,8 @@ class _TunedLayer:
     def expert(self, expert: int, x: Tensor, z: Mapping[ProjectionName, Tensor]) -> Tensor:
         """One expert on its tokens, [n, H]."""
         outputs = [part(expert, x, z[n]) for n, part in self.parts.items() if n != "down"]
-        gate, up = torch.cat(outputs, -1).chunk(2, -1)
-        h = gated(gate, up, self.hidden_act)
+        pre = torch.cat(outputs, -1).chunk(input_matrices(self.hidden_act), -1)
+        h = activated(pre, self.hidden_act)
         down = self.parts["down"]
         return down(expert, h, down.weights.project(h))
 

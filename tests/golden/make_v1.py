@@ -12,7 +12,7 @@ and all else are small integers over a power of two, so that every sum stays bel
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -38,7 +38,7 @@ HERE = Path(__file__).resolve().parent / "v1"
 
 
 def layers(block_size: int) -> dict[str, Layer]:
-    """Schemas; `code_rows` is filled in when the bits are drawn."""
+    """Schemas with a gate; `code_rows` is filled in when the bits are drawn."""
     if block_size == 32:
         natural: dict[ProjectionName, Projection] = {
             "gate_up": Projection(code_rows=0, order="shared"),
@@ -125,10 +125,23 @@ def parts(
     return made
 
 
-def write(directory: Path, block_size: Literal[16, 32], version: int = 1, bias: bool = False, **more: Any) -> None:
+def without_gate(projections: Mapping[ProjectionName, Projection]) -> dict[ProjectionName, Projection]:
+    """The same of experts that have none: up is stored as gate and up were, or as up was."""
+    return {"up": projections["gate_up" if "gate_up" in projections else "up"], "down": projections["down"]}
+
+
+def write(
+    directory: Path,
+    block_size: Literal[16, 32],
+    version: int = 1,
+    bias: bool = False,
+    gated: bool = True,
+    **more: Any,
+) -> None:
     """Write the checkpoint `block{G}/` and `block{G}.expected.safetensors` into a directory.
 
-    `bias` is that of every projection, and `more` are keys of every layer: all of them came after version 1.
+    `bias` is that of every projection, and `more` are keys of every layer: these came after version 1, and so did
+    experts that are not `gated`.
     """
     random = Random(block_size)
     # Every width from 0 to 8, neighbours in no order.
@@ -140,7 +153,8 @@ def write(directory: Path, block_size: Literal[16, 32], version: int = 1, bias: 
     schemas, expected = {}, {}
     for index, draft in layers(block_size).items():
         prefix = f"model.layers.{index}.mlp.experts"
-        given = {name: p.model_copy(update={"bias": bias}) for name, p in draft.projections.items()}
+        named = draft.projections if gated else without_gate(draft.projections)
+        given = {name: p.model_copy(update={"bias": bias}) for name, p in named.items()}
         draft = draft.model_copy(update={"projections": given})
         tensors: dict[str, Tensor] = {}
         projections = {}
@@ -152,12 +166,12 @@ def write(directory: Path, block_size: Literal[16, 32], version: int = 1, bias: 
         for key, tensor in tensors.items():
             writer.add(f"{prefix}.{key}", tensor)
         weights = expert_weights(layer.model_dump(mode="json"), block_size, tensors)
-        for which, weight in zip(("gate", "up", "down"), weights, strict=True):
+        for which, weight in list(zip(("gate", "up", "down"), weights, strict=True))[0 if gated else 1 :]:
             exact = torch.from_numpy(weight).contiguous()
             assert torch.equal(exact.float().double(), exact)
             expected[f"{prefix}.{which}"] = exact.float()
         added = biases(layer.model_dump(mode="json"), tensors) if bias else ()
-        for which, values in zip(("gate", "up", "down"), added, strict=bool(added)):
+        for which, values in list(zip(("gate", "up", "down"), added, strict=bool(added)))[0 if gated else 1 :]:
             expected[f"{prefix}.{which}.bias"] = torch.from_numpy(values).float().contiguous()
     writer.finish()
     config = CheckpointConfig(

@@ -29,9 +29,15 @@ def dtype_by_day(name: str, capability: int) -> torch.dtype:
     return DTYPES[(list(CASES).index(name) + (capability == 90)) % 2]
 
 
-LARGE = {"many experts", "sizes of Gemma 4", "sizes of gpt-oss", "sizes of Kimi-K3 and Qwen4"}
+LARGE = {
+    "many experts", "sizes of Gemma 4", "sizes of gpt-oss", "sizes of Kimi-K3 and Qwen4", "sizes of Qwen4",
+    "sizes of Nemotron-3-Nano", "experts of Nemotron-3-Super",
+}  # fmt: skip
 """Cases of many seconds: by day on one architecture."""
-OTHERS = ["all widths, blocks of 16", "8-bit basis", "gate and up apart", "compensators and kept experts", "biases"]
+OTHERS = [
+    "all widths, blocks of 16", "8-bit basis", "gate and up apart", "compensators and kept experts", "biases",
+    "no gate",
+]  # fmt: skip
 """Cases for architectures whose instructions are those of sm_80, besides their tiles."""
 
 

@@ -87,8 +87,11 @@ def weights(layer: dict[str, Any], name: str, block_size: int, tensors: Mapping[
 
 
 def expert_weights(layer: dict[str, Any], block_size: int, tensors: Mapping[str, Tensor]) -> tuple[Array, Array, Array]:
-    """gate [E, I, H], up [E, I, H], down [E, H, I]."""
+    """gate [E, I, H], up [E, I, H], down [E, H, I]. Gate is all zeros where there is none: nothing reads it."""
     down = weights(layer, "down", block_size, tensors)
+    if "gate_up" not in layer["projections"] and "gate" not in layer["projections"]:
+        up = weights(layer, "up", block_size, tensors)
+        return np.zeros_like(up), up, down
     if "gate" in layer["projections"]:
         gate, up = (weights(layer, n, block_size, tensors) for n in ("gate", "up"))
     else:
@@ -104,6 +107,8 @@ def biases(layer: dict[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Array,
     def bias(name: str, outputs: int) -> Array:
         return array(tensors[f"{name}_shift"]) if layer["projections"][name].get("bias") else np.zeros((E, outputs))
 
+    if set(layer["projections"]) == {"up", "down"}:
+        return np.zeros((E, I)), bias("up", I), bias("down", H)
     if "gate" in layer["projections"]:
         return bias("gate", I), bias("up", I), bias("down", H)
     both = bias("gate_up", 2 * I)
@@ -117,6 +122,8 @@ def gated(g: Array, u: Array, hidden_act: str) -> Array:
 
 
 def _gated(g: Array, u: Array, hidden_act: str) -> Array:
+    if hidden_act == "relu2":  # without a gate
+        return np.maximum(u, 0.0) ** 2
     if hidden_act == "gelu_pytorch_tanh":
         return 0.5 * g * (1 + np.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3))) * u
     if hidden_act == "swigluoai":

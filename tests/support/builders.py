@@ -78,13 +78,17 @@ def build_layer(
     block_size: int = 16,
     seed: int = 0,
 ) -> MadeLayer:
-    """A random layer whose weights have a standard deviation of roughly 1 / sqrt(input size)."""
+    """A random layer whose weights have a standard deviation of roughly 1 / sqrt(input size).
+
+    Its activation is silu, or relu2 where there is no gate.
+    """
     gen = torch.Generator().manual_seed(seed)
     # Shapes come from a schema whose totals are still zero.
     draft = Layer(
         num_experts=num_experts,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
+        hidden_act="relu2" if plans.keys() == {"up", "down"} else "silu",
         projections={
             name: Projection(
                 component_axis=plan.component_axis, basis=plan.basis, order=plan.order, code_rows=0, bias=plan.bias
@@ -211,6 +215,11 @@ def form_plans(form: str, num_experts: int, hidden_size: int, intermediate_size:
     raise ValueError(f"no form {form!r}; there are {FORMS}")
 
 
+def without_gate(plans: Mapping[ProjectionName, Plan]) -> dict[ProjectionName, Plan]:
+    """The same of experts that have none: what gate and up had is up's."""
+    return {"up": plans["gate_up" if "gate_up" in plans else "up"], "down": plans["down"]}
+
+
 def build_form(
     form: str,
     *,
@@ -220,9 +229,11 @@ def build_form(
     block_size: int = 16,
     seed: int = 0,
     bias: bool = False,
+    gated: bool = True,
 ) -> MadeLayer:
-    """A random layer of a named form (`form_plans`), with biases or without."""
+    """A random layer of a named form (`form_plans`), with biases or without, with a gate or without."""
     plans = form_plans(form, num_experts, hidden_size, intermediate_size)
+    plans = plans if gated else without_gate(plans)
     return build_layer(
         {name: replace(plan, bias=bias) for name, plan in plans.items()},
         num_experts=num_experts,
@@ -244,7 +255,9 @@ def layers(draw: st.DrawFn, max_experts: int = 4, max_side: int = 70) -> MadeLay
     block_size = draw(st.sampled_from([16, 32]))
     E = draw(st.integers(1, max_experts))
     H, I = draw(st.integers(1, max_side)), draw(st.integers(1, max_side))  # noqa: E741
-    names: tuple[ProjectionName, ...] = draw(st.sampled_from([("gate_up", "down"), ("gate", "up", "down")]))
+    names: tuple[ProjectionName, ...] = draw(
+        st.sampled_from([("gate_up", "down"), ("gate", "up", "down"), ("up", "down")])
+    )
     plans = {}
     for name in names:
         axis: Axis = "input" if name == "gate_up" else draw(st.sampled_from(["input", "output"]))

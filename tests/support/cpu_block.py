@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 LANES, STRIPS, STEP_BYTES, MAX_RUNS, ACT_ALIGN = 16, 4, 64, 8, 64
-MAGIC = int.from_bytes(b"PCU4", "little")
+MAGIC = int.from_bytes(b"PCU5", "little")
 
 
 class Head(NamedTuple):
@@ -165,7 +165,7 @@ class Block:
     def tables(self) -> Iterator[tuple[str, int, int]]:
         """Name, expert and offset of every description; the basis is of expert 0."""
         for e in range(self.head.experts):
-            for name in ("gate", "up", "down"):
+            for name in ("gate", "up", "down") if self.head.gate >= 0 else ("up", "down"):
                 yield name, e, getattr(self.head, name) + e * RECORD_BYTES
         if self.head.basis >= 0:
             yield "basis", 0, self.head.basis
@@ -242,7 +242,7 @@ class Block:
         head, found = self.head, []
         tables = head.experts * RECORD_BYTES
         for i, field in enumerate(Head._fields):
-            if field in ("gate", "up", "down") or (field == "basis" and head.basis >= 0):
+            if field in ("up", "down") or (field in ("gate", "basis") and getattr(head, field) >= 0):
                 size = RECORD_BYTES if field == "basis" else tables
                 found.append(Piece(8 * i, getattr(head, field), size))
         for _, _, at in self.tables():

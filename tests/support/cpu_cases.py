@@ -121,7 +121,8 @@ class RoundedExperts:
         if "gate_up" in self.layer.projections:
             gate, up = np.split(self.project("gate_up", expert, v), 2)
         else:
-            gate, up = self.project("gate", expert, v), self.project("up", expert, v)
+            up = self.project("up", expert, v)
+            gate = self.project("gate", expert, v) if self.layer.gated else np.zeros_like(up)
         of_gate, of_up, of_down = (b[expert] for b in biases(self.layer.model_dump(mode="json"), self.tensors))
         return self.project("down", expert, gated(gate + of_gate, up + of_up, self.layer.hidden_act)) + of_down
 

@@ -230,6 +230,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "use_qk_norm": False,
         "rope_parameters": ROPE | {"mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5},
     },
+    "NemotronHForCausalLM": _ONE_GROUP
+    | {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "moe"],
+        "head_dim": 32,
+        "intermediate_size": 128,
+        "moe_intermediate_size": 80,
+        "moe_shared_expert_intermediate_size": 72,
+        "n_routed_experts": 8,
+        "routed_scaling_factor": 1.5,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 32,
+        "ssm_state_size": 16,
+        "n_groups": 2,
+        "chunk_size": 16,
+        "mlp_hidden_act": "relu2",
+    },
     "Dots1ForCausalLM": _DENSE_FIRST | _ONE_GROUP | {"head_dim": 32, "n_shared_experts": 1},
     "MiniMaxM3SparseForConditionalGeneration": _LISTED
     | {
@@ -411,7 +427,10 @@ def make_quantized(architecture: str, directory: Path, form: str = "natural", ma
     }
     bias = shape.family.bias
     experts = {
-        shape.prefix(i): with_act(build_form(form, bias=bias, **sizes, seed=i), shape.hidden_act) for i in shape.layers
+        shape.prefix(i): with_act(
+            build_form(form, bias=bias, gated=shape.family.gated, **sizes, seed=i), shape.hidden_act
+        )
+        for i in shape.layers
     }
     (directory / "model.safetensors").unlink()
     write_checkpoint(directory, experts, other_tensors=others, model_config=config, max_shard_bytes=max_shard_bytes)

@@ -162,7 +162,7 @@ def bounds(name: str, dtype: torch.dtype) -> tuple[float, float]:
             if p != "down":
                 M, S, stored_M, stored_S = parts_of[p, expert]
                 out.append((S @ v)[None] @ M.T if exact else noisy(stored_S @ v) @ stored_M.T)
-        gate, up = np.split(np.concatenate(out, 1), 2, 1)
+        gate, up = np.split(np.concatenate(out, 1), 2, 1) if made.layer.gated else (np.zeros_like(out[0]), out[0])
         return gated(gate + of_gate[expert], up + of_up[expert], made.layer.hidden_act)
 
     used = sorted({e for row in ids.tolist() for e in row if 0 <= e < case.experts})

@@ -44,6 +44,11 @@ def apart(gate: Plan, up: Plan) -> Plans:
     return {"gate": gate, "up": up, "down": Plan()}
 
 
+def ungated(up: Plan, down: Plan | None = None) -> Plans:
+    """A layer of experts without a gate; down has the widths of up."""
+    return {"up": up, "down": down or Plan(bits=up.bits)}
+
+
 def repacked(
     made: MadeLayer, bits: Mapping[ProjectionName, Tensor], codes: Mapping[ProjectionName, Tensor]
 ) -> MadeLayer:
@@ -428,6 +433,43 @@ def _cases() -> dict[str, Case]:
         "sizes of Gemma 4": Case(
             "a hidden size and an intermediate size that few tiles divide", widths(2), experts=1, hidden=2816,
             intermediate=704, ids=((0,),), change=with_gelu, kwidth=4,
+        ),
+    }  # fmt: skip
+    cases |= {
+        "no gate": Case(
+            "relu2 of up alone, several programs with a tail", ungated(Plan(bits=(2, 3))), intermediate=136,
+        ),
+        "no gate, basis": Case(
+            "coordinates in a basis, each expert in its own order",
+            ungated(Plan(basis=Basis(rank=72, bits=8), order="expert")), kwidth=4,
+        ),
+        "no gate, compensators of down": Case(
+            "activations are written before they are scaled for down", ungated(Plan(), Plan(ranks=(2, 0, 1))), kwidth=4,
+        ),
+        "no gate, biases beside extras": Case(
+            "a compensator of up, experts of plain numbers, one without codes",
+            ungated(Plan(kept_experts=(2,), ranks=(0, 3, 0), bias=True), Plan(kept_experts=(0,), bias=True)),
+            change=with_empty_expert,
+        ),
+        "no gate, large activations": Case(
+            "inputs of 1e3, whose squares float16 does not hold", ungated(Plan(bits=(1, 2, 3, 4))), amplitude=1e3,
+            change=with_small_gates,
+        ),
+        "no gate, ranks of both kinds": Case(
+            "shards of channels and of experts", ungated(Plan(bias=True), Plan(bias=True)), intermediate=56, experts=4,
+            ids=((0, 1), (2, 3), (3, 0), (-1, 2)), ranks=tuple((r, 2, e) for r in range(2) for e in ((3, 1), (0, 2))),
+        ),
+        "sizes of Nemotron-3-Nano": Case(
+            "no gate, and sizes that few tiles divide", ungated(Plan(bits=(2,))), experts=1, hidden=2688,
+            intermediate=1856, ids=((0,),),
+        ),
+        "experts of Nemotron-3-Super": Case(
+            "no gate, as many experts as the routing has bins, 22 of them for a token", ungated(Plan(bits=(1, 2))),
+            experts=512, hidden=24, intermediate=16, ids=spread(3, 22, 512), kwidth=4,
+        ),
+        "sizes of Qwen4": Case(
+            "a hidden size of whole tiles, an intermediate size that few divide", widths(2), experts=1, hidden=2560,
+            intermediate=640, ids=((0,),), kwidth=4,
         ),
     }  # fmt: skip
     return cases

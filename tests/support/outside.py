@@ -27,11 +27,6 @@ _SMALL_VISION = {
     "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
     "patch_size": 14,
 }  # fmt: skip
-_NEMOTRON = {
-    "n_routed_experts": 8, "moe_intermediate_size": 96, "hybrid_override_pattern": "ME*E", "num_hidden_layers": 4,
-    "head_dim": 32, "mamba_num_heads": 4, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 1,
-    "moe_shared_expert_intermediate_size": 64, "n_shared_experts": 1,
-}  # fmt: skip
 _ARIA = {"moe_num_experts": 8, "moe_topk": 2, "moe_num_shared_experts": 1, "intermediate_size": 96}
 _DBRX = {
     "d_model": 64, "n_heads": 2, "n_layers": 2, "max_seq_len": 128, "vocab_size": 4096,
@@ -91,7 +86,6 @@ OUTSIDE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "DbrxForCausalLM": ("dbrx", _DBRX),
     "HYV4ForCausalLM": ("hy_v4", ALL | _EXPERTS | {"head_dim": 32}),
-    "NemotronHForCausalLM": ("nemotron_h", ALL | _NEMOTRON),
     "LongcatFlashForCausalLM": ("longcat_flash", ALL | MLA | _LONGCAT),
     "Llama4ForCausalLM": (
         "llama4_text",

@@ -78,7 +78,7 @@ inline float exponential(float v) {
     return of_bits(bits_of(p) + (bits_of(shifted) << 23));
 }
 
-// h = act(gate, up); the activation by its number in expert_mlp.py
+// h = act(gate, up), or act(up); the activation by its number in expert_mlp.py
 inline void gated(int64_t activation, const float* gate, const float* up, float* h, int64_t n) {
     if (activation == 1) {  // gelu by tanh, in terms of the sigmoid
         for (int64_t i = 0; i < n; i++) {
@@ -98,6 +98,13 @@ inline void gated(int64_t activation, const float* gate, const float* up, float*
         for (int64_t i = 0; i < n; i++) {
             const float g = gate[i] > 10.0f ? 10.0f : gate[i], u = up[i] > 10.0f ? 10.0f : up[i];
             h[i] = g / (1.0f + exponential(-g)) * (u < -10.0f ? -10.0f : u);
+        }
+        return;
+    }
+    if (activation == 4) {  // relu2 of up alone; a comparison that lets NaN through
+        for (int64_t i = 0; i < n; i++) {
+            const float u = up[i] < 0.0f ? 0.0f : up[i];
+            h[i] = u * u;
         }
         return;
     }
@@ -274,7 +281,7 @@ struct Pass {
     int32_t* used;        // experts that have slots
     int64_t num_used;
     float *x, *z, *h, *partial;
-    ActStore basis, gate, up, down;
+    ActStore basis, gate, up, down;  // gate: of up where experts have no gate
     int64_t next[4];      // task counters, one for each phase
 };
 
@@ -465,11 +472,11 @@ void work(Pass& p, int thread, int threads, float* scratch) {
     const int64_t source_row = l.input_source ? l.basis_rows : H;
     for (int64_t i = thread; i < p.active; i += threads) {
         const int64_t slot = p.slot_of[i], t = slot / K, e = p.expert_of[slot];
-        const Matrix &gate = matrices(p, l.gate)[e], &up = matrices(p, l.up)[e];
-        prepare<ROWS>(p, gate, source + t * source_row, p.x + t * H, p.gate, i, scratch);
+        const Matrix &first = matrices(p, l.gate < 0 ? l.up : l.gate)[e], &up = matrices(p, l.up)[e];
+        prepare<ROWS>(p, first, source + t * source_row, p.x + t * H, p.gate, i, scratch);
         if (!l.shared_acts)
             prepare<ROWS>(p, up, source + t * source_row, p.x + t * H, p.up, i, scratch);
-        else if (up.rank)
+        else if (l.gate >= 0 && up.rank)
             compensator_inner(p.base, up, p.x + t * H, p.up.inner + i * p.up.ranks);
     }
 #pragma omp barrier
@@ -479,11 +486,12 @@ void work(Pass& p, int thread, int threads, float* scratch) {
         const int64_t e = p.used[task / inner_groups], g = task % inner_groups;
         const int64_t width = I - g * GROUP < GROUP ? I - g * GROUP : GROUP;
         const ActStore& up_acts = l.shared_acts ? p.gate : p.up;
+        const ActStore& up_inner = l.gate < 0 ? p.gate : p.up;
         for (int64_t i = p.start[e]; i < p.start[e + 1]; i += BLOCK) {
             const int n = (int)(p.start[e + 1] - i < BLOCK ? p.start[e + 1] - i : BLOCK);
             for (int t = 0; t < n; t++) plain[t] = p.x + p.slot_of[i + t] / K * H;
-            product<ROWS>(p, matrices(p, l.gate)[e], g, p.gate, p.gate, i, n, plain, one);
-            product<ROWS>(p, matrices(p, l.up)[e], g, up_acts, p.up, i, n, plain, two);
+            if (l.gate >= 0) product<ROWS>(p, matrices(p, l.gate)[e], g, p.gate, p.gate, i, n, plain, one);
+            product<ROWS>(p, matrices(p, l.up)[e], g, up_acts, up_inner, i, n, plain, two);
             for (int t = 0; t < n; t++)
                 gated(l.activation, one + t * GROUP, two + t * GROUP, p.h + (i + t) * I + g * GROUP, width);
         }

@@ -34,15 +34,15 @@ struct Matrix {
     int64_t bias_at;              // float32 [strips of 16]; -1
 };
 
-constexpr int64_t LAYER_MAGIC = 0x34554350;  // changes with this file
+constexpr int64_t LAYER_MAGIC = 0x35554350;  // changes with this file
 
 struct Layer {
     int64_t magic, bytes;
     int64_t experts, hidden, inner;
     int64_t basis, basis_rows;               // offsets of Matrix; -1
-    int64_t gate, up, down;                  // offsets of Matrix[experts]
+    int64_t gate, up, down;                  // offsets of Matrix[experts]; gate -1: experts have none
     int64_t input_source;                    // 0: gate and up contract x, 1: z = basis x
-    int64_t shared_acts;                     // 1: gate and up of an expert contract the same activations
+    int64_t shared_acts;                     // 1: all inputs of an expert contract the same activations
     int64_t basis_acts, input_acts, down_acts;  // bytes of a row of activations, the largest of all matrices
     int64_t ranks;                           // of compensators, the largest of all matrices
     int64_t activation;                      // its number in expert_mlp.py

@@ -277,7 +277,7 @@ def gate_up_direct(act, corr, codes32, codes16, dense, start, tiles, columns, sc
     HALF: gl.constexpr = BN // 2
     acts: gl.constexpr = gl.SliceLayout(1, _act_layout(BT, KWIDTH))
     row, _ = _rows(block_slot, block, BT, acts)
-    n0 = gl.program_id(0) * (HALF if SPLIT else BN)
+    n0 = gl.program_id(0) * (HALF if SPLIT or ACT == gemm.NO_GATE else BN)
     matrix = expert.to(gl.int64) * (2 if SPLIT else 1)
     N = gl.multiple_of(gl.load(columns + matrix), 16)
     if n0 >= N:
@@ -291,6 +291,12 @@ def gate_up_direct(act, corr, codes32, codes16, dense, start, tiles, columns, sc
         up = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row * 2 + 1, KMAX, NMAX,
                       matrix + 1, n0, N, N, ahead, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16,
                       True, DENSE, BIAS, WIDTHS)  # fmt: skip
+    elif ACT == gemm.NO_GATE:
+        made: gl.constexpr = _unit()
+        up = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row, KMAX, NMAX, matrix,
+                      n0, N, N, ahead, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16, True, DENSE, BIAS,
+                      WIDTHS)  # fmt: skip
+        gate = up
     else:
         made: gl.constexpr = _halves_layout(BN, BT)
         y = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row, KMAX, NMAX, matrix,

@@ -16,6 +16,9 @@ import triton.language as tl
 
 from bitsmoe_kernels._triton.codes import narrow_words, numbers, product, rounded
 
+NO_GATE = tl.constexpr(4)
+"""The activation of experts that have no gate, see `gated`."""
+
 
 @triton.jit
 def _tile(acc, pwide, pnarrow, pact, live, live_narrow, BITS: tl.constexpr, BN: tl.constexpr, KWIDTH: tl.constexpr,
@@ -146,6 +149,9 @@ def gated(gate, up, ACT: tl.constexpr):
         gate = tl.where(gate > 10.0, 10.0, gate)
         up = tl.where(up > 10.0, 10.0, tl.where(up < -10.0, -10.0, up))
         return gate * tl.sigmoid(gate) * up
+    elif ACT == NO_GATE:  # relu2 of up alone; a comparison that lets NaN through
+        up = tl.where(up < 0.0, 0.0, up)
+        return up * up
     else:
         return gate * tl.sigmoid(gate) * up
 
@@ -179,7 +185,7 @@ def gate_up_kernel(act, corr, codes32, codes16, dense, start, tiles, columns, sc
                    ACT: tl.constexpr, BIAS: tl.constexpr,
                    WIDTHS: tl.constexpr, KWIDTH: tl.constexpr, FP16: tl.constexpr, ASM: tl.constexpr,
                    UNROLL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """h = act(gate, up) of BN / 2 components of down.
+    """h = act(gate, up), or act(up), of BN / 2 components of down.
 
     FUSED: writes down's scaled activations `out` [slots, OUT_STRIDE] and their partial corrections `out_corr` [slots,
     OUT_NCORR], one for each program of a row; else h itself, float32 [slots, OUT_STRIDE].
@@ -193,7 +199,7 @@ def gate_up_kernel(act, corr, codes32, codes16, dense, start, tiles, columns, sc
     row = tl.where(valid, slot, 0).to(tl.int64)
     HALF: tl.constexpr = BN // 2
     at = tl.program_id(0) * HALF + tl.arange(0, HALF)
-    n0 = tl.program_id(0) * (HALF if SPLIT else BN)
+    n0 = tl.program_id(0) * (HALF if SPLIT or ACT == NO_GATE else BN)
     matrix = expert.to(tl.int64) * (2 if SPLIT else 1)
     N = tl.multiple_of(tl.load(columns + matrix), 16)
     if n0 >= N:
@@ -205,6 +211,11 @@ def gate_up_kernel(act, corr, codes32, codes16, dense, start, tiles, columns, sc
         up = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row * 2 + 1, KMAX, NMAX,
                       matrix + 1, n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16, ASM, True, DENSE,
                       BIAS, WIDTHS, UNROLL, STAGES)  # fmt: skip
+    elif ACT == NO_GATE:
+        up = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row, KMAX, NMAX, matrix,
+                      n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16, ASM, True, DENSE, BIAS,
+                      WIDTHS, UNROLL, STAGES)  # fmt: skip
+        gate = up
     else:
         y = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row, KMAX, NMAX, matrix,
                      n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, BN, BT, KWIDTH, FP16, ASM, True, DENSE, BIAS,

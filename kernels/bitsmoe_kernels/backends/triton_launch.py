@@ -151,9 +151,9 @@ def _forward(
         hidden = x.new_empty(S, k_down)
         hidden_corr = x.new_empty(S, k_down // TILE, dtype=torch.float32)
     else:
-        hidden = x.new_empty(S, layer.inputs.scale.shape[1] // (1 if layer.split else 2), dtype=torch.float32)
+        hidden = x.new_empty(S, layer.inputs.scale.shape[1] // (2 if layer.in_turn else 1), dtype=torch.float32)
         hidden_corr = corr
-    widest = layer.inputs.scale.shape[1] * (2 if layer.split else 1)
+    widest = layer.inputs.scale.shape[1] * (1 if layer.in_turn else 2)
     _launch("gate_up", gate_up_kernel, (-(-widest // (2 * TILE)), route.max_blocks),
             act, corr, *_codes(layer.inputs), route.block_expert, route.block_slot, route.num_blocks,
             layer.down.factor, layer.down.offset, hidden, hidden_corr,

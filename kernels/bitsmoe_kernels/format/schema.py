@@ -19,13 +19,15 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from bitsmoe_kernels.errors import FormatError
-from bitsmoe_kernels.expert_mlp import HIDDEN_ACT, HiddenAct
+from bitsmoe_kernels.expert_mlp import HIDDEN_ACT, HiddenAct, input_matrices
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """The newest that this version reads and writes. Older ones are read for ever."""
 LATER_KEYS: dict[str, tuple[int, Any]] = {"hidden_act": (2, HIDDEN_ACT), "bias": (2, False)}
 """Keys of a layer or a projection that came later: the format version they came with, and their default. They are
 written where they differ from it, so that readers of older versions know all keys."""
+LATER_VALUES: dict[tuple[str, Any], int] = {("hidden_act", "relu2"): 3}
+"""(key, value) pairs that came later than their key, and the format version they came with."""
 QUANT_METHOD: Final = "bitsmoe"
 MAX_BITS = 8
 """Widest code. Whole experts may also stay at 16 bits (`Projection.kept_experts`)."""
@@ -134,11 +136,11 @@ class Layer(StrictModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Layer":
-        names = set(self.projections)
-        if names not in ({"gate_up", "down"}, {"gate", "up", "down"}):
-            raise ValueError(
-                f"projections are {sorted(names)}, but must be ['down', 'gate_up'] or ['down', 'gate', 'up']"
-            )
+        names = sorted(self.projections)
+        known = [["down", "gate_up"], ["down", "gate", "up"]] if self.gated else [["down", "up"]]
+        if names not in known:
+            shown = " or ".join(map(str, known))
+            raise ValueError(f"projections are {names}, but must be {shown} with hidden_act {self.hidden_act!r}")
         faults = []
         for name, p in self.projections.items():
             if name == "gate_up" and p.component_axis == "output":
@@ -153,6 +155,11 @@ class Layer(StrictModel):
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    @property
+    def gated(self) -> bool:
+        """Whether the experts have a gate. Those without one have the projections up and down."""
+        return input_matrices(self.hidden_act) == 2
 
     def side(self, name: ProjectionName, axis: Axis) -> int:
         """Size of a projection's input or output side."""
@@ -171,8 +178,8 @@ class Layer(StrictModel):
 
     @property
     def num_weights(self) -> int:
-        """Weights these experts had before quantization: 3 E H I."""
-        return 3 * self.num_experts * self.hidden_size * self.intermediate_size
+        """Weights these experts had before quantization: 3 E H I, or 2 E H I without a gate."""
+        return (1 + input_matrices(self.hidden_act)) * self.num_experts * self.hidden_size * self.intermediate_size
 
     def tensor_specs(self, block_size: int) -> dict[str, TensorSpec]:
         """Every tensor of this layer: `{projection}_{part}` -> dtype and shape."""
@@ -267,7 +274,7 @@ class CheckpointConfig(StrictModel):
             for prefix, layer in data["layers"].items()
             for where, keys in _described(prefix, layer)
             for key, (least, _) in LATER_KEYS.items()
-            if version < least and key in keys
+            if key in keys and version < max(least, LATER_VALUES.get((key, keys[key]), 0))
         ]
         if later:
             raise FormatError(subject, later)
@@ -309,7 +316,7 @@ class CheckpointConfig(StrictModel):
 def least_version(layers: Iterable[Layer]) -> int:
     """The oldest format version that can hold these layers: older readers go on reading what they can."""
     used = (
-        least
+        max(least, LATER_VALUES.get((key, keys[key]), 0))
         for layer in layers
         for _, keys in _described("", layer.model_dump())
         for key, (least, default) in LATER_KEYS.items()

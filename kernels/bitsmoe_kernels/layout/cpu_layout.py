@@ -36,7 +36,7 @@ PLANES = {
 """Planes of each width: their bits, and the place of their lowest bit."""
 RUNS = ((4, 0), (4, 4), (2, 0), (2, 4), (1, 0), (1, 2), (1, 4), (1, 6))
 """Runs in the order in which a matrix has them."""
-MAGIC = 0x34554350
+MAGIC = 0x35554350
 MOST_INPUTS = 32_768
 """Beyond it a sum of products of a basis in 8 bits does not fit int32."""
 MOST_RANKS = 65_536
@@ -150,13 +150,13 @@ def to_cpu_layout(weights: LayerWeights) -> Tensor:
     if reason := unsupported(layer):
         raise ValueError(reason)
     E, H, I = layer.num_experts, layer.hidden_size, layer.intermediate_size  # noqa: E741 - the paper's symbol
-    together = "gate_up" in p
-    tables = {name: _LAYER.size + i * E * _MATRIX.size for i, name in enumerate(("gate", "up", "down"))}
+    together, names = "gate_up" in p, ("gate", "up") if layer.gated else ("up",)
+    tables = {name: _LAYER.size + i * E * _MATRIX.size for i, name in enumerate((*names, "down"))}
     basis_at = tables["down"] + E * _MATRIX.size
     block = _Block(-(-(basis_at + _MATRIX.size) // ALIGN) * ALIGN)
     head = bytearray(block.size)
     jobs: list[_Job] = []
-    inputs = [p["gate_up"]] if together else [p["gate"], p["up"]]
+    inputs = [p[name] for name in ("gate_up", "gate", "up") if name in p]
     acts = {"input": ALIGN, "down": ALIGN}
     ranks = max([0, *(r for w in p.values() if w.spec.lowrank_total for r in w.part("lowrank_rank").tolist())])
 
@@ -173,7 +173,7 @@ def to_cpu_layout(weights: LayerWeights) -> Tensor:
                 describe("gate", e, w, coded, 0, I)
                 describe("up", e, w, coded, I, I)
             else:
-                describe(("gate", "up")[i], e, w, coded, 0, I)
+                describe(names[i], e, w, coded, 0, I)
         coded = _coded(block, p["down"], e, 0)
         acts["down"] = max(acts["down"], coded.acts)
         describe("down", e, p["down"], coded, 0, H)
@@ -183,9 +183,9 @@ def to_cpu_layout(weights: LayerWeights) -> Tensor:
         rank, basis_acts, row = _basis(block, having)
         _MATRIX.pack_into(head, basis_at, *row)
     _LAYER.pack_into(
-        head, 0, MAGIC, block.size, E, H, I, basis_at if having else -1, rank, *tables.values(),
-        int(bool(having)), int(together), basis_acts, acts["input"], acts["down"], ranks,
-        ACTIVATION_NUMBERS[layer.hidden_act],
+        head, 0, MAGIC, block.size, E, H, I, basis_at if having else -1, rank, tables.get("gate", -1),
+        tables["up"], tables["down"], int(bool(having)), int(len(inputs) == 1), basis_acts, acts["input"], acts["down"],
+        ranks, ACTIVATION_NUMBERS[layer.hidden_act],
     )  # fmt: skip
     out = torch.empty(block.size, dtype=torch.uint8)
     library.large_pages(out)

@@ -2,7 +2,8 @@
 
 Gate and up are stored for the components of down, in their order: row 2 i is the gate and row 2 i + 1 the up of down's
 component i, so that the kernel of gate and up writes what that of down reads. Where gate and up are stored apart each
-is a matrix of its own: gate of expert e is matrix 2 e, its up is matrix 2 e + 1.
+is a matrix of its own: gate of expert e is matrix 2 e, its up is matrix 2 e + 1. Without a gate row i is the up of
+component i.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from bitsmoe_kernels.expert_mlp import ACTIVATION_NUMBERS
+from bitsmoe_kernels.expert_mlp import ACTIVATION_NUMBERS, ACTIVATIONS
 from bitsmoe_kernels.format.schema import Layer, ProjectionName
 from bitsmoe_kernels.layout.fields import CLASSES, TILE
 from bitsmoe_kernels.layout.forms import restricted
@@ -24,7 +25,7 @@ class KernelLayer:
     """The routed experts of one layer (or of one rank's shard) in the kernels' layout.
 
     Attributes:
-        inputs: gate and up, one matrix for each expert or two (`split`).
+        inputs: gate and up, one matrix for each expert or two (`split`); or up alone.
         down: one matrix for each expert.
         bases: of gate and up together, [R, H] int8 or the activations' dtype; None without a basis.
         basis_scale: float32 [R]; None without a basis.
@@ -46,6 +47,11 @@ class KernelLayer:
     down_widths: int
     kwidth: int
     act: int
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether rows of `inputs` are gate and up in turn; else each is one component of down."""
+        return not self.split and tuple(ACTIVATIONS.values())[self.act].matrices == 2
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""
@@ -113,12 +119,14 @@ def to_kernel_layout(weights: LayerWeights, dtype: torch.dtype, kwidth: int) -> 
                 MatrixContent(p[n], e, components_of(p[n], e, dtype, kwidth, _source(p, n)), at, on)
                 for n in ("gate", "up")
             ]
+        elif not layer.gated:
+            parts.append(MatrixContent(p["up"], e, components_of(p["up"], e, dtype, kwidth), at, on))
         else:
             both = torch.stack([at, at + inner], 1).flatten()
             components = components_of(p["gate_up"], e, dtype, kwidth)
             parts.append(MatrixContent(p["gate_up"], e, components, both, on.repeat_interleave(2)))
     inputs = pack_matrices(parts, dtype, kwidth)
-    basis, basis_scale = _bases([p[n] for n in (("gate", "up") if split else ("gate_up",))], dtype)
+    basis, basis_scale = _bases([p[n] for n in ("gate_up", "gate", "up") if n in p], dtype)
     act = ACTIVATION_NUMBERS[layer.hidden_act]
     return KernelLayer(inputs, down, basis, basis_scale, split, fused, _widths(inputs), _widths(down), kwidth, act)
 

@@ -20,6 +20,7 @@ from bitsmoe_kernels.expert_mlp import (
     SWIGLU_ALPHA,
     SWIGLU_LIMIT,
     HiddenAct,
+    input_matrices,
 )
 from bitsmoe_kernels.format.schema import TensorSpec
 
@@ -37,6 +38,8 @@ _MODULE_BASE = "model."
 """How names of transformers' language models begin, but for the head's."""
 FUSED_NAMES = ("gate_up_proj", "down_proj")
 """Stacked matrices of all experts, [E, 2 I, H] and [E, H, I]: as transformers' experts modules name them, and files."""
+FUSED_WITHOUT_GATE = ("up_proj", "down_proj")
+"""The same of experts without a gate, [E, I, H] and [E, H, I]."""
 EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Names of the number of routed experts in config.json; a config without any is no MoE model."""
 LAYER_KINDS_KEY = "mlp_layer_types"
@@ -101,6 +104,20 @@ def _every_so_many(config: dict[str, Any]) -> list[int]:
     return [i for i in range(config["num_hidden_layers"]) if i % period == offset]
 
 
+_LISTED_KINDS = ("layers_block_type", "hybrid_override_pattern")
+"""Keys that list what each layer is, a word or a letter for each (Nemotron-3). Their number may then be left out."""
+
+
+def _kinds_listed(config: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """The key that lists the kinds of layers, and the list or the text; None where there is none."""
+    return next(((key, config[key]) for key in _LISTED_KINDS if config.get(key) is not None), None)
+
+
+def _layers_of_kind(config: dict[str, Any]) -> list[int]:
+    kinds = _kinds_listed(config)
+    return [] if kinds is None else [i for i, kind in enumerate(kinds[1]) if kind in ("moe", "E")]
+
+
 def _ernie_layers(config: dict[str, Any]) -> list[int]:
     first, last, step = (
         default if (given := config.get(f"moe_layer_{key}")) is None else given
@@ -145,13 +162,16 @@ class Family:
         aliases: other names of the architecture.
         num_experts_key: E in config.json.
         intermediate_size_key: I of a routed expert in config.json.
+        latent_size_key: H of a routed expert in config.json, where layers project states to another width for their
+            experts; without the key, or where it is null, experts see states as they are.
         moe_layers: indices of the decoder layers that have routed experts, from config.json.
         layer_kinds: what `LAYER_KINDS_KEY` may call a layer.
+        lists_layers: whether one of `_LISTED_KINDS` must be in config.json.
         experts: the experts within a decoder layer.
         served_experts: what vLLM calls them, where that is another name.
-        projections: names of gate, up and down of one expert.
+        projections: names of gate, up and down of one expert, or of up and down where it has no gate.
         stacked: names within a decoder layer of the matrices of all experts together, where files have no other form.
-            Other files may have these too, with names after `FUSED_NAMES`.
+            Other files may have these too, with names after `fused_names`.
         transposed: whether stacked matrices may be [E, H, 2 I] and [E, I, H], as published files have them.
         interleaved: whether stacked matrices are [E, H, 2 I], columns of gate and up in turn, and [E, I, H], in files
             and in transformers' modules.
@@ -159,6 +179,7 @@ class Family:
         module_names: (in files, in transformers' modules) parts of names that differ.
         joined: (transformers' part of a name, parts in files): tensors of equal shapes, in one behind each other.
         module_experts: transformers' experts within a decoder layer.
+        module_embedding: transformers' module of the embedding, within the decoder.
         module_tail: transformers' modules between the last layer and the head, in turn.
         hidden_act_key: the experts' activation in config.json; None: it is `hidden_act`.
         hidden_act: the experts' activation, of families whose config.json does not say it.
@@ -181,10 +202,12 @@ class Family:
     num_experts_key: str
     intermediate_size_key: str
     moe_layers: Callable[[dict[str, Any]], list[int]]
+    latent_size_key: str | None = None
     layer_kinds: tuple[str, ...] = LAYER_KINDS
+    lists_layers: bool = False
     experts: str = "mlp.experts"
     served_experts: str | None = None
-    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     stacked: tuple[str, str] | None = None
     transposed: bool = False
     interleaved: bool = False
@@ -192,6 +215,7 @@ class Family:
     module_names: tuple[tuple[str, str], ...] = ()
     joined: tuple[tuple[str, tuple[str, ...]], ...] = ()
     module_experts: str = "mlp.experts"
+    module_embedding: str = "embed_tokens"
     module_tail: tuple[str, ...] = ("norm",)
     hidden_act_key: str | None = "hidden_act"
     hidden_act: HiddenAct = HIDDEN_ACT
@@ -213,6 +237,16 @@ class Family:
         found = config.get(self.top_k_key, 1)
         each = isinstance(found, list) and len(found) == config.get("num_hidden_layers")
         return found[0] if each and found.count(found[0]) == len(found) else found
+
+    @property
+    def gated(self) -> bool:
+        """Whether experts have a gate."""
+        return len(self.projections) == 3
+
+    @property
+    def fused_names(self) -> tuple[str, str]:
+        """Names of the stacked matrices in transformers' experts module."""
+        return FUSED_NAMES if self.gated else FUSED_WITHOUT_GATE
 
     @property
     def auto_class(self) -> str:
@@ -572,6 +606,25 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("Dots1ForCausalLM", "dots1", "dots.llm1", **_DEEPSEEK),
         Family(
+            "NemotronHForCausalLM",
+            "nemotron_h",
+            "Nemotron-3 Nano, Super, Ultra",
+            num_experts_key="n_routed_experts",
+            intermediate_size_key="moe_intermediate_size",
+            latent_size_key="moe_latent_size",
+            moe_layers=_layers_of_kind,
+            lists_layers=True,
+            stored_base="backbone.",
+            experts="mixer.experts",
+            projections=("up_proj", "down_proj"),
+            module_experts="mixer.experts",
+            module_embedding="embeddings",
+            module_tail=("norm_f",),
+            hidden_act_key="mlp_hidden_act",
+            optional_sizes=(*_SIZES, "moe_latent_size", "n_group", "topk_group"),
+            tested="transformers",
+        ),
+        Family(
             "KimiLinearForCausalLM",
             "kimi_linear",
             "Kimi-Linear",
@@ -711,13 +764,12 @@ _BY_NAME = FAMILIES | {alias: f for f in FAMILIES.values() for alias in f.aliase
 _TABLES = "tables of n-grams in its layers are larger than memory, and are not streamed here"
 _SHARED_INDEXERS = "its layers share the indexer of an earlier one"
 _CLAMPED = "its layers clamp what their experts multiply at different limits, which the checkpoint format does not hold"
-_NO_GATE = "its experts have two matrices and no gate, which the checkpoint format does not hold"
 _NO_CLASS = "transformers has no class of its own for it, and its remote code is not run"
 _PARTS = "it is a model of several parts that nobody has described here yet"
 
 REFUSED = {
     **dict.fromkeys(("Llama4ForCausalLM", "Llama4ForConditionalGeneration"), "it weighs what enters its experts"),
-    **dict.fromkeys(("NemotronHForCausalLM", "NemotronH_Omni_Reasoning_V3"), _NO_GATE),
+    "NemotronH_Omni_Reasoning_V3": _PARTS,
     **dict.fromkeys(("DeepseekV4ForConditionalGeneration", "DeepseekV41ForCausalLM"), _NO_CLASS),
     "HYV4ForCausalLM": _SHARED_INDEXERS,
     **dict.fromkeys(("Qwen4ExpForConditionalGeneration", "Qwen4ExpForCausalLM"), _TABLES),
@@ -738,7 +790,10 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class MoEShape:
-    """Where a model's routed experts are and how large: E experts of gate, up [I, H] and down [H, I]."""
+    """Where a model's routed experts are and how large: E experts of gate, up [I, H] and down [H, I], or of no gate.
+
+    H, `hidden_size`, is the width that experts see. It is the model's own where `Family.latent_size_key` names none.
+    """
 
     family: Family
     layers: tuple[int, ...]
@@ -751,14 +806,24 @@ class MoEShape:
         """Tensor prefix of the experts of one decoder layer."""
         return f"{self.family.decoder(layer)}.{self.family.experts}"
 
-    def expert_names(self, layer: int, expert: int) -> tuple[str, str, str]:
-        """Names of gate, up and down of one expert, per-expert form."""
-        gate, up, down = (f"{self.prefix(layer)}.{expert}.{n}.weight" for n in self.family.projections)
-        return gate, up, down
+    @property
+    def input_matrices(self) -> int:
+        """How many matrices of an expert read its input: 2, gate and up, or 1, up alone."""
+        return input_matrices(self.hidden_act)
+
+    @property
+    def matrix_sizes(self) -> list[tuple[int, int]]:
+        """[N, K] of the matrices of one expert, in the order of `expert_names`."""
+        inner, hidden = self.intermediate_size, self.hidden_size
+        return [(inner, hidden)] * self.input_matrices + [(hidden, inner)]
+
+    def expert_names(self, layer: int, expert: int) -> tuple[str, ...]:
+        """Names of gate, up and down of one expert, or of up and down, per-expert form."""
+        return tuple(f"{self.prefix(layer)}.{expert}.{n}.weight" for n in self.family.projections)
 
     def fused_names(self, layer: int) -> tuple[str, str]:
         """Names of the stacked matrices of a layer's experts."""
-        names = self.family.stacked or tuple(f"{self.family.experts}.{name}" for name in FUSED_NAMES)
+        names = self.family.stacked or tuple(f"{self.family.experts}.{name}" for name in self.family.fused_names)
         gate_up, down = (f"{self.family.decoder(layer)}.{name}" for name in names)
         return gate_up, down
 
@@ -790,9 +855,14 @@ class MoEShape:
         )
 
     @property
+    def weights_per_expert(self) -> int:
+        """Weights of one expert: 3 H I, or 2 H I without a gate."""
+        return (1 + self.input_matrices) * self.hidden_size * self.intermediate_size
+
+    @property
     def num_weights(self) -> int:
         """Weights in all routed experts."""
-        return 3 * len(self.layers) * self.num_experts * self.hidden_size * self.intermediate_size
+        return len(self.layers) * self.num_experts * self.weights_per_expert
 
     def expert_faults(self, model: Any) -> list[str]:
         """Routed experts of transformers' model that are not those of this shape.
@@ -801,13 +871,14 @@ class MoEShape:
             model: transformers' language model; its tensors may be without memory.
         """
         E, H, I = self.num_experts, self.hidden_size, self.intermediate_size  # noqa: E741
-        sizes = [(E, H, 2 * I), (E, I, H)] if self.family.interleaved else [(E, 2 * I, H), (E, H, I)]
-        biases = [(E, 2 * I), (E, H)] if self.family.bias else []
+        N, names = self.input_matrices * I, self.family.fused_names
+        sizes = [(E, H, N), (E, I, H)] if self.family.interleaved else [(E, N, H), (E, H, I)]
+        biases = [(E, N), (E, H)] if self.family.bias else []
         expected = {f"{i}.{self.family.module_experts}": [*sizes, *biases] for i in self.layers}
         found = {
-            name: [tuple(own[part].shape) for part in (*FUSED_NAMES, *map(bias_name, FUSED_NAMES)) if part in own]
+            name: [tuple(own[part].shape) for part in (*names, *map(bias_name, names)) if part in own]
             for name, module in model.get_decoder().layers.named_modules()
-            if (own := dict(module.named_parameters(recurse=False))).keys() >= set(FUSED_NAMES)
+            if (own := dict(module.named_parameters(recurse=False))).keys() >= set(names)
         }
         return [
             f"decoder layer {name}: matrices of {found.get(name, 'no experts')}, where "
@@ -925,7 +996,10 @@ def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
     part = config.get(text.config) if text else config
     if not isinstance(part, Mapping):
         return {}
-    return {**part, "model_type": text.model_type} if text and text.model_type else dict(part)
+    found = {**part, "model_type": text.model_type} if text and text.model_type else dict(part)
+    if (kinds := _kinds_listed(found)) and isinstance(kinds[1], (list, str)):
+        found.setdefault("num_hidden_layers", len(kinds[1]))
+    return found
 
 
 def built_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -1018,6 +1092,7 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
         if (found := config.get(key)) is not None and (type(found) is not int or found < least)
     ]
     faults += _layer_kind_faults(config, family.layer_kinds)
+    faults += _listed_layer_faults(config) if family.lists_layers else []
     faults += [
         f"{key} is {config[key]!r}, but {counts[0]} {config[counts[0]]!r}"
         for key in counts[1:]
@@ -1049,7 +1124,11 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
         if key in config and config[key] not in (allowed := value if isinstance(value, tuple) else (value,))
     ]
     hidden_act = config[family.hidden_act_key] if family.hidden_act_key else family.hidden_act
-    named = [act for act in ACTIVATIONS if act not in OWN_NAMES or act == family.hidden_act]
+    named = [
+        act
+        for act in ACTIVATIONS
+        if (act not in OWN_NAMES or act == family.hidden_act) and family.gated == (input_matrices(act) == 2)
+    ]
     if hidden_act not in named:
         known = " or ".join(map(repr, named))
         unsupported.append(f"{family.hidden_act_key} is {hidden_act!r:.80}, but only {known} is supported")
@@ -1070,9 +1149,9 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
         raise BitsmoeError(f"{subject}: config.json cannot be right: moe_layer_freq lists other layers than {layers}")
     if not layers:
         raise BitsmoeError(f"{subject}: the model has no Mixture-of-Experts layers (config.json)")
-    return MoEShape(
-        family, layers, config[counts[0]], config["hidden_size"], config[family.intermediate_size_key], hidden_act
-    )
+    latent = config.get(family.latent_size_key) if family.latent_size_key else None
+    seen = config["hidden_size"] if latent is None else latent
+    return MoEShape(family, layers, config[counts[0]], seen, config[family.intermediate_size_key], hidden_act)
 
 
 _LAYER_BOUNDS = {
@@ -1092,6 +1171,17 @@ def _layer_kind_faults(config: dict[str, Any], known: tuple[str, ...]) -> list[s
         return [f"{LAYER_KINDS_KEY} is {kinds!r:.80}, but must list {named} for each of {layers} layers"]
     if type(first) is int and first >= 0 and kinds != ["dense"] * min(first, layers) + ["sparse"] * (layers - first):
         return [f"first_k_dense_replace is {first}, but {LAYER_KINDS_KEY} lists other layers"]
+    return []
+
+
+def _listed_layer_faults(config: dict[str, Any]) -> list[str]:
+    """Faults of the list of kinds of layers. transformers takes its length, whatever else says their number."""
+    found, layers = _kinds_listed(config), config.get("num_hidden_layers")
+    if found is None or type(layers) is not int:
+        return [] if found else [f"{' and '.join(_LISTED_KINDS)} are missing: nothing says which layers have experts"]
+    key, kinds = found
+    if not isinstance(kinds, (list, str)) or len(kinds) != layers or not all(isinstance(kind, str) for kind in kinds):
+        return [f"{key} is {kinds!r:.80}, but must list a kind for each of {layers} layers"]
     return []
 
 

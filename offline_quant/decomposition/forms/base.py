@@ -22,9 +22,9 @@ class MeasuredWeights:
     """One expert's weights, with what calibration says of them.
 
     Attributes:
-        gate_up: float32 [2 I, H].
+        gate_up: float32 [2 I, H]; without a gate up alone, [I, H].
         down: float32 [H, I].
-        output_weights: float32 [2 I], what the layer's output feels of an error in each gate and up output.
+        output_weights: float32 [2 I] or [I], what the layer's output feels of an error in each gate and up output.
         routing_frequency: share of expert slots that went to the expert.
     """
 
@@ -32,6 +32,11 @@ class MeasuredWeights:
     down: Tensor
     output_weights: Tensor
     routing_frequency: float
+
+    @property
+    def gated(self) -> bool:
+        """Whether the expert has a gate."""
+        return len(self.gate_up) > self.down.shape[1]
 
 
 class Form(ABC):
@@ -46,15 +51,20 @@ class Form(ABC):
     @property
     def shares_bases(self) -> bool:
         """Whether experts share bases, for which every token served pays a projection."""
-        return any(p.basis is not None for p in self.projections(Basis(rank=1, bits=8)).values())
+        return any(p.basis is not None for p in self.projections(Basis(rank=1, bits=8), True).values())
 
     @abstractmethod
-    def projections(self, basis: Basis) -> Projections:
-        """Every projection's entry in the schema, with no codes yet; `basis` is the entry of a shared one."""
+    def projections(self, basis: Basis, gated: bool) -> Projections:
+        """Every projection's entry in the schema, with no codes yet.
+
+        Args:
+            basis: the entry of a shared one.
+            gated: whether experts have a gate.
+        """
 
     @abstractmethod
     def decompositions(
-        self, grams: Grams, moments: Tensor, output_unit: float, bits: int
+        self, grams: Grams, moments: Tensor, output_unit: float, bits: int, gated: bool
     ) -> dict[ProjectionName, Decomposition]:
         """The decomposition of every projection.
 
@@ -63,6 +73,7 @@ class Form(ABC):
             moments: float32 [H, H], second moments of the layer's inputs, pooled over tokens.
             output_unit: mean weight of a gate or up output.
             bits: of a stored basis, 8 or 16.
+            gated: whether experts have a gate.
         """
 
     def grams(self, expert: MeasuredWeights) -> Grams:
@@ -78,13 +89,25 @@ class Form(ABC):
             hidden_act=shape.hidden_act,
             projections={
                 name: projection.model_copy(update={"bias": shape.family.bias})
-                for name, projection in self.projections(Basis(rank=shape.hidden_size, bits=basis_bits)).items()
+                for name, projection in self.projections(
+                    Basis(rank=shape.hidden_size, bits=basis_bits), shape.family.gated
+                ).items()
             },
         )
 
 
 NATURAL_DOWN = Projection(code_rows=0)
 """Intermediate channels without a basis are permuted with the expert's other matrices, which costs no bytes."""
+
+
+def together(gated: bool) -> ProjectionName:
+    """The projection of all matrices that read an expert's input."""
+    return "gate_up" if gated else "up"
+
+
+def apart(gated: bool) -> tuple[ProjectionName, ...]:
+    """The projections of these matrices, one by one."""
+    return ("gate", "up") if gated else ("up",)
 
 
 def gram_of(W: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from bitsmoe_kernels.format.schema import Basis, Projection, ProjectionName
 from offline_quant.decomposition.bases import Decomposition, paper
-from offline_quant.decomposition.forms.base import Form, Grams, MeasuredWeights, Projections, gram_of
+from offline_quant.decomposition.forms.base import Form, Grams, MeasuredWeights, Projections, apart, gram_of
 
 
 class Paper(Form):
@@ -12,27 +12,22 @@ class Paper(Form):
 
     name = "paper"
 
-    def projections(self, basis: Basis) -> Projections:
+    def projections(self, basis: Basis, gated: bool) -> Projections:
         """See `Form.projections`."""
         inputs = Projection(code_rows=0, order="expert", basis=basis)
         outputs = Projection(code_rows=0, order="expert", basis=basis, component_axis="output")
-        return {"gate": inputs, "up": inputs, "down": outputs}
+        return dict.fromkeys(apart(gated), inputs) | {"down": outputs}
 
     def grams(self, expert: MeasuredWeights) -> Grams:
         """See `Form.grams`."""
-        (gate, up), (of_gate, of_up) = expert.gate_up.chunk(2), expert.output_weights.chunk(2)
-        return {
-            "gate": gram_of(gate, of_gate).double(),
-            "up": gram_of(up, of_up).double(),
-            "down": gram_of(expert.down.T).double(),
-        }
+        I, names = expert.down.shape[1], apart(expert.gated)  # noqa: E741
+        inputs = zip(names, expert.gate_up.split(I), expert.output_weights.split(I), strict=True)
+        grams: Grams = {name: gram_of(W, weights).double() for name, W, weights in inputs}
+        return grams | {"down": gram_of(expert.down.T).double()}
 
     def decompositions(
-        self, grams: Grams, moments: Tensor, output_unit: float, bits: int
+        self, grams: Grams, moments: Tensor, output_unit: float, bits: int, gated: bool
     ) -> dict[ProjectionName, Decomposition]:
         """See `Form.decompositions`."""
-        return {
-            "gate": paper("gate", grams["gate"], "input", bits),
-            "up": paper("up", grams["up"], "input", bits),
-            "down": paper("down", grams["down"], "output", bits),
-        }
+        inputs = {name: paper(name, grams[name], "input", bits) for name in apart(gated)}
+        return inputs | {"down": paper("down", grams["down"], "output", bits)}

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from bitsmoe_kernels.format.schema import Basis, Projection, ProjectionName
 from offline_quant.decomposition.bases import Decomposition, natural
-from offline_quant.decomposition.forms.base import NATURAL_DOWN, Form, Grams, Projections
+from offline_quant.decomposition.forms.base import NATURAL_DOWN, Form, Grams, Projections, apart
 
 
 class Split(Form):
@@ -12,12 +12,12 @@ class Split(Form):
 
     name = "split"
 
-    def projections(self, basis: Basis) -> Projections:
+    def projections(self, basis: Basis, gated: bool) -> Projections:
         """See `Form.projections`."""
-        return {"gate": Projection(code_rows=0), "up": Projection(code_rows=0), "down": NATURAL_DOWN}
+        return {name: Projection(code_rows=0) for name in apart(gated)} | {"down": NATURAL_DOWN}
 
     def decompositions(
-        self, grams: Grams, moments: Tensor, output_unit: float, bits: int
+        self, grams: Grams, moments: Tensor, output_unit: float, bits: int, gated: bool
     ) -> dict[ProjectionName, Decomposition]:
         """See `Form.decompositions`."""
-        return {"gate": natural("gate"), "up": natural("up"), "down": natural("down")}
+        return {name: natural(name) for name in (*apart(gated), "down")}

@@ -11,6 +11,7 @@ from offline_quant.decomposition.forms.base import (
     MeasuredWeights,
     Projections,
     gram_of,
+    together,
 )
 
 
@@ -19,18 +20,18 @@ class Whitened(Form):
 
     name = "whitened"
 
-    def projections(self, basis: Basis) -> Projections:
+    def projections(self, basis: Basis, gated: bool) -> Projections:
         """See `Form.projections`."""
-        return {"gate_up": Projection(code_rows=0, order="expert", basis=basis), "down": NATURAL_DOWN}
+        return {together(gated): Projection(code_rows=0, order="expert", basis=basis), "down": NATURAL_DOWN}
 
     def grams(self, expert: MeasuredWeights) -> Grams:
         """See `Form.grams`."""
         gram = gram_of(expert.gate_up, expert.output_weights)
-        return {"gate_up": gram.double() * expert.routing_frequency}
+        return {together(expert.gated): gram.double() * expert.routing_frequency}
 
     def decompositions(
-        self, grams: Grams, moments: Tensor, output_unit: float, bits: int
+        self, grams: Grams, moments: Tensor, output_unit: float, bits: int, gated: bool
     ) -> dict[ProjectionName, Decomposition]:
         """See `Form.decompositions`."""
-        gate_up = whitened("gate_up", grams["gate_up"] / output_unit, moments, bits)
-        return {"gate_up": gate_up, "down": natural("down")}
+        name = together(gated)
+        return {name: whitened(name, grams[name] / output_unit, moments, bits), "down": natural("down")}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from bitsmoe_kernels.models.families import Family, MoEShape, in_table, moe_shape
 from offline_quant.model.outside.skeleton import OUTSIDE, Skeleton, sizes
@@ -46,13 +46,14 @@ def model_shape(
         intermediate_size_key="moe_intermediate_size",
         moe_layers=partial(_these, layers),
         experts=layout.experts,
-        projections=cast(tuple[str, str, str], layout.projections),
+        projections=layout.projections,
         stacked=layout.stacked,
         transposed=layout.transposed,
         interleaved=first.module.is_transposed,
         bias=first.module.has_bias,
         module_names=((f".{layout.experts}.", f".{within}."),),
         module_experts=within,
+        module_embedding=skeleton.embedding,
         module_tail=skeleton.weighted,
         text=replace(skeleton.text, prefix=skeleton.base) if skeleton.text else None,
         stored_base=layout.base,

@@ -12,6 +12,7 @@ from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.models.families import (
     EXPERT_COUNT_KEYS,
     FUSED_NAMES,
+    FUSED_WITHOUT_GATE,
     MAX_LAYERS,
     MAX_SIZE,
     bias_name,
@@ -23,6 +24,7 @@ from offline_quant.model.streaming import empty_model, transformers_config
 
 OUTSIDE = "outside the table"
 """In the place of the names of a family's models."""
+_FUSED = {*FUSED_NAMES, *FUSED_WITHOUT_GATE}
 MAX_EXPERTS, MAX_VALUES = 1 << 16, 1 << 29
 """Beyond any model: experts of a layer, and values of a tensor, for which memory is taken when a model is tried."""
 _OTHER_SIZES = (
@@ -30,7 +32,6 @@ _OTHER_SIZES = (
     "max_position_embeddings",
 )  # fmt: skip
 """Keys of config.json by which memory is foreseen and windows are cut, where they are present."""
-_NO_GATE = "its experts have two matrices and no gate, which the checkpoint format does not hold"
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
 
 
@@ -127,9 +128,13 @@ class Skeleton:
         """How names of the decoder's parameters begin in the model."""
         decoder = self.model.get_decoder()
         path = next((name for name, module in self.model.named_modules() if module is decoder), None)
-        layers, embedding = (getattr(decoder, part, None) for part in ("layers", "embed_tokens"))
-        if path is None or not isinstance(layers, nn.ModuleList) or not isinstance(embedding, nn.Embedding):
-            self.fail("decoder", f"{type(decoder).__name__} does not hold embed_tokens and layers")
+        layers, embedding = getattr(decoder, "layers", None), self.model.get_input_embeddings()
+        name = next((name for name, module in decoder.named_children() if module is embedding), None)
+        if path is None or name is None or not isinstance(layers, nn.ModuleList):
+            self.fail("decoder", f"{type(decoder).__name__} does not hold the embedding and layers")
+        if not isinstance(embedding, nn.Embedding):
+            self.fail("decoder", f"{name} is {type(embedding).__name__}, and no embedding")
+        self.embedding = name
         if len(layers) != (said := self.language["num_hidden_layers"]):
             self.fail("decoder", f"transformers builds {len(layers)} layers, num_hidden_layers is {said}")
         if self.text is None and path != "model":
@@ -139,7 +144,7 @@ class Skeleton:
     def _weighted(self) -> tuple[str, ...]:
         """The decoder's modules with weights, besides embedding and layers."""
         decoder = self.model.get_decoder()
-        beside = {name.partition(".")[0] for name in decoder.state_dict()} - {"layers", "embed_tokens"}
+        beside = {name.partition(".")[0] for name in decoder.state_dict()} - {"layers", self.embedding}
         modules = tuple(name for name, _ in decoder.named_children() if name in beside)
         if loose := sorted(beside - set(modules)):
             self.fail("decoder", f"it holds weights outside its modules: {', '.join(loose)}")
@@ -147,7 +152,7 @@ class Skeleton:
 
     def _check_values(self) -> None:
         """Refuse tensors that no memory can be taken for."""
-        embedding = f"{self.base}embed_tokens."
+        embedding = f"{self.base}{self.embedding}."
         faults = [
             f"{name} is {list(tensor.shape)}, larger than any that is tried"
             for name, tensor in self.model.state_dict().items()
@@ -162,11 +167,11 @@ class Skeleton:
         for index, layer in enumerate(self.model.get_decoder().layers):
             for name, module in layer.named_modules():
                 own = dict(module.named_parameters(recurse=False))
-                if hasattr(module, "has_gate") or any(own[part].dim() == 3 for part in own.keys() & FUSED_NAMES):
+                if hasattr(module, "has_gate") or any(own[part].dim() == 3 for part in own.keys() & _FUSED):
                     found.append(Site(index, f"{self.base}layers.{index}.{name}", module))
                     faults += [f"{found[-1].name}: {fault}" for fault in _module_faults(module)]
         if not found:
-            faults = ["transformers builds no module with gate_up_proj and down_proj of all experts"]
+            faults = ["transformers builds no module with gate_up_proj or up_proj, and down_proj, of all experts"]
         layers = [site.layer for site in found]
         if double := sorted({layer for layer in layers if layers.count(layer) > 1}):
             faults.append(f"decoder layers {double} have several groups of experts")
@@ -174,12 +179,9 @@ class Skeleton:
             unequal: dict[str, set[Any]] = {
                 "names": {self.within_layer(site) for site in found},
                 "sizes": {sizes(site.module) for site in found},
-                "kinds": {(type(site.module).__name__, site.module.has_bias) for site in found},
+                "kinds": {(type(s.module).__name__, s.module.has_bias, s.module.has_gate) for s in found},
             }
             faults = [f"layers have experts of unequal {k}: {sorted(v)}" for k, v in unequal.items() if len(v) > 1]
-            seen, hidden = sizes(found[0].module)[1], self.language["hidden_size"]
-            if seen != hidden:
-                faults.append(f"they see {seen} values of a token, hidden_size is {hidden}")
         if faults:
             self.fail("experts", *faults)
         return found
@@ -192,6 +194,11 @@ class Skeleton:
 def covered(tensor: Tensor) -> int:
     """Values that weights of chance for a tensor take: a matrix's, or those of one expert."""
     return tensor.numel() if tensor.dim() <= 2 else tensor[0].numel() + len(tensor)
+
+
+def fused_names(module: Any) -> tuple[str, str]:
+    """Names of the stacked matrices of an experts module."""
+    return FUSED_NAMES if module.has_gate else FUSED_WITHOUT_GATE
 
 
 def sizes(module: Any) -> tuple[int, int, int]:
@@ -207,18 +214,18 @@ def _module_faults(module: Any) -> Iterator[str]:
         yield "it is not of the common kind of transformers' experts, and may be called otherwise"
         return
     gate, bias, transposed, concatenated = flags
-    if not gate:
-        yield _NO_GATE
-        return
-    if transposed == concatenated:
+    # Without a gate there is nothing to be concatenated.
+    if (transposed == concatenated) if gate else transposed:
         yield f"is_transposed is {transposed} and is_concatenated {concatenated}, which is not read here"
         return
-    wanted = {*FUSED_NAMES, *(map(bias_name, FUSED_NAMES) if bias else ())}
+    names = fused_names(module)
+    wanted = {*names, *(map(bias_name, names) if bias else ())}
     own = dict(module.named_parameters()) | dict(module.named_buffers())
     if own.keys() != wanted:
         yield f"it holds {', '.join(sorted(own))}, where {', '.join(sorted(wanted))} are known"
         return
-    both, down = (tuple(own[name].shape) for name in FUSED_NAMES)
+    both, down = (tuple(own[name].shape) for name in names)
     E, H, I = sizes(module) if len(both) == len(down) == 3 else (0, 0, 0)  # noqa: E741
-    if [both, down] != ([(E, H, 2 * I), (E, I, H)] if transposed else [(E, 2 * I, H), (E, H, I)]):
-        yield f"matrices are {list(both)} and {list(down)}, which are no gate, up and down"
+    N = 2 * I if gate else I
+    if [both, down] != ([(E, H, N), (E, I, H)] if transposed else [(E, N, H), (E, H, I)]):
+        yield f"matrices are {list(both)} and {list(down)}, which are no {'gate, ' if gate else ''}up and down"

@@ -9,12 +9,13 @@ import torch
 import transformers
 
 from bitsmoe_kernels.errors import one_line
-from bitsmoe_kernels.models.families import FUSED_NAMES, bias_name
-from offline_quant.model.outside.skeleton import Site, Skeleton, sizes
+from bitsmoe_kernels.models.families import bias_name
+from offline_quant.model.outside.skeleton import Site, Skeleton, fused_names, sizes
 
 _FIRST_EXPERT = re.compile(r"(?P<prefix>.+)\.0\.(?P<projection>[^.]+)\.weight")
 _LATER_EXPERT = re.compile(r"\.experts\.[1-9]\d*\.")
-_USUAL = ("gate_proj", "up_proj", "down_proj")
+_USUAL = {True: ("gate_proj", "up_proj", "down_proj"), False: ("up_proj", "down_proj")}
+"""Names of matrices of experts with a gate, and without one."""
 Source = tuple[str, str | None]
 """A stored name, and the pattern of the converter that takes it; None: it is only renamed."""
 
@@ -112,13 +113,14 @@ class StoredNames:
         if prefix is None:
             raise ValueError(f"quantization_config has no such layer, but {', '.join(sorted(prefixes)[:3])}")
         base, experts = _parts(prefix, site)
-        gate_up, down = (f"{experts}.{name}" for name in FUSED_NAMES)
-        return Layout(base, experts, _USUAL, (gate_up, down), False)
+        gate_up, down = (f"{experts}.{name}" for name in fused_names(site.module))
+        return Layout(base, experts, _USUAL[site.module.has_gate], (gate_up, down), False)
 
     def _experts(self, site: Site) -> Layout:
-        both, down = (self._sources.get(f"{site.name}.{name}", []) for name in FUSED_NAMES)
+        names = fused_names(site.module)
+        both, down = (self._sources.get(f"{site.name}.{name}", []) for name in names)
         if not both or not down:
-            lacking = (name for name, found in zip(FUSED_NAMES, (both, down), strict=True) if not found)
+            lacking = (name for name, found in zip(names, (both, down), strict=True) if not found)
             raise ValueError(f"no stored tensor becomes {' or '.join(lacking)}")
         if len(both) == len(down) == 1 and not _FIRST_EXPERT.fullmatch(both[0][0]):
             return self._stacked(site, both[0], down[0])
@@ -133,19 +135,19 @@ class StoredNames:
         if operations and (not transposed or site.module.is_transposed or H == I):
             raise ValueError(f"{both[0]} is converted by {', '.join(operations)}, which is not read here")
         if site.module.has_bias:
-            for name, (stored, _) in zip(FUSED_NAMES, (both, down), strict=True):
+            for name, (stored, _) in zip(fused_names(site.module), (both, down), strict=True):
                 if self._sources.get(f"{site.name}.{bias_name(name)}") != [(bias_name(stored), None)]:
                     raise ValueError(f"its biases are not stored as {bias_name(stored)}")
-        prefix = self._prefix(site, both[0].removesuffix(f".{FUSED_NAMES[0]}"))
+        prefix = self._prefix(site, both[0].removesuffix(f".{fused_names(site.module)[0]}"))
         base, experts = _parts(prefix, site)
         places = [_parts(name, site) for name, _ in (both, down)]
         if {place for place, _ in places} != {base}:
             raise ValueError(f"{both[0]} and {down[0]} do not begin alike")
-        return Layout(base, experts, _USUAL, (places[0][1], places[1][1]), transposed)
+        return Layout(base, experts, _USUAL[site.module.has_gate], (places[0][1], places[1][1]), transposed)
 
     def _finds(self, prefix: str, site: Site) -> bool:
         """Whether transformers reads stacked matrices of this prefix as the site's, as they are."""
-        for name in FUSED_NAMES:
+        for name in fused_names(site.module):
             target, pattern = self._target(f"{prefix}.{name}")
             operations = self._converter(pattern).operations if pattern is not None else []
             if target != f"{site.name}.{name}" or not all(getattr(o, "check_dims", False) for o in operations):
@@ -170,8 +172,10 @@ class StoredNames:
             named[pattern] = (match["prefix"], match["projection"])
         order = [p for sources in (both, down) for p in self._converter(sources[0][1]).source_patterns if p in named]
         prefixes = {prefix for prefix, _ in named.values()}
-        if (len(both), len(down), len(order), len(prefixes)) != (2, 1, 3, 1):
-            raise ValueError(f"{', '.join(name for name, _ in (*both, *down))} are not gate, up and down of one expert")
+        inputs = 2 if site.module.has_gate else 1
+        if (len(both), len(down), len(order), len(prefixes)) != (inputs, 1, inputs + 1, 1):
+            given = ", ".join(name for name, _ in (*both, *down))
+            raise ValueError(f"{given} are not {_matrices(site)} of one expert")
         self._check_conversion(site, order)
         base, experts = _parts(self._prefix(site, prefixes.pop()), site)
         return Layout(base, experts, tuple(named[pattern][1] for pattern in order), None, False)
@@ -181,16 +185,16 @@ class StoredNames:
 
         Args:
             site: of the experts.
-            order: patterns of gate, up and down.
+            order: patterns of gate, up and down, or of up and down.
         """
         generator = torch.Generator().manual_seed(0)
         each = {
             pattern: [torch.randn(size, generator=generator) for _ in range(2)]
-            for pattern, size in zip(order, [(3, 5), (3, 5), (5, 3)], strict=True)
+            for pattern, size in zip(order, [(3, 5)] * (len(order) - 1) + [(5, 3)], strict=True)
         }
-        gate, up, down = (torch.stack(each[pattern]) for pattern in order)
-        expected = (order[:2], torch.cat([gate, up], 1)), (order[2:], down)
-        for name, (patterns, want) in zip(FUSED_NAMES, expected, strict=True):
+        *inputs, down = (torch.stack(each[pattern]) for pattern in order)
+        expected = (order[:-1], torch.cat(inputs, 1)), (order[-1:], down)
+        for name, (patterns, want) in zip(fused_names(site.module), expected, strict=True):
             target, converter = f"{site.name}.{name}", deepcopy(self._converter(patterns[0]))
             for pattern in patterns:
                 for e, matrix in enumerate(each[pattern]):
@@ -198,7 +202,7 @@ class StoredNames:
             found = converter.convert(target, model=self._skeleton.model, config=self._skeleton.model.config)
             value = found.get(target)
             if not torch.equal(value[0] if isinstance(value, list) else value, want):
-                raise ValueError(f"transformers does not make {name} of gate, up and down one behind the other")
+                raise ValueError(f"transformers does not make {name} of {_matrices(site)} one behind the other")
 
     def others(self) -> Mapping[str, tuple[str, ...]]:
         """Names in files of the tensors outside the experts, by transformers' own.
@@ -228,6 +232,11 @@ class StoredNames:
         if faults:
             skeleton.fail("names", *faults)
         return found
+
+
+def _matrices(site: Site) -> str:
+    """What the matrices of an expert are called, for people."""
+    return "gate, up and down" if site.module.has_gate else "up and down"
 
 
 def _parts(name: str, site: Site) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """A model outside the table with weights of chance: what it computes here, against transformers."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from bitsmoe_kernels.errors import one_line
-from bitsmoe_kernels.expert_mlp import ACTIVATIONS, OWN_NAMES, HiddenAct, gated
-from bitsmoe_kernels.models.families import FUSED_NAMES, MoEShape, bias_name, language_config
+from bitsmoe_kernels.expert_mlp import ACTIVATIONS, OWN_NAMES, HiddenAct, activated, input_matrices
+from bitsmoe_kernels.models.families import MoEShape, bias_name, language_config
 from offline_quant.model.expert_files import module_experts
 from offline_quant.model.expert_weights import ExpertWeights
 from offline_quant.model.outside.chance import Chance, HeldTensors
@@ -31,7 +31,7 @@ SCALES = (0.1, 1.0, 3.0, 10.0, 30.0, 100.0)
 _CHOSEN = 2
 """Experts of a token when experts are tried."""
 _TOP_K = re.compile(r"experts_per_tok|top_?k_expert|experts?_top_?k|moe_(top_?)?k|^top_?k$")
-_ACTIVATION_KEYS = ("hidden_act", "hidden_activation")
+_ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "mlp_hidden_act")
 
 
 def tried_activation(skeleton: Skeleton, shape: MoEShape) -> HiddenAct:
@@ -41,17 +41,18 @@ def tried_activation(skeleton: Skeleton, shape: MoEShape) -> HiddenAct:
         BitsmoeError: there is none, or config.json names another.
     """
     said = next((act for key in _ACTIVATION_KEYS if (act := skeleton.language.get(key)) is not None), None)
-    fitting = set(ACTIVATIONS)
+    known = [act for act in ACTIVATIONS if input_matrices(act) == len(shape.family.projections) - 1]
+    fitting = set(known)
     for site in skeleton.sites:
         try:
-            fitting &= set(_fitting(site, shape))
+            fitting &= set(_fitting(site, shape, known))
         except COMPUTING_ERRORS as e:
             skeleton.fail("formula", f"{site.name} cannot be computed ({type(e).__name__}: {one_line(e)[:200]})")
         if len(fitting) != 1:
             skeleton.fail(
                 "formula",
-                f"{site.name} does not compute down(act(gate, up)) times a token's weights with any of "
-                f"{', '.join(ACTIVATIONS)} (config.json says {said!r:.80})",
+                f"{site.name} does not compute down(act({'gate, ' if shape.family.gated else ''}up)) times a token's "
+                f"weights with any of {', '.join(known)} (config.json says {said!r:.80})",
             )
     found = fitting.pop()
     if found not in OWN_NAMES and said is not None and said != found:
@@ -59,7 +60,7 @@ def tried_activation(skeleton: Skeleton, shape: MoEShape) -> HiddenAct:
     return found
 
 
-def _fitting(site: Site, shape: MoEShape) -> Iterator[HiddenAct]:
+def _fitting(site: Site, shape: MoEShape, known: Sequence[HiddenAct]) -> Iterator[HiddenAct]:
     """Activations with which a layer's experts, of weights of chance, put out what transformers' module does."""
     parameters = dict(site.module.named_parameters())
     chance = Chance(parameters, shape.hidden_size, torch.float64)
@@ -74,14 +75,15 @@ def _fitting(site: Site, shape: MoEShape) -> Iterator[HiddenAct]:
         put_out = site.module(x, ids, weights)
         slots = [(token, slot) for token in range(len(x)) for slot in range(chosen)]
         one = {e: module_experts(shape.family, held, range(e, e + 1)).one(0) for e in set(ids.flatten().tolist())}
-        inner = {(t, s): one[int(ids[t, s])].gate_and_up(x[t, None]) for t, s in slots}
+        inner = {(t, s): one[int(ids[t, s])].preactivations(x[t, None]) for t, s in slots}
         # Faster code of transformers goes through this method of the module in the place of its `forward`.
         joined = [
             torch.stack(both, -1) if shape.family.interleaved else torch.stack(both, 1) for both in inner.values()
         ]
-        gates = site.module._apply_gate(torch.cat(joined).flatten(1))
-    for act in ACTIVATIONS:
-        hidden = {place: gated(*both, act) for place, both in inner.items()}
+        faster = site.module._apply_gate if shape.family.gated else site.module.act_fn
+        gates = faster(torch.cat(joined).flatten(1))
+    for act in known:
+        hidden = {place: activated(both, act) for place, both in inner.items()}
         want = torch.zeros_like(x)
         for (t, s), h in hidden.items():
             want[t] += one[int(ids[t, s])].output(h)[0] * weights[t, s]
@@ -160,7 +162,8 @@ class Trial:
 
     @property
     def _expert_parameters(self) -> tuple[str, ...]:
-        return (*FUSED_NAMES, *(map(bias_name, FUSED_NAMES) if self.shape.family.bias else ()))
+        names = self.shape.family.fused_names
+        return (*names, *(map(bias_name, names) if self.shape.family.bias else ()))
 
     def experts(self, layer: int, chunk: range | None = None) -> ExpertWeights:
         """Routed experts of a layer, see `WeightSource`."""
@@ -237,7 +240,7 @@ class Trial:
                     hook: Callable[..., None] = partial(calls, index)
                     stack.enter_context(_removed(experts.register_forward_pre_hook(hook, with_kwargs=True)))
             for name, part in decoder.named_children():
-                if part not in (decoder.layers, decoder.embed_tokens):
+                if part not in (decoder.layers, getattr(decoder, self._skeleton.embedding)):
                     stack.enter_context(_removed(part.register_forward_hook(partial(follows, name))))
             return self._model(input_ids=ids, use_cache=False).logits, seen
 

@@ -26,7 +26,8 @@ def brute(made: MadeLayer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def whole(made: MadeLayer, *call: torch.Tensor) -> np.ndarray:
     """What the layer should give."""
-    return moe(brute(made), *call, bias=biases(made.layer.model_dump(mode="json"), made.tensors))
+    bias = biases(made.layer.model_dump(mode="json"), made.tensors)
+    return moe(brute(made), *call, hidden_act=made.layer.hidden_act, bias=bias)
 
 
 def tokens(T: int, H: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

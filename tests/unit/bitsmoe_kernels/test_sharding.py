@@ -39,7 +39,7 @@ def shard(
 def whole(made: MadeLayer, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Array:
     layer = made.layer.model_dump(mode="json")
     weights, bias = expert_weights(layer, made.block_size, made.tensors), biases(layer, made.tensors)
-    return moe(weights, x, topk_weights, topk_ids, bias=bias)
+    return moe(weights, x, topk_weights, topk_ids, hidden_act=made.layer.hidden_act, bias=bias)
 
 
 def inputs(made: MadeLayer, T: int = 6) -> tuple[Tensor, Tensor, Tensor]:

@@ -356,7 +356,7 @@ def test_any_supported_layer(made: MadeLayer) -> None:
     got = [library.forward(block, x, weights, ids, None, isa, 2) for isa in ISAS]
     assert all(same_bits([y], got[:1]) for y in got)
     bias = biases(made.layer.model_dump(mode="json"), made.tensors)
-    assert_close(got[0], brute_moe(exact_of(made), x, weights, ids, bias=bias))
+    assert_close(got[0], brute_moe(exact_of(made), x, weights, ids, None, made.layer.hidden_act, bias))
 
 
 @pytest.mark.slow

@@ -33,7 +33,10 @@ pytestmark = [
 ]
 
 
-LARGE = {"many experts", "sizes of Gemma 4", "sizes of gpt-oss", "sizes of Kimi-K3 and Qwen4"}
+LARGE = {
+    "many experts", "sizes of Gemma 4", "sizes of gpt-oss", "sizes of Kimi-K3 and Qwen4", "sizes of Qwen4",
+    "sizes of Nemotron-3-Nano", "experts of Nemotron-3-Super",
+}  # fmt: skip
 """Cases that take the interpreter ten seconds and more: in one dtype by day."""
 
 

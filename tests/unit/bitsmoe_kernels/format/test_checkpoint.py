@@ -111,9 +111,9 @@ def test_no_config_at_all(tmp_path: Path) -> None:
 
 
 def test_a_wrong_version(directory: Path) -> None:
-    edit_config(directory, lambda data: data["quantization_config"].update(format_version=3, surprise=1))
+    edit_config(directory, lambda data: data["quantization_config"].update(format_version=4, surprise=1))
     (fault,) = faults(directory)
-    assert "format_version is 3" in fault
+    assert "format_version is 4" in fault
 
 
 def test_schema_faults_come_before_tensors_are_looked_at(directory: Path) -> None:

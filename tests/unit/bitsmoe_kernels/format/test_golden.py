@@ -1,4 +1,4 @@
-"""Files written by format versions 1 and 2 stay readable, and are still what the writer makes."""
+"""Files written by format versions 1 to 3 stay readable, and are still what the writer makes."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from bitsmoe_kernels.format.safetensors_io import INDEX_FILE
 from bitsmoe_kernels.format.schema import PARTS, least_version
 from bitsmoe_kernels.reference import LayerWeights
 from builders import ALL_BITS, REPO
-from tests.golden import make_v1, make_v2
+from tests.golden import make_v1, make_v2, make_v3
 
-V1, V2 = (REPO / "tests" / "golden" / version for version in ("v1", "v2"))
+V1, V2, V3 = (REPO / "tests" / "golden" / version for version in ("v1", "v2", "v3"))
 BLOCK_SIZES = [16, 32]
 
 
@@ -22,23 +22,24 @@ def files(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("golden", [V1, V2], ids=["v1", "v2"])
+@pytest.mark.parametrize("golden", [V1, V2, V3], ids=["v1", "v2", "v3"])
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_reads_exactly(golden: Path, block_size: int) -> None:
     checkpoint = Checkpoint(golden / f"block{block_size}")
     checkpoint.check()
     expected = load_file(golden / f"block{block_size}.expected.safetensors")
-    biased = (golden, block_size) == (V2, 16)
-    assert len(expected) == (6 if biased else 3) * len(checkpoint.config.layers)
+    biased = (golden, block_size) in ((V2, 16), (V3, 16))
+    names = ("up", "down") if golden == V3 else ("gate", "up", "down")
+    assert len(expected) == (2 if biased else 1) * len(names) * len(checkpoint.config.layers)
     for prefix, layer in checkpoint.config.layers.items():
         weights = LayerWeights(layer, block_size, checkpoint.layer_tensors(prefix))
         for expert in range(layer.num_experts):
-            for name, got in zip(("gate", "up", "down"), weights.expert_weights(expert), strict=True):
+            for name, got in zip(names, weights.expert_weights(expert), strict=True):
                 assert torch.equal(got, expected[f"{prefix}.{name}"][expert])
         found = weights.biases(range(layer.num_experts))
         assert (found is not None) == biased
         if found is not None:
-            gate_up = torch.cat([expected[f"{prefix}.{name}.bias"] for name in ("gate", "up")], 1)
+            gate_up = torch.cat([expected[f"{prefix}.{name}.bias"] for name in names[:-1]], 1)
             assert torch.equal(found[0], gate_up)
             assert torch.equal(found[1], expected[f"{prefix}.down.bias"])
 
@@ -67,6 +68,17 @@ def test_version_2(tmp_path: Path) -> None:
         assert {layer.hidden_act for layer in config.layers.values()} == {act}
         assert {p.bias for layer in config.layers.values() for p in layer.projections.values()} == {block_size == 16}
         assert config.dump() == Checkpoint(V2 / f"block{block_size}").model_config["quantization_config"]
+
+
+def test_version_3(tmp_path: Path) -> None:
+    """Experts may have no gate."""
+    make_v3.write(tmp_path)
+    assert files(tmp_path) == files(V3)
+    for block_size in BLOCK_SIZES:
+        config = Checkpoint(V3 / f"block{block_size}").config
+        assert config.format_version == least_version(config.layers.values()) == 3
+        assert {(layer.hidden_act, *layer.projections) for layer in config.layers.values()} == {("relu2", "up", "down")}
+        assert config.dump() == Checkpoint(V3 / f"block{block_size}").model_config["quantization_config"]
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)

@@ -49,12 +49,12 @@ def test_defaults_may_be_left_out() -> None:
     assert CheckpointConfig.parse(data) == CheckpointConfig.parse(dumped())
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", 1.0, True, None])
+@pytest.mark.parametrize("version", [0, 4, "1", 1.0, True, None])
 def test_a_wrong_version_is_reported_alone(version: Any) -> None:
     data = dumped(format_version=version, nonsense=1, block_size=7, layers="none")
     (fault,) = faults(data)
     assert f"format_version is {version!r}" in fault
-    assert "reads 1 to 2" in fault
+    assert "reads 1 to 3" in fault
 
 
 def test_an_older_version_has_no_later_keys() -> None:
@@ -68,6 +68,16 @@ def test_an_older_version_has_no_later_keys() -> None:
     assert CheckpointConfig.parse(data | {"format_version": 2}).dump() == dumped(format_version=2)
     layer["hidden_act"] = "gelu"
     assert any("hidden_act" in fault for fault in faults(data | {"format_version": 2}))
+
+
+def test_experts_without_a_gate_came_with_version_3() -> None:
+    made = build_form("natural", gated=False)
+    data = json.loads(json.dumps(make_config({PREFIX: made}).dump()))
+    assert data["format_version"] == 3
+    assert made.layer.num_weights == 2 * 4 * 40 * 56
+    assert CheckpointConfig.parse(data).dump() == data
+    (fault,) = faults(data | {"format_version": 2})
+    assert f"layers.{PREFIX}.hidden_act: is not of format_version 2" in fault
 
 
 def test_a_missing_version_is_reported_alone() -> None:

@@ -29,7 +29,8 @@ def parts_of(made: MadeLayer) -> list[tuple[str, ProjectionName, slice]]:
     H, I = made.layer.hidden_size, made.layer.intermediate_size  # noqa: E741 - the paper's symbol
     if "gate_up" in made.layer.projections:
         return [("gate", "gate_up", slice(0, I)), ("up", "gate_up", slice(I, 2 * I)), ("down", "down", slice(0, H))]
-    return [("gate", "gate", slice(0, I)), ("up", "up", slice(0, I)), ("down", "down", slice(0, H))]
+    gate: list[tuple[str, ProjectionName, slice]] = [("gate", "gate", slice(0, I))] if made.layer.gated else []
+    return [*gate, ("up", "up", slice(0, I)), ("down", "down", slice(0, H))]
 
 
 def file_rows(m: Matrix, order: list[int], offset: int) -> tuple[np.ndarray, np.ndarray, Array]:
@@ -94,7 +95,8 @@ def check_layout(made: MadeLayer) -> Block:
     block, layer = Block(packed), made.layer
     head = block.head
     assert (head.experts, head.hidden, head.inner) == (layer.num_experts, layer.hidden_size, layer.intermediate_size)
-    assert head.shared_acts == ("gate_up" in layer.projections)
+    assert head.shared_acts == ("gate" not in layer.projections)
+    assert (head.gate < 0) == (not layer.gated)
     basis, starts = check_basis(made, block)
     exact = dict(
         zip(
@@ -179,6 +181,9 @@ PLANS: dict[str, dict[ProjectionName, Plan]] = {
     },
     "kept down": {"gate_up": Plan(), "down": Plan(kept_experts=(1,))},
     "all kept": {"gate_up": Plan(kept_experts=(0, 1, 2)), "down": Plan(kept_experts=(0, 1, 2))},
+    "no gate": {"up": Plan(order="expert"), "down": Plan()},
+    "no gate, 8-bit basis": {"up": Plan(basis=Basis(rank=72, bits=8), order="expert"), "down": Plan()},
+    "no gate, extras": {"up": Plan(kept_experts=(2,), ranks=(0, 3, 0), bias=True), "down": Plan(ranks=(1, 0, 2))},
     "nothing": {"gate_up": Plan(bits=(0,)), "down": Plan(bits=(0,))},
     "nothing in down": {"gate_up": Plan(), "down": Plan(bits=(0,))},
     "nothing in gate and up": {"gate_up": Plan(bits=(0,)), "down": Plan()},

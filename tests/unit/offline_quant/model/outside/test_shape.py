@@ -52,9 +52,8 @@ REFUSED = {
     "JetMoeForCausalLM": ("experts", "no module with gate_up_proj"),
     "DbrxForCausalLM": ("config.json", "num_hidden_layers is None"),
     "HYV4ForCausalLM": ("forward pass", "Shared DSA layers require"),
-    "NemotronHForCausalLM": ("config.json", "num_hidden_layers is None"),
     "LongcatFlashForCausalLM": ("config.json", "num_hidden_layers is None"),
-    "Llama4ForCausalLM": ("decoder", "does not hold embed_tokens"),
+    "Llama4ForCausalLM": ("decoder", "does not hold the embedding"),
     "Qwen3OmniMoeThinkerForConditionalGeneration": ("forward pass", "AttributeError"),
 }
 OTHER_NAMES = {"PhiMoEForCausalLM", "KimiK25ForConditionalGeneration"}
