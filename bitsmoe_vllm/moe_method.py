@@ -28,6 +28,7 @@ _NAMES: dict[HiddenAct, tuple[str, ...]] = {
     # The same for weights of vLLM's own kernels in different orders.
     "swigluoai": ("swigluoai", "swigluoai_uninterleave"),
     "silu_clamp10": ("silu",),
+    "relu2": ("relu2_no_mul",),
 }
 """vLLM's names of activations."""
 _LIMITS: dict[HiddenAct, tuple[float | None, ...]] = {
@@ -35,6 +36,7 @@ _LIMITS: dict[HiddenAct, tuple[float | None, ...]] = {
     "gelu_pytorch_tanh": (None,),
     "swigluoai": (None, SWIGLU_LIMIT),
     "silu_clamp10": (SILU_LIMIT,),
+    "relu2": (None,),
 }
 """Where vLLM's layers clamp gate and up."""
 

@@ -16,7 +16,13 @@ from bitsmoe_kernels.format.checkpoint import Checkpoint
 from bitsmoe_kernels.format.linear_layers import DenseConfig, DenseWeights, Linear, dense_linears, plain_specs
 from bitsmoe_kernels.format.safetensors_io import SINGLE_FILE, read_index
 from bitsmoe_kernels.format.schema import CheckpointConfig, TensorSpec
-from bitsmoe_kernels.models.families import EXPERT_COUNT_KEYS, moe_shape, named_architectures, why_not_served
+from bitsmoe_kernels.models.families import (
+    EXPERT_COUNT_KEYS,
+    LATENT_SIZE_KEYS,
+    moe_shape,
+    named_architectures,
+    why_not_served,
+)
 from bitsmoe_kernels.sharding import parallel_sizes
 from bitsmoe_vllm import _compat
 from bitsmoe_vllm.options import option_faults
@@ -254,7 +260,7 @@ def check_model(checkpoint: CheckpointConfig, text_config: Any) -> None:
 
 _SIZES = {
     "num_experts": EXPERT_COUNT_KEYS,
-    "hidden_size": ("hidden_size",),
+    "hidden_size": (*LATENT_SIZE_KEYS, "hidden_size"),
     "intermediate_size": ("moe_intermediate_size", "intermediate_size"),
 }
 """Our names of a layer's sizes and those of config.json, by architecture."""
@@ -300,7 +306,7 @@ def check_options(checkpoint: CheckpointConfig, text_config: Any, vllm_config: A
     faults += _graph_faults(checkpoint, vllm_config.model_config)
     faults += [
         f"{key} of config.json is {found!r}, but the experts were quantized for {layer.hidden_act!r}"
-        for key in ("hidden_act", "hidden_activation")
+        for key in ("hidden_act", "hidden_activation", "mlp_hidden_act")
         for layer in checkpoint.layers.values()
         if (found := getattr(text_config, key, None)) is not None
         and found != layer.hidden_act

@@ -87,8 +87,9 @@ def parallel_sizes(
 
 def _split_by_vllm(model_config: Mapping[str, Any], has_dense_layers: bool) -> list[int]:
     """What a tensor-parallel size must divide outside the routed experts; sizes that are not known are left out."""
-    heads = ("num_attention_heads", "linear_num_key_heads", "linear_num_value_heads")
-    sizes = [model_config.get(key) for key in (*heads, "shared_expert_intermediate_size")]
+    heads = ("num_attention_heads", "linear_num_key_heads", "linear_num_value_heads", "mamba_num_heads")
+    shared = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size")
+    sizes = [model_config.get(key) for key in (*heads, *shared)]
     sizes.append((model_config.get("n_shared_experts") or 0) * (model_config.get("moe_intermediate_size") or 0))
     if has_dense_layers:
         sizes.append(model_config.get("intermediate_size"))

@@ -45,6 +45,11 @@ def dense_plan(source: SourceModel, bits: Literal[4, 8, 16]) -> DenseConfig | No
             f"--dense-bits {bits}: {source.directory} is a model of several parts, whose linear layers stay at 16 "
             "bits; use --dense-bits 16"
         )
+    unknown = BitsmoeError(
+        f"--dense-bits {bits}: {source.directory} has no linear layers of known names outside its routed experts"
+    )
+    if not source.shape.family.decoder(0).startswith("model.layers."):
+        raise unknown
     specs, per_word = source.tensors.specs, 32 // bits
     targets: dict[str, list[str]] = {"group": [], "channel": []}
     faults = []
@@ -66,9 +71,7 @@ def dense_plan(source: SourceModel, bits: Literal[4, 8, 16]) -> DenseConfig | No
             weights = DenseWeights(num_bits=bits, strategy=strategy, group_size=GROUP if strategy == "group" else None)
             groups[strategy] = DenseGroup(targets=tuple(named), weights=weights)
     if not groups:
-        raise BitsmoeError(
-            f"--dense-bits {bits}: {source.directory} has no linear layers of known names outside its routed experts"
-        )
+        raise unknown
     return DenseConfig(quant_method="compressed-tensors", format="pack-quantized", config_groups=groups)
 
 

@@ -13,7 +13,7 @@ from families import CONFIGS, family_cases, make_model, whole_model
 from offline_quant.checkpoint.dequantize import dequantize_checkpoint
 from offline_quant.config import QuantizeConfig
 from offline_quant.pipeline.quantize import quantize_model
-from vllm_processes import Completions, Generator
+from vllm_processes import Completions, Generator, Step
 
 TOKENS = 24
 PROMPTS = [[(7 * i + 31 * start) % 4000 + 1 for i in range(12 + start % 10)] for start in (0, 5, 9)]
@@ -22,6 +22,8 @@ MANY_PROMPTS = [[(7 * i + 31 * start) % 4000 + 1 for i in range(12 + start % 10)
 a fifth, over these of less than a tenth."""
 MAX_ERROR = 1e-4
 """Of a token's log-probability in float32, and how far apart two are that count as a tie, see test_serving.py."""
+MAX_ERROR_TRANSFORMERS = 1e-3
+"""The same against transformers, whose state-space layers sum in another order."""
 MAX_ERROR_FLOAT16 = 5e-2
 """The same in float16, where the root mean square of either's error is up to 3e-3."""
 NARROW_FLOAT16 = 2e-3
@@ -104,6 +106,26 @@ def test_tokens_equal_those_of_the_dequantized_checkpoint(
     )
     assert ours <= 1.25 * theirs, (ours, theirs)
     assert theirs < 0.02
+
+
+@pytest.mark.parametrize("more", [{}, {"moe_latent_size": 48}], ids=["its own width", "latent"])
+def test_experts_without_a_gate(more: dict[str, Any], tmp_path: Path, calib: str, generate: Generator) -> None:
+    """Against transformers: on CPUs vLLM has no experts without a gate, and refuses ours too if it is let."""
+    model, quantized, plain = (tmp_path / name for name in ("model", "quantized", "plain"))
+    make_model("NemotronHForCausalLM", model, **more)
+    config = QuantizeConfig(bits=4.5, calib=calib, calib_samples=4, calib_length=64, refine=0)
+    quantize_model(str(model), quantized, config)
+    dequantize_checkpoint(quantized, plain, torch.float32)
+    exact, want = whole_model(plain), []
+    for prompt in PROMPTS:
+        ids, steps = torch.tensor([prompt]), []
+        for _ in range(TOKENS):
+            with torch.no_grad():
+                best = exact(input_ids=ids).logits[0, -1].log_softmax(-1).topk(2)
+            steps.append(Step(int(best.indices[0]), float(best.values[0]), float(best.values[0] - best.values[1])))
+            ids = torch.cat([ids, best.indices[None, :1]], 1)
+        want.append(steps)
+    assert_same(generate(quantized, PROMPTS, TOKENS, "float32"), want, MAX_ERROR_TRANSFORMERS)
 
 
 def test_linear_layers_outside_the_experts_at_four_and_eight_bits(

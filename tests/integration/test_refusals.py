@@ -37,7 +37,7 @@ def spoil_config(directory: Path, change: Callable[[dict[str, Any]], None]) -> N
 
 
 def wrong_version(directory: Path) -> None:
-    spoil_config(directory, lambda c: c["quantization_config"].update(format_version=3))
+    spoil_config(directory, lambda c: c["quantization_config"].update(format_version=4))
 
 
 def flipped_block_bit(directory: Path) -> None:
@@ -72,7 +72,7 @@ def wrong_shape(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (wrong_version, ["format_version is 3", "reads 1"]),
+        (wrong_version, ["format_version is 4", "reads 1"]),
         (flipped_block_bit, [f"{EXPERTS}.down_bits", "block bits sum to"]),
         (missing_tensors, [f"{EXPERTS}.gate_up_feature_scale is missing", f"{EXPERTS}.down_bits is missing"]),
         (missing_tensor_outside_the_experts, ["model.layers.1.self_attn.q_proj.weight is missing"]),

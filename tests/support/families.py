@@ -368,9 +368,9 @@ def class_of(family: Family) -> Any:
     return transformers.AutoModelForImageTextToText if family.text else transformers.AutoModelForCausalLM
 
 
-def make_model(architecture: str, directory: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Write a random model; returns its directory."""
-    family, sizes = FAMILIES[architecture], ALL | CONFIGS[architecture]
+def make_model(architecture: str, directory: Path, dtype: torch.dtype = torch.bfloat16, **more: Any) -> Path:
+    """Write a random model, `more` in its config; returns its directory."""
+    family, sizes = FAMILIES[architecture], ALL | CONFIGS[architecture] | more
     parts = {"text_config": sizes, "vision_config": VISION, "tie_word_embeddings": False} if family.text else sizes
     known = transformers.AutoConfig.for_model(family.model_type, **parts)
     random_model(class_of(family), known, family.hidden_act != "silu").to(dtype).save_pretrained(directory)

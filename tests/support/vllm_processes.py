@@ -16,6 +16,7 @@ import json, os, signal, sys, traceback
 answers = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)  # vLLM writes to standard output
 from vllm import LLM, ModelRegistry, SamplingParams
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.platforms import current_platform
 
@@ -29,6 +30,17 @@ class OneGroup:
         return OneGroup.compute(self, *args, **kwargs)
 
 CPURouter._compute_routing = OneGroup.routing
+
+# vLLM refuses experts without a gate on CPUs for every method, whatever computes them.
+refusing = FusedMoEConfig.__post_init__
+
+def checked(self):
+    try:
+        refusing(self)
+    except NotImplementedError as e:
+        assert "is_act_and_mul=False" in str(e)
+
+FusedMoEConfig.__post_init__ = checked
 
 # vLLM registers its kernels for CPUs with every engine, and looks for their names in all modules. It fails over those
 # of numba, which models with images import. Once is enough, before they do.

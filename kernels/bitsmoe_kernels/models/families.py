@@ -42,6 +42,8 @@ FUSED_WITHOUT_GATE = ("up_proj", "down_proj")
 """The same of experts without a gate, [E, I, H] and [E, H, I]."""
 EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Names of the number of routed experts in config.json; a config without any is no MoE model."""
+LATENT_SIZE_KEYS = ("moe_latent_size",)
+"""Names in config.json of the width that experts see, where it is not the model's."""
 LAYER_KINDS_KEY = "mlp_layer_types"
 """The kind of every decoder layer's MLP, see `Family.layer_kinds`. Where it is, transformers reads nothing else."""
 LAYER_KINDS = ("dense", "sparse")
@@ -611,7 +613,7 @@ FAMILIES: dict[str, Family] = {
             "Nemotron-3 Nano, Super, Ultra",
             num_experts_key="n_routed_experts",
             intermediate_size_key="moe_intermediate_size",
-            latent_size_key="moe_latent_size",
+            latent_size_key=LATENT_SIZE_KEYS[0],
             moe_layers=_layers_of_kind,
             lists_layers=True,
             stored_base="backbone.",
@@ -621,7 +623,7 @@ FAMILIES: dict[str, Family] = {
             module_embedding="embeddings",
             module_tail=("norm_f",),
             hidden_act_key="mlp_hidden_act",
-            optional_sizes=(*_SIZES, "moe_latent_size", "n_group", "topk_group"),
+            optional_sizes=(*_SIZES, *LATENT_SIZE_KEYS, "n_group", "topk_group"),
             tested="transformers",
         ),
         Family(

@@ -324,7 +324,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"model.safetensors \(5000 bytes\) is truncated or damaged",
     ),
     "a later format": (
-        lambda own: spoil_config(own, lambda c: c["quantization_config"].update(format_version=3)),
+        lambda own: spoil_config(own, lambda c: c["quantization_config"].update(format_version=4)),
         "format_version",
     ),
     "experts that config.json does not know": (

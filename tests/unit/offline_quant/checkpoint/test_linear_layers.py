@@ -173,7 +173,7 @@ def test_zeros_outliers_and_tiny_numbers(bits: Any, dtype: torch.dtype) -> None:
 # ---- which layers ----
 
 
-OWN_NAMES = ("DeepseekV4ForCausalLM",)
+OWN_NAMES = ("DeepseekV4ForCausalLM", "NemotronHForCausalLM")
 """Architectures whose files call every linear layer otherwise: `--dense-bits` is refused."""
 
 

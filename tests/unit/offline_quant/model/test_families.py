@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,6 +114,63 @@ def test_layers_that_do_not_just_add_the_output_of_their_experts(
     assert tuned < plain
     sane = outcomes[1].report.sanity
     assert sane.perplexity_quantized == pytest.approx(calibration_perplexity(tmp_path / "True", calib), rel=1e-4)
+
+
+LATENT: dict[str, Any] = {"moe_latent_size": 48}
+"""As in Nemotron-3-Super: experts see 48 of 64 values."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"basis": "natural"},
+        {"basis": "whitened", "budget": "model"},
+        {"basis": "paper"},
+        {"objective": "bt-moe"},
+        {"objective": "alphaq"},
+        {"bits": 2.5, "tune": True},
+        {"bits": 2.5, "tune_model": True, "refine": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("more", [{}, LATENT], ids=["its own width", "latent"])
+def test_experts_without_a_gate(more: dict[str, Any], options: dict[str, Any], tmp_path: Path, calib: str) -> None:
+    """Every form, objective and tuning takes two matrices, of the model's width or of another."""
+    model = make_model("NemotronHForCausalLM", tmp_path / "model", **more)
+    source, want = SourceModel(model), whole_logits(model)
+    assert source.shape.hidden_size == more.get("moe_latent_size", 64)
+    assert source.shape.num_weights == 2 * 2 * 8 * source.shape.hidden_size * 80
+    assert torch.allclose(streamed_logits(source), want, atol=2e-4)
+    report = quantize_model(
+        str(model), tmp_path / "q", QuantizeConfig.model_validate(quick(calib).model_dump() | options)
+    ).report
+    assert report.sanity.perplexity_quantized == pytest.approx(calibration_perplexity(tmp_path / "q", calib), rel=1e-4)
+    assert report.bpw <= options.get("bits", 4.5)
+    dequantize_checkpoint(tmp_path / "q", tmp_path / "d", torch.float32)
+    quantized = whole_logits(tmp_path / "d")
+    assert torch.allclose(streamed_logits(open_model(tmp_path / "q")), quantized, atol=2e-4)
+    assert all(0 < row.output_error < 0.02 for row in report.layers)
+    assert float((quantized - want).std() / want.std()) > 1e-2  # experts matter to these logits, and errors show
+
+
+def test_layers_listed_by_letters(tmp_path: Path) -> None:
+    """As Nemotron-3 is published. transformers saves words, and no number of layers."""
+    model = make_model("NemotronHForCausalLM", tmp_path / "model", **LATENT)
+    want, config = streamed_logits(SourceModel(model)), json.loads((model / "config.json").read_text())
+    assert "num_hidden_layers" not in config
+    del config["layers_block_type"]
+    with pytest.raises(BitsmoeError, match="layers_block_type and hybrid_override_pattern are missing"):
+        moe_shape(config | {"num_hidden_layers": 5}, "here")
+    config["hybrid_override_pattern"] = "ME*-E"
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
+    source = SourceModel(model)
+    assert source.shape.layers == (1, 4)
+    assert torch.equal(streamed_logits(source), want)
+    with pytest.raises(BitsmoeError, match=r"hybrid_override_pattern is 'ME\*-E', but must list a kind .* 6 layers"):
+        moe_shape(config | {"num_hidden_layers": 6}, "here")
+    with pytest.raises(BitsmoeError, match=r"mlp_hidden_act is 'silu', but only 'relu2' is supported"):
+        moe_shape(config | {"mlp_hidden_act": "silu"}, "here")
 
 
 @pytest.mark.slow
