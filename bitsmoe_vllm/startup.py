@@ -334,7 +334,7 @@ def _graph_faults(checkpoint: CheckpointConfig, model: Any) -> list[str]:
 def _parallel_faults(checkpoint: CheckpointConfig, model_config: dict[str, Any], parallel: Any) -> list[str]:
     """Sizes of tensor, expert and pipeline parallelism that the model does not divide into, and those that it does."""
     tp, dp, pp = parallel.tensor_parallel_size, parallel.data_parallel_size, parallel.pipeline_parallel_size
-    layer = next(iter(checkpoint.layers.values()))  # `check_model` has found them all alike
+    layer = min(checkpoint.layers.values(), key=lambda layer: layer.num_experts)  # their other sizes are alike
     sizes = parallel_sizes(
         layer.num_experts, layer.intermediate_size, len(checkpoint.layers), checkpoint.block_size, model_config, dp
     )

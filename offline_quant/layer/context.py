@@ -30,7 +30,7 @@ class LayerContext:
     Attributes:
         load: loads experts of the layer.
         moments: of the layer's calibration inputs.
-        shape: sizes of the model's experts.
+        shape: sizes of the layer's experts.
         config: options.
         prefix: the layer's tensor prefix, for messages.
         workers: processes that share the work.

@@ -58,7 +58,7 @@ def _errors_about(view: LayerView, low: float, high: float) -> dict[float, float
     plan = plan_layer(view)
     errors = output_errors(view, plan)
     assert errors is not None, "the objective predicts no errors"
-    table, weights = plan.table, view.shape.num_weights // len(view.shape.layers)
+    table, weights = plan.table, view.shape.num_weights
     found = {view.config.known_bits: errors.of(plan.losses)}
     for bits in (*SOLVED, table.most_bits / weights):
         codes = int(bits * weights) - table.overhead

@@ -53,7 +53,7 @@ def plan_layer(view: LayerView, budget: int | None = None, trim: bool = True) ->
         BitsmoeError: the budget is too small; names the smallest possible one.
     """
     config, shape = view.config, view.shape
-    weights = shape.num_weights // len(shape.layers)
+    weights = shape.num_weights
     whole = int(config.known_bits * weights) if budget is None else budget
     forms = _likely_forms(view, _allowed_forms(view), whole)
     best: LayerPlan | None = None

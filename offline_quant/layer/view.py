@@ -85,7 +85,7 @@ class LayerView:
 
     @property
     def shape(self) -> MoEShape:
-        """Sizes of the model's experts, and their number here."""
+        """Sizes of the layer's experts, and their number here."""
         return replace(self.ctx.shape, num_experts=self.ctx.chunks[-1].stop)
 
     @property

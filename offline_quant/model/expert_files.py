@@ -19,7 +19,7 @@ def is_stacked(shape: MoEShape, layer: int, stored: Container[str]) -> bool:
 def is_transposed(shape: MoEShape, layer: int, specs: Mapping[str, TensorSpec]) -> bool:
     """Whether a layer's stacked matrices are transposed: some files have both forms, which down's shape tells apart."""
     down = specs.get(shape.fused_names(layer)[1])
-    usual = (shape.num_experts, shape.hidden_size, shape.intermediate_size)
+    usual = (shape.of_layer(layer).num_experts, shape.hidden_size, shape.intermediate_size)
     return shape.family.interleaved or (shape.family.transposed and (down is None or down.shape != usual))
 
 
@@ -44,7 +44,7 @@ def expert_tensor_shapes(
         specs: of the stored tensors, which decide between the forms.
         experts: of them, only that many, where each has tensors of its own.
     """
-    E, H, I = shape.num_experts, shape.hidden_size, shape.intermediate_size  # noqa: E741
+    E, H, I = shape.of_layer(layer).num_experts, shape.hidden_size, shape.intermediate_size  # noqa: E741
     if is_stacked(shape, layer, specs):
         names = shape.fused_names(layer)
         N = shape.input_matrices * I
@@ -114,6 +114,6 @@ def expert_tensors(shape: MoEShape, layer: int, experts: ExpertWeights) -> Itera
             if shape.family.bias:
                 yield bias_name(name), held[bias_name(own)]
         return
-    for e in range(shape.num_experts):
+    for e in range(shape.of_layer(layer).num_experts):
         matrices = (*experts.gate_up[e].split(shape.intermediate_size), experts.down[e])
         yield from zip(shape.expert_names(layer, e), matrices, strict=True)

@@ -51,10 +51,12 @@ class QuantizedModel:
             for name in self.tensors
             if s.is_expert_tensor(name) and name not in quantized
         ]
+        of = {s.prefix(i): s.of_layer(i) for i in s.layers}
         for prefix, layer in layers.items():
+            said = of.get(prefix, s)
             for name in ("num_experts", "hidden_size", "intermediate_size", "hidden_act"):
-                if getattr(layer, name) != getattr(s, name):
-                    faults.append(f"{prefix}: {name} is {getattr(layer, name)}, config.json says {getattr(s, name)}")
+                if getattr(layer, name) != getattr(said, name):
+                    faults.append(f"{prefix}: {name} is {getattr(layer, name)}, config.json says {getattr(said, name)}")
             if any(p.bias != s.family.bias for p in layer.projections.values()):
                 faults.append(f"{prefix}: biases of its experts are not as {s.family.architecture} has them")
         if faults:
@@ -68,7 +70,7 @@ class QuantizedModel:
             tensors = self.checkpoint.layer_tensors(prefix)
             self._last = layer, LayerWeights(config.layers[prefix], config.block_size, tensors)
         weights = self._last[1]
-        return as_read(weights, range(self.shape.num_experts) if chunk is None else chunk)
+        return as_read(weights, range(weights.layer.num_experts) if chunk is None else chunk)
 
 
 def as_read(weights: LayerWeights, chunk: range) -> ExpertWeights:

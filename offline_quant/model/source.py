@@ -106,11 +106,14 @@ class SourceModel:
                 stored[match[1]].add(int(match[2]))
         # Experts missing in the middle are missing tensors, and named so.
         counts = {prefix: len(found) for prefix, found in stored.items() if found == set(range(len(found))) and found}
-        unequal = "; layers with unequal numbers of experts are not supported" if len(set(counts.values())) > 1 else ""
+        wanted = {f"{s.prefix(layer)}.": s.of_layer(layer).num_experts for layer in s.layers}
+        unequal = (
+            "; it knows one number for all layers" if s.layer_experts is None and len({*counts.values()}) > 1 else ""
+        )
         return [
-            f"{prefix[:-1]}: {count} experts are stored, config.json says {s.num_experts}{unequal}"
+            f"{prefix[:-1]}: {count} experts are stored, config.json says {wanted[prefix]}{unequal}"
             for prefix, count in counts.items()
-            if count != s.num_experts
+            if count != wanted[prefix]
         ]
 
     def _prefix_fault(self) -> str | None:
@@ -131,7 +134,7 @@ class SourceModel:
 
     def experts(self, layer: int, chunk: range | None = None) -> ExpertWeights:
         """Routed experts of a layer, see `WeightSource`."""
-        whole = range(self.shape.num_experts)
+        whole = range(self.shape.of_layer(layer).num_experts)
         return read_experts(self.tensors, self.shape, layer, whole if chunk is None else chunk)
 
     def check_finite(self, progress: Callable[[Sequence[str], str], Iterable[str]]) -> None:

@@ -304,7 +304,7 @@ class StreamedModel:
             topk_ids: [T, top_k].
             topk_weights: [T, top_k].
         """
-        y, s = torch.zeros_like(x), self.shape
+        y, s = torch.zeros_like(x), self.shape.of_layer(index)
         for chunk in chunks_of(s.num_experts, s.hidden_size, s.intermediate_size, self.device):
             called = [(topk_ids == e).nonzero(as_tuple=True) for e in chunk]
             if not any(len(token) for token, _ in called):

@@ -53,12 +53,12 @@ def _divided(run: RunContext, tables: dict[int, ChoiceTable], sensitivity: dict[
         choice = result.choice[start : start + len(table.loss)]
         bits[shape.prefix(index)] = table.overhead + int(table.cost[np.arange(len(choice)), choice].sum())
         start += len(choice)
-    each = shape.num_weights / len(tables)
+    weights = {shape.prefix(index): shape.of_layer(index).num_weights for index in tables}
     return DividedBudget(
         bits,
         ModelBudget(
             solver_gap=result.gap,
             sensitivity={shape.prefix(index): value for index, value in sorted(sensitivity.items())},
-            bits_per_weight={prefix: layer_bits / each for prefix, layer_bits in bits.items()},
+            bits_per_weight={prefix: layer_bits / weights[prefix] for prefix, layer_bits in bits.items()},
         ),
     )

@@ -149,12 +149,13 @@ def _measured_layer(run: RunContext, index: int, on_progress: "LayerProgress") -
         )
     run.clock.lap("calibration")
     offload = OffloadCache(run.state.directory, device_bytes=gpu_share(device))
-    moments = LayerMoments(inputs, run.shape.num_experts, run.shape.hidden_act)
+    shape = run.shape.of_layer(index)
+    moments = LayerMoments(inputs, shape.num_experts, shape.hidden_act)
 
     def load(chunk: range) -> ExpertWeights:
         return run.source.experts(index, chunk).to(device)
 
-    ctx = LayerContext(load, moments, run.shape, run.config, prefix, run.workers, LayerCache(offload), on_progress)
+    ctx = LayerContext(load, moments, shape, run.config, prefix, run.workers, LayerCache(offload), on_progress)
     return LayerView(ctx, measure_layer(ctx))
 
 

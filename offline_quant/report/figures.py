@@ -181,7 +181,9 @@ def activation_shares(figure: Figure, pictures: Mapping[str, LayerPicture]) -> N
         pictures: by label of the layer.
     """
     labels = list(pictures)
-    relative = np.stack([p.share.astype(float) * len(p.share) for p in pictures.values()])
+    relative = np.full((len(labels), max(len(p.share) for p in pictures.values())), np.nan)
+    for row, p in zip(relative, pictures.values(), strict=True):
+        row[: len(p.share)] = p.share.astype(float) * len(p.share)
     if len(labels) == 1:
         (axes,) = _panels(figure, [1.7])
         axes.bar(np.arange(relative.shape[1]), relative[0], width=0.85, color=COLOUR["gate_up"])
@@ -199,6 +201,9 @@ def activation_shares(figure: Figure, pictures: Mapping[str, LayerPicture]) -> N
     most = int(np.clip(np.ceil(np.abs(np.log2(relative[relative > 0])).max(initial=1)), 1, 3))
     norm = LogNorm(2.0**-most, 2.0**most)
     axes.imshow(seen, aspect="auto", cmap=cmap, norm=norm, interpolation="nearest")
+    if (absent := np.isnan(relative)).any():  # layers of fewer experts
+        blank = np.ma.masked_where(~absent, absent)
+        axes.imshow(blank, aspect="auto", cmap=ListedColormap(["white"]), interpolation="nearest")
     axes.grid(False)
     axes.set(xlabel="expert", ylabel="layer")
     axes.set_xticks(_ticks(relative.shape[1], 10))

@@ -16,7 +16,7 @@ def parallel_sizes_of(checkpoint: Checkpoint) -> ParallelSizes:
     config, model_config = checkpoint.config, checkpoint.model_config
     if in_table(model_config, str(checkpoint.directory)):
         moe_shape(model_config, str(checkpoint.directory))
-    layer, *_ = config.layers.values()  # all are of one size
+    layer = min(config.layers.values(), key=lambda layer: layer.num_experts)  # their other sizes are alike
     return parallel_sizes(
         layer.num_experts, layer.intermediate_size, len(config.layers), config.block_size, language_config(model_config)
     )
@@ -81,8 +81,7 @@ def _projection(checkpoint: Checkpoint, prefix: str, layer: Layer, name: Project
         if tensor.startswith(f"{name}_")
     }
     bits = checkpoint.tensors.get(f"{prefix}.{name}_bits")
-    matrices = 2 if name == "gate_up" else 1
-    weights = matrices * layer.num_experts * layer.hidden_size * layer.intermediate_size
+    weights = layer.num_experts * layer.side(name, "input") * layer.side(name, "output")
     code_bits = bits.double().sum(1) * block_size * layer.features(name) * layer.num_experts / weights
     return ProjectionInspection(
         bpw=8 * sum(nbytes.values()) / weights,

@@ -262,7 +262,7 @@ def tuning_bytes(sizes: RunSizes) -> int:
     s = sizes.shape
     H, I = s.hidden_size, s.intermediate_size  # noqa: E741
     matrices = 1 + s.input_matrices
-    scales = len(s.layers) * s.num_experts * matrices * (H + I)
+    scales = s.total_experts * matrices * (H + I)
     step = max(STEP_TOKENS, sizes.length)
     logits = FLOAT * sizes.vocabulary * (sizes.hidden_size + LOGIT_COPIES * min(step, HEAD_TOKENS))
     gradients = sizes.length * (sizes.top_k * (4 * H + 8 * I) + sizes.attention_values)

@@ -5,7 +5,7 @@ Names are those of checkpoint files, which vLLM follows. transformers' modules d
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -794,7 +794,8 @@ REFUSED = {
 class MoEShape:
     """Where a model's routed experts are and how large: E experts of gate, up [I, H] and down [H, I], or of no gate.
 
-    H, `hidden_size`, is the width that experts see. It is the model's own where `Family.latent_size_key` names none.
+    H, `hidden_size`, is the width that experts see. It is the model's own where `Family.latent_size_key` names none. E,
+    `num_experts`, is the most of any layer; `layer_experts` is that of each of the layers, where they differ.
     """
 
     family: Family
@@ -803,6 +804,18 @@ class MoEShape:
     hidden_size: int
     intermediate_size: int
     hidden_act: HiddenAct = HIDDEN_ACT
+    layer_experts: tuple[int, ...] | None = None
+
+    def of_layer(self, layer: int) -> "MoEShape":
+        """The experts of one decoder layer alone."""
+        each = self.layer_experts
+        experts = self.num_experts if each is None else each[self.layers.index(layer)]
+        return replace(self, layers=(layer,), num_experts=experts, layer_experts=None)
+
+    @property
+    def total_experts(self) -> int:
+        """Routed experts of all layers."""
+        return len(self.layers) * self.num_experts if self.layer_experts is None else sum(self.layer_experts)
 
     def prefix(self, layer: int) -> str:
         """Tensor prefix of the experts of one decoder layer."""
@@ -864,7 +877,7 @@ class MoEShape:
     @property
     def num_weights(self) -> int:
         """Weights in all routed experts."""
-        return len(self.layers) * self.num_experts * self.weights_per_expert
+        return self.total_experts * self.weights_per_expert
 
     def expert_faults(self, model: Any) -> list[str]:
         """Routed experts of transformers' model that are not those of this shape.
@@ -872,11 +885,14 @@ class MoEShape:
         Args:
             model: transformers' language model; its tensors may be without memory.
         """
-        E, H, I = self.num_experts, self.hidden_size, self.intermediate_size  # noqa: E741
+        H, I = self.hidden_size, self.intermediate_size  # noqa: E741
         N, names = self.input_matrices * I, self.family.fused_names
-        sizes = [(E, H, N), (E, I, H)] if self.family.interleaved else [(E, N, H), (E, H, I)]
-        biases = [(E, N), (E, H)] if self.family.bias else []
-        expected = {f"{i}.{self.family.module_experts}": [*sizes, *biases] for i in self.layers}
+        sizes = [(H, N), (I, H)] if self.family.interleaved else [(N, H), (H, I)]
+        every = [*sizes, *([(N,), (H,)] if self.family.bias else [])]
+        expected = {
+            f"{i}.{self.family.module_experts}": [(self.of_layer(i).num_experts, *size) for size in every]
+            for i in self.layers
+        }
         found = {
             name: [tuple(own[part].shape) for part in (*names, *map(bias_name, names)) if part in own]
             for name, module in model.get_decoder().layers.named_modules()

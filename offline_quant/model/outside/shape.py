@@ -61,7 +61,14 @@ def model_shape(
         built_by=skeleton.auto_class,
         tested="derived",
     )
-    shape = MoEShape(family, layers, *sizes(first.module))
+    experts = tuple(sizes(site.module)[0] for site in skeleton.sites)
+    shape = MoEShape(
+        family,
+        layers,
+        max(experts),
+        *sizes(first.module)[1:],
+        layer_experts=experts if len(set(experts)) > 1 else None,
+    )
     shape = replace(shape, hidden_act=tried_activation(skeleton, shape))
     skeleton.passed.append("formula")
     return Trial(skeleton, shape).compared()

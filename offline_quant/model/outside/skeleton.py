@@ -178,7 +178,7 @@ class Skeleton:
         if not faults:
             unequal: dict[str, set[Any]] = {
                 "names": {self.within_layer(site) for site in found},
-                "sizes": {sizes(site.module) for site in found},
+                "sizes": {sizes(site.module)[1:] for site in found},
                 "kinds": {(type(s.module).__name__, s.module.has_bias, s.module.has_gate) for s in found},
             }
             faults = [f"layers have experts of unequal {k}: {sorted(v)}" for k, v in unequal.items() if len(v) > 1]

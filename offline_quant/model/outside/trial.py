@@ -68,8 +68,9 @@ def _fitting(site: Site, shape: MoEShape, known: Sequence[HiddenAct]) -> Iterato
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(len(SCALES), shape.hidden_size, generator=generator, dtype=torch.float64)
     x *= torch.tensor(SCALES)[:, None]
-    chosen = min(_CHOSEN, shape.num_experts)
-    ids = torch.stack([torch.randperm(shape.num_experts, generator=generator)[:chosen] for _ in SCALES])
+    experts = shape.of_layer(site.layer).num_experts
+    chosen = min(_CHOSEN, experts)
+    ids = torch.stack([torch.randperm(experts, generator=generator)[:chosen] for _ in SCALES])
     weights = torch.rand(ids.shape, generator=generator, dtype=torch.float64) + 0.3
     with _filled(site.module, held), torch.no_grad():
         put_out = site.module(x, ids, weights)
@@ -169,7 +170,9 @@ class Trial:
         """Routed experts of a layer, see `WeightSource`."""
         prefix = f"{self.shape.family.module_decoder(layer)}.{self.shape.family.module_experts}"
         held = {name: self._held[f"{prefix}.{name}"] for name in self._expert_parameters}
-        return module_experts(self.shape.family, held, range(self.shape.num_experts) if chunk is None else chunk)
+        return module_experts(
+            self.shape.family, held, range(self.shape.of_layer(layer).num_experts) if chunk is None else chunk
+        )
 
     def compared(self) -> MoEShape:
         """The shape, with what only a forward pass shows, once every step of it gave what transformers computes.
@@ -225,7 +228,7 @@ class Trial:
         def calls(index: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if len(args) != 3 or kwargs or args[1].dim() != 2 or args[1].shape != args[2].shape:
                 raise TypeError("experts are not called with hidden states, indices and weights of tokens")
-            if not 0 <= int(args[1].min()) <= int(args[1].max()) < self.shape.num_experts:
+            if not 0 <= int(args[1].min()) <= int(args[1].max()) < self.shape.of_layer(index).num_experts:
                 raise ValueError("tokens are routed to experts that are not there")
             seen.called.add(index)
             seen.top_k.add(args[1].shape[1])

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,37 @@ def test_a_model_is_refused_with_the_check_that_it_failed(architecture: str, tmp
     with pytest.raises(BitsmoeError, match=rf"outside the table, and fails the check of its {check}\b") as e:
         SourceModel(model)
     assert said in str(e.value)
+
+
+def with_fewer_experts(model: Any) -> None:
+    """The second layer has 5 of 8, and its router."""
+    fewer = deepcopy(model.config)
+    fewer.num_local_experts = 5
+    model.model.layers[1].mlp = type(model.model.layers[1].mlp)(fewer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"budget": "model", "basis": "whitened"}, {"bits": 2.5, "tune": True}, {"bits": 2.5, "tune_model": True}],
+    ids=str,
+)
+def test_layers_with_unequal_numbers_of_experts(options: dict[str, Any], tmp_path: Path, calib: str) -> None:
+    outside.CHANGES.append(with_fewer_experts)
+    model = make_outside(ODD, tmp_path / "model")
+    source = SourceModel(model)
+    assert [source.shape.of_layer(i).num_experts for i in source.shape.layers] == [8, 5, 8]
+    assert source.shape.num_weights == 3 * (8 + 5 + 8) * 64 * 96
+    assert torch.allclose(streamed_logits(source), own_logits(model), atol=2e-4)
+    given = {"bits": 4.5, "calib": calib, "calib_samples": 4, "calib_length": 64, "refine": 0} | options
+    report = quantize_model(str(model), tmp_path / "q", QuantizeConfig.model_validate(given)).report
+    assert report.bpw <= given["bits"]
+    assert report.sanity.perplexity_quantized == pytest.approx(calibration_perplexity(tmp_path / "q", calib), rel=1e-4)
+    assert [layer.num_experts for layer in inspect_directory(tmp_path / "q").layers] == [8, 5, 8]
+    dequantize_checkpoint(tmp_path / "q", tmp_path / "d", torch.float32)
+    want = own_logits(tmp_path / "d")
+    assert torch.allclose(streamed_logits(open_model(tmp_path / "q")), want, atol=2e-4)
+    assert torch.allclose(streamed_logits(open_model(tmp_path / "d")), want, atol=2e-4)
 
 
 def scaled(model: Any) -> None:
