@@ -493,11 +493,14 @@ class StreamedModel:
         """What transformers' model does to the products of its head; None: nothing."""
 
         def finish(products: Tensor) -> Tensor:
-            parts = (self.model.base_model, self.model.get_output_embeddings())
-            given = _Given(last_hidden_state=products.view(1, -1, products.shape[-1]))
+            # A model of several parts may hold its decoder without a model of all parts in between (Qwen3-Omni).
+            whole = self.model.base_model is self.model
+            parts = (self.decoder if whole else self.model.base_model, self.model.get_output_embeddings())
+            states = products.view(1, -1, products.shape[-1])
+            given, entering = _Given(last_hidden_state=states), {"inputs_embeds": states} if whole else {}
             parts[0].forward, parts[1].forward = (lambda **_: given), (lambda states: states)
             try:
-                return self.model(input_ids=None).logits.view_as(products)
+                return self.model(input_ids=None, **entering).logits.view_as(products)
             finally:
                 for part in parts:
                     del part.forward

@@ -779,7 +779,11 @@ REFUSED = {
     **dict.fromkeys(("Step3p5ForCausalLM", "Step3p7ForConditionalGeneration"), _CLAMPED),
     "LongcatFlashForCausalLM": "some of its experts are the identity, which the checkpoint format does not hold",
     "Ernie4_5_VLMoeForConditionalGeneration": "its layers have two groups of experts of different sizes",
-    **dict.fromkeys(("Qwen3OmniMoeForConditionalGeneration", "AriaForConditionalGeneration"), _PARTS),
+    "Qwen3OmniMoeForConditionalGeneration": (
+        "its language model lies two parts deep; the thinker alone, as transformers' "
+        "Qwen3OmniMoeThinkerForConditionalGeneration saves it, was tried and is quantized"
+    ),
+    "AriaForConditionalGeneration": _PARTS,
     "InklingForConditionalGeneration": _PARTS,
     **dict.fromkeys(("BailingMoeForCausalLM", "BailingMoeV2ForCausalLM", "BailingMoeV2_5ForCausalLM"), _NO_CLASS),
     **dict.fromkeys(("BailingMoeV3ForCausalLM", "KimiK3ForConditionalGeneration", "SarvamMoEForCausalLM"), _NO_CLASS),

@@ -44,6 +44,7 @@ from outside import ODD, OUTSIDE, make_outside, own_logits
 RIGHT = (
     "Mistral4ForCausalLM", "Mistral3ForConditionalGeneration", "MiniMaxM3VLForCausalLM",
     "LlavaForConditionalGeneration", "InternVLForConditionalGeneration", "Lfm2VlForConditionalGeneration",
+    "Qwen3OmniMoeThinkerForConditionalGeneration",
 )  # fmt: skip
 REFUSED = {
     "InklingForCausalLM": ("experts", "shared_experts: it is not of the common kind"),
@@ -55,7 +56,6 @@ REFUSED = {
     "HYV4ForCausalLM": ("forward pass", "Shared DSA layers require"),
     "LongcatFlashForCausalLM": ("config.json", "num_hidden_layers is None"),
     "Llama4ForCausalLM": ("decoder", "does not hold the embedding"),
-    "Qwen3OmniMoeThinkerForConditionalGeneration": ("forward pass", "AttributeError"),
 }
 OTHER_NAMES = {"PhiMoEForCausalLM", "KimiK25ForConditionalGeneration"}
 """Of the table: published under another name than transformers' class has."""
