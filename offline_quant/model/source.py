@@ -48,7 +48,7 @@ def source_reader(config: dict[str, Any], directory: Path) -> Callable[[], Shard
     readers = {"fp8": Float8Reader, "compressed-tensors": PackedReader, "mxfp4": Mxfp4Reader}
     if quantization is None or (isinstance(quantization, dict) and method is None):
         return lambda: ShardReader(directory)
-    if not isinstance(quantization, dict) or method not in readers:
+    if not isinstance(quantization, dict) or not isinstance(method, str) or method not in readers:
         raise BitsmoeError(f"{directory}: is already quantized ({method!r:.80}); quantize the 16-bit model instead")
     return lambda: readers[method](directory, quantization)
 

@@ -35,6 +35,8 @@ def all_bases() -> list[Base]:
             # Both block sizes with both kinds of files, over the forms.
             bases.append(_quantized(form, (16, 32)[(i + sharded) % 2], sharded))
     bases += [
+        _quantized("extras", 16, False, "NemotronHForCausalLM"),
+        _source("NemotronHForCausalLM", "apart", torch.bfloat16, False),
         _source("Qwen3MoeForCausalLM", "apart", torch.bfloat16, True),
         _source("Qwen2MoeForCausalLM", "fused", torch.float32, False),
         _source("MixtralForCausalLM", "apart", torch.float16, False),
@@ -62,6 +64,8 @@ def _model_config(architecture: str) -> dict[str, Any]:
         config["first_k_dense_replace"] = 1
     elif family.model_type.startswith("qwen"):
         config |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    elif family.lists_layers:
+        config |= {"hybrid_override_pattern": "E" * LAYERS, "mlp_hidden_act": "relu2"}
     return config
 
 
@@ -73,19 +77,18 @@ def _files(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
-def _quantized(form: str, block_size: int, sharded: bool) -> Base:
-    layers = {
-        f"model.layers.{i}.mlp.experts": build_form(
-            form, num_experts=E, hidden_size=H, intermediate_size=I, block_size=block_size, seed=i
-        )
-        for i in range(LAYERS)
-    }
+def _quantized(form: str, block_size: int, sharded: bool, architecture: str = "Qwen3MoeForCausalLM") -> Base:
+    config = _model_config(architecture)
+    shape = moe_shape(config, architecture)
+    sizes: dict[str, Any] = {"num_experts": E, "hidden_size": H, "intermediate_size": I, "block_size": block_size}
+    layers = {shape.prefix(i): build_form(form, gated=shape.family.gated, seed=i, **sizes) for i in shape.layers}
     with tempfile.TemporaryDirectory() as name:
         write_checkpoint(
-            Path(name), layers, other_tensors=_others(), model_config=_model_config("Qwen3MoeForCausalLM"),
+            Path(name), layers, other_tensors=_others(), model_config=config,
             max_shard_bytes=SHARD_BYTES if sharded else 10**9,
         )  # fmt: skip
-        return Base(f"{form}-{block_size}-{'shards' if sharded else 'file'}", True, _files(Path(name)))
+        own = "" if shape.family.gated else "-no gate"
+        return Base(f"{form}{own}-{block_size}-{'shards' if sharded else 'file'}", True, _files(Path(name)))
 
 
 def _source(architecture: str, form: str, dtype: torch.dtype, sharded: bool) -> Base:
@@ -99,8 +102,8 @@ def _source(architecture: str, form: str, dtype: torch.dtype, sharded: bool) -> 
             tensors |= {f"{shape.prefix(layer)}.gate_up_proj": gate_up, f"{shape.prefix(layer)}.down_proj": down}
             continue
         for e in range(E):
-            gate, up = gate_up[e].chunk(2)
-            tensors |= dict(zip(shape.expert_names(layer, e), (gate, up, down[e]), strict=True))
+            inputs = gate_up[e].chunk(2)[-shape.input_matrices :]
+            tensors |= dict(zip(shape.expert_names(layer, e), (*inputs, down[e]), strict=True))
     if form == "float8":
         config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16]}
         for name in [n for n in tensors if ".experts." in n]:

@@ -227,7 +227,7 @@ def use_layer(prefix: str, layer: Layer, block_size: int, tensors: dict[str, Ten
     weights = LayerWeights(layer, block_size, tensors)
     experts, hidden, inner = layer.num_experts, layer.hidden_size, layer.intermediate_size
     gate_up, down = weights.experts(range(layer.num_experts))
-    if gate_up.shape != (experts, 2 * inner, hidden) or down.shape != (experts, hidden, inner):
+    if gate_up.shape != (experts, (1 + layer.gated) * inner, hidden) or down.shape != (experts, hidden, inner):
         raise FindingError(f"{prefix}: dequantized to {list(gate_up.shape)} and {list(down.shape)}")
     x = torch.linspace(-1, 1, 2 * hidden).view(2, hidden)
     ids = torch.tensor([[0, experts - 1], [experts // 2, -1]])
@@ -271,7 +271,7 @@ def _use_quantized(directory: Path, scratch: Path) -> None:
 
 def _check_shapes(s: Any, experts: ExpertWeights) -> None:
     gate_up, down = experts.gate_up, experts.down
-    expected = (s.num_experts, 2 * s.intermediate_size, s.hidden_size)
+    expected = (s.num_experts, s.input_matrices * s.intermediate_size, s.hidden_size)
     if gate_up.shape != expected or down.shape != (s.num_experts, s.hidden_size, s.intermediate_size):
         raise FindingError(f"experts are {list(gate_up.shape)} and {list(down.shape)}")
 

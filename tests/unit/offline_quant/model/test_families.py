@@ -315,6 +315,7 @@ def test_packed_integers_are_read_as_what_they_stand_for(
         ({"config_groups": {}}, "only symmetric pack-quantized"),
         ({"config_groups": {"a": {"weights": {"num_bits": 4, "type": "int", "symmetric": False}}}}, "only symmetric"),
         ({"quant_method": "awq"}, "is already quantized \\('awq'\\)"),
+        ({"quant_method": ["fp8"]}, r"is already quantized \(\['fp8'\]\)"),
     ],
 )
 def test_other_quantizations_are_refused(changed: dict[str, object], said: str, tmp_path: Path) -> None:
