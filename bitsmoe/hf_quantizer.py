@@ -21,9 +21,10 @@ from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.checkpoint import WEIGHTS_KEY
 from bitsmoe_kernels.format.linear_layers import DenseWeights, dequantize
 from bitsmoe_kernels.format.schema import QUANT_METHOD, Layer, TensorSpec
-from bitsmoe_kernels.models.families import Family
+from bitsmoe_kernels.models.families import Family, decoder_of
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
 from offline_quant.model.expert_files import module_tensors
+from offline_quant.model.expert_inputs import called_for_all
 from offline_quant.model.quantized import QuantizedModel, as_read
 
 OLDEST = "5.5.3"
@@ -144,14 +145,18 @@ class BitsmoeExperts(_Stored):
         """Input of the reference. Made at every access, since tensors may move between devices."""
         return LayerWeights(self.layer, self.block_size, self.tensors)
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
         """Weighted sum of the routed experts' outputs [..., H].
 
         Args:
-            hidden_states: [..., H], T tokens in all.
-            top_k_index: expert ids [T, top_k].
-            top_k_weights: their weights [T, top_k].
+            hidden_states: [..., H], T tokens in all; of a family that weighs inputs see `called_for_all`.
+            routing: expert ids and their weights, [T, top_k] each; nothing of a family that weighs inputs.
         """
+        if self.family.weighs_inputs:
+            return called_for_all(self._routed, self.layer.num_experts)(hidden_states)
+        return self._routed(hidden_states, *routing)
+
+    def _routed(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         return moe_forward(self.weights, flat, top_k_weights, top_k_index).view_as(hidden_states)
 
@@ -291,7 +296,7 @@ def _places(model: Any, source: QuantizedModel) -> dict[str, str]:
     """Modules that are stored in another form: stored name to path in the model."""
     base = "" if model.base_model is model else f"{model.base_model_prefix}."
     # Of a model of several parts transformers builds all, or the language model alone.
-    decoder = next(path for path, module in model.named_modules() if module is model.get_decoder())
+    decoder = next(path for path, module in model.named_modules() if module is decoder_of(model))
     layers = f"{decoder}.layers".removeprefix(".")
     paths = {source.shape.prefix(i): f"{layers}.{i}.{source.shape.family.module_experts}" for i in source.shape.layers}
     for name in source.dense.matrices if source.dense else ():

@@ -114,8 +114,8 @@ class BitsmoeMoEMethod(FusedMoEMethodBase):
         stored = self.schema.hidden_act
         if layer.activation.value not in _NAMES[stored]:
             faults.append(f"activation {layer.activation.value!r} of a layer that was quantized for {stored!r}")
-        if layer.apply_router_weight_on_input:
-            faults.append("routing weights applied to the input")
+        if layer.apply_router_weight_on_input and self.moe.experts_per_token != 1:
+            faults.append("routing weights applied to the input of several experts")
         biased = any(p.bias for p in self.schema.projections.values())
         if self.moe.has_bias != biased:
             said = [f"{'with' if yes else 'without'} biases" for yes in (self.moe.has_bias, biased)]
@@ -207,6 +207,8 @@ class BitsmoeMoEMethod(FusedMoEMethodBase):
         Returns:
             [T, H] in x's dtype.
         """
+        if layer.apply_router_weight_on_input:  # of one expert
+            x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         tensors = [getattr(layer, name) for name in self._names]
         return self._backend.compute(x, topk_weights, topk_ids, layer.expert_map, tensors, self._key)
 

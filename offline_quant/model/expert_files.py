@@ -20,7 +20,8 @@ def is_transposed(shape: MoEShape, layer: int, specs: Mapping[str, TensorSpec]) 
     """Whether a layer's stacked matrices are transposed: some files have both forms, which down's shape tells apart."""
     down = specs.get(shape.fused_names(layer)[1])
     usual = (shape.of_layer(layer).num_experts, shape.hidden_size, shape.intermediate_size)
-    return shape.family.interleaved or (shape.family.transposed and (down is None or down.shape != usual))
+    always = shape.family.interleaved or shape.family.module_transposed
+    return always or (shape.family.transposed and (down is None or down.shape != usual))
 
 
 def _interleaved(both: Tensor) -> Tensor:
@@ -88,8 +89,10 @@ def module_experts(family: Family, held: Mapping[str, Tensor], chunk: range) -> 
     if family.bias:
         of_gate_up, of_down = (held[bias_name(name)][chunk.start : chunk.stop] for name in family.fused_names)
         biases = ExpertBiases(_apart(of_gate_up) if family.interleaved else of_gate_up, of_down)
+    if family.interleaved or family.module_transposed:
+        gate_up, down = gate_up.mT, down.mT
     if family.interleaved:
-        gate_up, down = _apart(gate_up.mT), down.mT
+        gate_up = _apart(gate_up)
     return ExpertWeights(gate_up, down, biases)
 
 
@@ -97,7 +100,9 @@ def module_tensors(family: Family, experts: ExpertWeights) -> dict[str, Tensor]:
     """Parameters of transformers' experts module, by name."""
     gate_up, down = experts.gate_up, experts.down
     if family.interleaved:
-        gate_up, down = _interleaved(gate_up).mT.contiguous(), down.mT.contiguous()
+        gate_up = _interleaved(gate_up)
+    if family.interleaved or family.module_transposed:
+        gate_up, down = gate_up.mT.contiguous(), down.mT.contiguous()
     found = dict(zip(family.fused_names, (gate_up, down), strict=True))
     if experts.biases is not None:
         of_gate_up = _interleaved(experts.biases.gate_up) if family.interleaved else experts.biases.gate_up
@@ -110,7 +115,8 @@ def expert_tensors(shape: MoEShape, layer: int, experts: ExpertWeights) -> Itera
     if shape.family.stacked is not None:
         held, names = module_tensors(shape.family, experts), shape.fused_names(layer)
         for name, own in zip(names, shape.family.fused_names, strict=True):
-            yield name, held[own].mT.contiguous() if shape.family.transposed else held[own]
+            turned = shape.family.transposed and not shape.family.module_transposed
+            yield name, held[own].mT.contiguous() if turned else held[own]
             if shape.family.bias:
                 yield bias_name(name), held[bias_name(own)]
         return

@@ -1,6 +1,6 @@
 """Inputs of the routed experts of one layer."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +49,28 @@ class ExpertInputs:
     def cpu(self) -> "ExpertInputs":
         """The same in the CPU's memory."""
         return ExpertInputs(self.x.cpu(), self.topk_ids.cpu(), self.topk_weights.cpu())
+
+
+def called_for_all(forward: Callable[[Tensor, Tensor, Tensor], Tensor], num_experts: int) -> Callable[[Tensor], Tensor]:
+    """A function of tokens and their routing, as modules are called that get the inputs of all tokens for every expert.
+
+    Args:
+        forward: of x [T, H], ids [T, 1] and weights [T, 1].
+        num_experts: E.
+
+    Returns:
+        A function of [E T, H], expert by expert, which are zeros where a token does not go to an expert: what `forward`
+        gives of the others, with weights of one, at their places. Gradients pass.
+    """
+
+    def called(rows: Tensor) -> Tensor:
+        each = rows.view(num_experts, -1, rows.shape[-1])
+        ids = each.detach().ne(0).any(-1).int().argmax(0)
+        place = ids, torch.arange(len(ids), device=ids.device)
+        y = forward(each[place], ids[:, None], each.new_ones(len(ids), 1))
+        return torch.zeros_like(each).index_put(place, y.to(each)).view_as(rows)
+
+    return called
 
 
 def expert_input_bytes(sizes: RunSizes) -> int:

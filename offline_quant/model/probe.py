@@ -10,7 +10,7 @@ import torch
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.format.safetensors_io import INDEX_FILE, ShardReader, read_json
 from bitsmoe_kernels.format.schema import TensorSpec
-from bitsmoe_kernels.models.families import MoEShape, Tested, without_quantization
+from bitsmoe_kernels.models.families import MoEShape, Tested, decoder_of, without_quantization
 from offline_quant.model.download import resolve_model
 from offline_quant.model.expert_files import expert_tensor_shapes
 from offline_quant.model.mxfp4 import BLOCKS
@@ -76,7 +76,7 @@ def probe(name: str, revision: str | None = None) -> Probe:
         architecture=shape.family.architecture,
         models=shape.family.title,
         tested=shape.family.tested,
-        num_layers=len(built.get_decoder().layers),
+        num_layers=len(decoder_of(built).layers),
         moe_layers=len(shape.layers),
         num_experts=shape.num_experts,
         hidden_size=shape.hidden_size,

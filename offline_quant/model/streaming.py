@@ -22,9 +22,9 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list, one_line
 from bitsmoe_kernels.format.checkpoint import plain_config
-from bitsmoe_kernels.models.families import MoEShape, built_config, kept_tensors
+from bitsmoe_kernels.models.families import MoEShape, built_config, decoder_of, kept_tensors
 from offline_quant.model.expert_files import module_tensors
-from offline_quant.model.expert_inputs import ExpertInputs
+from offline_quant.model.expert_inputs import ExpertInputs, called_for_all
 from offline_quant.model.sizes import FLOAT, RunSizes
 from offline_quant.model.tensors import WeightSource
 from offline_quant.runtime.chunks import chunks_of, matrix_bytes
@@ -165,7 +165,7 @@ class StreamedModel:
         self.shape = source.shape
         self.device = torch.device(device)
         self.model = model_without_memory(source.config, self.shape, source.directory)
-        self.decoder = self.model.get_decoder()
+        self.decoder = decoder_of(self.model)
         self.num_layers = len(self.decoder.layers)
         self._place = {module: index for index, module in enumerate(self.decoder.layers)}
         self._arguments: dict[torch.Size, Arguments] = {}
@@ -175,6 +175,8 @@ class StreamedModel:
         self._check_tensors()
         self.embedding.forward = self._embedding
         self.embedding.padding_idx = None  # of rows that are not all there
+        # Some models bring ids to the device of these weights (Llama 4).
+        self.embedding.weight = nn.Parameter(torch.empty(0, device=self.device), requires_grad=False)
         for name in self.shape.family.module_tail:
             self._fill(self.decoder.get_submodule(name), f"{self._base}{name}")
         for module in self.decoder.modules():
@@ -284,7 +286,7 @@ class StreamedModel:
         self._fill(module, self.shape.family.module_decoder(index), self.experts_name if moe else None)
         experts: Any = module.get_submodule(self.experts_name) if moe else None
         if moe:
-            experts.forward = partial(self.routed, index)
+            experts.forward = self.as_called(index, partial(self.routed, index))
         try:
             if moe and index not in self._factors:
                 self._factors[index] = self._measured_factor(module)
@@ -294,6 +296,11 @@ class StreamedModel:
                 del experts.forward
             for name, value in kept_tensors(module):
                 assign(module, name, torch.empty_like(value, device="meta"))
+
+    def as_called(self, index: int, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A function of tokens, ids and weights in the form in which a layer calls its experts."""
+        shape = self.shape.of_layer(index)
+        return called_for_all(forward, shape.num_experts) if shape.family.weighs_inputs else forward
 
     def routed(self, index: int, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Output of a layer's routed experts, [T, H], with gradients where they are enabled.
@@ -393,7 +400,7 @@ class StreamedModel:
     def _experts_as(self, module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
         """Another function in the place of a layer's routed experts."""
         experts: Any = module.get_submodule(self.experts_name)
-        usual, experts.forward = experts.forward, forward
+        usual, experts.forward = experts.forward, self.as_called(self._place[module], forward)
         try:
             yield
         finally:
@@ -560,6 +567,8 @@ def forward_bytes(sizes: RunSizes, tokens: int) -> int:
     whole = sizes.query_size != sizes.value_size
     scores = int(SCORE_COPIES * sizes.heads * sizes.batch_tokens * sizes.length) if whole else 0
     attention = FLOAT * (sizes.batch_tokens * sizes.attention_values + scores)
+    if sizes.shape.family.weighs_inputs:  # inputs and outputs of all tokens for all experts, and what they are made of
+        attention += 4 * FLOAT * sizes.shape.num_experts * sizes.batch_tokens * sizes.hidden_size
     # On a CPU, results of a chunk take as much again.
     experts = sizes.chunk_bytes * (1 if sizes.device.type == "cuda" else 2)
     return sizes.mapped_bytes + sizes.decoder_bytes + together + max(attention, experts)

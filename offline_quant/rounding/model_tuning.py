@@ -114,7 +114,8 @@ class _Tuner:
             if index in self.changes:
                 experts: Any = module.get_submodule(self.model.experts_name)
                 weights = self.stored.weights(index, self.model.device)
-                experts.forward = partial(self._experts, weights, self.changes[index])
+                tuned = partial(self._experts, weights, self.changes[index])
+                experts.forward = self.model.as_called(index, tuned)
             yield module
 
     def _experts(

@@ -65,6 +65,11 @@ _GRANITE = {
     "intermediate_size": 96, "num_local_experts": 8, "embedding_multiplier": 3.0, "logits_scaling": 2.0,
     "residual_multiplier": 0.4, "attention_multiplier": 0.2,
 }  # fmt: skip
+_LLAMA4 = {
+    "intermediate_size": 96, "intermediate_size_mlp": 128, "num_local_experts": 8, "num_experts_per_tok": 1,
+    "head_dim": 32, "num_hidden_layers": 4, "interleave_moe_layer_step": 2, "attention_chunk_size": 16,
+    "layer_types": ["chunked_attention", "chunked_attention", "chunked_attention", "full_attention"],
+}  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen3MoeForCausalLM": QWEN | {"head_dim": 32, "norm_topk_prob": True},
     "Qwen2MoeForCausalLM": QWEN | {"shared_expert_intermediate_size": 64, "mlp_only_layers": [0]},
@@ -246,6 +251,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "chunk_size": 16,
         "mlp_hidden_act": "relu2",
     },
+    "Llama4ForCausalLM": _LLAMA4,
+    "Llama4ForConditionalGeneration": _LLAMA4,
     "Dots1ForCausalLM": _DENSE_FIRST | _ONE_GROUP | {"head_dim": 32, "n_shared_experts": 1},
     "MiniMaxM3SparseForConditionalGeneration": _LISTED
     | {
@@ -321,7 +328,7 @@ NIGHTLY = {
     "ExaoneMoeForCausalLM", "MellumForCausalLM", "Ernie4_5_MoeForCausalLM", "GraniteMoeSharedForCausalLM",
     "GraniteMoeSWAForCausalLM", "GraniteMoeHybridForCausalLM", "Cohere2MoeForCausalLM", "AXK1ForCausalLM",
     "AXK2ForCausalLM", "FlexOlmoForCausalLM", "Dots1ForCausalLM", "MiniMaxForCausalLM",
-    "Glm4vMoeForConditionalGeneration",
+    "Glm4vMoeForConditionalGeneration", "Llama4ForCausalLM",
 }  # fmt: skip
 """Architectures whose way through transformers and vLLM others have too. `make test` reads them; `make nightly` does
 the rest."""

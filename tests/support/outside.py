@@ -87,10 +87,6 @@ OUTSIDE: dict[str, tuple[str, dict[str, Any]]] = {
     "DbrxForCausalLM": ("dbrx", _DBRX),
     "HYV4ForCausalLM": ("hy_v4", ALL | _EXPERTS | {"head_dim": 32}),
     "LongcatFlashForCausalLM": ("longcat_flash", ALL | MLA | _LONGCAT),
-    "Llama4ForCausalLM": (
-        "llama4_text",
-        ALL | {"num_local_experts": 8, "intermediate_size": 96, "intermediate_size_mlp": 96, "head_dim": 32},
-    ),
     "Qwen3OmniMoeThinkerForConditionalGeneration": (
         "qwen3_omni_moe_thinker",
         {

@@ -64,7 +64,8 @@ _IN_LAYER = (
 """All there are within a decoder layer, over all families. Left out on purpose: routers and the gates of shared experts
 and the indexers of sparse attention (few weights, and they decide), `kv_b_proj` (vLLM multiplies it into its
 neighbours, for which it needs the matrix itself), `in_proj_ba`, gates of attention and of norms (few weights),
-convolutions, state-space layers, MiniMax-01's linear attention and Granite's `shared_mlp` (not tried with vLLM's)."""
+convolutions, state-space layers, MiniMax-01's linear attention, Granite's `shared_mlp` and Llama 4's `shared_expert`
+(not tried with vLLM's)."""
 
 _PLAIN_HEADS = frozenset({"Qwen3NextForCausalLM"})
 """Architectures in which vLLM has no place for a quantized `lm_head`."""

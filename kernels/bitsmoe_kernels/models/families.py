@@ -120,6 +120,12 @@ def _layers_of_kind(config: dict[str, Any]) -> list[int]:
     return [] if kinds is None else [i for i, kind in enumerate(kinds[1]) if kind in ("moe", "E")]
 
 
+def _llama_layers(config: dict[str, Any]) -> list[int]:
+    layers, step = config["num_hidden_layers"], config.get("interleave_moe_layer_step") or 1
+    listed = config.get("moe_layers")
+    return [i for i in range(layers) if (i in listed if isinstance(listed, list) else (i + 1) % step == 0)]
+
+
 def _ernie_layers(config: dict[str, Any]) -> list[int]:
     first, last, step = (
         default if (given := config.get(f"moe_layer_{key}")) is None else given
@@ -177,6 +183,10 @@ class Family:
         transposed: whether stacked matrices may be [E, H, 2 I] and [E, I, H], as published files have them.
         interleaved: whether stacked matrices are [E, H, 2 I], columns of gate and up in turn, and [E, I, H], in files
             and in transformers' modules.
+        module_transposed: whether transformers' modules hold stacked matrices as [E, H, 2 I] and [E, I, H], gate and up
+            one behind the other.
+        weighs_inputs: whether transformers calls the experts with the inputs of all tokens for every one of them, times
+            the routing weights: zeros but for the one expert that a token has.
         bias: whether the experts have biases, beside stacked matrices and named after them.
         module_names: (in files, in transformers' modules) parts of names that differ.
         joined: (transformers' part of a name, parts in files): tensors of equal shapes, in one behind each other.
@@ -213,6 +223,8 @@ class Family:
     stacked: tuple[str, str] | None = None
     transposed: bool = False
     interleaved: bool = False
+    module_transposed: bool = False
+    weighs_inputs: bool = False
     bias: bool = False
     module_names: tuple[tuple[str, str], ...] = ()
     joined: tuple[tuple[str, tuple[str, ...]], ...] = ()
@@ -364,6 +376,20 @@ _GEMMA: dict[str, Any] = {
         ("use_bidirectional_attention", (None, "vision")),
     ),
     "required": ("top_k_experts", "enable_moe_block", "hidden_size_per_layer_input"),
+}
+_LLAMA4: dict[str, Any] = {
+    "num_experts_key": "num_local_experts",
+    "intermediate_size_key": "intermediate_size",
+    "moe_layers": _llama_layers,
+    "experts": "feed_forward.experts",
+    "stacked": ("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"),
+    "transposed": True,
+    "module_transposed": True,
+    "weighs_inputs": True,
+    "module_experts": "feed_forward.experts",
+    "optional_sizes": (*_SIZES, "interleave_moe_layer_step", "intermediate_size_mlp"),
+    # Of several experts a token would enter each with another weight.
+    "fixed": (("num_experts_per_tok", 1),),
 }
 _FORGET_GATE = tuple(
     (f".self_attn.{part}", f".self_attn.forget_gate.{part}") for part in ("f_a_proj", "f_b_proj", "dt_bias", "A_log")
@@ -750,6 +776,14 @@ FAMILIES: dict[str, Family] = {
             joined=_JOINED_CONVOLUTION,
             layer_outputs=2,
         ),
+        Family("Llama4ForCausalLM", "llama4_text", "Llama 4 (text only)", **_LLAMA4),
+        Family(
+            "Llama4ForConditionalGeneration",
+            "llama4",
+            "Llama 4 Scout, Maverick",
+            **_LLAMA4,
+            text=LanguagePart(prefix="language_model.model.", head="language_model.lm_head"),
+        ),
         Family(
             "Glm4vMoeForConditionalGeneration",
             "glm4v_moe",
@@ -770,7 +804,6 @@ _NO_CLASS = "transformers has no class of its own for it, and its remote code is
 _PARTS = "it is a model of several parts that nobody has described here yet"
 
 REFUSED = {
-    **dict.fromkeys(("Llama4ForCausalLM", "Llama4ForConditionalGeneration"), "it weighs what enters its experts"),
     "NemotronH_Omni_Reasoning_V3": _PARTS,
     **dict.fromkeys(("DeepseekV4ForConditionalGeneration", "DeepseekV41ForCausalLM"), _NO_CLASS),
     "HYV4ForCausalLM": _SHARED_INDEXERS,
@@ -891,7 +924,8 @@ class MoEShape:
         """
         H, I = self.hidden_size, self.intermediate_size  # noqa: E741
         N, names = self.input_matrices * I, self.family.fused_names
-        sizes = [(H, N), (I, H)] if self.family.interleaved else [(N, H), (H, I)]
+        turned = self.family.interleaved or self.family.module_transposed
+        sizes = [(H, N), (I, H)] if turned else [(N, H), (H, I)]
         every = [*sizes, *([(N,), (H,)] if self.family.bias else [])]
         expected = {
             f"{i}.{self.family.module_experts}": [(self.of_layer(i).num_experts, *size) for size in every]
@@ -899,7 +933,7 @@ class MoEShape:
         }
         found = {
             name: [tuple(own[part].shape) for part in (*names, *map(bias_name, names)) if part in own]
-            for name, module in model.get_decoder().layers.named_modules()
+            for name, module in decoder_of(model).layers.named_modules()
             if (own := dict(module.named_parameters(recurse=False))).keys() >= set(names)
         }
         return [
@@ -946,7 +980,7 @@ class MoEShape:
 
         Layers for multi-token prediction are left out: they are known to be there for others.
         """
-        layers = model.get_decoder().config.num_hidden_layers
+        layers = decoder_of(model).config.num_hidden_layers
         return [
             name
             for name in self._unread(self._model_tensors(model), specs)
@@ -980,6 +1014,12 @@ def stored_prefix(served: str, stored: Collection[str]) -> str:
 def bias_name(stacked: str) -> str:
     """Name of the biases that lie beside stacked matrices."""
     return f"{stacked}_bias"
+
+
+def decoder_of(model: Any) -> Any:
+    """The decoder of transformers' model, which some take for the model itself (Llama 4)."""
+    found = model.get_decoder()
+    return found if hasattr(found, "layers") else getattr(found, "model", found)
 
 
 def kept_tensors(module: Any) -> list[tuple[str, Any]]:

@@ -196,7 +196,7 @@ def test_every_linear_layer_but_the_named_exceptions(architecture: str, tmp_path
     kept = (
         r"\.(kv_b_proj|in_proj_(ba|a|b)|shared_expert_gate|gate|gate\.wg|router|router\.proj|g_proj|indexer\.\w+|experts"
         r"|conv\.\w+|mamba\.\w+|self_attn\.gate_proj|forget_gate\.\w+|g_[ab]_proj|b_proj|\w+_layernorm\.mlp\.\w+"
-        r"|self_attn\.(output_gate|qkv_proj)|shared_mlp\.(input|output)_linear)$"
+        r"|self_attn\.(output_gate|qkv_proj)|shared_mlp\.(input|output)_linear|feed_forward\.shared_expert\.\w+)$"
     )
     expected = {
         FAMILIES[architecture].stored_name(name)

@@ -39,6 +39,7 @@ from families import (
 )
 from offline_quant.checkpoint.dequantize import dequantize_checkpoint
 from offline_quant.config import QuantizeConfig
+from offline_quant.model.expert_inputs import called_for_all
 from offline_quant.model.float8 import Float8Reader
 from offline_quant.model.mxfp4 import Mxfp4Reader
 from offline_quant.model.quantized import open_model
@@ -93,6 +94,7 @@ def test_a_family_is_quantized_and_dequantized(architecture: str, tmp_path: Path
         ("AfmoeForCausalLM", None),
         ("MixtralForCausalLM", 1),
         ("GptOssForCausalLM", 1),
+        ("Llama4ForCausalLM", 1),
         ("MiniMaxM3SparseForConditionalGeneration", 2),
     ],
 )
@@ -152,6 +154,29 @@ def test_experts_without_a_gate(more: dict[str, Any], options: dict[str, Any], t
     assert torch.allclose(streamed_logits(open_model(tmp_path / "q")), quantized, atol=2e-4)
     assert all(0 < row.output_error < 0.02 for row in report.layers)
     assert float((quantized - want).std() / want.std()) > 1e-2  # experts matter to these logits, and errors show
+
+
+def test_experts_called_with_all_tokens() -> None:
+    """As Llama 4 calls them: zeros where a token does not go to an expert, and gradients reach what is weighed."""
+    E, T, H = 3, 4, 5
+    generator = torch.Generator().manual_seed(0)
+    x, ids = torch.randn(T, H, generator=generator), torch.tensor([2, 0, 2, 1])
+    weights, gain = torch.rand(T, 1, generator=generator).requires_grad_(), torch.tensor([2.0, 3.0, 5.0])
+    routed = torch.zeros(E, T, 1).index_put((ids, torch.arange(T)), weights)
+
+    def experts(x: torch.Tensor, ids: torch.Tensor, of_one: torch.Tensor) -> torch.Tensor:
+        assert of_one.eq(1).all()
+        return gain[ids] * x.square()
+
+    found = called_for_all(experts, E)((x * routed).view(-1, H)).view(E, T, H)
+    want = gain[ids][:, None] * (x * weights).square()
+    assert torch.equal(found.sum(0), want)
+    assert torch.equal(found.ne(0).any(-1), routed[..., 0] != 0)
+    assert torch.equal(*(torch.autograd.grad(y.sum(), weights)[0] for y in (found, want)))
+    config = {"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text", "num_experts_per_tok": 2}
+    sizes = {"num_local_experts": 8, "intermediate_size": 4, "hidden_size": 8, "num_hidden_layers": 2, "vocab_size": 9}
+    with pytest.raises(BitsmoeError, match="num_experts_per_tok is 2, but only 1 is supported"):
+        moe_shape(config | sizes | {"hidden_act": "silu"}, "here")
 
 
 def test_layers_listed_by_letters(tmp_path: Path) -> None:
@@ -551,6 +576,8 @@ def test_a_config_that_cannot_be_right(config: dict[str, object], said: str) -> 
         ("Ernie4_5_MoeForCausalLM", {}, (1, 2, 3)),
         ("Ernie4_5_MoeForCausalLM", {"moe_layer_start_index": 0, "moe_layer_end_index": 2}, (0, 1, 2)),
         ("Ernie4_5_MoeForCausalLM", {"moe_layer_interval": 2}, (1, 3)),
+        ("Llama4ForCausalLM", {"interleave_moe_layer_step": 2}, (1, 3)),
+        ("Llama4ForCausalLM", {"interleave_moe_layer_step": 1, "moe_layers": [0, 3]}, (0, 3)),
     ],
 )
 def test_layers_with_experts(architecture: str, config: dict[str, object], layers: tuple[int, ...]) -> None:
