@@ -107,7 +107,9 @@ _USED: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "vllm.model_executor.layers.fused_moe.activation": {"MoEActivation": ("SILU",)},
     "vllm.model_executor.layers.fused_moe.config": {
-        "FusedMoEConfig": ("num_experts", "intermediate_size", "has_bias", "moe_parallel_config"),
+        "FusedMoEConfig": (
+            "num_experts", "intermediate_size", "experts_per_token", "has_bias", "moe_parallel_config",
+        ),
         "FusedMoEParallelConfig": ("tp_rank", "tp_size", "enable_eplb"),
     },
     "vllm.model_executor.layers.linear": {"LinearBase": (), "UnquantizedLinearMethod": ()},

@@ -810,7 +810,10 @@ REFUSED = {
     **dict.fromkeys(("Qwen4ExpForConditionalGeneration", "Qwen4ExpForCausalLM"), _TABLES),
     "MiniMaxM3SparseForCausalLM": "it is published as MiniMaxM3SparseForConditionalGeneration",
     **dict.fromkeys(("Step3p5ForCausalLM", "Step3p7ForConditionalGeneration"), _CLAMPED),
-    "LongcatFlashForCausalLM": "some of its experts are the identity, which the checkpoint format does not hold",
+    "LongcatFlashForCausalLM": (
+        "some of its experts are the identity, and transformers holds a gate and an up for these too, but no down: no "
+        "files of such a form were at hand"
+    ),
     "Ernie4_5_VLMoeForConditionalGeneration": "its layers have two groups of experts of different sizes",
     "Qwen3OmniMoeForConditionalGeneration": (
         "its language model lies two parts deep; the thinker alone, as transformers' "

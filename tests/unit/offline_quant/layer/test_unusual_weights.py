@@ -181,6 +181,23 @@ def test_balanced_experts_compute_the_same(shift: int) -> None:
         assert torch.equal(found.gate_up, gate_up)
 
 
+@pytest.mark.parametrize("shift", [0, 3, 12, -12, 30, -30])
+def test_balanced_experts_without_a_gate(shift: int) -> None:
+    """Up over 2^k takes down times 2^(2 k)."""
+    generator = torch.Generator().manual_seed(0)
+    up, down = torch.randn(3, 6, 5, generator=generator), torch.randn(3, 5, 6, generator=generator)
+    up[1] *= 2.0**shift
+    down[1] *= 2.0 ** (-2 * shift)
+    x = torch.randn(7, 5, generator=generator, dtype=torch.float64)
+
+    def computed(up: Tensor, down: Tensor) -> Tensor:
+        return down.double() @ (up.double() @ x.T).relu().square()
+
+    found = ExpertWeights(up, down).balanced("relu2")
+    assert torch.equal(computed(found.gate_up, found.down), computed(up, down))
+    assert 2**-9 < found.gate_up[1].abs().amax() / found.down[1].abs().amax() < 2**9
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
