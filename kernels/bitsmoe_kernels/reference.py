@@ -22,6 +22,10 @@ from bitsmoe_kernels.format.packing import unpack_codes
 from bitsmoe_kernels.format.schema import Layer, Part, Projection, ProjectionName
 
 
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x if scale is None else x * scale
+
+
 @dataclass(frozen=True)
 class ProjectionWeights:
     """One projection of a layer: its schema and its tensors."""
@@ -131,20 +135,27 @@ class ProjectionWeights:
         return self.product(expert, x, z, self.levels(expert), s, t, self.order(expert))
 
     def product(
-        self, expert: int, x: Tensor, z: Tensor, q: Tensor, s: Tensor, t: Tensor, order: Tensor | None
+        self,
+        expert: int,
+        x: Tensor,
+        z: Tensor,
+        q: Tensor,
+        s: Tensor | None,
+        t: Tensor | None,
+        order: Tensor | None,
     ) -> Tensor:
         """`forward` with levels q [C, F] and scales s [C], t [F] in place of the stored ones; gradients pass.
 
         Args:
             expert, x, z: as for `forward`.
-            q, s, t: see above.
+            q, s, t: see above; scales are None where q has them.
             order: the component of every row of q and s, as `order` returns it.
         """
         # As kernels do: integers in the product, one scale before it and one after.
         if self.spec.component_axis == "input":
-            y = ((z if order is None else z[:, order]) * s) @ q * t
+            y = _scaled(_scaled(z if order is None else z[:, order], s) @ q, t)
         else:
-            y = (x * t) @ q.T * s
+            y = _scaled(_scaled(x, t) @ q.T, s)
             if order is not None:
                 y = torch.empty_like(y).index_copy(1, order, y)
             if self.basis is not None:

@@ -48,6 +48,7 @@ def estimate_memory(
     bases: bool = True,
     sensitive: bool = False,
     tune_model: bool = False,
+    tune_codes: bool = False,
 ) -> MemoryEstimate:
     """Estimate what a run takes.
 
@@ -58,7 +59,8 @@ def estimate_memory(
         tune: whether scales and codes are tuned.
         bases: whether a decomposition with shared bases may be chosen.
         sensitive: whether sensitivities of all layers are measured, with gradients.
-        tune_model: whether scales of the whole model are tuned.
+        tune_model: whether the whole model is tuned.
+        tune_codes: whether its codes are tuned as well.
     """
     stages = (
         text,
@@ -67,7 +69,7 @@ def estimate_memory(
         # The original model runs while a layer is calibrated.
         kept_bytes(sizes) + forward_bytes(sizes, sizes.tokens if tune or tune_model else judged_tokens(sizes.tokens)),
         layer_bytes(sizes, tune, bases),
-        tuning_bytes(sizes) if tune_model else 0,
+        tuning_bytes(sizes, tune_codes) if tune_model else 0,
         judging_bytes(sizes),
         forecast_bytes(sizes),
         writing_bytes(sizes),
@@ -83,7 +85,9 @@ def estimate_memory(
 def estimate_run(sizes: RunSizes, config: QuantizeConfig, baseline: int, text: int) -> MemoryEstimate:
     """`estimate_memory` of a run with some options."""
     sensitive = OBJECTIVES[config.objective].sensitive and budget_scope(config) == "model"
-    return estimate_memory(sizes, baseline, text, config.tune, may_share_bases(config), sensitive, config.tune_model)
+    return estimate_memory(
+        sizes, baseline, text, config.tune, may_share_bases(config), sensitive, config.tunes_model, config.tune_codes
+    )
 
 
 def check_memory(found: MemoryEstimate, limit: int | None) -> None:

@@ -1,4 +1,4 @@
-"""`--tune-model`: the scales of all finished layers are tuned together. All uses of `rounding.model_tuning`."""
+"""`--tune-model` and `--tune-codes`: all finished layers are tuned together. All uses of `rounding.model_tuning`."""
 
 from collections.abc import Mapping
 
@@ -28,18 +28,19 @@ def tune_whole_model(run: RunContext, schemas: Mapping[str, Layer]) -> ModelTuni
         lambda index: {name.rpartition(".")[2]: tensor for name, tensor in run.state.layer_tensors(index)},
     )
     judged = len(run.judged)
-    with bar("Tuning the model", layer_visits(run.num_layers, run.windows, judged)) as on_layer:
+    with bar("Tuning the model", layer_visits(run.num_layers, run.windows, judged, run.config.tune_codes)) as on_layer:
         tuned = tune_model(
-            run.streamed, stored, run.windows, lambda i: _original(run, i), judged, run.config.seed, on_layer
-        )
+            run.streamed, stored, run.windows, lambda i: _original(run, i), judged, run.config.seed, on_layer,
+            run.config.tune_codes,
+        )  # fmt: skip
     last = run.num_layers - 1
     run.state.put_hidden(last, _STATES, tuned.states)
-    scales = {
+    changed = {
         index: {f"{run.shape.prefix(index)}.{name}": tensor for name, tensor in tensors.items()}
-        for index, tensors in tuned.scales.items()
+        for index, tensors in tuned.tensors.items()
     }
-    report = ModelTuning(kl_before=tuned.before, kl_after=tuned.after, kept=bool(scales))
-    run.state.keep_tuning(scales, report)
+    report = ModelTuning(kl_before=tuned.before, kl_after=tuned.after, kept=bool(changed))
+    run.state.keep_tuning(changed, report)
     run.clock.lap("tuning of the model")
     return report
 

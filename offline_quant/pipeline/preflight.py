@@ -99,8 +99,9 @@ def check_inputs(
         if config.tune and workers.size > 1:
             raise BitsmoeError("--tune: experts are fitted one after another, in one process; use it without --workers")
     with faults.gathered():
-        if config.tune_model and workers.size > 1:
-            raise BitsmoeError("--tune-model: the whole model is tuned in one process; use it without --workers")
+        if config.tunes_model and workers.size > 1:
+            option = "--tune-codes" if config.tune_codes else "--tune-model"
+            raise BitsmoeError(f"{option}: the whole model is tuned in one process; use it without --workers")
     with faults.gathered():
         if not earlier.complete:
             check_output(out, but=state_directory(out).name)

@@ -104,7 +104,7 @@ def quantize_model(
         layers = quantize_layers(run, budget)
         if workers.rank:
             return None
-        tuning = tune_whole_model(run, layers.schemas) if config.tune_model and not plan_only else None
+        tuning = tune_whole_model(run, layers.schemas) if config.tunes_model and not plan_only else None
         options = {**config.record(), "calib": calibration.text.recorded}
         report = model_report(
             layers.reports, layers.schemas, config, options, calibration.tokens, sanity_check(run, layers),

@@ -8,7 +8,7 @@
         picked.json         the bits that were picked for a divergence, where they were
         shared.json         one budget for the model, divided among its layers, where there is one
         layer-00003/        a finished layer: its tensors, schema, report and the hidden states that leave it; its tuned
-                            scales, where the whole model is tuned
+                            tensors, where the whole model is tuned
         tuned.json          how the whole model was tuned, once that is done
         result/             the checkpoint, put together at the end and renamed to its place
 
@@ -53,7 +53,7 @@ RESULT = "result"
 _STATE, _LOCK, _WINDOWS = "state.json", "lock", "windows.safetensors"
 _TEXT, _BUDGET, _PICKED = "calibration.json", "shared.json", "picked.json"
 _TENSORS, _LAYER = "tensors.safetensors", "layer.json"
-_TUNED, _SCALES = "tuned.json", "tuned.safetensors"
+_TUNED, _CHANGED = "tuned.json", "tuned.safetensors"
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
@@ -233,10 +233,10 @@ class RunState:
         return LayerRecord.load(_read_own(self._layer(index) / _LAYER))
 
     def layer_tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
-        """The tensors a finished layer was closed with, with scales as the tuning of the whole model left them."""
+        """The tensors a finished layer was closed with, or those that the tuning of the whole model left."""
         tuned: dict[str, Tensor] = {}
-        if self.tuning is not None and (self._layer(index) / _SCALES).exists():
-            tuned = load_file(self._layer(index) / _SCALES)
+        if self.tuning is not None and (self._layer(index) / _CHANGED).exists():
+            tuned = load_file(self._layer(index) / _CHANGED)
         if (self._layer(index) / _TENSORS).exists():
             with safe_open(str(self._layer(index) / _TENSORS), framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a dict
@@ -248,11 +248,11 @@ class RunState:
         data = self._kept(_TUNED)
         return None if data is None else ModelTuning.model_validate(data)
 
-    def keep_tuning(self, scales: dict[int, dict[str, Tensor]], report: ModelTuning) -> None:
-        """Keep new scales of finished layers, by index and name, and how they came about."""
-        for index, tensors in scales.items():
-            save_file(tensors, self._layer(index) / _SCALES, metadata={"format": "pt"})
-            _sync(self._layer(index) / _SCALES)
+    def keep_tuning(self, changed: dict[int, dict[str, Tensor]], report: ModelTuning) -> None:
+        """Keep new tensors of finished layers, by index and name, and how they came about."""
+        for index, tensors in changed.items():
+            save_file(tensors, self._layer(index) / _CHANGED, metadata={"format": "pt"})
+            _sync(self._layer(index) / _CHANGED)
         self._keep(_TUNED, report.model_dump())
 
     @property

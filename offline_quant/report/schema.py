@@ -147,7 +147,7 @@ class ModelReport(Report):
         options: options as the checkpoint records them.
         sanity: None after `--plan`.
         model_budget: None where every layer has a budget of its own.
-        model_tuning: None without `--tune-model`.
+        model_tuning: None without `--tune-model` or `--tune-codes`.
         layers: MoE layers in the model's order.
         dense_layers: None where the other linear layers are not quantized.
         forecast: the quality to expect; None but after `--plan` with an objective that predicts errors, or with bits
@@ -173,7 +173,7 @@ class ModelReport(Report):
         lines, options = [str(self.forecast)], self.options
         if (target := options.get("target_kl")) is not None:
             lines.insert(0, f"Picked for --target-kl {target:g}: --bits {options['bits']:g}")
-        if options.get("tune") or options.get("tune_model"):
+        if any(options.get(name) for name in ("tune", "tune_model", "tune_codes")):
             lines.append("The forecast is for runs without tuning, which does better")
         return lines
 

@@ -1,11 +1,12 @@
-"""Tuning of a quantized model as a whole: the scales of all layers, against the predictions of the original model.
+"""Tuning of a quantized model as a whole: scales and codes of all layers, against the original model's predictions.
 
 Layers are quantized and tuned for their own outputs. How much an error of a layer matters, only the layers after it
-tell. Here gradients of the divergence from the original's predictions pass through all of them. Codes stay as they are
-(compare the end-to-end phase of EfficientQAT, arXiv 2407.11062).
+tell. Here gradients of the divergence from the original's predictions pass through all of them. Scales alone take
+little memory (compare the end-to-end phase of EfficientQAT, arXiv 2407.11062). Codes do more (compare PV-Tuning, arXiv
+2405.14852), but their latent values and moments stay in memory.
 
-One layer is in memory at a time: it runs forwards without gradients, and again when the gradient of its output is
-known. Hidden states between layers are kept for the windows of one step.
+One layer is in memory at a time but for those: it runs forwards without gradients, and again when the gradient of its
+output is known. Then it takes its step. Hidden states between layers are kept for the windows of one step.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,18 +20,21 @@ from torch import Tensor, nn
 
 from bitsmoe_kernels.expert_mlp import activated, input_matrices
 from bitsmoe_kernels.format.schema import Layer, ProjectionName
-from bitsmoe_kernels.reference import LayerWeights, ProjectionWeights
+from bitsmoe_kernels.reference import LayerWeights
 from offline_quant.model.sizes import FLOAT, RunSizes
 from offline_quant.model.streaming import Head, StreamedModel
-from offline_quant.rounding.tuning import ScaleChanges
+from offline_quant.rounding.tuned_projection import TunedProjection, tuned_projections
+from offline_quant.runtime.device import bfloat16_products
 
 STEP_TOKENS = 2_048
 """Tokens of one step."""
-PASSES = 2
-"""How often all windows are gone through."""
+PASSES, CODE_PASSES = 2, 4
+"""How often all windows are gone through: for scales alone, and for codes, which take many steps to change."""
 RATE = 0.005
 """Initial Adam rate of scales, relative, per step, for a divergence of 1; it decays linearly to 0. A smaller divergence
 has smaller errors behind it, by the root: the rate goes with that. With a fixed one small errors are overfitted."""
+CODE_RATE = 0.03
+"""Initial Adam rate of codes, in levels per step; it decays linearly to 0."""
 WARM_UP = 4
 """Steps in which the rate grows to its initial value."""
 HEAD_TOKENS = 1_024
@@ -63,50 +67,39 @@ class TunedModel(NamedTuple):
     """The result.
 
     Attributes:
-        scales: new tensors of every layer, float16, on the CPU; none where tuning did not lower the divergence.
+        tensors: new scales and codes of every layer, on the CPU; none where tuning did not lower the divergence.
         before, after: divergence from the original on the judged windows, nats per token.
         states: float32 [judged, L, H], hidden states of the judged windows that leave the tuned model's last layer.
     """
 
-    scales: dict[int, dict[str, Tensor]]
+    tensors: dict[int, dict[str, Tensor]]
     before: float
     after: float
     states: Tensor
 
 
-def _projected(changes: ScaleChanges, weights: ProjectionWeights, expert: int, x: Tensor, z: Tensor) -> Tensor:
-    """As `ProjectionWeights.forward`, with changed scales and gradients."""
-    if expert in weights.spec.kept_experts:
-        return weights.forward(expert, x, z)
-    q, (s, t), order = weights.levels(expert), changes.scales(weights, expert), weights.order(expert)
-    if order is not None:
-        # Rows of codes are sorted instead of activations, whose gradient takes far longer.
-        places = order.argsort()
-        q, s = q[places], s[places]
-    return weights.product(expert, x, z, q, s, t, None)
-
-
 class _Tuner:
-    """A model with quantized experts whose scales are parameters.
+    """A model with quantized experts whose scales, and codes, are parameters.
 
     Args:
         model: the original, its layers outside the experts as in the result.
         stored: its quantized experts.
+        codes: whether codes are parameters.
     """
 
-    def __init__(self, model: StreamedModel, stored: StoredLayers):
+    def __init__(self, model: StreamedModel, stored: StoredLayers, codes: bool = False):
         self.model, self.stored = model, stored
-        self.changes: dict[int, dict[ProjectionName, ScaleChanges]] = {
-            index: {
-                name: ScaleChanges(layer.components(name), layer.features(name), layer.num_experts, model.device)
-                for name in layer.projections
-            }
-            for index, layer in stored.schemas.items()
+        self.changes = {
+            index: tuned_projections(stored.weights(index, model.device), codes) for index in stored.schemas
         }
 
-    def parameters(self) -> list[nn.Parameter]:
-        """All scales."""
-        return [p for parts in self.changes.values() for part in parts.values() for p in part.parameters()]
+    def groups(self, index: int, divergence: float) -> list[dict[str, Any]]:
+        """Parameters of a layer by their initial rates, for a model of some divergence from the original."""
+        parts = self.changes[index].values()
+        scales = [p for part in parts for p in part.scale_parameters()]
+        codes = [p for part in parts for p in part.code_parameters()]
+        rates = [RATE * min(1.0, divergence**0.5), CODE_RATE]
+        return [{"params": p, "rate": rate} for p, rate in zip((scales, codes), rates, strict=True) if p]
 
     @contextmanager
     def _layer(self, index: int) -> Iterator[nn.Module]:
@@ -119,25 +112,31 @@ class _Tuner:
             yield module
 
     def _experts(
-        self, weights: LayerWeights, changes: dict[ProjectionName, ScaleChanges], x: Tensor, ids: Tensor, shares: Tensor
+        self,
+        weights: LayerWeights,
+        changes: dict[ProjectionName, TunedProjection],
+        x: Tensor,
+        ids: Tensor,
+        shares: Tensor,
     ) -> Tensor:
         """Output of the routed experts, [T, H]: in place of the module's own `forward`."""
         flat = x.reshape(-1, x.shape[-1])
         parts = weights.projections
         z = {name: part.project(flat) for name, part in parts.items() if name != "down"}
-        y = torch.zeros_like(flat)
+        y = torch.zeros_like(flat, dtype=torch.float32)
         for e in ids.unique().tolist():
             token, slot = (ids == e).nonzero(as_tuple=True)
             # Of `x[token]` the gradient takes far longer on a CPU.
             own = flat.index_select(0, token)
             outputs = [
-                _projected(changes[name], parts[name], e, own, own if part is flat else part.index_select(0, token))
+                changes[name](parts[name], e, own, own if part is flat else part.index_select(0, token))
                 for name, part in z.items()
             ]
             act = weights.layer.hidden_act
-            h = activated(torch.cat(outputs, -1).chunk(input_matrices(act), -1), act)
-            out = _projected(changes["down"], parts["down"], e, h, parts["down"].project(h))
-            y = y.index_add(0, token, out * shares[token, slot, None])
+            pre = torch.cat(outputs, -1).float()  # products may be bfloat16
+            h = activated(pre.chunk(input_matrices(act), -1), act)
+            out = changes["down"](parts["down"], e, h, parts["down"].project(h))
+            y = y.index_add(0, token, out.float() * shares[token, slot, None].float())
         return y.view_as(x)
 
     def forward(self, windows: Tensor, on_layer: Callable[[], None]) -> list[Tensor]:
@@ -150,14 +149,13 @@ class _Tuner:
             on_layer()
         return entering
 
-    def backward(self, windows: Tensor, entering: list[Tensor], gradient: Tensor, on_layer: Callable[[], None]) -> None:
-        """Adds to the gradients of all scales.
+    def backward(self, windows: Tensor, entering: list[Tensor], gradient: Tensor) -> Iterator[int]:
+        """Adds to the gradients of all parameters, layer by layer; yields the index of each layer that is done.
 
         Args:
             windows: token ids, int64 [n, L].
             entering: see `forward`, without what leaves the last layer; is emptied.
             gradient: at what leaves the last layer.
-            on_layer: called after each layer.
         """
         arguments = self.model.arguments(windows)
         for index in reversed(range(self.model.num_layers)):
@@ -167,7 +165,7 @@ class _Tuner:
                     self.model.run(module, entered, arguments).backward(gradient)
                 assert entered.grad is not None
                 gradient = entered.grad
-            on_layer()
+            yield index
 
 
 def _divergence(model: StreamedModel, head: Head, hidden: Tensor, wanted: Tensor) -> tuple[float, Tensor]:
@@ -193,8 +191,9 @@ def tune_model(
     judged: int,
     seed: int = 0,
     on_layer: Callable[[], None] = lambda: None,
+    codes: bool = False,
 ) -> TunedModel:
-    """Tune the scales of all layers.
+    """Tune the scales of all layers, and their codes.
 
     Args:
         model: the original, its layers outside the experts as in the result.
@@ -204,8 +203,9 @@ def tune_model(
         judged: that many windows, the first, judge the result.
         seed: of the order of windows.
         on_layer: called after every layer, `layer_visits` times.
+        codes: whether codes change, and not scales alone.
     """
-    tuner, head = _Tuner(model, stored), model.head
+    tuner, head = _Tuner(model, stored, codes), model.head
 
     def aim(rows: Sequence[int]) -> Tensor:
         return torch.stack([wanted(i) for i in rows]).to(model.device)
@@ -218,25 +218,38 @@ def tune_model(
         return total / windows[:judged].numel(), torch.cat(states).cpu()
 
     before, _ = judge(tuner)
-    rate = RATE * min(1.0, before**0.5)
-    optimizer = torch.optim.Adam(tuner.parameters(), lr=0.0, betas=(0.9, 0.99), eps=1e-20)
-    steps = _steps(windows, seed)
+    optimizers = {index: _optimizer(tuner.groups(index, before)) for index in tuner.changes}
+    steps = _steps(windows, seed, codes)
     for number, rows in enumerate(steps):
-        optimizer.param_groups[0]["lr"] = rate * min(1, (number + 1) / WARM_UP) * (1 - number / len(steps))
-        optimizer.zero_grad()
+        share = min(1, (number + 1) / WARM_UP) * (1 - number / len(steps))
         batch = windows[rows]
-        entering = tuner.forward(batch, on_layer)
-        gradient = _divergence(model, head, entering.pop(), aim(rows))[1]
-        tuner.backward(batch, entering, gradient / batch.numel(), on_layer)
-        optimizer.step()
-    scales: dict[int, dict[str, Tensor]] = {}
+        with bfloat16_products(model.device):
+            entering = tuner.forward(batch, on_layer)
+            gradient = _divergence(model, head, entering.pop(), aim(rows))[1]
+            for index in tuner.backward(batch, entering, gradient / batch.numel()):
+                if index in optimizers:
+                    _step(optimizers[index], share)
+                on_layer()
+    found: dict[int, dict[str, Tensor]] = {}
     for index, parts in tuner.changes.items():
         weights = stored.weights(index, model.device).projections
-        scales[index] = {k: v for name, part in parts.items() for k, v in part.tensors(weights[name]).items()}
+        found[index] = {k: v for name, part in parts.items() for k, v in part.tensors(weights[name]).items()}
     # Judged as the file has them: float16 may round away what little there was to gain.
-    rounded = replace(stored, load=lambda index: stored.load(index) | scales[index])
+    rounded = replace(stored, load=lambda index: stored.load(index) | found[index])
     after, states = judge(_Tuner(model, rounded))
-    return TunedModel(scales if after < before else {}, before, after, states)
+    return TunedModel(found if after < before else {}, before, after, states)
+
+
+def _optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99), eps=1e-20, fused=True)
+
+
+def _step(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """A step at a share of the initial rates. Gradients are released."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["rate"] * share
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _batches(rows: Sequence[int], windows: Tensor) -> list[list[int]]:
@@ -245,21 +258,25 @@ def _batches(rows: Sequence[int], windows: Tensor) -> list[list[int]]:
     return [list(rows[at : at + size]) for at in range(0, len(rows), size)]
 
 
-def _steps(windows: Tensor, seed: int) -> list[list[int]]:
+def _passes(codes: bool) -> int:
+    return CODE_PASSES if codes else PASSES
+
+
+def _steps(windows: Tensor, seed: int, codes: bool) -> list[list[int]]:
     """Windows of every step."""
     generator = torch.Generator().manual_seed(seed)
-    passes = (torch.randperm(len(windows), generator=generator).tolist() for _ in range(PASSES))
+    passes = (torch.randperm(len(windows), generator=generator).tolist() for _ in range(_passes(codes)))
     return [rows for order in passes for rows in _batches(order, windows)]
 
 
-def layer_visits(layers: int, windows: Tensor, judged: int) -> int:
+def layer_visits(layers: int, windows: Tensor, judged: int, codes: bool = False) -> int:
     """How often `tune_model` calls `on_layer`."""
-    steps = PASSES * len(_batches(range(len(windows)), windows))
+    steps = _passes(codes) * len(_batches(range(len(windows)), windows))
     return 2 * layers * (len(_batches(range(judged), windows)) + steps)
 
 
-def tuning_bytes(sizes: RunSizes) -> int:
-    """Bytes of memory that `tune_model` takes: scales, moments, gradients; hidden states; logits or a layer."""
+def tuning_bytes(sizes: RunSizes, codes: bool = False) -> int:
+    """Bytes of memory that `tune_model` takes: what is tuned, with moments; hidden states; logits or a layer."""
     s = sizes.shape
     H, I = s.hidden_size, s.intermediate_size  # noqa: E741
     matrices = 1 + s.input_matrices
@@ -268,8 +285,10 @@ def tuning_bytes(sizes: RunSizes) -> int:
     logits = FLOAT * sizes.vocabulary * (sizes.hidden_size + LOGIT_COPIES * min(step, HEAD_TOKENS))
     gradients = sizes.length * (sizes.top_k * (4 * H + 8 * I) + sizes.attention_values)
     layer = sizes.decoder_bytes + sizes.coded_bytes + FLOAT * (matrices * H * I + gradients)
+    latent = FLOAT * s.num_experts * matrices * H * I * (3 * len(s.layers) + 2) if codes else 0
     return (
-        FLOAT * (4 * scales + step * sizes.state_values * (sizes.num_layers + 4))
+        latent
+        + FLOAT * (4 * scales + step * sizes.state_values * (sizes.num_layers + 4))
         + sizes.mapped_bytes
         + max(logits, layer)
     )

@@ -1,5 +1,7 @@
 """The device that layers are worked on."""
 
+from contextlib import AbstractContextManager
+
 import torch
 
 from bitsmoe_kernels.errors import BitsmoeError
@@ -22,3 +24,9 @@ def check_device(device: str) -> None:
             f"--device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA device(s); use one of "
             "those, or --device cpu"
         )
+
+
+def bfloat16_products(device: torch.device) -> AbstractContextManager[object]:
+    """Within this, matrix products and attention take bfloat16 where the device has instructions for it."""
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast, cache_enabled=False)

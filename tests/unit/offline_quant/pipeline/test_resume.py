@@ -401,16 +401,20 @@ def test_tuning_resumes_too_and_wants_one_process(source, tmp_path, monkeypatch)
     assert contents(tmp_path / "q") == contents(reference)
     with pytest.raises(BitsmoeError, match="--tune: experts are fitted one after another, in one process"):
         quantize_model(str(source), tmp_path / "other", config, workers=Half(0))
-    with pytest.raises(BitsmoeError, match="--tune-model: the whole model is tuned in one process"):
-        quantize_model(str(source), tmp_path / "other", options(source, tune_model=True), workers=Half(0))
+    for option in ("tune_model", "tune_codes"):
+        with pytest.raises(BitsmoeError, match=f"--{option.replace('_', '-')}: the whole model is tuned in one proces"):
+            quantize_model(str(source), tmp_path / "other", options(source, **{option: True}), workers=Half(0))
 
 
-def test_tuning_of_the_model_changes_scales_only_and_goes_on_after_a_death(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("option", "kinds"), [("tune_model", {"scale"}), ("tune_codes", {"scale", "codes"})])
+def test_tuning_of_the_model_changes_what_it_says_and_goes_on_after_a_death(
+    option: str, kinds: set[str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model_tuning_module, "RATE", 0.2)  # few steps, and a small divergence
+    monkeypatch.setattr(model_tuning_module, "CODE_PASSES", 40)  # codes move slowly
     reports: list[ModelReport] = []
-    plain, config = (options(source, bits=3.0, tune_model=on) for on in (False, True))
+    rough = {"bits": 2.0, "feedback": False, "without": ("correction",)}  # something is left to tuning
+    plain, config = (options(source, **rough, **{option: on}) for on in (False, True))
     for name, given in (("plain", plain), ("tuned", config)):
         result = quantize_model(str(source), tmp_path / name, given)
         assert result is not None
@@ -423,7 +427,7 @@ def test_tuning_of_the_model_changes_scales_only_and_goes_on_after_a_death(
     assert f"{tuning.kl_before:.4g} -&gt; {tuning.kl_after:.4g}" in (tmp_path / "tuned" / PAGE_FILE).read_text()
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "tuned"))
     changed = {name.rpartition("_")[2] for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"scale"}
+    assert changed == kinds
     # The verdict is on the tuned model, whose predictions differ from those of the one before.
     assert reports[0].sanity != reports[1].sanity
 

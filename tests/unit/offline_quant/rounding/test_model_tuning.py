@@ -52,6 +52,7 @@ def noisy_states(directory: Path, windows: Tensor, noise: float) -> Callable[[in
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("codes", [False, True], ids=["scales", "codes"])
 @pytest.mark.parametrize(
     ("architecture", "form"),
     [
@@ -59,20 +60,21 @@ def noisy_states(directory: Path, windows: Tensor, noise: float) -> Callable[[in
         *(("Qwen3MoeForCausalLM", f) for f in ("expert_order_basis", "paper", "extras")),
     ],
 )
-def test_gradients_are_those_of_the_whole_model(architecture: str, form: str, tmp_path: Path) -> None:
+def test_gradients_are_those_of_the_whole_model(architecture: str, form: str, codes: bool, tmp_path: Path) -> None:
     directory, family = make_quantized(architecture, tmp_path / "model", form), FAMILIES[architecture]
     stored, model = stored_layers(directory), StreamedModel(open_model(directory))
     wanted = noisy_states(directory, IDS, 0.3)
-    tuner = model_tuning._Tuner(model, stored)
+    tuner = model_tuning._Tuner(model, stored, codes)
     entering = tuner.forward(IDS, lambda: None)
     aim = torch.stack([wanted(i) for i in range(len(IDS))])
     lost, gradient = model_tuning._divergence(model, model.head, entering.pop(), aim)
-    tuner.backward(IDS, entering, gradient, lambda: None)
+    assert list(tuner.backward(IDS, entering, gradient)) == list(reversed(range(model.num_layers)))
 
     dequantize_checkpoint(directory, tmp_path / "plain", torch.float32)
     whole = whole_model(tmp_path / "plain")
     decoder = next(name for name, module in whole.named_modules() if module is whole.get_decoder())
     changes: dict[tuple[int, str, str], Tensor] = {}
+    levels: dict[tuple[int, str], list[Tensor]] = {}
     weights = {}
     for index in stored.schemas:
         given = stored.load(index)
@@ -82,6 +84,10 @@ def test_gradients_are_those_of_the_whole_model(architecture: str, form: str, tm
                 changes[index, name, side] = torch.zeros(given[key].shape, requires_grad=True)
                 given[key] = given[key].float() * (1 + changes[index, name, side])
         layer = LayerWeights(stored.schemas[index], stored.block_size, given)
+        if codes:
+            for name, part in layer.projections.items():
+                levels[index, name] = [q.requires_grad_() for q in map(part.levels, range(layer.layer.num_experts))]
+                vars(part)["levels"] = levels[index, name].__getitem__
         experts = as_read(layer, range(stored.schemas[index].num_experts))
         name = f"{decoder}.layers.{index}.{family.module_experts}"
         weights |= {f"{name}.{n}": w for n, w in module_tensors(family, experts).items()}
@@ -103,6 +109,22 @@ def test_gradients_are_those_of_the_whole_model(architecture: str, form: str, tm
         assert change.grad is not None
         assert float((found - change.grad).norm()) <= 2e-3 * float(change.grad.norm()), (index, name, side)
         moved += float(found.norm())
+    coded = 0.0
+    for (index, name), given_levels in levels.items():
+        part, latent = stored.weights(index, model.device).projections[name], tuner.changes[index][name].latent
+        assert latent is not None
+        width = part.part("bits").repeat_interleave(part.block_size, 1)
+        for e, q in enumerate(given_levels):
+            order, own = part.order(e), latent.levels[e].grad
+            if own is None:  # an expert that is kept, or that no token reaches
+                assert q.grad is None or not q.grad.any()
+                continue
+            assert q.grad is not None
+            whole_grad = q.grad * (width[e, : len(q), None] > 0)  # rows of no bits have no codes
+            off = (own if order is None else own[order]) - whole_grad
+            assert float(off.norm()) <= 2e-3 * float(q.grad.norm()), (index, name, e)
+            coded += float(whole_grad.norm())
+    assert (coded > 0) == codes
     assert moved > 0
 
 
@@ -120,28 +142,31 @@ def spoiled(tmp_path: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.slow
-def test_tuning_finds_scales_that_were_spoiled(spoiled: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("codes", [False, True], ids=["scales", "codes"])
+def test_tuning_finds_scales_that_were_spoiled(
+    codes: bool, spoiled: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     good, bad = spoiled
     monkeypatch.setattr(model_tuning, "STEP_TOKENS", 128)
-    monkeypatch.setattr(model_tuning, "PASSES", 6)
+    monkeypatch.setattr(model_tuning, "CODE_PASSES" if codes else "PASSES", 6)
     monkeypatch.setattr(model_tuning, "RATE", 0.07)
     windows = torch.randint(4096, (16, 32), generator=torch.Generator().manual_seed(2))
     stored, model, visits = stored_layers(bad), StreamedModel(open_model(bad)), []
     wanted = noisy_states(good, windows, 0)
-    found = tune_model(model, stored, windows, wanted, 2, on_layer=lambda: visits.append(1))
-    assert len(visits) == layer_visits(model.num_layers, windows, 2)
+    found = tune_model(model, stored, windows, wanted, 2, on_layer=lambda: visits.append(1), codes=codes)
+    assert len(visits) == layer_visits(model.num_layers, windows, 2, codes)
     assert found.after < 0.6 * found.before
     given = stored.load(0)
-    assert {k: (v.dtype, v.shape) for k, v in found.scales[0].items()} == {
-        k: (v.dtype, v.shape) for k, v in given.items() if k.endswith("_scale")
+    assert {k: (v.dtype, v.shape) for k, v in found.tensors[0].items()} == {
+        k: (v.dtype, v.shape) for k, v in given.items() if k.endswith(("_scale", "_codes") if codes else "_scale")
     }
-    # The judged divergence is that of the scales as they are stored, and of no other tensors.
-    tuned = StoredLayers(stored.schemas, stored.block_size, lambda i: stored.load(i) | found.scales[i])
+    # The judged divergence is that of the tensors as they are stored.
+    tuned = StoredLayers(stored.schemas, stored.block_size, lambda i: stored.load(i) | found.tensors[i])
     tuner = model_tuning._Tuner(model, tuned)
     states = tuner.forward(windows[:2], lambda: None)[-1]
     assert torch.equal(states, found.states)
-    again = tune_model(model, stored, windows, wanted, 2)
-    assert all(torch.equal(again.scales[i][k], v) for i, scales in found.scales.items() for k, v in scales.items())
+    again = tune_model(model, stored, windows, wanted, 2, codes=codes)
+    assert all(torch.equal(again.tensors[i][k], v) for i, tensors in found.tensors.items() for k, v in tensors.items())
 
 
 def test_scales_that_lower_nothing_are_not_kept(spoiled: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,5 +175,5 @@ def test_scales_that_lower_nothing_are_not_kept(spoiled: tuple[Path, Path], monk
     windows = IDS[:, :16]
     model = StreamedModel(open_model(bad))
     found = tune_model(model, stored_layers(bad), windows, noisy_states(good, windows, 0), 1)
-    assert found.scales == {}
+    assert found.tensors == {}
     assert not found.after < found.before
