@@ -105,15 +105,15 @@ def tally(model: StreamedModel, windows: Tensor, hidden: Iterable[Tensor]) -> Ta
     return Tally(nll, len(target), torch.bincount(likeliest.cpu(), minlength=start))
 
 
-def advice(tuned: bool, codes_tuned: bool, natural: bool) -> str:
+def advice(tuned: bool, model_tuned: bool, natural: bool) -> str:
     """What to do about a degenerate model: only what was not done.
 
     Args:
         tuned: it was made with `--tune`.
-        codes_tuned: it was made with `--tune-codes`.
+        model_tuned: it was made with `--tune-model` or `--tune-codes`.
         natural: all of its layers have natural channels.
     """
-    gradients = [option for option, done in (("--tune", tuned), ("--tune-codes", codes_tuned)) if not done]
+    gradients = [option for option, done in (("--tune", tuned), ("--tune-model", model_tuned)) if not done]
     remedies = [
         "give more bits (--bits)",
         *(["tune it (" + " ".join(gradients) + ")"] if gradients else []),

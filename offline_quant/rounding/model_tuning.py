@@ -28,7 +28,7 @@ from offline_quant.runtime.device import bfloat16_products
 
 STEP_TOKENS = 2_048
 """Tokens of one step."""
-PASSES, CODE_PASSES = 2, 4
+PASSES, CODE_PASSES = 2, 8
 """How often all windows are gone through: for scales alone, and for codes, which take many steps to change."""
 RATE = 0.005
 """Initial Adam rate of scales, relative, per step, for a divergence of 1; it decays linearly to 0. A smaller divergence

@@ -44,8 +44,8 @@ def test_a_lost_model_is_broken(nll):
 @pytest.mark.parametrize(
     ("done", "words"),
     [
-        ((False, False, False), ["--bits", "--tune --tune-codes", "--calib", "--basis natural"]),
-        ((True, False, False), ["--bits", "(--tune-codes)", "--calib", "--basis natural"]),
+        ((False, False, False), ["--bits", "--tune --tune-model", "--calib", "--basis natural"]),
+        ((True, False, False), ["--bits", "(--tune-model)", "--calib", "--basis natural"]),
         ((False, True, True), ["--bits", "(--tune)", "--calib"]),
         ((True, True, True), ["--bits", "--calib"]),
     ],

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from bitsmoe_kernels.format.checkpoint import Checkpoint
-from bitsmoe_kernels.models.families import FAMILIES, moe_shape
+from bitsmoe_kernels.models.families import FAMILIES, decoder_of, moe_shape
 from bitsmoe_kernels.reference import LayerWeights
 from families import IDS, family_cases, make_quantized, whole_model
 from offline_quant.checkpoint.dequantize import dequantize_checkpoint
@@ -72,7 +72,7 @@ def test_gradients_are_those_of_the_whole_model(architecture: str, form: str, co
 
     dequantize_checkpoint(directory, tmp_path / "plain", torch.float32)
     whole = whole_model(tmp_path / "plain")
-    decoder = next(name for name, module in whole.named_modules() if module is whole.get_decoder())
+    decoder = next(name for name, module in whole.named_modules() if module is decoder_of(whole))
     changes: dict[tuple[int, str, str], Tensor] = {}
     levels: dict[tuple[int, str], list[Tensor]] = {}
     weights = {}
@@ -95,7 +95,7 @@ def test_gradients_are_those_of_the_whole_model(architecture: str, form: str, co
     with torch.no_grad():
         normed = aim
         for name in family.module_tail:
-            normed = whole.get_decoder().get_submodule(name)(normed)
+            normed = decoder_of(whole).get_submodule(name)(normed)
         finish = next((f for start, f in LOGITS.items() if architecture.startswith(start)), lambda x: x)
         target = finish(whole.lm_head(normed)).log_softmax(-1)
     loss = (target.exp() * (target - logits.log_softmax(-1))).sum()
