@@ -97,6 +97,7 @@ GROUPS: dict[str, list[Row]] = {
     "main": [
         *_ours("bitsmoe", BITS),
         *_ours("bitsmoe --tune", (1.75, 2.125, 3.125), tune=True),
+        *_ours("bitsmoe --tune --tune-codes", (2.125,), tune=True, tune_codes=True),
         *(Row("GPTQ g128, static order", "gptq", b) for b in (2, 3)),
         *(Row("GPTQ g128, its strongest settings", "gptq", b, options=STRONG) for b in (2,)),
         *(Row("AutoRound g128, 200 iterations", "autoround", b) for b in (2, 3)),

@@ -97,7 +97,7 @@ def test_gradients_are_those_of_the_whole_model(architecture: str, form: str, co
         for name in family.module_tail:
             normed = decoder_of(whole).get_submodule(name)(normed)
         finish = next((f for start, f in LOGITS.items() if architecture.startswith(start)), lambda x: x)
-        target = finish(whole.lm_head(normed)).log_softmax(-1)
+        target = finish(whole.get_output_embeddings()(normed)).log_softmax(-1)
     loss = (target.exp() * (target - logits.log_softmax(-1))).sum()
     assert lost == pytest.approx(float(loss.detach()), rel=1e-3)
     loss.backward()
