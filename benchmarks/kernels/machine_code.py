@@ -29,7 +29,6 @@ NOT_ALU = MATRIX | {
     "BRA", "BSSY", "BSYNC", "EXIT", "NOP", "NANOSLEEP", "R2UR", "S2UR",
 }  # fmt: skip
 """Matrix, memory, barrier, control and (by their U) uniform-datapath instructions are no ALU work."""
-PREFETCH = "CCTL"
 WARP = 32
 
 
@@ -112,6 +111,15 @@ def compiled(
     return triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=options)
 
 
+def gemm_sources(tile: Tile) -> tuple[Any, Any]:
+    """The functions of gate and up and of down for a tile."""
+    if not tile.direct:
+        return gemm.gate_up_kernel, gemm.down_kernel
+    from bitsmoe_kernels._triton import direct
+
+    return direct.gate_up_direct, direct.down_direct
+
+
 def gemm_kernels(
     capability: int, tile: Tile, fp16: bool, widths: int, act: int = 0, bias: bool = False
 ) -> Iterator[tuple[str, Any]]:
@@ -125,12 +133,8 @@ def gemm_kernels(
         "BN": 2 * TILE, "BT": tile.tokens, "DENSE": False, "BIAS": bias, "WIDTHS": widths,
         "KWIDTH": kwidth_of(capability), "FP16": fp16,
     }  # fmt: skip
-    if tile.direct:
-        from bitsmoe_kernels._triton import direct
-
-        gate_up, second = direct.gate_up_direct, direct.down_direct
-    else:
-        gate_up, second = gemm.gate_up_kernel, gemm.down_kernel
+    gate_up, second = gemm_sources(tile)
+    if not tile.direct:
         common |= {"ASM": True, "UNROLL": tile.unroll, "STAGES": tile.stages}
     inputs = {"NCORR": 4, "NCORR_POW2": 4, "CORR_CHUNK": 512, "OUT_NCORR": 12, "SPLIT": False, "FUSED": True,
               "ACT": act}  # fmt: skip
@@ -210,7 +214,7 @@ def overwritten(lines: list[str]) -> list[str]:
     A product ends at the `WARPGROUP.DEPBAR` that waits for its group. The body of a loop is gone through twice: what
     its last turn began is in flight in the next.
     """
-    code, labels = _instructions(lines)
+    code, labels = instructions(lines)
     found: list[str] = []
     groups: list[set[int]] = [set()]
     """Registers of each group of products in flight; the last one is still open."""
@@ -239,7 +243,7 @@ def overwritten(lines: list[str]) -> list[str]:
     return found
 
 
-def _instructions(lines: list[str]) -> tuple[list[str], dict[str, int]]:
+def instructions(lines: Sequence[str]) -> tuple[list[str], dict[str, int]]:
     """A disassembly's instructions, and where its labels stand among them."""
     code: list[str] = []
     labels: dict[str, int] = {}
@@ -251,9 +255,9 @@ def _instructions(lines: list[str]) -> tuple[list[str], dict[str, int]]:
     return code, labels
 
 
-def _listing(lines: list[str]) -> tuple[list[str], list[tuple[int, int]]]:
-    """Opcodes of all instructions, and the first and last of every innermost loop, in order."""
-    code, labels = _instructions(lines)
+def loops(lines: list[str]) -> list[list[str]]:
+    """Bodies of all innermost loops that hold matrix instructions: opcodes without modifiers."""
+    code, labels = instructions(lines)
     spans = []
     for end, text in enumerate(code):
         target = re.search(r"\bBRA\b.*?(\.L_x_\d+)", text)
@@ -261,37 +265,8 @@ def _listing(lines: list[str]) -> tuple[list[str], list[tuple[int, int]]]:
         if target and labels.get(target[1], len(code)) < end:
             spans.append((labels[target[1]], end))
     inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
-    return [_opcode(text) for text in code], sorted(inner)
-
-
-def loops(lines: list[str]) -> list[list[str]]:
-    """Bodies of all innermost loops that hold matrix instructions: opcodes without modifiers."""
-    code, spans = _listing(lines)
-    return [body for a, b in spans if MATRIX & set(body := code[a : b + 1])]
-
-
-def executed(lines: list[str], turns: Sequence[int], other_turns: int) -> int:
-    """Instructions that a warp executes, but for branches that skip some.
-
-    Args:
-        lines: see `machine_code`.
-        turns: of the loops with matrix instructions, in the order of the code.
-        other_turns: of every other innermost loop; those that only ask for memory are taken once.
-
-    Raises:
-        ValueError: there is another number of loops with matrix instructions.
-    """
-    code, spans = _listing(lines)
-    total, at = len(code) - code.count("NOP"), 0
-    for a, b in spans:
-        body, times = code[a : b + 1], 1 if PREFETCH in code[a : b + 1] else other_turns
-        if MATRIX & set(body):
-            times = turns[at] if at < len(turns) else 0
-            at += 1
-        total += (times - 1) * len(body)
-    if at != len(turns):
-        raise ValueError(f"the code has {at} loops with matrix instructions, but {len(turns)} are expected")
-    return total
+    opcodes = [_opcode(text) for text in code]
+    return [body for a, b in sorted(inner) if MATRIX & set(body := opcodes[a : b + 1])]
 
 
 def _opcode(text: str) -> str:

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
-from benchmarks.kernels.estimate import APART, LAUNCH, READ, USABLE, Gpu, Launch
-from benchmarks.kernels.machine_code import executed
+from benchmarks.kernels.estimate import APART, LAUNCH, OLDER, READ, USABLE, Gpu, Launch, Programs
 from builders import REPO
 
-GPU = Gpu("made up", 90, 10, 1.0, 1e6, 100 << 10, 64)
-LAUNCHED = Launch("kernel", 10, 4, 1000, 2, 0, 128, 1024)
+GPU = Gpu("made up", 90, 10, 1.0, 1e6, 1e6, 100 << 10, 64)
+LAUNCHED = Launch("kernel", (Programs(10, 1000, 2),), 4, 0, False, 128, 1024)
+
+
+def with_programs(count: int) -> Launch:
+    return replace(LAUNCHED, programs=(Programs(count, 1000, 2),))
 
 
 def test_one_program_on_each_multiprocessor() -> None:
@@ -24,10 +27,10 @@ def test_one_program_on_each_multiprocessor() -> None:
 def test_programs_share_a_multiprocessor_or_take_turns() -> None:
     # 128 registers of 128 threads: four programs at once, 16 warps, so each of four schedulers has four of them.
     one_round = 2 * READ + 1000 * 4 / 1e3
-    assert replace(LAUNCHED, programs=40).microseconds(GPU) == pytest.approx(LAUNCH + one_round)
-    assert replace(LAUNCHED, programs=80).microseconds(GPU) == pytest.approx(LAUNCH + 2 * one_round)
+    assert with_programs(40).microseconds(GPU) == pytest.approx(LAUNCH + one_round)
+    assert with_programs(80).microseconds(GPU) == pytest.approx(LAUNCH + 2 * one_round)
     # Twice the shared memory that four of them have.
-    crowded = replace(LAUNCHED, programs=40, shared_bytes=50 << 10)
+    crowded = replace(with_programs(40), shared_bytes=50 << 10)
     assert crowded.microseconds(GPU) == pytest.approx(LAUNCH + 2 * (2 * READ + 1000 * APART / 1e3))
 
 
@@ -35,19 +38,21 @@ def test_memory_is_the_limit_of_large_launches() -> None:
     assert replace(LAUNCHED, bytes=1e8).microseconds(GPU) == pytest.approx(LAUNCH + 100 / USABLE)
 
 
-def listing(*instructions: str) -> list[str]:
-    return [t if t.startswith(".") else f"        /*{i:04x}*/    {t} ;" for i, t in enumerate(instructions)]
+def test_matrix_units_are_the_limit_of_many_products() -> None:
+    many = replace(LAUNCHED, programs=(Programs(10, 1000, 2, 1e7),))
+    assert many.microseconds(GPU) == pytest.approx(LAUNCH + 100 / USABLE)
+    assert replace(many, older=True).microseconds(GPU) == pytest.approx(LAUNCH + 100 / USABLE / OLDER)
 
 
-def test_instructions_that_a_warp_executes() -> None:
-    code = listing(
-        "MOV R1, R2", ".L_x_1:", "LDG.E R3, [R4]", "HMMA.16816 R4, R5, R6, R7", "@P0 BRA `(.L_x_1)",
-        ".L_x_2:", "CCTL.PF2 [R2]", "@P0 BRA `(.L_x_2)", ".L_x_3:", "FADD R1, R2, R3", "@P1 BRA `(.L_x_3)", "EXIT",
-        ".L_x_4:", "BRA `(.L_x_4)", "NOP",
-    )  # fmt: skip
-    assert executed(code, [5], 8) == 1 + 5 * 3 + 2 + 8 * 2 + 2
-    with pytest.raises(ValueError, match="1 loops with matrix instructions, but 2 are expected"):
-        executed(code, [5, 1], 8)
+def test_two_kinds_of_programs_in_one_launch() -> None:
+    """Each multiprocessor has one of either, side by side; no launch is shorter than its longest program."""
+    two = replace(LAUNCHED, programs=(Programs(10, 1000, 2), Programs(10, 4000, 2)))
+    assert two.microseconds(GPU) == pytest.approx(LAUNCH + 2 * READ + 4000 * APART / 1e3)
+    four = replace(two, programs=(*two.programs, *two.programs))
+    assert four.microseconds(GPU) == pytest.approx(LAUNCH + 2 * READ + 4000 * 4 / 1e3)
+    assert replace(four, registers=256).microseconds(GPU) == pytest.approx(
+        LAUNCH + ((2 * READ + 1000 * APART / 1e3) + (2 * READ + 4000 * APART / 1e3))
+    )
 
 
 @pytest.mark.slow
