@@ -23,7 +23,7 @@ from benchmarks.kernels.shapes import Shape
 from benchmarks.kernels.synthetic import NATURAL, WHITENED, BitsmoeExperts, fewer_experts, format_layer
 from bitsmoe_kernels._triton import prepare
 from bitsmoe_kernels.backends.launch_config import TILES, Tile, basis_tile, pick_tile
-from bitsmoe_kernels.backends.triton_launch import SCALE_CHUNK
+from bitsmoe_kernels.backends.triton_launch import ROUTE_TOKENS, SCALE_CHUNK, SCALE_SLOTS
 from bitsmoe_kernels.layout.fields import TILE
 
 READ = 0.7
@@ -256,9 +256,9 @@ def _gemm(
     m, widths = (layer.inputs, layer.down)[at], (layer.input_widths, layer.down_widths)[at]
     code = _gemm_code(capability, tile, widths)[kernel]
     instructions, per_weight, products = _gemm_executed(kernel, capability, tile, shape, form, bits)
-    # Number of blocks, expert, counts and starts; then first tiles; then what the outputs need.
+    # Expert; counts and starts; then first tiles; then what the outputs need.
     starts = 1.0 if tile.direct else float((m.tiles[:, :4] > 0).sum(1).double().mean())
-    reads = 3 + starts + (1 if at == 0 else 3)
+    reads = 2 + starts + (1 if at == 0 else 3)
     outputs = 2 * TILE if at == 0 else tile.outputs
     N = 2 * layer.down.index.shape[1] if at == 0 else shape.hidden_size
     made = Programs(-(-N // outputs) * blocks, instructions, reads, products)
@@ -291,28 +291,34 @@ def bitsmoe(shape: Shape, tokens: int, form: str, bits: float, gpu: Gpu) -> tupl
 
     wide = basis_tile(tokens)
     code = _other_code(capability)
-    began = code[f"begin, basis for {wide.tokens} tokens" if form == WHITENED else "begin"]
-    coordinates = -(-H // wide.coordinates) * -(-tokens // wide.tokens) if form == WHITENED else 0
-    grid = (shape.num_experts + coordinates,)
-    sizes = {"S": S, "NT": tokens * -(-H // tile.outputs), "block": tile.tokens, "T": tokens, "H": H, "R": H}
-    # Ids and map; ids again. Rows of the basis and tokens; scales.
-    routing = began.executed(capability, (coordinates,), grid, **sizes)
-    parts = [Programs(shape.num_experts, sum(routing.values()), 3)]
-    warps = wide.warps if coordinates else 4
-    if coordinates:
-        made = began.executed(capability, (0,), grid, **sizes)
-        parts.append(Programs(coordinates, sum(made.values()), 2, walk.products(made) * warps))
-    begin = Launch("begin", tuple(parts), warps, layer.shared_bytes() + tokens * H * 2, began.older, began.registers,
-                   began.shared_bytes)  # fmt: skip
-    scaled = code["scale"]
-    chunks = -(-k_in // SCALE_CHUNK)
+    basis = form == WHITENED
+    began = code[f"begin for {wide.tokens} tokens{', basis' * basis}"]
+    # Each kind of programs by where it begins: experts, tokens, coordinates.
+    counts = [shape.num_experts, -(-tokens // ROUTE_TOKENS)]
+    counts += [-(-H // wide.coordinates) * -(-tokens // wide.tokens) * wide.parts] if basis else []
+    sizes = {"S": S, "T": tokens, "TILES": -(-H // tile.outputs), "block": tile.tokens, "H": H, "R": H,
+             "MOST": S // tile.tokens + shape.num_experts}  # fmt: skip
+    parts = []
+    # Ids and map; ids again. Ids and map. Rows of the basis and tokens.
+    for kind, reads in enumerate((3, 2, 1)[: len(counts)]):
+        made = began.executed(capability, (sum(counts[:kind]),), (sum(counts),), **sizes)
+        parts.append(Programs(counts[kind], sum(made.values()), reads, walk.products(made) * wide.warps))
+    begin = Launch("begin", tuple(parts), wide.warps,
+                   layer.shared_bytes() + tokens * H * 2 + (tokens * H * 4 * wide.parts if basis else 0),
+                   began.older, began.registers, began.shared_bytes)  # fmt: skip
+    scaled = code[f"scale of {wide.parts if basis else 1} parts"]
+    b, chunks = blocks[tile.tokens], -(-k_in // SCALE_CHUNK)
+    each = -(-tile.tokens // SCALE_SLOTS)
+    # As many slots in every program, on average.
+    slots = max(1, round(S / (b * each)))
+    block_slot = np.where(np.arange(tile.tokens) < slots, 0, -1).astype(np.int32)
     made = scaled.executed(
-        capability, (0, 0), (S, chunks, 1), local=np.zeros(S, np.int32), tiles=inputs.tiles.numpy(), STRIDE=H, WIDTH=1,
-        KMAX=k_in, NCORR=chunks, H=H,
+        capability, (0, 0), (b * each, chunks, 1), block=tile.tokens, STRIDE=H,
+        block_expert=np.zeros(b, np.int32), block_slot=block_slot, KMAX=k_in, NCORR=chunks, WIDTH=1,
     )  # fmt: skip
-    scale = Launch("scale", (Programs(S * chunks, sum(made.values()), 4),), 4, S * k_in * 2, False, scaled.registers,
-                   scaled.shared_bytes)  # fmt: skip
-    b = blocks[tile.tokens]
+    # Expert; components and slots; the source of each slot.
+    programs = Programs(b * each * chunks, sum(made.values()), 2 + slots)
+    scale = Launch("scale", (programs,), 1, S * k_in * 2, False, scaled.registers, scaled.shared_bytes)
     gate_up, per_input = _gemm("gate_up", capability, tile, shape, form, bits, b,
                                float(size * share) + S * (k_in + k_down) * 2)  # fmt: skip
     second, per_down = _gemm("down", capability, tile, shape, form, bits, b,

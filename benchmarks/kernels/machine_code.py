@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 from bitsmoe_kernels._triton import gemm, prepare, rounding
 from bitsmoe_kernels.backends.launch_config import BASIS_TILES, DECODE, PREFILL, TILES, Tile, kwidth_of
+from bitsmoe_kernels.backends.triton_launch import ROUTE_CHUNK, ROUTE_TOKENS, SCALE_CHUNK, SCALE_SLOTS
 from bitsmoe_kernels.layout.fields import CLASSES, TILE
 
 MATRIX = {"HGMMA", "HMMA", "QGMMA", "IMMA"}
@@ -88,7 +89,7 @@ def compiled(
     constants: dict[str, Any],
     types: dict[str, str],
     warps: int,
-    sizes: Sequence[str] = ("KMAX", "NMAX", "KDOWN", "OUT_STRIDE", "H"),
+    sizes: Sequence[str] = ("KMAX", "NMAX", "KDOWN", "OUT_STRIDE", "H", "R", "STRIDE"),
 ) -> Any:
     """One kernel for one architecture; arguments that are no constants are pointers (aligned) or numbers.
 
@@ -148,19 +149,26 @@ def other_kernels(capability: int, fp16: bool) -> Iterator[tuple[str, Any]]:
     kind = "*fp16" if fp16 else "*bf16"
     types = {
         "ids": "*i32", "local": "*i32", "block_expert": "*i32", "block_slot": "*i32", "num_blocks": "*i32",
-        "arrived": "*i32", "expert_map": "*i32", "x": kind, "basis": "*i8", "basis_scale": "*fp32", "z": "*fp32",
+        "arrived": "*i32", "expert_map": "*i32", "x": kind, "out": kind, "basis": "*i8",
+        "basis_scale": "*fp32", "z": "*fp32",
     }  # fmt: skip
-    routing = {"E": 128, "BINS": 128, "CHUNK": 512, "EXPERTS": 128, "EXPERT_MAP": True}
-    for basis, tile in ((False, BASIS_TILES[0]), *((True, tile) for tile in BASIS_TILES)):
-        constants = routing | {"BASIS": basis, "BN": tile.coordinates, "BT": tile.tokens, "BK": 128, "STAGES": 3}
-        kernel = compiled(prepare.begin_kernel, capability, constants | {"ASM": True}, types, tile.warps)
-        yield f"begin{f', basis for {tile.tokens} tokens' * basis}", kernel
-    types = {"source": "*fp32", "local": "*i32", "index": "*i32", "factor": "*fp32", "offset": "*fp32", "tiles": "*i32",
-             "act": kind, "corr": "*fp32", "rank": "*i32", "lowrank": "*fp16", "lowrank_start": "*i32",
-             "out": kind}  # fmt: skip
-    for low in (False, True):
-        constants = {"ROWS_PER": 8, "PER": 1, "CHUNK": 512, "FP16": fp16, "LOWRANK": low, "ASM": True}
-        yield f"scale{', compensators' * low}", compiled(prepare.scale_kernel, capability, constants, types, 4)
+    routing = {"E": 128, "BINS": 128, "EXPERTS": 128, "EXPERT_MAP": True, "TOP_K": 8, "TOKENS": ROUTE_TOKENS}
+    for basis in (False, True):
+        for tile in BASIS_TILES:
+            constants = routing | {"BASIS": basis, "BN": tile.coordinates, "BT": tile.tokens, "BK": tile.inner,
+                                   "STAGES": 3, "EVEN": True,
+                                   "PARTS": tile.parts, "CHUNK": ROUTE_CHUNK, "ASM": True}  # fmt: skip
+            name = f"begin for {tile.tokens} tokens{', basis' * basis}"
+            yield name, compiled(prepare.begin_kernel, capability, constants, types, tile.warps)
+    types = {"source": "*fp32", "block_expert": "*i32", "block_slot": "*i32", "index": "*i32",
+             "factor": "*fp32", "offset": "*fp32", "tiles": "*i32", "act": kind, "corr": "*fp32", "rank": "*i32",
+             "lowrank": "*fp16", "lowrank_start": "*i32"}  # fmt: skip
+    for parts in {tile.parts: None for tile in BASIS_TILES}:
+        for low in (False, True) if parts == 1 else (False,):
+            constants = {"ROWS_PER": 8, "PER": 1, "CHUNK": SCALE_CHUNK, "SLOTS": SCALE_SLOTS, "PARTS": parts,
+                         "FP16": fp16, "LOWRANK": low, "ASM": True}  # fmt: skip
+            name = f"scale of {parts} parts{', compensators' * low}"
+            yield name, compiled(prepare.scale_kernel, capability, constants, types, 1)
 
 
 def rounding_kernels(capability: int) -> Iterator[tuple[str, Any]]:

@@ -603,6 +603,33 @@ def _load(walk: Walk, i: _Instruction, w: Bools) -> bool:
     return True
 
 
+def _shuffle(walk: Walk, i: _Instruction, w: Bools) -> bool:
+    flag, to, name, by, _ = i.operands
+    if flag != "PT" or not w.all():
+        return False
+    a, n = walk._read(name), walk._read(by)
+    lane = np.arange(LANES)
+    if "BFLY" in i.parts:
+        source = lane ^ n[0]
+    elif "IDX" in i.parts:
+        source = n[0]
+    elif "UP" in i.parts:
+        source = np.where(lane >= n[0], lane - n[0], lane)
+    else:
+        return False
+    source = source % LANES
+    walk._write(to, (a[0][source], a[1][source] & n[1]), w)
+    return True
+
+
+def _reduced(walk: Walk, i: _Instruction, w: Bools) -> bool:
+    a = walk._read(i.operands[1])
+    if "SUM" not in i.parts or not w.all() or not a[1].all():
+        return False
+    walk._write(i.operands[0], _constant(int(a[0].sum())), w)
+    return True
+
+
 def _to_uniform(walk: Walk, i: _Instruction, w: Bools) -> bool:
     walk._write(i.operands[0], walk._read(i.operands[1]), w)
     return True
@@ -614,6 +641,7 @@ _OPERATIONS: Mapping[str, Operation] = {
     "SHF": _shift, "LOP3": _logic, "PLOP3": _predicate_logic, "ISETP": _compare, "SEL": _select, "VIMNMX": _least,
     "IMNMX": _least, "VIADDMNMX": _least, "PRMT": _bytes, "SGXT": _extend, "IABS": _absolute, "POPC": _ones,
     "I2F": _to_float, "MUFU": _reciprocal, "F2I": _to_int, "LDG": _load, "R2UR": _to_uniform,
+    "SHFL": _shuffle, "REDUX": _reduced,
 }  # fmt: skip
 
 

@@ -270,10 +270,9 @@ def gate_up_direct(act, corr, codes32, codes16, dense, start, tiles, columns, sc
                    WIDTHS: gl.constexpr, KWIDTH: gl.constexpr, FP16: gl.constexpr):  # fmt: skip
     """`gemm.gate_up_kernel`."""
     block = gl.program_id(1)
-    blocks = gl.load(num_blocks)
-    if block >= blocks:
+    blocks, expert = gl.load(num_blocks), gl.load(block_expert + block)
+    if expert < 0:
         return
-    expert = gl.load(block_expert + block)
     HALF: gl.constexpr = BN // 2
     acts: gl.constexpr = gl.SliceLayout(1, _act_layout(BT, KWIDTH))
     row, _ = _rows(block_slot, block, BT, acts)
@@ -316,10 +315,9 @@ def down_direct(act, corr, codes32, codes16, dense, start, tiles, columns, scale
                 WIDTHS: gl.constexpr, KWIDTH: gl.constexpr, FP16: gl.constexpr):  # fmt: skip
     """`gemm.down_kernel`."""
     block = gl.program_id(1)
-    blocks = gl.load(num_blocks)
-    if block >= blocks:
+    blocks, expert = gl.load(num_blocks), gl.load(block_expert + block)
+    if expert < 0:
         return
-    expert = gl.load(block_expert + block)
     unit: gl.constexpr = _unit()
     acts: gl.constexpr = gl.SliceLayout(1, _act_layout(BT, KWIDTH))
     row_in, _ = _rows(block_slot, block, BT, acts)
@@ -334,15 +332,12 @@ def down_direct(act, corr, codes32, codes16, dense, start, tiles, columns, scale
     y *= gl.load(weight + row)[None, :]
     gl.store(partial + row[None, :] * H + n[:, None], y, mask=inside[:, None] & valid[None, :])
     token = row // TOP_K
-    expected = gl.zeros((BT,), gl.int32, gl.SliceLayout(0, unit))
-    for j in tl.range(TOP_K, loop_unroll_factor=1):
-        expected += (gl.load(local + token * TOP_K + j) >= 0).to(gl.int32)
     # All threads' stores before the count goes up, and the count before others' stores are read.
     tl.debug_barrier()
     one = gl.full((BT,), 1, gl.int32, gl.SliceLayout(0, unit))
     before = gl.atomic_add(arrived + token * gl.num_programs(0) + gl.program_id(0), one, mask=valid, sem="acq_rel")
     tl.debug_barrier()
-    last = valid & (before + 1 == expected)
+    last = valid & (before + 1 == TOP_K)
     y = gl.zeros((BN, BT), gl.float32, unit)
     for j in tl.range(TOP_K, loop_unroll_factor=1):
         here = last & (gl.load(local + token * TOP_K + j) >= 0)

@@ -4,7 +4,7 @@
     act           [rows, KMAX]         fp16/bf16    scaled activations of each row, see `layout/matrices.py`
     corr          [rows, NCORR]        fp32         partial sums of act * offset
     codes32, codes16, dense, start, tiles, columns, scale: `layout/matrices.py`
-    block_expert  [blocks]             int32        expert of each block of rows
+    block_expert  [blocks]             int32        expert of each block of rows; -1: the block is not in use
     block_slot    [blocks, BT]         int32        slots (token * top_k + choice) of each block; -1: none
     num_blocks    [1]                  int32        blocks in use
 
@@ -185,9 +185,9 @@ def gate_up_kernel(act, corr, codes32, codes16, dense, start, tiles, columns, sc
     OUT_NCORR], one for each program of a row; else h itself, float32 [slots, OUT_STRIDE].
     """
     block = tl.program_id(1)
-    if block >= tl.load(num_blocks):
-        return
     expert = tl.load(block_expert + block)
+    if expert < 0:
+        return
     slot = tl.load(block_slot + block * BT + tl.arange(0, BT))
     valid = slot >= 0
     row = tl.where(valid, slot, 0).to(tl.int64)
@@ -226,12 +226,13 @@ def down_kernel(act, corr, codes32, codes16, dense, start, tiles, columns, scale
     """Outputs of every slot to `partial` [slots, H] float32, times the routing weight; the last of a token sums them.
 
     weight: routing weight of each slot, float32. local: expert of each slot here, -1: elsewhere. arrived: int32
-    [tokens, grid's first size], zero before. The sum runs in the order of the slots, whoever is last: always the same.
+    [tokens, grid's first size], before: of a token's slots those that are elsewhere. The sum runs in the order of the
+    slots, whoever is last: always the same.
     """
     block = tl.program_id(1)
-    if block >= tl.load(num_blocks):
-        return
     expert = tl.load(block_expert + block)
+    if expert < 0:
+        return
     slot = tl.load(block_slot + block * BT + tl.arange(0, BT))
     valid = slot >= 0
     row = tl.where(valid, slot, 0).to(tl.int64)
@@ -244,14 +245,11 @@ def down_kernel(act, corr, codes32, codes16, dense, start, tiles, columns, scale
                  BIAS, WIDTHS, UNROLL, STAGES) * tl.load(weight + row)[None, :]  # fmt: skip
     tl.store(partial + row[None, :] * H + n[:, None], y, mask=inside[:, None] & valid[None, :])
     token = row // TOP_K
-    expected = tl.zeros((BT,), tl.int32)
-    for j in tl.range(TOP_K, num_stages=1, loop_unroll_factor=1):
-        expected += (tl.load(local + token * TOP_K + j) >= 0).to(tl.int32)
     # All threads' stores before the count goes up, and the count before others' stores are read.
     tl.debug_barrier()
     before = tl.atomic_add(arrived + token * tl.num_programs(0) + tl.program_id(0), 1, mask=valid, sem="acq_rel")
     tl.debug_barrier()
-    last = valid & (before + 1 == expected)
+    last = valid & (before + 1 == TOP_K)
     y = tl.zeros((BN, BT), tl.float32)
     for j in tl.range(TOP_K, num_stages=1, loop_unroll_factor=1):
         here = last & (tl.load(local + token * TOP_K + j) >= 0)

@@ -60,19 +60,29 @@ TILES: dict[int, dict[str, tuple[Tile, ...]]] = {
 
 @dataclass(frozen=True)
 class BasisTile:
-    """Coordinates and tokens of a program of the shared basis, and its warps."""
+    """Tiles of what comes before the GEMM.
+
+    Attributes:
+        coordinates, tokens: of a program of the shared basis.
+        warps: of a program.
+        parts: in which the basis is summed up, by programs of their own; the next launch adds them up, in their order.
+        inner: inputs that a program of the basis takes at a time.
+    """
 
     coordinates: int
     tokens: int
     warps: int
+    parts: int
+    inner: int
 
 
-BASIS_TILES = (BasisTile(32, 16, 4), BasisTile(64, 64, 8))
+BASIS_TILES = (BasisTile(32, 16, 4, 4, 128), BasisTile(64, 64, 4, 4, 64), BasisTile(128, 128, 8, 1, 64))
 
 
 def basis_tile(tokens: int) -> BasisTile:
     """For a call with so many tokens."""
-    return BASIS_TILES[tokens > 64]
+    few, some, many = BASIS_TILES
+    return few if tokens <= 16 else some if tokens <= 512 else many
 
 
 def why_no_table(capability: int) -> str | None:

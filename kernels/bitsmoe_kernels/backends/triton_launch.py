@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_kernels._triton import gemm, prepare
-from bitsmoe_kernels.backends.launch_config import BASIS_TILES, Tile, basis_tile, pick_tile
+from bitsmoe_kernels.backends.launch_config import Tile, basis_tile, pick_tile
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.layout.fields import TILE
 from bitsmoe_kernels.layout.matrices import Matrices
@@ -23,6 +23,10 @@ SCALE_CHUNK = 512
 """Components of one program of the scaling kernel."""
 ROUTE_CHUNK = 512
 """Slots that a program of the routing looks at together."""
+SCALE_SLOTS = 8
+"""Most slots of one program of the scaling kernel."""
+ROUTE_TOKENS = 16
+"""Tokens of one program that looks for slots of other ranks."""
 TOKENS_AT_ONCE = 2_048
 """Tokens of one pass. Longer inputs are cut, which bounds the buffers."""
 ALIGNED = 4
@@ -138,13 +142,13 @@ def _forward(
         common |= {"ASM": device.asm, "UNROLL": tile.unroll, "STAGES": tile.stages}
     down_tiles = -(-H // tile.outputs)
     # What gate and up contract: the token, or its coordinates in the shared basis.
-    source, coordinates = x, None
+    source, coordinates = x.view(T, H, 1), None
     if layer.basis is not None and layer.basis_scale is not None:
-        source = x.new_empty(T, len(layer.basis), dtype=torch.float32)
+        source = x.new_empty(T, len(layer.basis), basis_tile(T).parts, dtype=torch.float32)
         coordinates = x, layer.basis, layer.basis_scale, source
-    route = _route(topk_ids, expert_map, E, tile.tokens, down_tiles, coordinates, device.asm)
     out = torch.empty_like(x)
-    act, corr = _scaled(layer.inputs, source, route.local, S, top_k, 2 if layer.split else 1, out, H, device.asm)
+    route = _route(topk_ids, expert_map, E, tile.tokens, down_tiles, out, coordinates, device.asm)
+    act, corr = _scaled(layer.inputs, source, route, S, top_k, 2 if layer.split else 1, x.dtype, device.asm)
 
     k_down = layer.down.index.shape[1]
     if layer.fused:
@@ -164,7 +168,7 @@ def _forward(
             BIAS=layer.inputs.bias.numel() > 0, **common)  # fmt: skip
     chunk = TILE
     if not layer.fused:
-        hidden, hidden_corr = _scaled(layer.down, hidden, route.local, S, 1, 1, out, 0, device.asm)
+        hidden, hidden_corr = _scaled(layer.down, hidden.view(*hidden.shape, 1), route, S, 1, 1, x.dtype, device.asm)
         chunk = SCALE_CHUNK
 
     partial = x.new_empty(S, H, dtype=torch.float32)
@@ -187,6 +191,7 @@ class _Route:
     num_blocks: Tensor
     arrived: Tensor
     max_blocks: int
+    tokens: int
 
 
 def _route(
@@ -195,50 +200,53 @@ def _route(
     E: int,
     tokens: int,
     down_tiles: int,
+    out: Tensor | None,
     coordinates: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     asm: bool = False,
 ) -> _Route:
-    """Blocks of `tokens` slots. In the same launch coordinates: x, the basis, its scale and z, which is written."""
+    """Blocks of `tokens` slots; clears rows of `out` [T, H] that no expert here writes.
+
+    In the same launch coordinates: x, the basis, its scale and z, which is written.
+    """
     ids = topk_ids.contiguous().flatten()
-    S, T = len(ids), len(topk_ids)
+    S, (T, top_k), H = len(ids), topk_ids.shape, 0 if out is None else out.shape[1]
     most = min(S, S // tokens + E)
     # Each begins at a multiple of ALIGNED: Triton compiles a kernel once more for pointers that do not.
     sizes = [v for n in (S, 1, most, most * tokens, T * down_tiles) for v in (n, -n % ALIGNED)]
     empty = torch.empty(sum(sizes), dtype=torch.int32, device=ids.device)
     local, num_blocks, block_expert, block_slot, arrived = empty.split(sizes)[::2]
     x, basis, basis_scale, z = coordinates or (empty,) * 4
-    H, R, tile = 0, 0, BASIS_TILES[0]
-    programs = max(1, E)
+    R, tile = 0, basis_tile(T)
+    programs = max(1, E) + -(-T // ROUTE_TOKENS)
     if coordinates is not None:
-        H, R, tile = x.shape[1], len(basis), basis_tile(T)
-        programs += -(-R // tile.coordinates) * -(-T // tile.tokens)
+        R = len(basis)
+        programs += -(-R // tile.coordinates) * -(-T // tile.tokens) * tile.parts
     _launch("begin", prepare.begin_kernel, (programs,),
-            ids, local, block_expert, block_slot, num_blocks, arrived, S, len(arrived), tokens,
-            ids if expert_map is None else expert_map, x, basis, basis_scale, z, T, H, R,
-            E=E, BINS=max(32, _pow2(E)), CHUNK=ROUTE_CHUNK,
+            ids, local, block_expert, block_slot, num_blocks, arrived, empty if out is None else out,
+            S, T, down_tiles, most, tokens, ids if expert_map is None else expert_map, x, basis, basis_scale, z, H, R,
+            E=E, BINS=max(32, _pow2(E)), CHUNK=ROUTE_CHUNK, TOP_K=top_k, TOKENS=ROUTE_TOKENS,
             EXPERTS=E if expert_map is None else len(expert_map), EXPERT_MAP=expert_map is not None,
-            BASIS=coordinates is not None, BN=tile.coordinates, BT=tile.tokens, BK=128, STAGES=3, ASM=asm,
-            num_warps=tile.warps)  # fmt: skip
-    return _Route(local, block_expert, block_slot, num_blocks, arrived, most)
+            BASIS=coordinates is not None, BN=tile.coordinates, BT=tile.tokens, BK=tile.inner, PARTS=tile.parts,
+            STAGES=3, EVEN=H % tile.inner == 0, ASM=asm, num_warps=tile.warps)  # fmt: skip
+    return _Route(local, block_expert, block_slot, num_blocks, arrived, most, tokens)
 
 
 def _scaled(
-    m: Matrices, source: Tensor, local: Tensor, S: int, rows_per: int, per: int, out: Tensor, clear: int, asm: bool
+    m: Matrices, source: Tensor, route: _Route, S: int, rows_per: int, per: int, dtype: torch.dtype, asm: bool
 ) -> tuple[Tensor, Tensor]:
-    """Activations of every slot as the GEMM wants them, and their partial corrections.
-
-    Clears the first `clear` columns, all or none, of rows of `out` that no expert here writes.
-    """
-    dtype = out.dtype
+    """Activations of every slot as the GEMM wants them, and partial corrections. source: [rows, columns, parts]"""
     K = m.index.shape[1]
     chunks = -(-K // SCALE_CHUNK)
     act = torch.empty(S * per, K, dtype=dtype, device=source.device)
     corr = torch.empty(S * per, chunks, dtype=torch.float32, device=source.device)
-    _launch("scale", prepare.scale_kernel, (S, chunks, per),
-            source, local, m.index, m.factor, m.offset, m.tiles, act, corr, m.rank, m.lowrank, m.lowrank_start, out,
-            source.shape[1], m.lowrank.shape[1], K, chunks, clear,
-            ROWS_PER=rows_per, PER=per, CHUNK=SCALE_CHUNK, FP16=dtype == torch.float16,
-            LOWRANK=len(m.lowrank) > 0, ASM=asm, num_warps=4)  # fmt: skip
+    programs = route.max_blocks * -(-route.tokens // SCALE_SLOTS)
+    _launch("scale", prepare.scale_kernel, (programs, chunks, per),
+            source, route.block_expert, route.block_slot, m.index, m.factor, m.offset, m.tiles,
+            act, corr, m.rank, m.lowrank, m.lowrank_start,
+            route.tokens, source.shape[1], m.lowrank.shape[1], K, chunks,
+            ROWS_PER=rows_per, PER=per, CHUNK=SCALE_CHUNK, SLOTS=SCALE_SLOTS, PARTS=source.shape[2],
+            FP16=dtype == torch.float16, LOWRANK=len(m.lowrank) > 0, ASM=asm,
+            num_warps=1)  # fmt: skip
     return act, corr
 
 
