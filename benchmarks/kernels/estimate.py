@@ -228,14 +228,17 @@ def _gemm_executed(
     m, widths = (layer.inputs, layer.down)[at], (layer.input_widths, layer.down_widths)[at]
     code = _gemm_code(capability, tile, widths)[kernel]
     H, k_down = shape.hidden_size, layer.down.index.shape[1]
-    outputs = 2 * TILE if at == 0 else tile.outputs
+    outputs = tile.gate_up if at == 0 else tile.outputs
     grid = (-(-(2 * k_down if at == 0 else H) // outputs), SAMPLED)
     slots = np.full((SAMPLED, tile.tokens), -1, np.int32)
     slots[:, 0] = 0
-    given: dict[str, Any] = {"start": m.start.numpy(), "tiles": m.tiles.numpy(), "columns": m.columns.numpy(),
-             "num_blocks": np.array([SAMPLED], np.int32), "block_expert": np.arange(SAMPLED, dtype=np.int32),
-             "block_slot": slots, "local": np.zeros(shape.top_k, np.int32), "KMAX": m.index.shape[1],
-             "NMAX": m.scale.shape[1], "KDOWN": k_down, "OUT_STRIDE": k_down, "H": H}  # fmt: skip
+    records = np.zeros((SAMPLED, 2, 16), np.int64)
+    for matrix, record in zip((layer.inputs, layer.down), records.transpose(1, 0, 2), strict=True):
+        record[:, :6], record[:, 6:11], record[:, 11] = matrix.start, matrix.tiles, matrix.columns
+        record[:, 12] = np.arange(SAMPLED)
+    given: dict[str, Any] = {"block_matrix": records, "num_blocks": np.array([SAMPLED], np.int32), "block_slot": slots,
+                             "local": np.zeros(shape.top_k, np.int32), "KMAX": m.index.shape[1],
+                             "NMAX": m.scale.shape[1], "KDOWN": k_down, "OUT_STRIDE": k_down, "H": H}  # fmt: skip
     total, weights, products = 0, 0.0, 0
     for expert in range(SAMPLED):
         found = walk.followed(code.compiled, code.source, capability, given, (1, expert), grid)
@@ -256,10 +259,10 @@ def _gemm(
     m, widths = (layer.inputs, layer.down)[at], (layer.input_widths, layer.down_widths)[at]
     code = _gemm_code(capability, tile, widths)[kernel]
     instructions, per_weight, products = _gemm_executed(kernel, capability, tile, shape, form, bits)
-    # Expert; counts and starts; then first tiles; then what the outputs need.
+    # Record of the matrix; first tiles; what the outputs need, if it is not read before; counts, other slots' outputs.
     starts = 1.0 if tile.direct else float((m.tiles[:, :4] > 0).sum(1).double().mean())
-    reads = 2 + starts + (1 if at == 0 else 3)
-    outputs = 2 * TILE if at == 0 else tile.outputs
+    outputs = tile.gate_up if at == 0 else tile.outputs
+    reads = 1 + starts + (0 if tile.direct and outputs == 64 else 1) + (0 if at == 0 else 2)
     N = 2 * layer.down.index.shape[1] if at == 0 else shape.hidden_size
     made = Programs(-(-N // outputs) * blocks, instructions, reads, products)
     return Launch(kernel, (made,), tile.warps, size, code.older, code.registers, code.shared_bytes), per_weight
@@ -280,7 +283,7 @@ def bitsmoe(shape: Shape, tokens: int, form: str, bits: float, gpu: Gpu) -> tupl
     """The launches of our layer and its executed instructions per weight: of both GEMMs averaged, and of each."""
     capability = max(c for c in TILES if c <= gpu.capability)
     H, S = shape.hidden_size, tokens * shape.top_k
-    tile = pick_tile(capability, S, shape.num_experts)
+    tile = pick_tile(capability, S, shape.num_experts, 2 * shape.intermediate_size)
     layer = _layer(shape, form, bits, capability)
     inputs, down = layer.layer.inputs, layer.layer.down
     hit, blocks = _hit(shape, tokens)
@@ -299,8 +302,8 @@ def bitsmoe(shape: Shape, tokens: int, form: str, bits: float, gpu: Gpu) -> tupl
     sizes = {"S": S, "T": tokens, "TILES": -(-H // tile.outputs), "block": tile.tokens, "H": H, "R": H,
              "MOST": S // tile.tokens + shape.num_experts}  # fmt: skip
     parts = []
-    # Ids and map; ids again. Ids and map. Rows of the basis and tokens.
-    for kind, reads in enumerate((3, 2, 1)[: len(counts)]):
+    # Ids, and once more. Ids. Rows of the basis and tokens.
+    for kind, reads in enumerate((2, 1, 1)[: len(counts)]):
         made = began.executed(capability, (sum(counts[:kind]),), (sum(counts),), **sizes)
         parts.append(Programs(counts[kind], sum(made.values()), reads, walk.products(made) * wide.warps))
     begin = Launch("begin", tuple(parts), wide.warps,

@@ -75,9 +75,8 @@ class Row:
 
 
 _POINTERS = {
-    "codes32": "*i32", "codes16": "*i32", "start": "*i64", "tiles": "*i32", "columns": "*i32", "scale": "*fp32",
-    "bias": "*fp32",
-    "corr": "*fp32", "block_expert": "*i32", "block_slot": "*i32", "num_blocks": "*i32", "down_factor": "*fp32",
+    "codes32": "*i32", "codes16": "*i32", "scale": "*fp32", "bias": "*fp32", "block_matrix": "*i64",
+    "corr": "*fp32", "block_slot": "*i32", "num_blocks": "*i32", "down_factor": "*fp32",
     "down_offset": "*fp32", "out_corr": "*fp32", "weight": "*fp32", "local": "*i32", "partial": "*fp32",
     "arrived": "*i32",
 }  # fmt: skip
@@ -90,10 +89,11 @@ def compiled(
     types: dict[str, str],
     warps: int,
     sizes: Sequence[str] = ("KMAX", "NMAX", "KDOWN", "OUT_STRIDE", "H", "R", "STRIDE"),
+    registers: int | None = None,
 ) -> Any:
     """One kernel for one architecture; arguments that are no constants are pointers (aligned) or numbers.
 
-    `sizes`: numbers that are multiples of 16.
+    `sizes`: numbers that are multiples of 16. `registers`: most of a thread.
     """
     names = kernel.arg_names
     constexprs = {(names.index(k),): v for k, v in constants.items()}
@@ -108,7 +108,7 @@ def compiled(
 
         kind = GluonASTSource
     source = kind(kernel, signature, constexprs, attrs)
-    options = {"num_warps": warps}
+    options = {"num_warps": warps, "maxnreg": registers}
     return triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=options)
 
 
@@ -131,17 +131,19 @@ def gemm_kernels(
     kind = "*fp16" if fp16 else "*bf16"
     types = {**_POINTERS, "act": kind, "dense": kind, "out": kind}
     common = {
-        "BN": 2 * TILE, "BT": tile.tokens, "DENSE": False, "BIAS": bias, "WIDTHS": widths,
+        "BN": tile.gate_up, "BT": tile.tokens, "DENSE": False, "BIAS": bias, "WIDTHS": widths,
         "KWIDTH": kwidth_of(capability), "FP16": fp16,
     }  # fmt: skip
     gate_up, second = gemm_sources(tile)
     if not tile.direct:
         common |= {"ASM": True, "UNROLL": tile.unroll, "STAGES": tile.stages}
-    inputs = {"NCORR": 4, "NCORR_POW2": 4, "CORR_CHUNK": 512, "OUT_NCORR": 12, "SPLIT": False, "FUSED": True,
-              "ACT": act}  # fmt: skip
-    yield "gate_up", compiled(gate_up, capability, common | inputs, types, tile.warps)
-    down = {"NCORR": 12, "NCORR_POW2": 16, "CORR_CHUNK": TILE, "TOP_K": 8, "EVEN": True, "BN": tile.outputs}
-    yield "down", compiled(second, capability, common | down, types, tile.warps)
+    inputs = {"NCORR": 4, "NCORR_POW2": 4, "CORR_CHUNK": 512, "OUT_NCORR": 1536 // tile.gate_up,
+              "SPLIT": False, "FUSED": True, "ACT": act}  # fmt: skip
+    yield "gate_up", compiled(gate_up, capability, common | inputs, types, tile.warps, registers=tile.registers)
+    down = {"NCORR": 1536 // tile.gate_up, "NCORR_POW2": 16 if tile.gate_up == 128 else 32,
+            "CORR_CHUNK": tile.gate_up // 2, "TOP_K": 8, "EVEN": True,
+            "BN": tile.outputs, "RECORDS": 2}  # fmt: skip
+    yield "down", compiled(second, capability, common | down, types, tile.warps, registers=tile.registers)
 
 
 def other_kernels(capability: int, fp16: bool) -> Iterator[tuple[str, Any]]:
@@ -149,10 +151,20 @@ def other_kernels(capability: int, fp16: bool) -> Iterator[tuple[str, Any]]:
     kind = "*fp16" if fp16 else "*bf16"
     types = {
         "ids": "*i32", "local": "*i32", "block_expert": "*i32", "block_slot": "*i32", "num_blocks": "*i32",
-        "arrived": "*i32", "expert_map": "*i32", "x": kind, "out": kind, "basis": "*i8",
+        "arrived": "*i32", "expert_map": "*i32", "x": kind, "out": kind, "basis": "*i8", "start": "*i64",
+        "tiles": "*i32", "columns": "*i32", "down_start": "*i64", "down_tiles": "*i32", "down_columns": "*i32",
+        "block_matrix": "*i64",
         "basis_scale": "*fp32", "z": "*fp32",
     }  # fmt: skip
-    routing = {"E": 128, "BINS": 128, "EXPERTS": 128, "EXPERT_MAP": True, "TOP_K": 8, "TOKENS": ROUTE_TOKENS}
+    routing = {
+        "E": 128,
+        "BINS": 128,
+        "EXPERTS": 128,
+        "EXPERT_MAP": False,
+        "RECORDS": 2,
+        "TOP_K": 8,
+        "TOKENS": ROUTE_TOKENS,
+    }
     for basis in (False, True):
         for tile in BASIS_TILES:
             constants = routing | {"BASIS": basis, "BN": tile.coordinates, "BT": tile.tokens, "BK": tile.inner,
@@ -300,7 +312,7 @@ def rows(capability: int, fp16: bool, regimes: tuple[str, ...] = (DECODE, PREFIL
                     bodies = loops(machine_code(kernel))
                     longest = max(bodies, key=len)
                     body = Counter(longest)
-                    outputs = 2 * TILE if name == "gate_up" else tile.outputs
+                    outputs = tile.gate_up if name == "gate_up" else tile.outputs
                     weights = outputs * TILE * turn_tiles(tile) / (tile.warps * WARP)
                     yield Row(
                         arch=f"sm_{capability}", regime=regime, kernel=name, bits=bits,

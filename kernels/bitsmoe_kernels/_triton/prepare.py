@@ -24,13 +24,30 @@ def _expert_of(ids, s, S, E: tl.constexpr, EXPERTS: tl.constexpr, EXPERT_MAP: tl
 
 
 @triton.jit
-def _route(e, ids, local, block_expert, block_slot, num_blocks, S, MOST, block, expert_map,
+def _record(e, matrix, start, tiles, columns, E: tl.constexpr):
+    """What the GEMMs need to know of a matrix of expert e, see `gemm.matrix_of`."""
+    i = tl.arange(0, 16)
+    there = tl.full((16,), E > 0, tl.int1)
+    record = tl.load(start + matrix * 6 + i, mask=there & (i < 6), other=0)
+    record += tl.load(tiles + matrix * 5 + i - 6, mask=there & (i >= 6) & (i < 11), other=0)
+    record += tl.load(columns + matrix + i - 11, mask=there & (i == 11), other=0)
+    return tl.where(i == 12, e, record)
+
+
+@triton.jit
+def _route(e, ids, local, block_expert, block_slot, num_blocks, block_matrix, S, MOST, block, expert_map,
+           start, tiles, columns, down_start, down_tiles, down_columns, RECORDS: tl.constexpr,
            E: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
            EXPERTS: tl.constexpr, EXPERT_MAP: tl.constexpr):  # fmt: skip
     """Expert e's part of the routing: every program counts all slots, and writes the blocks of its own expert.
 
     Programs write to different places and read nothing that another writes.
     """
+    if RECORDS > 0:
+        # Asked for before anything else is known.
+        matrix = _record(e, e * (RECORDS - 1), start, tiles, columns, E)
+        other = _record(e, e * (RECORDS - 1) + RECORDS - 2, start, tiles, columns, E)
+        of_down = _record(e, e, down_start, down_tiles, down_columns, E)
     counts = tl.zeros((BINS,), tl.int32)
     for first in range(0, S, CHUNK):
         s = first + tl.arange(0, CHUNK)
@@ -49,9 +66,19 @@ def _route(e, ids, local, block_expert, block_slot, num_blocks, S, MOST, block, 
         for first in range(every, MOST, CHUNK):
             b = first + tl.arange(0, CHUNK)
             tl.store(block_expert + b, tl.zeros((CHUNK,), tl.int32) - 1, mask=b < MOST)
+            for r in tl.static_range(RECORDS):
+                unused = block_matrix + (b * RECORDS + r) * 16 + 12
+                tl.store(unused, tl.zeros((CHUNK,), tl.int64) - 1, mask=b < MOST)
     for first in range(begin, end, CHUNK):
         b = first + tl.arange(0, CHUNK)
         tl.store(block_expert + b, tl.zeros((CHUNK,), tl.int32) + e, mask=b < end)
+    if RECORDS > 0:
+        for b in range(begin, end):
+            record = block_matrix + b * (RECORDS * 16) + tl.arange(0, 16)
+            tl.store(record, matrix)
+            if RECORDS == 3:
+                tl.store(record + 16, other)
+            tl.store(record + (RECORDS - 1) * 16, of_down)
     place = begin * block
     if count > 0:
         for first in range(0, S, CHUNK):
@@ -121,8 +148,9 @@ def _coordinates(program, x, basis, basis_scale, z, T, H, R,
 @triton.jit(
     do_not_specialize=["S", "T", "TILES", "MOST", "block"], do_not_specialize_on_alignment=["ids", "expert_map"]
 )
-def begin_kernel(ids, local, block_expert, block_slot, num_blocks, arrived, out,
-                 S, T, TILES, MOST, block, expert_map, x, basis, basis_scale, z, H, R,
+def begin_kernel(ids, local, block_expert, block_slot, num_blocks, block_matrix, arrived, out,
+                 S, T, TILES, MOST, block, expert_map, start, tiles, columns, down_start, down_tiles, down_columns,
+                 x, basis, basis_scale, z, H, R, RECORDS: tl.constexpr,
                  E: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr, TOP_K: tl.constexpr,
                  TOKENS: tl.constexpr, EXPERTS: tl.constexpr, EXPERT_MAP: tl.constexpr,
                  BASIS: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
@@ -134,15 +162,18 @@ def begin_kernel(ids, local, block_expert, block_slot, num_blocks, arrived, out,
 
     ids: int32 or int64 [S], of EXPERTS global experts; all others are skipped. local: int32 [S], written: expert here
     or -1. expert_map: int32 [EXPERTS], local index or -1. block: slots of a block. BINS: a power of two, at least E and
-    32. block_expert: int32 [MOST], -1 behind the last block. arrived: int32 [T, TILES], written: of each token's slots
-    those that nobody here computes. out: [T, H], the layer's: rows of tokens that have no other slots are cleared, as
-    nobody else writes them. z: float32 [T, R, PARTS], to be summed. basis: [R, H], int8 or x's dtype.
+    32. block_expert: int32 [MOST], -1 behind the last block. block_matrix: int64 [MOST, RECORDS, 16] of the one or two
+    matrices of gate and up, and of down, see `gemm.matrix_of`; RECORDS 0: nobody asks. arrived: int32 [T, TILES],
+    written: of each token's slots those that nobody here computes. out: [T, H], the layer's: rows of tokens that have
+    no other slots are cleared, as nobody else writes them. z: float32 [T, R, PARTS], to be summed. basis: [R, H], int8
+    or x's dtype.
     """
     program = tl.program_id(0)
     EXPERT_PROGRAMS: tl.constexpr = E if E > 0 else 1
     if program < EXPERT_PROGRAMS:
-        _route(program, ids, local, block_expert, block_slot, num_blocks, S, MOST, block, expert_map, E, BINS,
-               CHUNK, EXPERTS, EXPERT_MAP)  # fmt: skip
+        _route(program, ids, local, block_expert, block_slot, num_blocks, block_matrix, S, MOST, block, expert_map,
+               start, tiles, columns, down_start, down_tiles, down_columns, RECORDS, E, BINS, CHUNK,
+               EXPERTS, EXPERT_MAP)  # fmt: skip
     else:
         program -= EXPERT_PROGRAMS
         token_programs = tl.cdiv(T, TOKENS)
