@@ -129,14 +129,22 @@ class Launch:
             gpu.shared_bytes // max(1, self.shared_bytes),
             gpu.warps // self.warps,
         )
-        most = [-(-p.count // gpu.multiprocessors) for p in self.programs]
-        together = min(sum(most), max(1, at_once))
-        pace = max(APART, together * self.warps / SCHEDULERS) / gpu.gigahertz / 1e3
-        each = [p.reads * READ + p.instructions * pace for p in self.programs]
-        rounds = sum(n * time for n, time in zip(most, each, strict=True)) / together
+        # Programs go to multiprocessors in turn, in the order of the grid.
+        firsts = [sum(p.count for p in self.programs[:i]) for i in range(len(self.programs))]
+        slowest = 0.0
+        for own in range(gpu.multiprocessors):
+            has = [
+                len(range(first + (own - first) % gpu.multiprocessors, first + p.count, gpu.multiprocessors))
+                for first, p in zip(firsts, self.programs, strict=True)
+            ]
+            together = min(sum(has), max(1, at_once))
+            pace = max(APART, together * self.warps / SCHEDULERS) / gpu.gigahertz / 1e3
+            each = [p.reads * READ + p.instructions * pace for p in self.programs]
+            rounds = sum(n * time for n, time in zip(has, each, strict=True)) / max(1, together)
+            slowest = max(slowest, rounds, *(time for n, time in zip(has, each, strict=True) if n), 0.0)
         share = OLDER if self.older and gpu.capability in (90, 100) else 1.0
         products = sum(p.count * p.products for p in self.programs) / gpu.matrix / share / USABLE
-        return LAUNCH + max(self.bytes / gpu.bandwidth / USABLE, products, rounds, *each)
+        return LAUNCH + max(self.bytes / gpu.bandwidth / USABLE, products, slowest)
 
 
 @dataclass(frozen=True)

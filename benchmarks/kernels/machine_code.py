@@ -139,11 +139,11 @@ def gemm_kernels(
         common |= {"ASM": True, "UNROLL": tile.unroll, "STAGES": tile.stages}
     inputs = {"NCORR": 4, "NCORR_POW2": 4, "CORR_CHUNK": 512, "OUT_NCORR": 1536 // tile.gate_up,
               "SPLIT": False, "FUSED": True, "ACT": act}  # fmt: skip
-    yield "gate_up", compiled(gate_up, capability, common | inputs, types, tile.warps, registers=tile.registers)
+    yield "gate_up", compiled(gate_up, capability, common | inputs, types, tile.warps, registers=tile.registers[0])
     down = {"NCORR": 1536 // tile.gate_up, "NCORR_POW2": 16 if tile.gate_up == 128 else 32,
             "CORR_CHUNK": tile.gate_up // 2, "TOP_K": 8, "EVEN": True,
             "BN": tile.outputs, "RECORDS": 2}  # fmt: skip
-    yield "down", compiled(second, capability, common | down, types, tile.warps, registers=tile.registers)
+    yield "down", compiled(second, capability, common | down, types, tile.warps, registers=tile.registers[1])
 
 
 def other_kernels(capability: int, fp16: bool) -> Iterator[tuple[str, Any]]:

@@ -210,21 +210,38 @@ def _ahead(num_blocks):
 
 
 @gluon.jit
-def _correction(corr, row, width, NCORR: gl.constexpr, NCORR_POW2: gl.constexpr):
-    """Sum of the first `width` partial corrections of each row."""
-    sums: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [WARPS, 1], [1, 0])
-    at = gl.arange(0, NCORR_POW2, gl.SliceLayout(0, sums))[None, :]
-    prow = corr + gl.convert_layout(row, gl.SliceLayout(1, sums))[:, None] * NCORR
-    return gl.sum(gl.load(prow + at, mask=at < width, other=0.0), 1)
+def _ask(codes32, codes16, m, n0, rows, blocks, BN: gl.constexpr, EVEN: gl.constexpr, WIDTHS: gl.constexpr):
+    """Bring the first words of every width to L2. Comes before anything else that is read: it takes longest."""
+    count1, count2, count3, count4 = m[2], m[3], m[4], m[5]
+    narrow1, wide2, wide3, wide4, narrow3 = gemm.starts_of(m, rows)
+    here, ahead = gl.minimum(rows - n0, BN), _ahead(blocks)
+    if WIDTHS & 1:
+        _ask_for(codes16 + narrow1 + n0 * 2, gl.minimum(count1, ahead), rows * 2, here * 2, BN // 16, EVEN)
+    if WIDTHS & 2:
+        _ask_for(codes32 + wide2 + n0 * 4, gl.minimum(count2, ahead), rows * 4, here * 4, BN // 8, EVEN)
+    if WIDTHS & 4:
+        _ask_for(codes32 + wide3 + n0 * 4, gl.minimum(count3, ahead), rows * 4, here * 4, BN // 8, EVEN)
+        _ask_for(codes16 + narrow3 + n0 * 2, gl.minimum(count3, ahead), rows * 2, here * 2, BN // 16, EVEN)
+    if WIDTHS & 8:
+        _ask_for(codes32 + wide4 + n0 * 8, gl.minimum(count4, ahead), rows * 8, here * 8, BN // 4, EVEN)
 
 
 @gluon.jit
-def _outputs(act, corr, codes32, codes16, dense, scale, bias, m, row, KMAX, NMAX, matrix, n0, N, rows, ahead,
+def _parts(corr, row, width, NCORR: gl.constexpr, NCORR_POW2: gl.constexpr):
+    """The first `width` partial corrections of each row, [BT, NCORR_POW2]."""
+    sums: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [WARPS, 1], [1, 0])
+    at = gl.arange(0, NCORR_POW2, gl.SliceLayout(0, sums))[None, :]
+    prow = corr + gl.convert_layout(row, gl.SliceLayout(1, sums))[:, None] * NCORR
+    return gl.load(prow + at, mask=at < width, other=0.0)
+
+
+@gluon.jit
+def _outputs(act, corr, codes32, codes16, dense, scale, bias, m, row, KMAX, NMAX, matrix, n0, N, rows,
              NCORR: gl.constexpr, NCORR_POW2: gl.constexpr, CORR_CHUNK: gl.constexpr,
              BN: gl.constexpr, BT: gl.constexpr, KWIDTH: gl.constexpr, FP16: gl.constexpr,
              EVEN: gl.constexpr, DENSE: gl.constexpr, BIAS: gl.constexpr, WIDTHS: gl.constexpr,
              MADE: gl.constexpr):  # fmt: skip
-    """See `gemm._outputs`. row [BT]: in the layout of activations' rows. ahead: see `_ahead`. MADE: result's layout.
+    """See `gemm._outputs`. row [BT]: in the layout of activations' rows. MADE: result's layout.
 
     Small programs read what their outputs need before their loops: nothing waits for it at the end.
     """
@@ -237,21 +254,11 @@ def _outputs(act, corr, codes32, codes16, dense, scale, bias, m, row, KMAX, NMAX
     coded = gl.zeros((BN, BT), gl.float32, unit)
     pairs = act.to(gl.pointer_type(gl.int32), bitcast=True)
     act_offsets = row[:, None] * (KMAX // 2) + gl.arange(0, 32, gl.SliceLayout(0, acts))[None, :]
-    here = gl.minimum(rows - n0, BN)
     count1, count2, count3, count4 = m[2], m[3], m[4], m[5]
     narrow1, wide2, wide3, wide4, narrow3 = gemm.starts_of(m, rows)
     done = count1 + count2 + count3 + count4
     if EARLY:
-        correction = _correction(corr, row, tl.cdiv(done * 64, CORR_CHUNK), NCORR, NCORR_POW2)
-    if WIDTHS & 1:
-        _ask_for(codes16 + narrow1 + n0 * 2, gl.minimum(count1, ahead), rows * 2, here * 2, BN // 16, EVEN)
-    if WIDTHS & 2:
-        _ask_for(codes32 + wide2 + n0 * 4, gl.minimum(count2, ahead), rows * 4, here * 4, BN // 8, EVEN)
-    if WIDTHS & 4:
-        _ask_for(codes32 + wide3 + n0 * 4, gl.minimum(count3, ahead), rows * 4, here * 4, BN // 8, EVEN)
-        _ask_for(codes16 + narrow3 + n0 * 2, gl.minimum(count3, ahead), rows * 2, here * 2, BN // 16, EVEN)
-    if WIDTHS & 8:
-        _ask_for(codes32 + wide4 + n0 * 8, gl.minimum(count4, ahead), rows * 8, here * 8, BN // 4, EVEN)
+        parts = _parts(corr, row, tl.cdiv(done * 64, CORR_CHUNK), NCORR, NCORR_POW2)
     if WIDTHS & 1:
         coded = _segment(coded, codes32, codes16, wide2, narrow1, count1, pairs, act_offsets, n0, rows,
                          1, BN, BT, KWIDTH, FP16, EVEN)  # fmt: skip
@@ -282,7 +289,8 @@ def _outputs(act, corr, codes32, codes16, dense, scale, bias, m, row, KMAX, NMAX
             pright += 64
         plain = gl.convert_layout(plain, MADE)
     if not EARLY:
-        correction = _correction(corr, row, tl.cdiv(done * 64, CORR_CHUNK), NCORR, NCORR_POW2)
+        parts = _parts(corr, row, tl.cdiv(done * 64, CORR_CHUNK), NCORR, NCORR_POW2)
+    correction = gl.sum(parts, 1)
     coded = gl.convert_layout(coded, MADE) - gl.convert_layout(correction, gl.SliceLayout(0, MADE))[None, :]
     if not EARLY:
         n = n0 + gl.arange(0, BN, gl.SliceLayout(1, MADE))
@@ -324,7 +332,7 @@ def gate_up_direct(act, corr, codes32, codes16, dense, scale, bias, block_matrix
     matrix = expert * (2 if SPLIT else 1)
     if n0 >= N:
         return
-    ahead = _ahead(blocks)
+    _ask(codes32, codes16, m, n0, N, blocks, HALF if SPLIT else BN, True, WIDTHS)
     made: gl.constexpr = _ends_layout(HALF // 16, HALF)
     at = gl.program_id(0) * HALF + gl.arange(0, HALF, gl.SliceLayout(1, made))
     EARLY: gl.constexpr = BN == 64
@@ -334,15 +342,16 @@ def gate_up_direct(act, corr, codes32, codes16, dense, scale, bias, block_matrix
         factor, offset = gl.load(down_factor + component), gl.load(down_offset + component)
     if SPLIT:
         gate = _outputs(act, corr, codes32, codes16, dense, scale, bias, m, row * 2, KMAX, NMAX, matrix,
-                        n0, N, N, ahead, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16, True, DENSE,
+                        n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16, True, DENSE,
                         BIAS, WIDTHS, made)  # fmt: skip
         _, _, m = gemm.matrix_of(block_matrix, block * RECORDS + 1)
+        _ask(codes32, codes16, m, n0, N, blocks, HALF, True, WIDTHS)
         up = _outputs(act, corr, codes32, codes16, dense, scale, bias, m, row * 2 + 1, KMAX, NMAX, matrix + 1, n0,
-                      N, N, ahead, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16,
+                      N, N, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16,
                       True, DENSE, BIAS, WIDTHS, made)  # fmt: skip
     else:
         y = _outputs(act, corr, codes32, codes16, dense, scale, bias, m, row, KMAX, NMAX, matrix,
-                     n0, N, N, ahead, NCORR, NCORR_POW2, CORR_CHUNK, BN, BT, KWIDTH, FP16, True, DENSE, BIAS,
+                     n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, BN, BT, KWIDTH, FP16, True, DENSE, BIAS,
                      WIDTHS, _ends_layout(HALF // 8, BN))  # fmt: skip
         gate, up = gl.split(gl.permute(gl.reshape(y, (HALF, 2, BT)), (0, 2, 1)))
         gate = gl.convert_layout(gate, made, assert_trivial=True)
@@ -373,6 +382,8 @@ def down_direct(act, corr, codes32, codes16, dense, scale, bias, block_matrix, b
     if expert < 0:
         return
     n0 = gl.program_id(0) * BN
+    stored_rows = tl.cdiv(H, 16) * 16
+    _ask(codes32, codes16, m, n0, stored_rows, blocks, BN, EVEN, WIDTHS)
     row, valid = _rows(block_slot, block, BT, of_rows)
     token = row // TOP_K
     EARLY: gl.constexpr = BN == 64
@@ -383,7 +394,7 @@ def down_direct(act, corr, codes32, codes16, dense, scale, bias, block_matrix, b
         for j in gl.static_range(TOP_K):
             here |= (gl.load(local + token * TOP_K + j) >= 0).to(gl.int32) << j
     y = _outputs(act, corr, codes32, codes16, dense, scale, bias, m, row_in, KMAX, H, expert, n0, H,
-                 tl.cdiv(H, 16) * 16, _ahead(blocks), NCORR, NCORR_POW2, CORR_CHUNK, BN, BT, KWIDTH, FP16, EVEN, DENSE,
+                 stored_rows, NCORR, NCORR_POW2, CORR_CHUNK, BN, BT, KWIDTH, FP16, EVEN, DENSE,
                  BIAS, WIDTHS, made)  # fmt: skip
     n = n0 + gl.arange(0, BN, gl.SliceLayout(1, made))
     # Only the last program of a row has outputs that are not there.

@@ -20,7 +20,8 @@ class Tile:
         direct: whether `_triton/direct.py` has the kernels, which have no use for `unroll` and `stages`. Triton's
             interpreter does not run them: there `_triton/gemm.py` stands in.
         gate_up: outputs of a program of gate and up, which count as two; 128 where they are matrices of their own.
-        registers: most of a thread, so that more programs share a multiprocessor; None: what the assembler takes.
+        registers: most of a thread of gate and up, and of down, so that more programs share a multiprocessor; None:
+            what the assembler takes.
     """
 
     outputs: int
@@ -30,7 +31,7 @@ class Tile:
     stages: int
     direct: bool = False
     gate_up: int = 128
-    registers: int | None = None
+    registers: tuple[int | None, int | None] = (None, None)
 
 
 DECODE, PREFILL = "decode", "prefill"
@@ -39,7 +40,7 @@ HOPPER = 90
 FEW = (
     Tile(64, 8, 4, 2, 3, direct=True, gate_up=64),
     Tile(256, 8, 4, 2, 3, direct=True),
-    Tile(128, 16, 4, 2, 3, direct=True, registers=96),
+    Tile(256, 16, 4, 2, 3, direct=True, registers=(96, None)),
 )
 """Blocks of few tokens, on every architecture. The first is for calls that fill no GPU with programs."""
 FILLED = 128 * 128
@@ -48,21 +49,21 @@ FILLED = 128 * 128
 TILES: dict[int, dict[str, tuple[Tile, ...]]] = {
     80: {
         DECODE: FEW,
-        PREFILL: (Tile(128, 32, 4, 2, 3), Tile(128, 64, 8, 1, 4, registers=128)),
+        PREFILL: (Tile(128, 32, 4, 2, 3), Tile(128, 64, 8, 1, 4, registers=(128, 128))),
     },
     90: {
         DECODE: FEW,
-        PREFILL: (Tile(128, 32, 4, 2, 3), Tile(128, 64, 8, 1, 3, registers=128)),
+        PREFILL: (Tile(128, 32, 4, 2, 3), Tile(128, 64, 8, 1, 3, registers=(128, 128))),
     },
     # Triton takes the matrix unit of sm_100, which has no way in for weights from registers, and gives up. The older
     # instructions are slow for long prompts. With float16 and 96 registers they would spill.
     100: {
-        DECODE: (*FEW[:-1], replace(FEW[-1], registers=None)),
-        PREFILL: (replace(FEW[-1], registers=None),),
+        DECODE: (*FEW[:-1], replace(FEW[-1], registers=(None, None))),
+        PREFILL: (replace(FEW[-1], registers=(None, None)),),
     },
     120: {
         DECODE: FEW,
-        PREFILL: (Tile(128, 32, 4, 2, 2), Tile(128, 64, 8, 1, 3, registers=128)),
+        PREFILL: (Tile(128, 32, 4, 2, 2), Tile(128, 64, 8, 1, 3, registers=(128, 128))),
     },
 }
 """By the oldest architecture they serve."""

@@ -133,8 +133,7 @@ def _forward(
     widest = layer.inputs.scale.shape[1] * (2 if layer.split else 1)
     tile = tile or pick_tile(device.capability, S, E if expert_map is None else len(expert_map), widest)
     fp16 = x.dtype == torch.float16
-    common = {"KWIDTH": layer.kwidth, "FP16": fp16, "num_warps": tile.warps,
-              "maxnreg": tile.registers}  # fmt: skip
+    common = {"KWIDTH": layer.kwidth, "FP16": fp16, "num_warps": tile.warps}
     if tile.direct and device.asm:
         from bitsmoe_kernels._triton import direct
 
@@ -167,7 +166,7 @@ def _forward(
             NCORR=corr.shape[-1], NCORR_POW2=_pow2(corr.shape[-1]), CORR_CHUNK=SCALE_CHUNK,
             OUT_NCORR=hidden_corr.shape[-1], BN=BN, BT=tile.tokens, SPLIT=layer.split, FUSED=layer.fused,
             DENSE=layer.inputs.dense.numel() > 1, WIDTHS=layer.input_widths, ACT=layer.act,
-            BIAS=layer.inputs.bias.numel() > 0, **common)  # fmt: skip
+            BIAS=layer.inputs.bias.numel() > 0, maxnreg=tile.registers[0], **common)  # fmt: skip
     chunk = BN // 2
     if not layer.fused:
         hidden, hidden_corr = _scaled(layer.down, hidden.view(*hidden.shape, 1), route, S, 1, 1, x.dtype, device.asm)
@@ -179,7 +178,8 @@ def _forward(
             topk_weights.float().contiguous(), route.local, partial, route.arrived, out, k_down, H,
             NCORR=hidden_corr.shape[-1], NCORR_POW2=_pow2(hidden_corr.shape[-1]), CORR_CHUNK=chunk, TOP_K=top_k,
             BN=tile.outputs, BT=tile.tokens, EVEN=H % tile.outputs == 0, DENSE=layer.down.dense.numel() > 1,
-            RECORDS=2 + layer.split, WIDTHS=layer.down_widths, BIAS=layer.down.bias.numel() > 0, **common)  # fmt: skip
+            RECORDS=2 + layer.split, WIDTHS=layer.down_widths, BIAS=layer.down.bias.numel() > 0,
+            maxnreg=tile.registers[1], **common)  # fmt: skip
     return out
 
 

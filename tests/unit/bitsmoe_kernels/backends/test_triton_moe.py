@@ -212,8 +212,8 @@ SIZES = {"num_experts": 8, "hidden_size": 200, "intermediate_size": 136}
 @pytest.mark.parametrize(
     ("form", "expected"),
     [
-        # begin: experts, tokens, and the basis in four parts. gate_up: 384 stored outputs in programs of 64, or of 128 where
-        # gate and up are apart; down: 200 in programs of 64.
+        # begin: experts, tokens, and the basis in four parts. gate_up: 384 stored outputs in programs of 64, or of 128
+        # where gate and up are apart; down: 200 in programs of 64.
         ("natural", {"begin": (8 + 1,), "scale": (2, 1, 1), "gate_up": (6, 2), "down": (4, 2)}),
         ("ordered", {"begin": (8 + 1,), "scale": (2, 1, 1), "gate_up": (6, 2), "down": (4, 2)}),
         ("shared_basis", {"begin": (8 + 1 + 7 * 4,), "scale": (2, 1, 1), "gate_up": (6, 2), "down": (4, 2)}),
@@ -572,7 +572,7 @@ def test_tables_serve_architectures_from_theirs_on() -> None:
 
 
 def test_a_rank_without_experts_gets_a_tile() -> None:
-    assert pick_tile(90, 5, 0, 64) == TILES[90][DECODE][0]
+    assert pick_tile(90, 5, 0, 64) == TILES[90][DECODE][1]
 
 
 def test_matrix_unit_of_each_architecture() -> None:
