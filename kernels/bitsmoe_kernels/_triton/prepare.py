@@ -60,21 +60,23 @@ def _route(e, ids, local, block_expert, block_slot, num_blocks, block_matrix, S,
     end = tl.sum(tl.where(own, tl.cumsum(blocks, 0), 0))
     begin = end - tl.sum(tl.where(own, blocks, 0))
     count = tl.sum(tl.where(own, counts, 0))
-    if e == 0:
-        every = tl.sum(blocks)
-        tl.store(num_blocks, every)
-        for first in range(every, MOST, CHUNK):
-            b = first + tl.arange(0, CHUNK)
-            tl.store(block_expert + b, tl.zeros((CHUNK,), tl.int32) - 1, mask=b < MOST)
-            for r in tl.static_range(RECORDS):
-                unused = block_matrix + (b * RECORDS + r) * 16 + 12
-                tl.store(unused, tl.zeros((CHUNK,), tl.int64) - 1, mask=b < MOST)
+    every = tl.sum(blocks)
+    tl.store(num_blocks, every, mask=e == 0)
+    i = tl.arange(0, 16)
+    # Blocks that are not in use are read too, and say so.
+    for unused in range(every + e, MOST, tl.maximum(E, 1)):
+        tl.store(block_expert + unused, -1)
+        for first in range(0, block, CHUNK):
+            at = first + tl.arange(0, CHUNK)
+            tl.store(block_slot + unused * block + at, tl.zeros((CHUNK,), tl.int32) - 1, mask=at < block)
+        for r in tl.static_range(RECORDS):
+            tl.store(block_matrix + (unused * RECORDS + r) * 16 + i, tl.where(i == 12, -1, 0).to(tl.int64))
     for first in range(begin, end, CHUNK):
-        b = first + tl.arange(0, CHUNK)
-        tl.store(block_expert + b, tl.zeros((CHUNK,), tl.int32) + e, mask=b < end)
+        own_blocks = first + tl.arange(0, CHUNK)
+        tl.store(block_expert + own_blocks, tl.zeros((CHUNK,), tl.int32) + e, mask=own_blocks < end)
     if RECORDS > 0:
         for b in range(begin, end):
-            record = block_matrix + b * (RECORDS * 16) + tl.arange(0, 16)
+            record = block_matrix + b * (RECORDS * 16) + i
             tl.store(record, matrix)
             if RECORDS == 3:
                 tl.store(record + 16, other)
