@@ -182,6 +182,7 @@ class _Kernel:
     """One that is compiled, with what its binary says of it, its function, and whether its products are `mma.sync`."""
 
     compiled: Any
+    lines: tuple[str, ...]
     source: Any
     registers: int
     shared_bytes: int
@@ -191,12 +192,13 @@ class _Kernel:
     def of(cls, compiled: Any, source: Any) -> "_Kernel":
         """Read a binary."""
         used = machine_code.resources(compiled)
-        older = not any("HGMMA" in line for line in machine_code.machine_code(compiled))
-        return cls(compiled, source, used["registers"], used["shared_bytes"], older)
+        lines = tuple(machine_code.machine_code(compiled))
+        older = not any("HGMMA" in line for line in lines)
+        return cls(compiled, lines, source, used["registers"], used["shared_bytes"], older)
 
     def executed(self, capability: int, program: Sequence[int], grid: Sequence[int], **given: Any) -> Counter[str]:
         """Instructions of a warp; see `walk.followed`."""
-        return walk.followed(self.compiled, self.source, capability, given, program, grid)
+        return walk.followed(self.compiled, self.lines, self.source, capability, given, program, grid)
 
 
 @cache
@@ -249,7 +251,7 @@ def _gemm_executed(
                              "NMAX": m.scale.shape[1], "KDOWN": k_down, "OUT_STRIDE": k_down, "H": H}  # fmt: skip
     total, weights, products = 0, 0.0, 0
     for expert in range(SAMPLED):
-        found = walk.followed(code.compiled, code.source, capability, given, (1, expert), grid)
+        found = walk.followed(code.compiled, code.lines, code.source, capability, given, (1, expert), grid)
         own, made = int(m.tiles[expert, :4].sum()) * TILE * outputs, walk.products(found) * tile.warps
         if made != own * tile.tokens:
             raise ValueError(f"{kernel}: {made} products were followed, but tiles of {tile} have {own * tile.tokens}")
@@ -440,3 +442,28 @@ def as_markdown(rows: Sequence[Row], bits: float) -> str:
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Rows as JSON data, every one of them called an estimate."""
     return [{"figure": "estimate", **vars(row)} for row in rows]
+
+
+def beside(rows: Sequence[dict[str, Any]], gpu_name: str, bits: float, shapes: Sequence[Shape]) -> str:
+    """Measured microseconds beside their estimates, for a GPU that the model knows; empty for others.
+
+    Args:
+        rows: of `results.Results`: our own methods under realistic routing are taken.
+        gpu_name: as its driver says it.
+        bits: average code width.
+        shapes: of the layers.
+    """
+    known = [g for g in GPUS if g.name.removeprefix("RTX ") in gpu_name]
+    forms = {"bitsmoe, whitened basis": WHITENED, "bitsmoe, no basis": NATURAL}
+    having = [r for r in rows if r["method"] in forms and r["routing"] == REALISTIC and r["microseconds"] is not None]
+    if not known or not having:
+        return ""
+    out = ["## Estimates beside measurements, microseconds", ""]
+    out += ["| model | form | tokens | measured | estimate | measured / estimate |", "|" + " --- |" * 6]
+    named = {shape.model: shape for shape in shapes}
+    for r in having:
+        launches, _ = bitsmoe(named[r["model"]], r["tokens"], forms[r["method"]], bits, known[0])
+        estimate = sum(launch.microseconds(known[0]) for launch in launches)
+        cells = [r["model"], r["method"], r["tokens"], f"{r['microseconds']:.1f}", f"{estimate:.1f}"]
+        out.append("| " + " | ".join(str(c) for c in (*cells, f"{r['microseconds'] / estimate:.2f}")) + " |")
+    return "\n".join([*out, ""])

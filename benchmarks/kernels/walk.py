@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.kernels.machine_code import MATRIX, instructions, machine_code
+from benchmarks.kernels.machine_code import MATRIX, instructions
 
 LANES = 32
 MASK = 0xFFFFFFFF
@@ -94,7 +94,7 @@ class Walk:
         """
         Args:
             lines: of the disassembly.
-            capability: an entry of the tile table.
+            capability: such as 90.
             parameters: bytes of each of the kernel's parameters.
             arguments: of its first parameters: numbers, tensors of integers, None: a tensor of what does not matter.
             program, grid: its place, and the launch's sizes.
@@ -106,6 +106,7 @@ class Walk:
         self._predicates: dict[str, Value] = {}
         self._bank: dict[int, int] = {}
         self._tensors: dict[int, bytes] = {}
+        capability = max(c for c in PARAMETERS if c <= capability)
         at = PARAMETERS[capability]
         for i, size in enumerate(parameters):
             at += -at % size
@@ -661,6 +662,7 @@ def products(executed: Counter[str]) -> int:
 
 def followed(
     kernel: Any,
+    lines: Sequence[str],
     source: Any,
     capability: int,
     given: Mapping[str, "int | NDArray[np.generic]"],
@@ -671,11 +673,12 @@ def followed(
 
     Args:
         kernel: as `machine_code.compiled` makes it.
+        lines: its disassembly.
         source: its function.
-        capability: an entry of the tile table.
+        capability: such as 90.
         given: arguments by name, those that decide about the way.
         program, grid: see `Walk`.
     """
     sizes = [8 if t.endswith("64") else 4 for t in re.findall(r"\.param\s+\.(\w+)", kernel.asm["ptx"])]
     names = [p.name for p in source.params if not p.is_constexpr]
-    return Walk(machine_code(kernel), capability, sizes, [given.get(n) for n in names], program, grid).run().executed
+    return Walk(lines, capability, sizes, [given.get(n) for n in names], program, grid).run().executed
