@@ -124,11 +124,21 @@ def _time(args: argparse.Namespace, out: Path) -> bool:
     results = Results(base.with_suffix(".json"), header, {m: source_of(m) for m in METHODS})
     well = work.run(plan, results, args.method_seconds)
     results.save()
-    text = as_markdown(results.data)
+    text = as_markdown(results.data) + _estimates_beside(args, results.data)
     base.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     draw(results.data, base.with_suffix(".png"))
     print(text)
     return well
+
+
+def _estimates_beside(args: argparse.Namespace, data: dict[str, Any]) -> str:
+    """What the model of time says of what was measured, by the machine code of this Triton."""
+    if args.rehearse:
+        return ""
+    from benchmarks.kernels.estimate import beside
+    from benchmarks.kernels.shapes import SHAPES
+
+    return "\n" + beside(data["rows"], data["machine"]["gpu"], args.bits, SHAPES)
 
 
 def _tune(args: argparse.Namespace, out: Path) -> bool:

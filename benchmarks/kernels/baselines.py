@@ -177,7 +177,7 @@ def aligned(ids: Tensor, block: int, num_experts: int) -> tuple[Tensor, Tensor, 
         padded = torch.empty(1, dtype=torch.int32, device=ids.device)
         torch.ops._moe_C.moe_align_block_size(ids, num_experts, block, slots, experts, padded, None)
         return slots, experts, padded
-    route = moe._route(ids, None, num_experts, block, 1)
+    route = moe._route(ids, None, num_experts, block, 1, None)
     return torch.where(route.block_slot < 0, S, route.block_slot), route.block_expert, route.num_blocks * block
 
 

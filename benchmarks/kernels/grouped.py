@@ -94,7 +94,7 @@ def grouped_forward(
     S, E, both, H = T * top_k, len(w13), w13.shape[1], x.shape[1]
     BM, BN, warps = tile_of(S / E)
     BK = INNER
-    route = moe._route(ids, None, E, BM, 1)
+    route = moe._route(ids, None, E, BM, 1, None)
     fp16 = x.dtype == torch.float16
     common = {"BITS": bits, "BM": BM, "BN": BN, "BK": BK, "PER_GROUP": GROUP, "FP16": fp16, "ASM": x.is_cuda,
               "num_warps": warps}  # fmt: skip

@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 from bitsmoe_kernels._triton import gemm, prepare, rounding
 from bitsmoe_kernels.backends.launch_config import BASIS_TILES, DECODE, PREFILL, TILES, Tile, kwidth_of
+from bitsmoe_kernels.backends.triton_launch import ROUTE_CHUNK, ROUTE_TOKENS, SCALE_CHUNK, SCALE_SLOTS
 from bitsmoe_kernels.layout.fields import CLASSES, TILE
 
 MATRIX = {"HGMMA", "HMMA", "QGMMA", "IMMA"}
@@ -29,7 +30,6 @@ NOT_ALU = MATRIX | {
     "BRA", "BSSY", "BSYNC", "EXIT", "NOP", "NANOSLEEP", "R2UR", "S2UR",
 }  # fmt: skip
 """Matrix, memory, barrier, control and (by their U) uniform-datapath instructions are no ALU work."""
-PREFETCH = "CCTL"
 WARP = 32
 
 
@@ -75,9 +75,8 @@ class Row:
 
 
 _POINTERS = {
-    "codes32": "*i32", "codes16": "*i32", "start": "*i64", "tiles": "*i32", "columns": "*i32", "scale": "*fp32",
-    "bias": "*fp32",
-    "corr": "*fp32", "block_expert": "*i32", "block_slot": "*i32", "num_blocks": "*i32", "down_factor": "*fp32",
+    "codes32": "*i32", "codes16": "*i32", "scale": "*fp32", "bias": "*fp32", "block_matrix": "*i64",
+    "corr": "*fp32", "block_slot": "*i32", "num_blocks": "*i32", "down_factor": "*fp32",
     "down_offset": "*fp32", "out_corr": "*fp32", "weight": "*fp32", "local": "*i32", "partial": "*fp32",
     "arrived": "*i32",
 }  # fmt: skip
@@ -89,11 +88,12 @@ def compiled(
     constants: dict[str, Any],
     types: dict[str, str],
     warps: int,
-    sizes: Sequence[str] = ("KMAX", "NMAX", "KDOWN", "OUT_STRIDE", "H"),
+    sizes: Sequence[str] = ("KMAX", "NMAX", "KDOWN", "OUT_STRIDE", "H", "R", "STRIDE"),
+    registers: int | None = None,
 ) -> Any:
     """One kernel for one architecture; arguments that are no constants are pointers (aligned) or numbers.
 
-    `sizes`: numbers that are multiples of 16.
+    `sizes`: numbers that are multiples of 16. `registers`: most of a thread.
     """
     names = kernel.arg_names
     constexprs = {(names.index(k),): v for k, v in constants.items()}
@@ -108,8 +108,17 @@ def compiled(
 
         kind = GluonASTSource
     source = kind(kernel, signature, constexprs, attrs)
-    options = {"num_warps": warps}
+    options = {"num_warps": warps, "maxnreg": registers}
     return triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=options)
+
+
+def gemm_sources(tile: Tile) -> tuple[Any, Any]:
+    """The functions of gate and up and of down for a tile."""
+    if not tile.direct:
+        return gemm.gate_up_kernel, gemm.down_kernel
+    from bitsmoe_kernels._triton import direct
+
+    return direct.gate_up_direct, direct.down_direct
 
 
 def gemm_kernels(
@@ -122,21 +131,19 @@ def gemm_kernels(
     kind = "*fp16" if fp16 else "*bf16"
     types = {**_POINTERS, "act": kind, "dense": kind, "out": kind}
     common = {
-        "BN": 2 * TILE, "BT": tile.tokens, "DENSE": False, "BIAS": bias, "WIDTHS": widths,
+        "BN": tile.gate_up, "BT": tile.tokens, "DENSE": False, "BIAS": bias, "WIDTHS": widths,
         "KWIDTH": kwidth_of(capability), "FP16": fp16,
     }  # fmt: skip
-    if tile.direct:
-        from bitsmoe_kernels._triton import direct
-
-        gate_up, second = direct.gate_up_direct, direct.down_direct
-    else:
-        gate_up, second = gemm.gate_up_kernel, gemm.down_kernel
+    gate_up, second = gemm_sources(tile)
+    if not tile.direct:
         common |= {"ASM": True, "UNROLL": tile.unroll, "STAGES": tile.stages}
-    inputs = {"NCORR": 4, "NCORR_POW2": 4, "CORR_CHUNK": 512, "OUT_NCORR": 12, "SPLIT": False, "FUSED": True,
-              "ACT": act}  # fmt: skip
-    yield "gate_up", compiled(gate_up, capability, common | inputs, types, tile.warps)
-    down = {"NCORR": 12, "NCORR_POW2": 16, "CORR_CHUNK": TILE, "TOP_K": 8, "EVEN": True, "BN": tile.outputs}
-    yield "down", compiled(second, capability, common | down, types, tile.warps)
+    inputs = {"NCORR": 4, "NCORR_POW2": 4, "CORR_CHUNK": 512, "OUT_NCORR": 1536 // tile.gate_up,
+              "SPLIT": False, "FUSED": True, "ACT": act}  # fmt: skip
+    yield "gate_up", compiled(gate_up, capability, common | inputs, types, tile.warps, registers=tile.registers[0])
+    down = {"NCORR": 1536 // tile.gate_up, "NCORR_POW2": 16 if tile.gate_up == 128 else 32,
+            "CORR_CHUNK": tile.gate_up // 2, "TOP_K": 8, "EVEN": True,
+            "BN": tile.outputs, "RECORDS": 2}  # fmt: skip
+    yield "down", compiled(second, capability, common | down, types, tile.warps, registers=tile.registers[1])
 
 
 def other_kernels(capability: int, fp16: bool) -> Iterator[tuple[str, Any]]:
@@ -144,19 +151,36 @@ def other_kernels(capability: int, fp16: bool) -> Iterator[tuple[str, Any]]:
     kind = "*fp16" if fp16 else "*bf16"
     types = {
         "ids": "*i32", "local": "*i32", "block_expert": "*i32", "block_slot": "*i32", "num_blocks": "*i32",
-        "arrived": "*i32", "expert_map": "*i32", "x": kind, "basis": "*i8", "basis_scale": "*fp32", "z": "*fp32",
+        "arrived": "*i32", "expert_map": "*i32", "x": kind, "out": kind, "basis": "*i8", "start": "*i64",
+        "tiles": "*i32", "columns": "*i32", "down_start": "*i64", "down_tiles": "*i32", "down_columns": "*i32",
+        "block_matrix": "*i64",
+        "basis_scale": "*fp32", "z": "*fp32",
     }  # fmt: skip
-    routing = {"E": 128, "BINS": 128, "CHUNK": 512, "EXPERTS": 128, "EXPERT_MAP": True}
-    for basis, tile in ((False, BASIS_TILES[0]), *((True, tile) for tile in BASIS_TILES)):
-        constants = routing | {"BASIS": basis, "BN": tile.coordinates, "BT": tile.tokens, "BK": 128, "STAGES": 3}
-        kernel = compiled(prepare.begin_kernel, capability, constants | {"ASM": True}, types, tile.warps)
-        yield f"begin{f', basis for {tile.tokens} tokens' * basis}", kernel
-    types = {"source": "*fp32", "local": "*i32", "index": "*i32", "factor": "*fp32", "offset": "*fp32", "tiles": "*i32",
-             "act": kind, "corr": "*fp32", "rank": "*i32", "lowrank": "*fp16", "lowrank_start": "*i32",
-             "out": kind}  # fmt: skip
-    for low in (False, True):
-        constants = {"ROWS_PER": 8, "PER": 1, "CHUNK": 512, "FP16": fp16, "LOWRANK": low, "ASM": True}
-        yield f"scale{', compensators' * low}", compiled(prepare.scale_kernel, capability, constants, types, 4)
+    routing = {
+        "E": 128,
+        "BINS": 128,
+        "EXPERTS": 128,
+        "EXPERT_MAP": False,
+        "RECORDS": 2,
+        "TOP_K": 8,
+        "TOKENS": ROUTE_TOKENS,
+    }
+    for basis in (False, True):
+        for tile in BASIS_TILES:
+            constants = routing | {"BASIS": basis, "BN": tile.coordinates, "BT": tile.tokens, "BK": tile.inner,
+                                   "STAGES": 3, "EVEN": True,
+                                   "PARTS": tile.parts, "CHUNK": ROUTE_CHUNK, "ASM": True}  # fmt: skip
+            name = f"begin for {tile.tokens} tokens{', basis' * basis}"
+            yield name, compiled(prepare.begin_kernel, capability, constants, types, tile.warps)
+    types = {"source": "*fp32", "block_expert": "*i32", "block_slot": "*i32", "index": "*i32",
+             "factor": "*fp32", "offset": "*fp32", "tiles": "*i32", "act": kind, "corr": "*fp32", "rank": "*i32",
+             "lowrank": "*fp16", "lowrank_start": "*i32"}  # fmt: skip
+    for parts in {tile.parts: None for tile in BASIS_TILES}:
+        for low in (False, True) if parts == 1 else (False,):
+            constants = {"ROWS_PER": 8, "PER": 1, "CHUNK": SCALE_CHUNK, "SLOTS": SCALE_SLOTS, "PARTS": parts,
+                         "FP16": fp16, "LOWRANK": low, "ASM": True}  # fmt: skip
+            name = f"scale of {parts} parts{', compensators' * low}"
+            yield name, compiled(prepare.scale_kernel, capability, constants, types, 1)
 
 
 def rounding_kernels(capability: int) -> Iterator[tuple[str, Any]]:
@@ -210,7 +234,7 @@ def overwritten(lines: list[str]) -> list[str]:
     A product ends at the `WARPGROUP.DEPBAR` that waits for its group. The body of a loop is gone through twice: what
     its last turn began is in flight in the next.
     """
-    code, labels = _instructions(lines)
+    code, labels = instructions(lines)
     found: list[str] = []
     groups: list[set[int]] = [set()]
     """Registers of each group of products in flight; the last one is still open."""
@@ -239,7 +263,7 @@ def overwritten(lines: list[str]) -> list[str]:
     return found
 
 
-def _instructions(lines: list[str]) -> tuple[list[str], dict[str, int]]:
+def instructions(lines: Sequence[str]) -> tuple[list[str], dict[str, int]]:
     """A disassembly's instructions, and where its labels stand among them."""
     code: list[str] = []
     labels: dict[str, int] = {}
@@ -251,9 +275,9 @@ def _instructions(lines: list[str]) -> tuple[list[str], dict[str, int]]:
     return code, labels
 
 
-def _listing(lines: list[str]) -> tuple[list[str], list[tuple[int, int]]]:
-    """Opcodes of all instructions, and the first and last of every innermost loop, in order."""
-    code, labels = _instructions(lines)
+def loops(lines: list[str]) -> list[list[str]]:
+    """Bodies of all innermost loops that hold matrix instructions: opcodes without modifiers."""
+    code, labels = instructions(lines)
     spans = []
     for end, text in enumerate(code):
         target = re.search(r"\bBRA\b.*?(\.L_x_\d+)", text)
@@ -261,37 +285,8 @@ def _listing(lines: list[str]) -> tuple[list[str], list[tuple[int, int]]]:
         if target and labels.get(target[1], len(code)) < end:
             spans.append((labels[target[1]], end))
     inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
-    return [_opcode(text) for text in code], sorted(inner)
-
-
-def loops(lines: list[str]) -> list[list[str]]:
-    """Bodies of all innermost loops that hold matrix instructions: opcodes without modifiers."""
-    code, spans = _listing(lines)
-    return [body for a, b in spans if MATRIX & set(body := code[a : b + 1])]
-
-
-def executed(lines: list[str], turns: Sequence[int], other_turns: int) -> int:
-    """Instructions that a warp executes, but for branches that skip some.
-
-    Args:
-        lines: see `machine_code`.
-        turns: of the loops with matrix instructions, in the order of the code.
-        other_turns: of every other innermost loop; those that only ask for memory are taken once.
-
-    Raises:
-        ValueError: there is another number of loops with matrix instructions.
-    """
-    code, spans = _listing(lines)
-    total, at = len(code) - code.count("NOP"), 0
-    for a, b in spans:
-        body, times = code[a : b + 1], 1 if PREFETCH in code[a : b + 1] else other_turns
-        if MATRIX & set(body):
-            times = turns[at] if at < len(turns) else 0
-            at += 1
-        total += (times - 1) * len(body)
-    if at != len(turns):
-        raise ValueError(f"the code has {at} loops with matrix instructions, but {len(turns)} are expected")
-    return total
+    opcodes = [_opcode(text) for text in code]
+    return [body for a, b in sorted(inner) if MATRIX & set(body := opcodes[a : b + 1])]
 
 
 def _opcode(text: str) -> str:
@@ -317,7 +312,7 @@ def rows(capability: int, fp16: bool, regimes: tuple[str, ...] = (DECODE, PREFIL
                     bodies = loops(machine_code(kernel))
                     longest = max(bodies, key=len)
                     body = Counter(longest)
-                    outputs = 2 * TILE if name == "gate_up" else tile.outputs
+                    outputs = tile.gate_up if name == "gate_up" else tile.outputs
                     weights = outputs * TILE * turn_tiles(tile) / (tile.warps * WARP)
                     yield Row(
                         arch=f"sm_{capability}", regime=regime, kernel=name, bits=bits,

@@ -121,7 +121,7 @@ def test_a_pointer_that_is_no_multiple_of_16() -> None:
 
     def run(x: torch.Tensor) -> None:
         with substituted(machine):
-            triton_launch._route(ids, None, 1, 16, 1, (x, basis, scale, z), True)
+            triton_launch._route(ids, None, 1, 16, 1, torch.empty_like(x), (x, basis, scale, z), True)
 
     run(x)
     assert (z == 64).all()

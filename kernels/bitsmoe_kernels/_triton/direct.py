@@ -15,9 +15,9 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from bitsmoe_kernels._triton import codes, gemm
 
 WARPS = gl.constexpr(4)
-ASKED, LEAST, MOST = gl.constexpr(4096), gl.constexpr(4), gl.constexpr(32)
-"""Tiles of a width that all programs together ask for, and that each of them does. What is asked for must stay in L2
-until it is used. So few programs may ask for all of their tiles, and many for the first ones."""
+ASKED, LEAST_LOG2, MOST_LOG2 = gl.constexpr(4096), gl.constexpr(2), gl.constexpr(5)
+"""Tiles of a width that all programs together ask for; logarithms of the least and the most that each of them does.
+What is asked for must stay in L2 until it is used. So few programs may ask for all tiles, many for the first ones."""
 _LANES = gl.constexpr([[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]])
 """Lane 4 g + j of a tensor whose rows are outputs or tokens and whose columns are lanes' words."""
 
@@ -32,8 +32,9 @@ def _thread_layout(words):
 @gluon.constexpr_function
 def _words_layout(n):
     """int32 [n, 4]: output 64 r + 16 w + 8 h + g in thread (g, j) of warp w."""
-    registers = [[8, 0]] + [[64, 0]] * (n == 128)
-    return gl.DistributedLinearLayout(registers, _LANES.value, [[16, 0], [32, 0]], [], [n, 4])
+    return gl.DistributedLinearLayout(
+        [[8, 0], *([first, 0] for first in (64, 128) if first < n)], _LANES.value, [[16, 0], [32, 0]], [], [n, 4]
+    )
 
 
 @gluon.constexpr_function
@@ -45,19 +46,10 @@ def _act_layout(rows, kwidth):
 
 
 @gluon.constexpr_function
-def _pairs_layout(n, rows):
-    """[n, rows]: neighbouring outputs in one thread, everything else as the matrix unit leaves it."""
-    registers = [[1, 0], [8, 0]] + [[64, 0]] * (n == 128) + [[0, 8]] * (rows == 16)
-    lanes = [[0, 2], [0, 4], [0, 1], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [n, rows])
-
-
-@gluon.constexpr_function
-def _halves_layout(n, rows):
-    """[n / 2, rows]: what `_pairs_layout` leaves of a pair."""
-    registers = [[4, 0]] + [[32, 0]] * (n == 128) + [[0, 8]] * (rows == 16)
-    lanes = [[0, 2], [0, 4], [0, 1], [1, 0], [2, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[8, 0], [16, 0]], [], [n // 2, rows])
+def _ends_layout(neighbours, n):
+    """[n, rows]: `neighbours` outputs of a row in a thread, for vectors in memory; a warp has few rows."""
+    across = min(32, n // neighbours)
+    return gl.BlockedLayout([neighbours, 1], [across, 32 // across], [1, WARPS.value], [0, 1])
 
 
 @gluon.constexpr_function
@@ -67,23 +59,35 @@ def _unit():
 
 
 @gluon.jit
-def _ask_for(words, tiles, stride, width, LINES: gl.constexpr):
-    """Bring tiles to L2: the first `width` words of each, at most LINES lines. They are `stride` words apart."""
-    AT_ONCE: gl.constexpr = WARPS * 32 // LINES
-    thread = gl.arange(0, WARPS * 32, gl.BlockedLayout([1], [32], [WARPS], [0]))
-    for first in range(0, tiles, AT_ONCE):
-        # Threads beyond the last tile or line ask for it once more.
-        tile = gl.minimum(first + thread // LINES, tiles - 1).to(gl.int64)
-        at = words + tile * stride + gl.minimum(thread % LINES * 32, width - 1)
-        gl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1
-        )
+def _ask_for(words, tiles, stride, width, LINES: gl.constexpr, EVEN: gl.constexpr):
+    """Bring at most MOST tiles to L2, `stride` words apart: LINES lines of each, of which `width` words are there.
+
+    Four threads ask for a tile, or once more for the last one. EVEN: all lines are there.
+    """
+    if tiles > 0:
+        thread = gl.arange(0, WARPS * 32, gl.BlockedLayout([1], [32], [WARPS], [0]))
+        at = words + gl.minimum(thread // 4, tiles - 1) * stride
+        for i in gl.static_range(LINES // 4):
+            line = thread % 4 * 32 + i * 128
+            gl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
+                [(at + (line if EVEN else gl.minimum(line, width - 1))).to(gl.int64)], dtype=gl.int32, is_pure=False,
+                pack=1,
+            )  # fmt: skip
 
 
 @gluon.jit
 def _load(at, row, rows, FIRST: gl.constexpr, EVEN: gl.constexpr):
     """Words FIRST rows behind those at `at`, which are of row `row`."""
     return gl.load(at) if EVEN else gl.load(at, mask=row + FIRST < rows, other=0)
+
+
+@gluon.jit
+def _both(at, n, rows, FIRST: gl.constexpr, ROW: gl.constexpr, EVEN: gl.constexpr):
+    """Words of outputs FIRST and FIRST + 8 behind `at`, [32, ROW, 2]."""
+    return gl.join(
+        _load(at + FIRST * ROW, n, rows, FIRST, EVEN), _load(at + (FIRST + 8) * ROW, n, rows, FIRST + 8, EVEN)
+    )
 
 
 @gluon.jit
@@ -94,24 +98,30 @@ def _wide(at, n, rows, BN: gl.constexpr, WORDS: gl.constexpr, EVEN: gl.constexpr
     fixed distances from it. The compiler has to see that: then all loads share an address.
     """
     ROW: gl.constexpr = 4 * WORDS
-    words = gl.join(_load(at, n, rows, 0, EVEN), _load(at + 8 * ROW, n, rows, 8, EVEN))
+    words = _both(at, n, rows, 0, ROW, EVEN)
     if BN == 64:
-        return gl.reshape(gl.permute(gl.reshape(words, (4, 8, ROW, 2)), (0, 3, 1, 2)), (BN, ROW))
+        words = gl.permute(gl.reshape(words, (4, 8, ROW, 2)), (0, 3, 1, 2))
+    elif BN == 128:
+        words = gl.join(words, _both(at, n, rows, 64, ROW, EVEN))
+        words = gl.permute(gl.reshape(words, (4, 8, ROW, 2, 2)), (4, 0, 3, 1, 2))
     else:
-        more = gl.join(_load(at + 64 * ROW, n, rows, 64, EVEN), _load(at + 72 * ROW, n, rows, 72, EVEN))
-        words = gl.reshape(gl.join(words, more), (4, 8, ROW, 2, 2))
-        return gl.reshape(gl.permute(words, (4, 0, 3, 1, 2)), (BN, ROW))
+        words = gl.join(words, _both(at, n, rows, 64, ROW, EVEN))
+        more = gl.join(_both(at, n, rows, 128, ROW, EVEN), _both(at, n, rows, 192, ROW, EVEN))
+        words = gl.permute(gl.reshape(gl.join(words, more), (4, 8, ROW, 2, 2, 2)), (5, 4, 0, 3, 1, 2))
+    return gl.reshape(words, (BN, ROW))
 
 
 @gluon.jit
 def _narrow(at, half, rows, BN: gl.constexpr, EVEN: gl.constexpr):
     """The 16-bit words of a tile, [BN / 2, 4]. at [32, 4]: those of outputs 16 w + g and 16 w + 8 + g."""
     words = _load(at, half, rows // 2, 0, EVEN)
-    if BN == 64:
-        return words
-    else:
-        words = gl.reshape(gl.join(words, _load(at + 128, half, rows // 2, 32, EVEN)), (32, 4, 2))
-        return gl.reshape(gl.permute(words, (2, 0, 1)), (BN // 2, 4))
+    if BN == 128:
+        words = gl.permute(gl.join(words, _load(at + 128, half, rows // 2, 32, EVEN)), (2, 0, 1))
+    elif BN == 256:
+        words = gl.join(words, _load(at + 128, half, rows // 2, 32, EVEN))
+        more = gl.join(_load(at + 256, half, rows // 2, 64, EVEN), _load(at + 384, half, rows // 2, 96, EVEN))
+        words = gl.permute(gl.join(words, more), (3, 2, 0, 1))
+    return gl.reshape(words, (BN // 2, 4))
 
 
 @gluon.jit
@@ -192,64 +202,105 @@ def _segment(acc, codes32, codes16, wide, narrow, count, act, act_offsets, n0, r
 
 @gluon.jit
 def _ahead(num_blocks):
-    """Tiles of each width that a program asks for."""
-    return gl.maximum(LEAST, gl.minimum(MOST, ASKED // (num_blocks * gl.num_programs(0))))
+    """Tiles of each width that a program asks for: a power of two, without a division."""
+    programs, ahead = num_blocks * gl.num_programs(0), 1 << LEAST_LOG2
+    for more in gl.static_range(LEAST_LOG2 + 1, MOST_LOG2 + 1):
+        ahead = gl.where(programs <= ASKED >> more, 1 << more, ahead)
+    return ahead
 
 
 @gluon.jit
-def _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row, KMAX, NMAX, matrix, n0, N, rows, ahead,
-             NCORR: gl.constexpr, NCORR_POW2: gl.constexpr, CORR_CHUNK: gl.constexpr,
-             BN: gl.constexpr, BT: gl.constexpr, KWIDTH: gl.constexpr, FP16: gl.constexpr,
-             EVEN: gl.constexpr, DENSE: gl.constexpr, BIAS: gl.constexpr, WIDTHS: gl.constexpr):  # fmt: skip
-    """See `gemm._outputs`; row [BT] in the layout of the activations' rows; ahead: see `_ahead`."""
-    acts: gl.constexpr = _act_layout(BT, KWIDTH)
-    unit: gl.constexpr = _unit()
-    starts, counts = start + matrix * 6, tiles + matrix * 5
-    coded = gl.zeros((BN, BT), gl.float32, unit)
-    plain = gl.zeros((BN, BT), gl.float32, unit)
-    pairs = act.to(gl.pointer_type(gl.int32), bitcast=True)
-    act_offsets = row[:, None] * (KMAX // 2) + gl.arange(0, 32, gl.SliceLayout(0, acts))[None, :]
-    here = gl.minimum(rows - n0, BN)
-    for c in gl.static_range(4):
-        if WIDTHS & (1 << c):
-            count = gl.minimum(gl.load(counts + c), ahead)
-            if c > 0:
-                words = 8 if c == 3 else 4
-                first = codes32 + gl.load(starts + (c if c < 3 else 4)) + n0 * words
-                _ask_for(first, count, rows * words, here * words, BN // (4 if c == 3 else 8))
-            if c == 0 or c == 2:
-                first = codes16 + gl.load(starts + (3 if c == 2 else 0)) + n0 * 2
-                _ask_for(first, count, rows * 2, here * 2, BN // 16)
-    done = 0
-    for c in gl.static_range(4):
-        if WIDTHS & (1 << c):
-            count = gl.load(counts + c)
-            wide = gl.multiple_of(gl.load(starts + (c if c < 3 else 4)), 16)
-            narrow = gl.multiple_of(gl.load(starts + (3 if c == 2 else 0)), 16)
-            coded = _segment(coded, codes32, codes16, wide, narrow, count, pairs + done * 32,
-                             act_offsets, n0, rows,
-                             c + 1, BN, BT, KWIDTH, FP16, EVEN)  # fmt: skip
-            done += count
-    if DENSE:
-        left: gl.constexpr = gl.DotOperandLayout(0, unit, 2)
-        right: gl.constexpr = gl.DotOperandLayout(1, unit, 2)
-        n = n0 + gl.arange(0, BN, gl.SliceLayout(1, left))[:, None]
-        kk = gl.arange(0, 64, gl.SliceLayout(0, left))[None, :]
-        pweight = dense + gl.multiple_of(gl.load(starts + 5), 16) + n * 64 + kk
-        there = gl.convert_layout(row, gl.SliceLayout(0, right))
-        pright = act + there[None, :] * KMAX + (done * 64 + gl.arange(0, 64, gl.SliceLayout(1, right))[:, None])
-        for _ in range(gl.load(counts + 4)):
-            plain = mma_v2(gl.load(pweight, mask=(n < rows) & (kk >= 0), other=0.0), gl.load(pright), plain)
-            pweight += rows * 64
-            pright += 64
-    width = tl.cdiv(done * 64, CORR_CHUNK)
+def _ask(codes32, codes16, m, n0, rows, blocks, BN: gl.constexpr, EVEN: gl.constexpr, WIDTHS: gl.constexpr):
+    """Bring the first words of every width to L2. Comes before anything else that is read: it takes longest."""
+    count1, count2, count3, count4 = m[2], m[3], m[4], m[5]
+    narrow1, wide2, wide3, wide4, narrow3 = gemm.starts_of(m, rows)
+    here, ahead = gl.minimum(rows - n0, BN), _ahead(blocks)
+    if WIDTHS & 1:
+        _ask_for(codes16 + narrow1 + n0 * 2, gl.minimum(count1, ahead), rows * 2, here * 2, BN // 16, EVEN)
+    if WIDTHS & 2:
+        _ask_for(codes32 + wide2 + n0 * 4, gl.minimum(count2, ahead), rows * 4, here * 4, BN // 8, EVEN)
+    if WIDTHS & 4:
+        _ask_for(codes32 + wide3 + n0 * 4, gl.minimum(count3, ahead), rows * 4, here * 4, BN // 8, EVEN)
+        _ask_for(codes16 + narrow3 + n0 * 2, gl.minimum(count3, ahead), rows * 2, here * 2, BN // 16, EVEN)
+    if WIDTHS & 8:
+        _ask_for(codes32 + wide4 + n0 * 8, gl.minimum(count4, ahead), rows * 8, here * 8, BN // 4, EVEN)
+
+
+@gluon.jit
+def _parts(corr, row, width, NCORR: gl.constexpr, NCORR_POW2: gl.constexpr):
+    """The first `width` partial corrections of each row, [BT, NCORR_POW2]."""
     sums: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [WARPS, 1], [1, 0])
     at = gl.arange(0, NCORR_POW2, gl.SliceLayout(0, sums))[None, :]
     prow = corr + gl.convert_layout(row, gl.SliceLayout(1, sums))[:, None] * NCORR
-    correction = gl.sum(gl.load(prow + at, mask=at < width, other=0.0), 1)
-    coded -= gl.convert_layout(correction, gl.SliceLayout(0, unit))[None, :]
-    n = n0 + gl.arange(0, BN, gl.SliceLayout(1, unit))
-    return gemm.finished(coded, plain, scale, bias, matrix * NMAX, n, N, EVEN, BIAS)
+    return gl.load(prow + at, mask=at < width, other=0.0)
+
+
+@gluon.jit
+def _outputs(act, corr, codes32, codes16, dense, scale, bias, m, row, KMAX, NMAX, matrix, n0, N, rows,
+             NCORR: gl.constexpr, NCORR_POW2: gl.constexpr, CORR_CHUNK: gl.constexpr,
+             BN: gl.constexpr, BT: gl.constexpr, KWIDTH: gl.constexpr, FP16: gl.constexpr,
+             EVEN: gl.constexpr, DENSE: gl.constexpr, BIAS: gl.constexpr, WIDTHS: gl.constexpr,
+             MADE: gl.constexpr):  # fmt: skip
+    """See `gemm._outputs`. row [BT]: in the layout of activations' rows. MADE: result's layout.
+
+    Small programs read what their outputs need before their loops: nothing waits for it at the end.
+    """
+    EARLY: gl.constexpr = BN == 64
+    if EARLY:
+        n = n0 + gl.arange(0, BN, gl.SliceLayout(1, MADE))
+        t = gemm.of_outputs(scale, matrix * NMAX, n, N, EVEN)
+    acts: gl.constexpr = _act_layout(BT, KWIDTH)
+    unit: gl.constexpr = _unit()
+    coded = gl.zeros((BN, BT), gl.float32, unit)
+    pairs = act.to(gl.pointer_type(gl.int32), bitcast=True)
+    act_offsets = row[:, None] * (KMAX // 2) + gl.arange(0, 32, gl.SliceLayout(0, acts))[None, :]
+    count1, count2, count3, count4 = m[2], m[3], m[4], m[5]
+    narrow1, wide2, wide3, wide4, narrow3 = gemm.starts_of(m, rows)
+    done = count1 + count2 + count3 + count4
+    if EARLY:
+        parts = _parts(corr, row, tl.cdiv(done * 64, CORR_CHUNK), NCORR, NCORR_POW2)
+    if WIDTHS & 1:
+        coded = _segment(coded, codes32, codes16, wide2, narrow1, count1, pairs, act_offsets, n0, rows,
+                         1, BN, BT, KWIDTH, FP16, EVEN)  # fmt: skip
+        pairs += count1 * 32
+    if WIDTHS & 2:
+        coded = _segment(coded, codes32, codes16, wide2, narrow1, count2, pairs, act_offsets, n0, rows,
+                         2, BN, BT, KWIDTH, FP16, EVEN)  # fmt: skip
+        pairs += count2 * 32
+    if WIDTHS & 4:
+        coded = _segment(coded, codes32, codes16, wide3, narrow3, count3, pairs, act_offsets, n0, rows,
+                         3, BN, BT, KWIDTH, FP16, EVEN)  # fmt: skip
+        pairs += count3 * 32
+    if WIDTHS & 8:
+        coded = _segment(coded, codes32, codes16, wide4, narrow1, count4, pairs, act_offsets, n0, rows,
+                         4, BN, BT, KWIDTH, FP16, EVEN)  # fmt: skip
+    if DENSE:
+        plain = gl.zeros((BN, BT), gl.float32, unit)
+        left: gl.constexpr = gl.DotOperandLayout(0, unit, 2)
+        right: gl.constexpr = gl.DotOperandLayout(1, unit, 2)
+        nn = n0 + gl.arange(0, BN, gl.SliceLayout(1, left))[:, None]
+        kk = gl.arange(0, 64, gl.SliceLayout(0, left))[None, :]
+        pweight = dense + m[6] + nn * 64 + kk
+        there = gl.convert_layout(row, gl.SliceLayout(0, right))
+        pright = act + there[None, :] * KMAX + (done * 64 + gl.arange(0, 64, gl.SliceLayout(1, right))[:, None])
+        for _ in range(m[7]):
+            plain = mma_v2(gl.load(pweight, mask=(nn < rows) & (kk >= 0), other=0.0), gl.load(pright), plain)
+            pweight += rows * 64
+            pright += 64
+        plain = gl.convert_layout(plain, MADE)
+    if not EARLY:
+        parts = _parts(corr, row, tl.cdiv(done * 64, CORR_CHUNK), NCORR, NCORR_POW2)
+    correction = gl.sum(parts, 1)
+    coded = gl.convert_layout(coded, MADE) - gl.convert_layout(correction, gl.SliceLayout(0, MADE))[None, :]
+    if not EARLY:
+        n = n0 + gl.arange(0, BN, gl.SliceLayout(1, MADE))
+        t = gemm.of_outputs(scale, matrix * NMAX, n, N, EVEN)
+    coded *= t[:, None]
+    if DENSE:
+        coded += plain
+    if BIAS:
+        coded += gemm.of_outputs(bias, matrix * NMAX, n, N, EVEN)[:, None]
+    return coded
 
 
 @gluon.jit
@@ -260,8 +311,7 @@ def _rows(block_slot, block, BT: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def gate_up_direct(act, corr, codes32, codes16, dense, start, tiles, columns, scale, bias,
-                   block_expert, block_slot, num_blocks,
+def gate_up_direct(act, corr, codes32, codes16, dense, scale, bias, block_matrix, block_slot, num_blocks,
                    down_factor, down_offset, out, out_corr,
                    KMAX, NMAX, KDOWN, OUT_STRIDE,
                    NCORR: gl.constexpr, NCORR_POW2: gl.constexpr, CORR_CHUNK: gl.constexpr, OUT_NCORR: gl.constexpr,
@@ -270,89 +320,109 @@ def gate_up_direct(act, corr, codes32, codes16, dense, start, tiles, columns, sc
                    WIDTHS: gl.constexpr, KWIDTH: gl.constexpr, FP16: gl.constexpr):  # fmt: skip
     """`gemm.gate_up_kernel`."""
     block = gl.program_id(1)
+    RECORDS: gl.constexpr = 3 if SPLIT else 2
+    expert, N, m = gemm.matrix_of(block_matrix, block * RECORDS)
     blocks = gl.load(num_blocks)
-    if block >= blocks:
-        return
-    expert = gl.load(block_expert + block)
     HALF: gl.constexpr = BN // 2
     acts: gl.constexpr = gl.SliceLayout(1, _act_layout(BT, KWIDTH))
     row, _ = _rows(block_slot, block, BT, acts)
-    n0 = gl.program_id(0) * (HALF if SPLIT or ACT == gemm.NO_GATE else BN)
-    matrix = expert.to(gl.int64) * (2 if SPLIT else 1)
-    N = gl.multiple_of(gl.load(columns + matrix), 16)
+    if expert < 0:
+        return
+    ONE: gl.constexpr = SPLIT or ACT == gemm.NO_GATE  # a tile holds outputs of one of gate and up
+    n0 = gl.program_id(0) * (HALF if ONE else BN)
+    matrix = expert * (2 if SPLIT else 1)
     if n0 >= N:
         return
-    ahead = _ahead(blocks)
+    _ask(codes32, codes16, m, n0, N, blocks, HALF if ONE else BN, True, WIDTHS)
+    made: gl.constexpr = _ends_layout(HALF // 16, HALF)
+    at = gl.program_id(0) * HALF + gl.arange(0, HALF, gl.SliceLayout(1, made))
+    EARLY: gl.constexpr = BN == 64
+    factor, offset = 0.0, 0.0
+    if FUSED and EARLY:
+        component = expert * KDOWN + at
+        factor, offset = gl.load(down_factor + component), gl.load(down_offset + component)
     if SPLIT:
-        made: gl.constexpr = _unit()
-        gate = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row * 2, KMAX, NMAX, matrix,
-                        n0, N, N, ahead, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16, True, DENSE,
-                        BIAS, WIDTHS)  # fmt: skip
-        up = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row * 2 + 1, KMAX, NMAX,
-                      matrix + 1, n0, N, N, ahead, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16,
-                      True, DENSE, BIAS, WIDTHS)  # fmt: skip
+        gate = _outputs(act, corr, codes32, codes16, dense, scale, bias, m, row * 2, KMAX, NMAX, matrix,
+                        n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16, True, DENSE,
+                        BIAS, WIDTHS, made)  # fmt: skip
+        _, _, m = gemm.matrix_of(block_matrix, block * RECORDS + 1)
+        _ask(codes32, codes16, m, n0, N, blocks, HALF, True, WIDTHS)
+        up = _outputs(act, corr, codes32, codes16, dense, scale, bias, m, row * 2 + 1, KMAX, NMAX, matrix + 1, n0,
+                      N, N, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16,
+                      True, DENSE, BIAS, WIDTHS, made)  # fmt: skip
     elif ACT == gemm.NO_GATE:
-        made: gl.constexpr = _unit()
-        up = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row, KMAX, NMAX, matrix,
-                      n0, N, N, ahead, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16, True, DENSE, BIAS,
-                      WIDTHS)  # fmt: skip
+        up = _outputs(act, corr, codes32, codes16, dense, scale, bias, m, row, KMAX, NMAX, matrix,
+                      n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16, True, DENSE, BIAS,
+                      WIDTHS, made)  # fmt: skip
         gate = up
     else:
-        made: gl.constexpr = _halves_layout(BN, BT)
-        y = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row, KMAX, NMAX, matrix,
-                     n0, N, N, ahead, NCORR, NCORR_POW2, CORR_CHUNK, BN, BT, KWIDTH, FP16, True, DENSE, BIAS,
-                     WIDTHS)  # fmt: skip
-        y = gl.convert_layout(y, _pairs_layout(BN, BT))
+        y = _outputs(act, corr, codes32, codes16, dense, scale, bias, m, row, KMAX, NMAX, matrix,
+                     n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, BN, BT, KWIDTH, FP16, True, DENSE, BIAS,
+                     WIDTHS, _ends_layout(HALF // 8, BN))  # fmt: skip
         gate, up = gl.split(gl.permute(gl.reshape(y, (HALF, 2, BT)), (0, 2, 1)))
         gate = gl.convert_layout(gate, made, assert_trivial=True)
         up = gl.convert_layout(up, made, assert_trivial=True)
-    at = gl.program_id(0) * HALF + gl.arange(0, HALF, gl.SliceLayout(1, made))
+    if FUSED and not EARLY:
+        component = expert * KDOWN + at
+        factor, offset = gl.load(down_factor + component), gl.load(down_offset + component)
     row_out, valid = _rows(block_slot, block, BT, gl.SliceLayout(0, made))
-    gemm.store_hidden(gemm.gated(gate, up, ACT), at, row_out, valid, expert.to(gl.int64) * KDOWN, down_factor,
-                      down_offset, out, out_corr, OUT_STRIDE, OUT_NCORR, FUSED, FP16, True)  # fmt: skip
+    gemm.store_hidden(gemm.gated(gate, up, ACT), at, row_out, valid, factor, offset, out, out_corr, OUT_STRIDE,
+                      OUT_NCORR, FUSED, FP16, True)  # fmt: skip
 
 
 @gluon.jit(do_not_specialize_on_alignment=["weight"])
-def down_direct(act, corr, codes32, codes16, dense, start, tiles, columns, scale, bias,
-                block_expert, block_slot, num_blocks,
+def down_direct(act, corr, codes32, codes16, dense, scale, bias, block_matrix, block_slot, num_blocks,
                 weight, local, partial, arrived, out,
                 KMAX, H,
                 NCORR: gl.constexpr, NCORR_POW2: gl.constexpr, CORR_CHUNK: gl.constexpr, TOP_K: gl.constexpr,
                 BN: gl.constexpr, BT: gl.constexpr, EVEN: gl.constexpr, DENSE: gl.constexpr, BIAS: gl.constexpr,
-                WIDTHS: gl.constexpr, KWIDTH: gl.constexpr, FP16: gl.constexpr):  # fmt: skip
+                RECORDS: gl.constexpr, WIDTHS: gl.constexpr, KWIDTH: gl.constexpr,
+                FP16: gl.constexpr):  # fmt: skip
     """`gemm.down_kernel`."""
     block = gl.program_id(1)
+    expert, _, m = gemm.matrix_of(block_matrix, block * RECORDS + RECORDS - 1)
     blocks = gl.load(num_blocks)
-    if block >= blocks:
+    made: gl.constexpr = _ends_layout(4, BN)
+    of_rows: gl.constexpr = gl.SliceLayout(0, made)
+    row_in, _ = _rows(block_slot, block, BT, gl.SliceLayout(1, _act_layout(BT, KWIDTH)))
+    if expert < 0:
         return
-    expert = gl.load(block_expert + block)
-    unit: gl.constexpr = _unit()
-    acts: gl.constexpr = gl.SliceLayout(1, _act_layout(BT, KWIDTH))
-    row_in, _ = _rows(block_slot, block, BT, acts)
-    row, valid = _rows(block_slot, block, BT, gl.SliceLayout(0, unit))
     n0 = gl.program_id(0) * BN
-    n = n0 + gl.arange(0, BN, gl.SliceLayout(1, unit))
-    inside = n < H
-    matrix = expert.to(gl.int64)
-    y = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row_in, KMAX, H, matrix, n0, H,
-                 tl.cdiv(H, 16) * 16, _ahead(blocks), NCORR, NCORR_POW2, CORR_CHUNK, BN, BT, KWIDTH, FP16, EVEN, DENSE,
-                 BIAS, WIDTHS)  # fmt: skip
-    y *= gl.load(weight + row)[None, :]
-    gl.store(partial + row[None, :] * H + n[:, None], y, mask=inside[:, None] & valid[None, :])
+    stored_rows = tl.cdiv(H, 16) * 16
+    _ask(codes32, codes16, m, n0, stored_rows, blocks, BN, EVEN, WIDTHS)
+    row, valid = _rows(block_slot, block, BT, of_rows)
     token = row // TOP_K
-    expected = gl.zeros((BT,), gl.int32, gl.SliceLayout(0, unit))
-    for j in tl.range(TOP_K, loop_unroll_factor=1):
-        expected += (gl.load(local + token * TOP_K + j) >= 0).to(gl.int32)
+    EARLY: gl.constexpr = BN == 64
+    if EARLY:
+        w = gl.load(weight + row)
+        # Which of a token's slots are computed here, one bit for each.
+        here = gl.zeros((BT,), gl.int32, of_rows)
+        for j in gl.static_range(TOP_K):
+            here |= (gl.load(local + token * TOP_K + j) >= 0).to(gl.int32) << j
+    y = _outputs(act, corr, codes32, codes16, dense, scale, bias, m, row_in, KMAX, H, expert, n0, H,
+                 stored_rows, NCORR, NCORR_POW2, CORR_CHUNK, BN, BT, KWIDTH, FP16, EVEN, DENSE,
+                 BIAS, WIDTHS, made)  # fmt: skip
+    n = n0 + gl.arange(0, BN, gl.SliceLayout(1, made))
+    # Only the last program of a row has outputs that are not there.
+    stored = valid[None, :] & (n < (n0 + BN if EVEN else H))[:, None]
+    if not EARLY:
+        w = gl.load(weight + row)
+    y *= w[None, :]
+    gl.store(partial + row[None, :] * H + n[:, None], y, mask=stored)
     # All threads' stores before the count goes up, and the count before others' stores are read.
     tl.debug_barrier()
-    one = gl.full((BT,), 1, gl.int32, gl.SliceLayout(0, unit))
+    one = gl.full((BT,), 1, gl.int32, of_rows)
     before = gl.atomic_add(arrived + token * gl.num_programs(0) + gl.program_id(0), one, mask=valid, sem="acq_rel")
     tl.debug_barrier()
-    last = valid & (before + 1 == expected)
-    y = gl.zeros((BN, BT), gl.float32, unit)
-    for j in tl.range(TOP_K, loop_unroll_factor=1):
-        here = last & (gl.load(local + token * TOP_K + j) >= 0)
-        y += gl.load(partial + (token * TOP_K + j)[None, :] * H + n[:, None],
-                     mask=inside[:, None] & here[None, :], other=0.0, volatile=True)  # fmt: skip
-    pout = out + token[None, :] * H + n[:, None]
-    gl.store(pout, codes.rounded(y, FP16, True), mask=inside[:, None] & last[None, :])
+    last = valid & (before + 1 == TOP_K)
+    y = gl.zeros((BN, BT), gl.float32, made)
+    pothers = partial + (token * TOP_K)[None, :] * H + n[:, None]
+    if EARLY:
+        for j in gl.static_range(TOP_K):
+            added = last & ((here >> j) % 2 != 0)
+            y += gl.load(pothers + j * H, mask=stored & added[None, :], other=0.0, volatile=True)
+    else:
+        for j in tl.range(TOP_K, loop_unroll_factor=1):
+            added = last & (gl.load(local + token * TOP_K + j) >= 0)
+            y += gl.load(pothers + j * H, mask=stored & added[None, :], other=0.0, volatile=True)
+    gl.store(out + token[None, :] * H + n[:, None], codes.rounded(y, FP16, True), mask=stored & last[None, :])

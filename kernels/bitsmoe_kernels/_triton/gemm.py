@@ -3,8 +3,8 @@
     name          shape                dtype        meaning
     act           [rows, KMAX]         fp16/bf16    scaled activations of each row, see `layout/matrices.py`
     corr          [rows, NCORR]        fp32         partial sums of act * offset
-    codes32, codes16, dense, start, tiles, columns, scale: `layout/matrices.py`
-    block_expert  [blocks]             int32        expert of each block of rows
+    codes32, codes16, dense, scale, bias: `layout/matrices.py`
+    block_matrix  [blocks, RECORDS, 16]  int64      of each block's matrices, see `matrix_of`
     block_slot    [blocks, BT]         int32        slots (token * top_k + choice) of each block; -1: none
     num_blocks    [1]                  int32        blocks in use
 
@@ -73,7 +73,38 @@ def _segment(acc, codes32, codes16, wide, narrow, count, act, n0, rows,
 
 
 @triton.jit
-def _contract(act, codes32, codes16, dense, start, tiles, matrix, n0, rows,
+def matrix_of(block_matrix, record):
+    """What is known of a block's matrix, in one read: its expert, its outputs, and what lies where.
+
+    A record: `start` and `tiles` of `layout/matrices.py`, `columns`, and the expert, -1 if the block is not in use.
+    """
+    p = block_matrix + record * 16
+    # Without the hints words would be loaded one by one.
+    narrow, wide = tl.multiple_of(tl.load(p), 16), tl.multiple_of(tl.load(p + 1), 16)
+    count1, count2 = tl.load(p + 6).to(tl.int32), tl.load(p + 7).to(tl.int32)
+    count3, count4 = tl.load(p + 8).to(tl.int32), tl.load(p + 9).to(tl.int32)
+    plain, plain_count = tl.multiple_of(tl.load(p + 5), 16), tl.load(p + 10).to(tl.int32)
+    N = tl.multiple_of(tl.load(p + 11).to(tl.int32), 16)
+    return tl.load(p + 12), N, (narrow, wide, count1, count2, count3, count4, plain, plain_count)
+
+
+@triton.jit
+def starts_of(m, rows):
+    """Where a matrix's words of 1, 2, 3 and 4 bits begin, and the narrow ones of 3: they lie one behind another."""
+    narrow, wide, count1, count2, count3, _, _, _ = m
+    step = rows.to(tl.int64)
+    wide3 = tl.multiple_of(wide + count2 * step * 4, 16)
+    return (
+        narrow,
+        wide,
+        wide3,
+        tl.multiple_of(wide3 + count3 * step * 4, 16),
+        tl.multiple_of(narrow + count1 * step * 2, 16),
+    )
+
+
+@triton.jit
+def _contract(act, codes32, codes16, dense, m, n0, rows,
               BN: tl.constexpr, BT: tl.constexpr, KWIDTH: tl.constexpr, FP16: tl.constexpr, ASM: tl.constexpr,
               EVEN: tl.constexpr, DENSE: tl.constexpr, WIDTHS: tl.constexpr,
               UNROLL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
@@ -83,21 +114,28 @@ def _contract(act, codes32, codes16, dense, start, tiles, matrix, n0, rows,
     """
     coded = tl.zeros((BN, BT), tl.float32)
     plain = tl.zeros((BN, BT), tl.float32)
-    starts, counts = start + matrix * 6, tiles + matrix * 5
-    for c in tl.static_range(4):
-        if WIDTHS & (1 << c):
-            # Columns of `start`: 1, 2, 3, 3 extra, 4, dense. Without the hint words would be loaded one by one.
-            count = tl.load(counts + c)
-            wide = tl.multiple_of(tl.load(starts + (c if c < 3 else 4)), 16)
-            narrow = tl.multiple_of(tl.load(starts + (3 if c == 2 else 0)), 16)
-            coded = _segment(coded, codes32, codes16, wide, narrow, count, act, n0, rows,
-                             c + 1, BN, BT, KWIDTH, FP16, ASM, EVEN, UNROLL, STAGES)  # fmt: skip
-            act += count * 64
+    narrow1, wide2, wide3, wide4, narrow3 = starts_of(m, rows)
+    if WIDTHS & 1:
+        coded = _segment(coded, codes32, codes16, wide2, narrow1, m[2], act, n0, rows,
+                         1, BN, BT, KWIDTH, FP16, ASM, EVEN, UNROLL, STAGES)  # fmt: skip
+        act += m[2] * 64
+    if WIDTHS & 2:
+        coded = _segment(coded, codes32, codes16, wide2, narrow1, m[3], act, n0, rows,
+                         2, BN, BT, KWIDTH, FP16, ASM, EVEN, UNROLL, STAGES)  # fmt: skip
+        act += m[3] * 64
+    if WIDTHS & 4:
+        coded = _segment(coded, codes32, codes16, wide3, narrow3, m[4], act, n0, rows,
+                         3, BN, BT, KWIDTH, FP16, ASM, EVEN, UNROLL, STAGES)  # fmt: skip
+        act += m[4] * 64
+    if WIDTHS & 8:
+        coded = _segment(coded, codes32, codes16, wide4, narrow1, m[5], act, n0, rows,
+                         4, BN, BT, KWIDTH, FP16, ASM, EVEN, UNROLL, STAGES)  # fmt: skip
+        act += m[5] * 64
     if DENSE:
         kk, n = tl.arange(0, 64), n0 + tl.arange(0, BN)
-        pweight = dense + tl.multiple_of(tl.load(starts + 5), 16) + n[:, None] * 64 + kk[None, :]
+        pweight = dense + m[6] + n[:, None] * 64 + kk[None, :]
         pact = act + kk[:, None]
-        for _ in tl.range(tl.load(counts + 4), num_stages=STAGES):
+        for _ in tl.range(m[7], num_stages=STAGES):
             plain = product(tl.load(pweight, mask=n[:, None] < rows, other=0.0), tl.load(pact), plain, ASM)
             pweight += rows * 64
             pact += 64
@@ -105,35 +143,33 @@ def _contract(act, codes32, codes16, dense, start, tiles, matrix, n0, rows,
 
 
 @triton.jit
-def _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row, KMAX, NMAX, matrix, n0, N, rows,
+def _outputs(act, corr, codes32, codes16, dense, scale, bias, m, row, KMAX, NMAX, matrix, n0, N, rows,
              NCORR: tl.constexpr, NCORR_POW2: tl.constexpr, CORR_CHUNK: tl.constexpr,
              BN: tl.constexpr, BT: tl.constexpr, KWIDTH: tl.constexpr, FP16: tl.constexpr, ASM: tl.constexpr,
              EVEN: tl.constexpr, DENSE: tl.constexpr, BIAS: tl.constexpr, WIDTHS: tl.constexpr,
              UNROLL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """BN outputs of one matrix from the first n0 on, for the activations `row` [BT]: float32 [BN, BT].
 
-    NMAX: a matrix's share of `scale` and of `bias`. N: its outputs; EVEN: whether BN divides it. rows:
-    stored ones, a multiple of 16.
+    m: see `matrix_of`. NMAX: a matrix's share of `scale` and of `bias`. N: its outputs; EVEN: whether BN divides it.
+    rows: stored ones, a multiple of 16.
     """
-    width = tl.cdiv(tl.sum(tl.load(tiles + matrix * 5 + tl.arange(0, 4))) * 64, CORR_CHUNK)
-    coded, plain = _contract(act + row[None, :] * KMAX, codes32, codes16, dense, start, tiles, matrix, n0, rows,
+    width = tl.cdiv((m[2] + m[3] + m[4] + m[5]) * 64, CORR_CHUNK)
+    coded, plain = _contract(act + row[None, :] * KMAX, codes32, codes16, dense, m, n0, rows,
                              BN, BT, KWIDTH, FP16, ASM, EVEN, DENSE, WIDTHS, UNROLL, STAGES)  # fmt: skip
     at = tl.arange(0, NCORR_POW2)
     parts = tl.load(corr + row[:, None] * NCORR + at[None, :], mask=at[None, :] < width, other=0.0)
-    return finished(coded - tl.sum(parts, 1)[None, :], plain, scale, bias, matrix * NMAX, n0 + tl.arange(0, BN), N,
-                    EVEN, BIAS)  # fmt: skip
+    n = n0 + tl.arange(0, BN)
+    y = (coded - tl.sum(parts, 1)[None, :]) * of_outputs(scale, matrix * NMAX, n, N, EVEN)[:, None] + plain
+    if BIAS:
+        y += of_outputs(bias, matrix * NMAX, n, N, EVEN)[:, None]
+    return y
 
 
 # What follows up to the kernels has no layouts of its own: `direct.py` calls it too.
 @triton.jit
-def finished(coded, plain, scale, bias, first, n, N, EVEN: tl.constexpr, BIAS: tl.constexpr):
-    """Outputs n [BN] of a matrix from its sums [BN, BT]. first: where its share of `scale` and of `bias` begins."""
-    t = scale + first + n
-    y = coded * (tl.load(t) if EVEN else tl.load(t, mask=n < N, other=0.0))[:, None] + plain
-    if BIAS:
-        b = bias + first + n
-        y += (tl.load(b) if EVEN else tl.load(b, mask=n < N, other=0.0))[:, None]
-    return y
+def of_outputs(table, first, n, N, EVEN: tl.constexpr):
+    """Scale or bias of outputs n [BN] of a matrix, whose share of the table begins at `first`."""
+    return tl.load(table + first + n) if EVEN else tl.load(table + first + n, mask=n < N, other=0.0)
 
 
 @triton.jit
@@ -157,15 +193,14 @@ def gated(gate, up, ACT: tl.constexpr):
 
 
 @triton.jit
-def store_hidden(h, at, row, valid, first, down_factor, down_offset, out, out_corr, OUT_STRIDE,
+def store_hidden(h, at, row, valid, factor, offset, out, out_corr, OUT_STRIDE,
                  OUT_NCORR: tl.constexpr, FUSED: tl.constexpr, FP16: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
     """What `gate_up_kernel` writes of h [HALF, BT]: components at [HALF] of down, for rows [BT].
 
-    first: where the expert's components begin in down's tables.
+    factor, offset: of these components.
     """
     pout = out + row[None, :] * OUT_STRIDE + at[:, None]
     if FUSED:
-        factor, offset = tl.load(down_factor + first + at), tl.load(down_offset + first + at)
         # Padding stays 0 whatever comes out of it.
         a = rounded(tl.where(factor[:, None] == 0, 0.0, h * factor[:, None]), FP16, ASM)
         tl.store(pout, a, mask=valid[None, :])
@@ -176,8 +211,7 @@ def store_hidden(h, at, row, valid, first, down_factor, down_offset, out, out_co
 
 
 @triton.jit
-def gate_up_kernel(act, corr, codes32, codes16, dense, start, tiles, columns, scale, bias,
-                   block_expert, block_slot, num_blocks,
+def gate_up_kernel(act, corr, codes32, codes16, dense, scale, bias, block_matrix, block_slot, num_blocks,
                    down_factor, down_offset, out, out_corr,
                    KMAX, NMAX, KDOWN, OUT_STRIDE,
                    NCORR: tl.constexpr, NCORR_POW2: tl.constexpr, CORR_CHUNK: tl.constexpr, OUT_NCORR: tl.constexpr,
@@ -191,78 +225,77 @@ def gate_up_kernel(act, corr, codes32, codes16, dense, start, tiles, columns, sc
     OUT_NCORR], one for each program of a row; else h itself, float32 [slots, OUT_STRIDE].
     """
     block = tl.program_id(1)
-    if block >= tl.load(num_blocks):
-        return
-    expert = tl.load(block_expert + block)
+    RECORDS: tl.constexpr = 3 if SPLIT else 2
+    expert, N, m = matrix_of(block_matrix, block * RECORDS)
     slot = tl.load(block_slot + block * BT + tl.arange(0, BT))
+    if expert < 0:
+        return
     valid = slot >= 0
     row = tl.where(valid, slot, 0).to(tl.int64)
     HALF: tl.constexpr = BN // 2
     at = tl.program_id(0) * HALF + tl.arange(0, HALF)
     n0 = tl.program_id(0) * (HALF if SPLIT or ACT == NO_GATE else BN)
-    matrix = expert.to(tl.int64) * (2 if SPLIT else 1)
-    N = tl.multiple_of(tl.load(columns + matrix), 16)
+    matrix = expert * (2 if SPLIT else 1)
     if n0 >= N:
         return
     if SPLIT:
-        gate = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row * 2, KMAX, NMAX, matrix,
+        gate = _outputs(act, corr, codes32, codes16, dense, scale, bias, m, row * 2, KMAX, NMAX, matrix,
                         n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16, ASM, True, DENSE, BIAS,
                         WIDTHS, UNROLL, STAGES)  # fmt: skip
-        up = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row * 2 + 1, KMAX, NMAX,
-                      matrix + 1, n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16, ASM, True, DENSE,
+        _, _, m = matrix_of(block_matrix, block * RECORDS + 1)
+        up = _outputs(act, corr, codes32, codes16, dense, scale, bias, m, row * 2 + 1, KMAX, NMAX, matrix + 1, n0,
+                      N, N, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16, ASM, True, DENSE,
                       BIAS, WIDTHS, UNROLL, STAGES)  # fmt: skip
     elif ACT == NO_GATE:
-        up = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row, KMAX, NMAX, matrix,
+        up = _outputs(act, corr, codes32, codes16, dense, scale, bias, m, row, KMAX, NMAX, matrix,
                       n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16, ASM, True, DENSE, BIAS,
                       WIDTHS, UNROLL, STAGES)  # fmt: skip
         gate = up
     else:
-        y = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row, KMAX, NMAX, matrix,
+        y = _outputs(act, corr, codes32, codes16, dense, scale, bias, m, row, KMAX, NMAX, matrix,
                      n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, BN, BT, KWIDTH, FP16, ASM, True, DENSE, BIAS,
                      WIDTHS, UNROLL, STAGES)  # fmt: skip
         gate, up = tl.split(tl.permute(tl.reshape(y, (HALF, 2, BT)), (0, 2, 1)))
-    store_hidden(gated(gate, up, ACT), at, row, valid, expert.to(tl.int64) * KDOWN, down_factor, down_offset, out,
-                 out_corr, OUT_STRIDE, OUT_NCORR, FUSED, FP16, ASM)  # fmt: skip
+    component = expert * KDOWN + at
+    factor, offset = (tl.load(down_factor + component), tl.load(down_offset + component)) if FUSED else (0.0, 0.0)
+    store_hidden(gated(gate, up, ACT), at, row, valid, factor, offset, out, out_corr, OUT_STRIDE, OUT_NCORR, FUSED,
+                 FP16, ASM)  # fmt: skip
 
 
 @triton.jit(do_not_specialize_on_alignment=["weight"])
-def down_kernel(act, corr, codes32, codes16, dense, start, tiles, columns, scale, bias,
-                block_expert, block_slot, num_blocks,
+def down_kernel(act, corr, codes32, codes16, dense, scale, bias, block_matrix, block_slot, num_blocks,
                 weight, local, partial, arrived, out,
                 KMAX, H,
                 NCORR: tl.constexpr, NCORR_POW2: tl.constexpr, CORR_CHUNK: tl.constexpr, TOP_K: tl.constexpr,
                 BN: tl.constexpr, BT: tl.constexpr, EVEN: tl.constexpr, DENSE: tl.constexpr, BIAS: tl.constexpr,
-                WIDTHS: tl.constexpr, KWIDTH: tl.constexpr, FP16: tl.constexpr, ASM: tl.constexpr,
-                UNROLL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                RECORDS: tl.constexpr, WIDTHS: tl.constexpr, KWIDTH: tl.constexpr, FP16: tl.constexpr,
+                ASM: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Outputs of every slot to `partial` [slots, H] float32, times the routing weight; the last of a token sums them.
 
     weight: routing weight of each slot, float32. local: expert of each slot here, -1: elsewhere. arrived: int32
-    [tokens, grid's first size], zero before. The sum runs in the order of the slots, whoever is last: always the same.
+    [tokens, grid's first size], before: of a token's slots those that are elsewhere. The sum runs in the order of the
+    slots, whoever is last: always the same.
     """
     block = tl.program_id(1)
-    if block >= tl.load(num_blocks):
-        return
-    expert = tl.load(block_expert + block)
+    expert, _, m = matrix_of(block_matrix, block * RECORDS + RECORDS - 1)
     slot = tl.load(block_slot + block * BT + tl.arange(0, BT))
+    if expert < 0:
+        return
     valid = slot >= 0
     row = tl.where(valid, slot, 0).to(tl.int64)
     n0 = tl.program_id(0) * BN
     n = n0 + tl.arange(0, BN)
     inside = n < H
-    matrix = expert.to(tl.int64)
-    y = _outputs(act, corr, codes32, codes16, dense, start, tiles, scale, bias, row, KMAX, H, matrix, n0, H,
+    y = _outputs(act, corr, codes32, codes16, dense, scale, bias, m, row, KMAX, H, expert, n0, H,
                  tl.cdiv(H, 16) * 16, NCORR, NCORR_POW2, CORR_CHUNK, BN, BT, KWIDTH, FP16, ASM, EVEN, DENSE,
                  BIAS, WIDTHS, UNROLL, STAGES) * tl.load(weight + row)[None, :]  # fmt: skip
     tl.store(partial + row[None, :] * H + n[:, None], y, mask=inside[:, None] & valid[None, :])
     token = row // TOP_K
-    expected = tl.zeros((BT,), tl.int32)
-    for j in tl.range(TOP_K, num_stages=1, loop_unroll_factor=1):
-        expected += (tl.load(local + token * TOP_K + j) >= 0).to(tl.int32)
     # All threads' stores before the count goes up, and the count before others' stores are read.
     tl.debug_barrier()
     before = tl.atomic_add(arrived + token * tl.num_programs(0) + tl.program_id(0), 1, mask=valid, sem="acq_rel")
     tl.debug_barrier()
-    last = valid & (before + 1 == expected)
+    last = valid & (before + 1 == TOP_K)
     y = tl.zeros((BN, BT), tl.float32)
     for j in tl.range(TOP_K, num_stages=1, loop_unroll_factor=1):
         here = last & (tl.load(local + token * TOP_K + j) >= 0)

@@ -4,7 +4,7 @@
 chosen by the machine code alone (instructions per weight, registers, shared memory): see docs/kernels.md.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -12,13 +12,16 @@ class Tile:
     """One configuration of the GEMM kernels.
 
     Attributes:
-        outputs: outputs of a program; gate and up count as two.
+        outputs: of a program of down.
         tokens: slots of a block.
         warps: of a program.
         unroll: tiles of 64 components in one turn of the main loop.
         stages: of the pipeline that brings tiles to shared memory.
         direct: whether `_triton/direct.py` has the kernels, which have no use for `unroll` and `stages`. Triton's
             interpreter does not run them: there `_triton/gemm.py` stands in.
+        gate_up: outputs of a program of gate and up, which count as two; 128 where they are matrices of their own.
+        registers: most of a thread of gate and up, and of down, so that more programs share a multiprocessor; None:
+            what the assembler takes.
     """
 
     outputs: int
@@ -27,32 +30,40 @@ class Tile:
     unroll: int
     stages: int
     direct: bool = False
+    gate_up: int = 128
+    registers: tuple[int | None, int | None] = (None, None)
 
 
 DECODE, PREFILL = "decode", "prefill"
 HOPPER = 90
 
-FEW = (Tile(128, 8, 4, 2, 3, direct=True), Tile(128, 16, 4, 2, 3, direct=True))
-"""Blocks of few tokens, on every architecture."""
+FEW = (
+    Tile(64, 8, 4, 2, 3, direct=True, gate_up=64),
+    Tile(256, 8, 4, 2, 3, direct=True),
+    Tile(256, 16, 4, 2, 3, direct=True, registers=(96, None)),
+)
+"""Blocks of few tokens, on every architecture. The first is for calls that fill no GPU with programs."""
+FILLED = 128 * 128
+"""Outputs of gate and up of all slots' experts: with fewer, programs of 128 leave multiprocessors idle."""
 
 TILES: dict[int, dict[str, tuple[Tile, ...]]] = {
     80: {
         DECODE: FEW,
-        PREFILL: (Tile(128, 32, 4, 2, 3), Tile(128, 64, 8, 1, 4)),
+        PREFILL: (Tile(128, 32, 4, 2, 3), Tile(128, 64, 8, 1, 4, registers=(128, 128))),
     },
     90: {
         DECODE: FEW,
-        PREFILL: (Tile(128, 32, 4, 2, 3), Tile(128, 64, 8, 1, 3)),
+        PREFILL: (Tile(128, 32, 4, 2, 3), Tile(128, 64, 8, 1, 3, registers=(128, 128))),
     },
     # Triton takes the matrix unit of sm_100, which has no way in for weights from registers, and gives up. The older
-    # instructions are slow for long prompts.
+    # instructions are slow for long prompts. With float16 and 96 registers they would spill.
     100: {
-        DECODE: FEW,
-        PREFILL: FEW[-1:],
+        DECODE: (*FEW[:-1], replace(FEW[-1], registers=(None, None))),
+        PREFILL: (replace(FEW[-1], registers=(None, None)),),
     },
     120: {
         DECODE: FEW,
-        PREFILL: (Tile(128, 32, 4, 2, 2), Tile(128, 64, 8, 1, 3)),
+        PREFILL: (Tile(128, 32, 4, 2, 2), Tile(128, 64, 8, 1, 3, registers=(128, 128))),
     },
 }
 """By the oldest architecture they serve."""
@@ -60,19 +71,29 @@ TILES: dict[int, dict[str, tuple[Tile, ...]]] = {
 
 @dataclass(frozen=True)
 class BasisTile:
-    """Coordinates and tokens of a program of the shared basis, and its warps."""
+    """Tiles of what comes before the GEMM.
+
+    Attributes:
+        coordinates, tokens: of a program of the shared basis.
+        warps: of a program.
+        parts: in which the basis is summed up, by programs of their own; the next launch adds them up, in their order.
+        inner: inputs that a program of the basis takes at a time.
+    """
 
     coordinates: int
     tokens: int
     warps: int
+    parts: int
+    inner: int
 
 
-BASIS_TILES = (BasisTile(32, 16, 4), BasisTile(64, 64, 8))
+BASIS_TILES = (BasisTile(32, 16, 4, 4, 128), BasisTile(64, 64, 4, 4, 64), BasisTile(128, 128, 8, 1, 64))
 
 
 def basis_tile(tokens: int) -> BasisTile:
     """For a call with so many tokens."""
-    return BASIS_TILES[tokens > 64]
+    few, some, many = BASIS_TILES
+    return few if tokens <= 16 else some if tokens <= 512 else many
 
 
 def why_no_table(capability: int) -> str | None:
@@ -94,17 +115,22 @@ def table_of(capability: int) -> dict[str, tuple[Tile, ...]]:
     return TILES[max(known)]
 
 
-def pick_tile(capability: int, slots: int, experts: int) -> Tile:
+def pick_tile(capability: int, slots: int, experts: int, outputs: int) -> Tile:
     """The configuration for a call, from numbers that are known without asking the device.
 
     Args:
         capability: such as 90.
         slots: tokens times top_k.
         experts: over which the slots are spread, those of other ranks among them.
+        outputs: of an expert's gate and up together.
     """
     table = table_of(capability)
     mean = slots / max(1, experts)
-    for tile in table[DECODE]:
+    small, *few = table[DECODE]
+    # A factor of two between this tile and the next: powers of two meet both, so both are compiled at start-up.
+    if 2 * mean <= small.tokens and slots * outputs <= FILLED:
+        return small
+    for tile in few:
         if mean <= tile.tokens:
             return tile
     prefill = table[PREFILL]

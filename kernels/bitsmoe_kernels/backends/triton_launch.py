@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_kernels._triton import gemm, prepare
-from bitsmoe_kernels.backends.launch_config import BASIS_TILES, Tile, basis_tile, pick_tile
+from bitsmoe_kernels.backends.launch_config import Tile, basis_tile, pick_tile
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
 from bitsmoe_kernels.layout.fields import TILE
 from bitsmoe_kernels.layout.matrices import Matrices
@@ -23,6 +23,10 @@ SCALE_CHUNK = 512
 """Components of one program of the scaling kernel."""
 ROUTE_CHUNK = 512
 """Slots that a program of the routing looks at together."""
+SCALE_SLOTS = 8
+"""Most slots of one program of the scaling kernel."""
+ROUTE_TOKENS = 16
+"""Tokens of one program that looks for slots of other ranks."""
 TOKENS_AT_ONCE = 2_048
 """Tokens of one pass. Longer inputs are cut, which bounds the buffers."""
 ALIGNED = 4
@@ -126,7 +130,8 @@ def _forward(
     T, H = x.shape
     top_k = topk_ids.shape[1]
     S, E = T * top_k, len(layer.down.columns)
-    tile = tile or pick_tile(device.capability, S, E if expert_map is None else len(expert_map))
+    widest = layer.inputs.scale.shape[1] * (1 if layer.in_turn else 2)
+    tile = tile or pick_tile(device.capability, S, E if expert_map is None else len(expert_map), widest)
     fp16 = x.dtype == torch.float16
     common = {"KWIDTH": layer.kwidth, "FP16": fp16, "num_warps": tile.warps}
     if tile.direct and device.asm:
@@ -138,42 +143,43 @@ def _forward(
         common |= {"ASM": device.asm, "UNROLL": tile.unroll, "STAGES": tile.stages}
     down_tiles = -(-H // tile.outputs)
     # What gate and up contract: the token, or its coordinates in the shared basis.
-    source, coordinates = x, None
+    source, coordinates = x.view(T, H, 1), None
     if layer.basis is not None and layer.basis_scale is not None:
-        source = x.new_empty(T, len(layer.basis), dtype=torch.float32)
+        source = x.new_empty(T, len(layer.basis), basis_tile(T).parts, dtype=torch.float32)
         coordinates = x, layer.basis, layer.basis_scale, source
-    route = _route(topk_ids, expert_map, E, tile.tokens, down_tiles, coordinates, device.asm)
     out = torch.empty_like(x)
-    act, corr = _scaled(layer.inputs, source, route.local, S, top_k, 2 if layer.split else 1, out, H, device.asm)
+    route = _route(topk_ids, expert_map, E, tile.tokens, down_tiles, out, coordinates, layer, device.asm)
+    act, corr = _scaled(layer.inputs, source, route, S, top_k, 2 if layer.split else 1, x.dtype, device.asm)
 
     k_down = layer.down.index.shape[1]
+    BN = tile.gate_up if layer.in_turn else 2 * TILE
     if layer.fused:
         hidden = x.new_empty(S, k_down)
-        hidden_corr = x.new_empty(S, k_down // TILE, dtype=torch.float32)
+        hidden_corr = x.new_empty(S, 2 * k_down // BN, dtype=torch.float32)
     else:
         hidden = x.new_empty(S, layer.inputs.scale.shape[1] // (2 if layer.in_turn else 1), dtype=torch.float32)
         hidden_corr = corr
-    widest = layer.inputs.scale.shape[1] * (1 if layer.in_turn else 2)
-    _launch("gate_up", gate_up_kernel, (-(-widest // (2 * TILE)), route.max_blocks),
-            act, corr, *_codes(layer.inputs), route.block_expert, route.block_slot, route.num_blocks,
+    _launch("gate_up", gate_up_kernel, (-(-widest // BN), route.max_blocks),
+            act, corr, *_codes(layer.inputs), route.block_matrix, route.block_slot, route.num_blocks,
             layer.down.factor, layer.down.offset, hidden, hidden_corr,
             act.shape[-1], layer.inputs.scale.shape[1], k_down, hidden.shape[1],
             NCORR=corr.shape[-1], NCORR_POW2=_pow2(corr.shape[-1]), CORR_CHUNK=SCALE_CHUNK,
-            OUT_NCORR=hidden_corr.shape[-1], BN=2 * TILE, BT=tile.tokens, SPLIT=layer.split, FUSED=layer.fused,
+            OUT_NCORR=hidden_corr.shape[-1], BN=BN, BT=tile.tokens, SPLIT=layer.split, FUSED=layer.fused,
             DENSE=layer.inputs.dense.numel() > 1, WIDTHS=layer.input_widths, ACT=layer.act,
-            BIAS=layer.inputs.bias.numel() > 0, **common)  # fmt: skip
-    chunk = TILE
+            BIAS=layer.inputs.bias.numel() > 0, maxnreg=tile.registers[0], **common)  # fmt: skip
+    chunk = BN // 2
     if not layer.fused:
-        hidden, hidden_corr = _scaled(layer.down, hidden, route.local, S, 1, 1, out, 0, device.asm)
+        hidden, hidden_corr = _scaled(layer.down, hidden.view(*hidden.shape, 1), route, S, 1, 1, x.dtype, device.asm)
         chunk = SCALE_CHUNK
 
     partial = x.new_empty(S, H, dtype=torch.float32)
     _launch("down", down_kernel, (down_tiles, route.max_blocks),
-            hidden, hidden_corr, *_codes(layer.down), route.block_expert, route.block_slot, route.num_blocks,
+            hidden, hidden_corr, *_codes(layer.down), route.block_matrix, route.block_slot, route.num_blocks,
             topk_weights.float().contiguous(), route.local, partial, route.arrived, out, k_down, H,
             NCORR=hidden_corr.shape[-1], NCORR_POW2=_pow2(hidden_corr.shape[-1]), CORR_CHUNK=chunk, TOP_K=top_k,
             BN=tile.outputs, BT=tile.tokens, EVEN=H % tile.outputs == 0, DENSE=layer.down.dense.numel() > 1,
-            WIDTHS=layer.down_widths, BIAS=layer.down.bias.numel() > 0, **common)  # fmt: skip
+            RECORDS=2 + layer.split, WIDTHS=layer.down_widths, BIAS=layer.down.bias.numel() > 0,
+            maxnreg=tile.registers[1], **common)  # fmt: skip
     return out
 
 
@@ -183,10 +189,12 @@ class _Route:
 
     local: Tensor
     block_expert: Tensor
+    block_matrix: Tensor
     block_slot: Tensor
     num_blocks: Tensor
     arrived: Tensor
     max_blocks: int
+    tokens: int
 
 
 def _route(
@@ -195,55 +203,66 @@ def _route(
     E: int,
     tokens: int,
     down_tiles: int,
+    out: Tensor | None,
     coordinates: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    layer: KernelLayer | None = None,
     asm: bool = False,
 ) -> _Route:
-    """Blocks of `tokens` slots. In the same launch coordinates: x, the basis, its scale and z, which is written."""
+    """Blocks of `tokens` slots; clears rows of `out` [T, H] that no expert here writes.
+
+    In the same launch coordinates: x, the basis, its scale and z, which is written. layer: whose matrices the blocks
+    will meet; None: nobody asks for them.
+    """
     ids = topk_ids.contiguous().flatten()
-    S, T = len(ids), len(topk_ids)
+    S, (T, top_k), H = len(ids), topk_ids.shape, 0 if out is None else out.shape[1]
     most = min(S, S // tokens + E)
     # Each begins at a multiple of ALIGNED: Triton compiles a kernel once more for pointers that do not.
     sizes = [v for n in (S, 1, most, most * tokens, T * down_tiles) for v in (n, -n % ALIGNED)]
     empty = torch.empty(sum(sizes), dtype=torch.int32, device=ids.device)
     local, num_blocks, block_expert, block_slot, arrived = empty.split(sizes)[::2]
     x, basis, basis_scale, z = coordinates or (empty,) * 4
-    H, R, tile = 0, 0, BASIS_TILES[0]
-    programs = max(1, E)
+    records, block_matrix, matrices = 0, empty, [empty] * 6
+    if layer is not None:
+        records = 2 + layer.split
+        block_matrix = torch.empty(most * records * 16, dtype=torch.int64, device=ids.device)
+        matrices = [t for m in (layer.inputs, layer.down) for t in (m.start, m.tiles, m.columns)]
+    R, tile = 0, basis_tile(T)
+    programs = max(1, E) + -(-T // ROUTE_TOKENS)
     if coordinates is not None:
-        H, R, tile = x.shape[1], len(basis), basis_tile(T)
-        programs += -(-R // tile.coordinates) * -(-T // tile.tokens)
+        R = len(basis)
+        programs += -(-R // tile.coordinates) * -(-T // tile.tokens) * tile.parts
     _launch("begin", prepare.begin_kernel, (programs,),
-            ids, local, block_expert, block_slot, num_blocks, arrived, S, len(arrived), tokens,
-            ids if expert_map is None else expert_map, x, basis, basis_scale, z, T, H, R,
-            E=E, BINS=max(32, _pow2(E)), CHUNK=ROUTE_CHUNK,
+            ids, local, block_expert, block_slot, num_blocks, block_matrix, arrived, empty if out is None else out,
+            S, T, down_tiles, most, tokens, ids if expert_map is None else expert_map, *matrices,
+            x, basis, basis_scale, z, H, R, RECORDS=records, E=E, BINS=max(32, _pow2(E)),
+            CHUNK=ROUTE_CHUNK, TOP_K=top_k, TOKENS=ROUTE_TOKENS,
             EXPERTS=E if expert_map is None else len(expert_map), EXPERT_MAP=expert_map is not None,
-            BASIS=coordinates is not None, BN=tile.coordinates, BT=tile.tokens, BK=128, STAGES=3, ASM=asm,
-            num_warps=tile.warps)  # fmt: skip
-    return _Route(local, block_expert, block_slot, num_blocks, arrived, most)
+            BASIS=coordinates is not None, BN=tile.coordinates, BT=tile.tokens, BK=tile.inner, PARTS=tile.parts,
+            STAGES=3, EVEN=H % tile.inner == 0, ASM=asm, num_warps=tile.warps)  # fmt: skip
+    return _Route(local, block_expert, block_matrix, block_slot, num_blocks, arrived, most, tokens)
 
 
 def _scaled(
-    m: Matrices, source: Tensor, local: Tensor, S: int, rows_per: int, per: int, out: Tensor, clear: int, asm: bool
+    m: Matrices, source: Tensor, route: _Route, S: int, rows_per: int, per: int, dtype: torch.dtype, asm: bool
 ) -> tuple[Tensor, Tensor]:
-    """Activations of every slot as the GEMM wants them, and their partial corrections.
-
-    Clears the first `clear` columns, all or none, of rows of `out` that no expert here writes.
-    """
-    dtype = out.dtype
+    """Activations of every slot as the GEMM wants them, and partial corrections. source: [rows, columns, parts]"""
     K = m.index.shape[1]
     chunks = -(-K // SCALE_CHUNK)
     act = torch.empty(S * per, K, dtype=dtype, device=source.device)
     corr = torch.empty(S * per, chunks, dtype=torch.float32, device=source.device)
-    _launch("scale", prepare.scale_kernel, (S, chunks, per),
-            source, local, m.index, m.factor, m.offset, m.tiles, act, corr, m.rank, m.lowrank, m.lowrank_start, out,
-            source.shape[1], m.lowrank.shape[1], K, chunks, clear,
-            ROWS_PER=rows_per, PER=per, CHUNK=SCALE_CHUNK, FP16=dtype == torch.float16,
-            LOWRANK=len(m.lowrank) > 0, ASM=asm, num_warps=4)  # fmt: skip
+    programs = route.max_blocks * -(-route.tokens // SCALE_SLOTS)
+    _launch("scale", prepare.scale_kernel, (programs, chunks, per),
+            source, route.block_expert, route.block_slot, m.index, m.factor, m.offset, m.tiles,
+            act, corr, m.rank, m.lowrank, m.lowrank_start,
+            route.tokens, source.shape[1], m.lowrank.shape[1], K, chunks,
+            ROWS_PER=rows_per, PER=per, CHUNK=SCALE_CHUNK, SLOTS=SCALE_SLOTS, PARTS=source.shape[2],
+            FP16=dtype == torch.float16, LOWRANK=len(m.lowrank) > 0, ASM=asm,
+            num_warps=1)  # fmt: skip
     return act, corr
 
 
 def _codes(m: Matrices) -> tuple[Tensor, ...]:
-    return m.codes32, m.codes16, m.dense, m.start, m.tiles, m.columns, m.scale, m.bias
+    return m.codes32, m.codes16, m.dense, m.scale, m.bias
 
 
 def _pow2(n: int) -> int:

@@ -46,7 +46,8 @@ class Matrices:
         codes32: int32, tiles of 2, 3 and 4 bits: [tile, N, 4 lanes, words]. N is padded to a multiple of 16 here.
         codes16: int32, tiles of 1 bit and the extra words of 3 bits, two outputs in each: [tile, N / 16, 8, 4 lanes].
         dense: activations' dtype, [tile, N, 64].
-        start: int64 [M, 6], element at which each class begins, in the order of `STARTS`.
+        start: int64 [M, 6], element at which each class begins, in the order of `STARTS`, or would begin. Classes of a
+            matrix lie one behind another.
         tiles: int32 [M, 5], tiles of 1, 2, 3, 4 bits and dense ones.
         columns: int32 [M], N of each matrix.
         index: int32 [M, K], where a component is read; -1: written by the compensator.
@@ -219,14 +220,17 @@ def pack_matrices(parts: Sequence[MatrixContent], dtype: torch.dtype, kwidth: in
     lowrank: list[Tensor] = []
     for i, (w, expert, components, columns, live) in enumerate(parts):
         for c, b in enumerate(CLASSES):
+            for starts, words in ((WIDE_START, words32), (NARROW_START, words16)):
+                if b in starts:
+                    start[i, starts[b]] = words.size
             if b not in components.codes:
                 continue
             wide, narrow = pack_words(_padded(components.codes[b][:, columns]), b, kwidth)
             tiles[i, c] = len(components.codes[b]) // TILE
             if wide is not None:
-                start[i, WIDE_START[b]] = words32.put(wide)
+                words32.put(wide)
             if narrow is not None:
-                start[i, NARROW_START[b]] = words16.put(narrow)
+                words16.put(narrow)
         if components.dense is not None:
             block = _padded(components.dense[:, columns] * live)
             block = block.view(len(block) // TILE, TILE, block.shape[1]).mT

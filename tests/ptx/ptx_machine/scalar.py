@@ -132,7 +132,7 @@ _UFUNCS: dict[tuple[str, str], Any] = {
     **{("add", t): np.add for t in ("s32", "u32", "s64", "u64", "s16", "u16", "f32")},
     **{("sub", t): np.subtract for t in ("s32", "u32", "s64", "u64", "s16", "u16", "f32")},
     **{("mul", t): np.multiply for t in ("lo.s32", "lo.u32", "lo.s64", "lo.u64", "lo.s16", "lo.u16", "f32")},
-    **{("min", t): np.minimum for t in ("s32", "u32")},
+    **{("min", t): np.minimum for t in ("s32", "u32", "s64", "u64")},
     **{("max", t): np.maximum for t in ("s32", "u32")},
     **{("and", t): np.bitwise_and for t in ("b16", "b32", "b64", "pred")},
     **{("or", t): np.bitwise_or for t in ("b16", "b32", "b64", "pred")},

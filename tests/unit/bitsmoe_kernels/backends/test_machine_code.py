@@ -27,8 +27,8 @@ LIMITS = {
     ("bfloat16", 3): (1.08, 1.56),
     ("bfloat16", 4): (1.03, 1.48),
 }
-"""(activations, bits): most instructions per weight on sm_90 at the smallest tile, arithmetic ones and all; what was
-measured, rounded up. Issue 4 asks for at most 1.0 and 1.4 at 2 bits, 1.7 and 2.2 at 3, 1.2 and 1.8 at 4."""
+"""(activations, bits): most instructions per weight on sm_90 at the smallest tile that fills a GPU, arithmetic ones and
+all; what was measured, rounded up. Issue 4 asks for 1.0 and 1.4 at 2 bits, 1.7 and 2.2 at 3, 1.2 and 1.8 at 4."""
 
 
 def measured(code: str) -> Any:
@@ -51,8 +51,10 @@ def hopper() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(("dtype", "bits"), LIMITS)
 def test_instructions_per_weight(dtype: str, bits: int, hopper: list[dict[str, Any]]) -> None:
-    tokens = TILES[90][DECODE][0].tokens
-    found = [r for r in hopper if (r["dtype"], r["bits"], r["tokens"]) == (dtype, bits, tokens)]
+    tile = TILES[90][DECODE][1]
+    at = {"gate_up": tile.gate_up, "down": tile.outputs}
+    found = [r for r in hopper if (r["dtype"], r["bits"], r["tokens"]) == (dtype, bits, tile.tokens)]
+    found = [r for r in found if r["outputs"] == at[r["kernel"]]]
     assert [r["kernel"] for r in found] == ["gate_up", "down"]
     alu, everything = LIMITS[dtype, bits]
     for row in found:
