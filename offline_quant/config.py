@@ -122,8 +122,8 @@ class QuantizeConfig(BaseModel):
     )
     tune_codes: Annotated[bool, Panel.ROUNDING] = Field(
         default=False,
-        description="As --tune-model, and codes change as well: better, and takes 12 bytes of memory for each weight "
-        "of the experts.",
+        description="As --tune-model, and codes change as well. It takes 12 bytes of memory for each weight of the "
+        "experts.",
     )
     ablations: tuple[Ablation, ...] = Field(
         default=(),
