@@ -18,14 +18,14 @@ from builders import REPO
 pytestmark = pytest.mark.slow
 
 LIMITS = {
-    ("float16", 1): (0.84, 1.26),
-    ("float16", 2): (0.90, 1.36),
-    ("float16", 3): (1.14, 1.63),
-    ("float16", 4): (1.03, 1.48),
-    ("bfloat16", 1): (0.78, 1.20),
-    ("bfloat16", 2): (0.78, 1.23),
-    ("bfloat16", 3): (1.08, 1.56),
-    ("bfloat16", 4): (1.03, 1.48),
+    ("float16", 1): (0.88, 1.22),
+    ("float16", 2): (0.93, 1.29),
+    ("float16", 3): (1.18, 1.58),
+    ("float16", 4): (1.05, 1.42),
+    ("bfloat16", 1): (0.82, 1.15),
+    ("bfloat16", 2): (0.80, 1.17),
+    ("bfloat16", 3): (1.11, 1.51),
+    ("bfloat16", 4): (1.05, 1.42),
 }
 """(activations, bits): most instructions per weight on sm_90 at the smallest tile that fills a GPU, arithmetic ones and
 all; what was measured, rounded up. Issue 4 asks for 1.0 and 1.4 at 2 bits, 1.7 and 2.2 at 3, 1.2 and 1.8 at 4."""
