@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 from bitsmoe_kernels._triton import gemm, prepare, rounding
 from bitsmoe_kernels.backends.launch_config import BASIS_TILES, DECODE, PREFILL, TILES, Tile, kwidth_of
 from bitsmoe_kernels.backends.triton_launch import ROUTE_CHUNK, ROUTE_TOKENS, SCALE_CHUNK, SCALE_SLOTS
+from bitsmoe_kernels.expert_mlp import ACTIVATION_NUMBERS
 from bitsmoe_kernels.layout.fields import CLASSES, TILE
 
 MATRIX = {"HGMMA", "HMMA", "QGMMA", "IMMA"}
@@ -130,18 +131,20 @@ def gemm_kernels(
     """
     kind = "*fp16" if fp16 else "*bf16"
     types = {**_POINTERS, "act": kind, "dense": kind, "out": kind}
+    # Without a gate as with gate and up apart: one size of programs.
+    outputs = 2 * TILE if act == ACTIVATION_NUMBERS["relu2"] else tile.gate_up
     common = {
-        "BN": tile.gate_up, "BT": tile.tokens, "DENSE": False, "BIAS": bias, "WIDTHS": widths,
+        "BN": outputs, "BT": tile.tokens, "DENSE": False, "BIAS": bias, "WIDTHS": widths,
         "KWIDTH": kwidth_of(capability), "FP16": fp16,
     }  # fmt: skip
     gate_up, second = gemm_sources(tile)
     if not tile.direct:
         common |= {"ASM": True, "UNROLL": tile.unroll, "STAGES": tile.stages}
-    inputs = {"NCORR": 4, "NCORR_POW2": 4, "CORR_CHUNK": 512, "OUT_NCORR": 1536 // tile.gate_up,
+    inputs = {"NCORR": 4, "NCORR_POW2": 4, "CORR_CHUNK": 512, "OUT_NCORR": 1536 // outputs,
               "SPLIT": False, "FUSED": True, "ACT": act}  # fmt: skip
     yield "gate_up", compiled(gate_up, capability, common | inputs, types, tile.warps, registers=tile.registers[0])
-    down = {"NCORR": 1536 // tile.gate_up, "NCORR_POW2": 16 if tile.gate_up == 128 else 32,
-            "CORR_CHUNK": tile.gate_up // 2, "TOP_K": 8, "EVEN": True,
+    down = {"NCORR": 1536 // outputs, "NCORR_POW2": 16 if outputs == 128 else 32,
+            "CORR_CHUNK": outputs // 2, "TOP_K": 8, "EVEN": True,
             "BN": tile.outputs, "RECORDS": 2}  # fmt: skip
     yield "down", compiled(second, capability, common | down, types, tile.warps, registers=tile.registers[1])
 
