@@ -23,7 +23,7 @@ from bitsmoe_kernels.format.schema import Layer, ProjectionName
 from bitsmoe_kernels.reference import LayerWeights
 from offline_quant.model.sizes import FLOAT, RunSizes
 from offline_quant.model.streaming import Head, StreamedModel
-from offline_quant.rounding.tuned_projection import TunedProjection, tuned_projections
+from offline_quant.rounding.tuned_projection import TunedProjection, adam, take_step, tuned_projections
 from offline_quant.runtime.device import bfloat16_products
 
 STEP_TOKENS = 2_048
@@ -90,7 +90,8 @@ class _Tuner:
     def __init__(self, model: StreamedModel, stored: StoredLayers, codes: bool = False):
         self.model, self.stored = model, stored
         self.changes = {
-            index: tuned_projections(stored.weights(index, model.device), codes) for index in stored.schemas
+            index: tuned_projections(layer, model.device, stored.weights(index, model.device) if codes else None)
+            for index, layer in stored.schemas.items()
         }
 
     def groups(self, index: int, divergence: float) -> list[dict[str, Any]]:
@@ -218,7 +219,7 @@ def tune_model(
         return total / windows[:judged].numel(), torch.cat(states).cpu()
 
     before, _ = judge(tuner)
-    optimizers = {index: _optimizer(tuner.groups(index, before)) for index in tuner.changes}
+    optimizers = {index: adam(tuner.groups(index, before)) for index in tuner.changes}
     steps = _steps(windows, seed, codes)
     for number, rows in enumerate(steps):
         share = min(1, (number + 1) / WARM_UP) * (1 - number / len(steps))
@@ -228,7 +229,7 @@ def tune_model(
             gradient = _divergence(model, head, entering.pop(), aim(rows))[1]
             for index in tuner.backward(batch, entering, gradient / batch.numel()):
                 if index in optimizers:
-                    _step(optimizers[index], share)
+                    take_step(optimizers[index], share)
                 on_layer()
     found: dict[int, dict[str, Tensor]] = {}
     for index, parts in tuner.changes.items():
@@ -238,18 +239,6 @@ def tune_model(
     rounded = replace(stored, load=lambda index: stored.load(index) | found[index])
     after, states = judge(_Tuner(model, rounded))
     return TunedModel(found if after < before else {}, before, after, states)
-
-
-def _optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    return torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99), eps=1e-20, fused=True)
-
-
-def _step(optimizer: torch.optim.Optimizer, share: float) -> None:
-    """A step at a share of the initial rates. Gradients are released."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["rate"] * share
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def _batches(rows: Sequence[int], windows: Tensor) -> list[list[int]]:

@@ -1,15 +1,16 @@
-"""A projection whose scales, and codes, are parameters that gradients reach: shared by both kinds of tuning.
+"""What both kinds of tuning share: projections whose scales, and codes, are parameters, and the steps that these take.
 
 Codes are rounded from latent real values, and gradients pass straight through the rounding. The latent values start on
 the codes, so a code changes only when many batches agree on it (compare AutoRound, arXiv 2309.05516).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitsmoe_kernels.format.schema import ProjectionName, code_dtype
+from bitsmoe_kernels.format.schema import Layer, ProjectionName, code_dtype
 from bitsmoe_kernels.reference import LayerWeights, ProjectionWeights
 from offline_quant.rounding.packing import pack_codes
 
@@ -67,19 +68,19 @@ class TunedProjection(nn.Module):
     """What changes in one projection of every expert.
 
     Args:
-        weights: the projection as it is stored.
-        codes: whether codes change, and not scales alone.
+        layer, name: which.
+        device: of the parameters.
+        coded: the projection as it is stored, where codes change; None: scales alone do.
     """
 
-    def __init__(self, weights: ProjectionWeights, codes: bool):
+    def __init__(self, layer: Layer, name: ProjectionName, device: torch.device, coded: ProjectionWeights | None):
         super().__init__()
-        scales = weights.part("component_scale"), weights.part("feature_scale")
-        experts = weights.layer.num_experts
         # Relative changes. An expert that a step does not reach has no gradient, and does not move.
         self.components, self.features = (
-            nn.ParameterList(torch.zeros(s.shape[1], device=s.device) for _ in range(experts)) for s in scales
+            nn.ParameterList(torch.zeros(size, device=device) for _ in range(layer.num_experts))
+            for size in (layer.components(name), layer.features(name))
         )
-        self.latent = _LatentCodes(weights, experts) if codes else None
+        self.latent = None if coded is None else _LatentCodes(coded, layer.num_experts)
 
     def scale_parameters(self) -> list[nn.Parameter]:
         """Parameters of all scales."""
@@ -116,6 +117,24 @@ class TunedProjection(nn.Module):
         return scales | (self.latent.tensors(weights) if self.latent else {})
 
 
-def tuned_projections(weights: LayerWeights, codes: bool) -> dict[ProjectionName, TunedProjection]:
-    """What changes in every projection of a layer; `codes` as for TunedProjection."""
-    return {name: TunedProjection(part, codes) for name, part in weights.projections.items()}
+def tuned_projections(
+    layer: Layer, device: torch.device, coded: LayerWeights | None = None
+) -> dict[ProjectionName, TunedProjection]:
+    """What changes in every projection of a layer; arguments as for TunedProjection."""
+    return {
+        name: TunedProjection(layer, name, device, None if coded is None else coded.projections[name])
+        for name in layer.projections
+    }
+
+
+def adam(groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
+    """An optimizer of groups of parameters with their initial `rate`, for `take_step`."""
+    return torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99), eps=1e-20, fused=True)
+
+
+def take_step(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """A step at a share of the initial rates. Gradients are released."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["rate"] * share
+    optimizer.step()
+    optimizer.zero_grad()

@@ -4,6 +4,7 @@ Closed-form steps see one expert's matrix at a time. Gradients of the layer's ou
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from bitsmoe_kernels.expert_mlp import activated, input_matrices
 from bitsmoe_kernels.format.schema import Layer, ProjectionName
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
 from offline_quant.model.expert_inputs import ExpertInputs
-from offline_quant.rounding.tuned_projection import tuned_projections
+from offline_quant.rounding.tuned_projection import adam, take_step, tuned_projections
 
 STEPS = 96
 BATCH_TOKENS = 2_048
@@ -33,11 +34,11 @@ of the two has seen, would favour it."""
 class _TunedLayer:
     """The routed experts of a layer with parameters."""
 
-    def __init__(self, weights: LayerWeights):
+    def __init__(self, weights: LayerWeights, device: torch.device):
         self.weights = weights
-        self.parts = tuned_projections(weights, codes=True)
+        self.parts = tuned_projections(weights.layer, device, weights)
 
-    def groups(self) -> list[dict[str, object]]:
+    def groups(self) -> list[dict[str, Any]]:
         """Parameters by their rates."""
         found = []
         projections = self.weights.projections.items()
@@ -113,8 +114,8 @@ def tune(
         found = moe_forward(weights, judged.x, judged.topk_weights, judged.topk_ids)
         return float((found - wanted).double().square().sum())
 
-    tuned = _TunedLayer(LayerWeights(layer, block_size, given))
-    optimizer = torch.optim.Adam(tuned.groups(), lr=0.0, betas=(0.9, 0.99), eps=1e-20)
+    tuned = _TunedLayer(LayerWeights(layer, block_size, given), device)
+    optimizer = adam(tuned.groups())
     generator = torch.Generator().manual_seed(seed)
     batch = min(BATCH_TOKENS, -(-len(target) // LEAST_BATCHES))
     shuffled = torch.empty(0, dtype=torch.int64)
@@ -122,11 +123,8 @@ def tune(
         if len(shuffled) < batch:
             shuffled = torch.randperm(len(target), generator=generator)
         rows, shuffled = shuffled[:batch].to(device), shuffled[batch:]
-        for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * (1 - step / steps)
-        optimizer.zero_grad()
         tuned.backward(_take(inputs, rows), target[rows])
-        optimizer.step()
+        take_step(optimizer, 1 - step / steps)
     result = {k: v.cpu() for k, v in given.items()}
     for name, part in tuned.parts.items():
         result |= part.tensors(tuned.weights.projections[name])
