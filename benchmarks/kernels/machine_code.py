@@ -21,7 +21,6 @@ from triton.compiler import ASTSource
 from bitsmoe_kernels._triton import gemm, prepare, rounding
 from bitsmoe_kernels.backends.launch_config import BASIS_TILES, DECODE, PREFILL, TILES, Tile, kwidth_of
 from bitsmoe_kernels.backends.triton_launch import ROUTE_CHUNK, ROUTE_TOKENS, SCALE_CHUNK, SCALE_SLOTS
-from bitsmoe_kernels.expert_mlp import ACTIVATION_NUMBERS
 from bitsmoe_kernels.layout.fields import CLASSES, TILE
 
 MATRIX = {"HGMMA", "HMMA", "QGMMA", "IMMA"}
@@ -131,8 +130,7 @@ def gemm_kernels(
     """
     kind = "*fp16" if fp16 else "*bf16"
     types = {**_POINTERS, "act": kind, "dense": kind, "out": kind}
-    # Without a gate as with gate and up apart: one size of programs.
-    outputs = 2 * TILE if act == ACTIVATION_NUMBERS["relu2"] else tile.gate_up
+    outputs = tile.input_outputs(in_turn=act != gemm.NO_GATE.value)
     common = {
         "BN": outputs, "BT": tile.tokens, "DENSE": False, "BIAS": bias, "WIDTHS": widths,
         "KWIDTH": kwidth_of(capability), "FP16": fp16,

@@ -212,18 +212,17 @@ def _ahead(num_blocks):
 @gluon.jit
 def _ask(codes32, codes16, m, n0, rows, blocks, BN: gl.constexpr, EVEN: gl.constexpr, WIDTHS: gl.constexpr):
     """Bring the first words of every width to L2. Comes before anything else that is read: it takes longest."""
-    count1, count2, count3, count4 = m[2], m[3], m[4], m[5]
-    narrow1, wide2, wide3, wide4, narrow3 = gemm.starts_of(m, rows)
+    wide, narrow = gemm.starts_of(m, rows)
     here, ahead = gl.minimum(rows - n0, BN), _ahead(blocks)
-    if WIDTHS & 1:
-        _ask_for(codes16 + narrow1 + n0 * 2, gl.minimum(count1, ahead), rows * 2, here * 2, BN // 16, EVEN)
-    if WIDTHS & 2:
-        _ask_for(codes32 + wide2 + n0 * 4, gl.minimum(count2, ahead), rows * 4, here * 4, BN // 8, EVEN)
-    if WIDTHS & 4:
-        _ask_for(codes32 + wide3 + n0 * 4, gl.minimum(count3, ahead), rows * 4, here * 4, BN // 8, EVEN)
-        _ask_for(codes16 + narrow3 + n0 * 2, gl.minimum(count3, ahead), rows * 2, here * 2, BN // 16, EVEN)
-    if WIDTHS & 8:
-        _ask_for(codes32 + wide4 + n0 * 8, gl.minimum(count4, ahead), rows * 8, here * 8, BN // 4, EVEN)
+    for c in gl.static_range(4):
+        if WIDTHS & (1 << c):
+            tiles = gl.minimum(m[2 + c], ahead)
+            if c > 0:
+                words = 8 if c == 3 else 4
+                _ask_for(codes32 + wide[c] + n0 * words, tiles, rows * words, here * words,
+                         BN // (4 if c == 3 else 8), EVEN)  # fmt: skip
+            if c == 0 or c == 2:
+                _ask_for(codes16 + narrow[c] + n0 * 2, tiles, rows * 2, here * 2, BN // 16, EVEN)
 
 
 @gluon.jit
@@ -254,26 +253,15 @@ def _outputs(act, corr, codes32, codes16, dense, scale, bias, m, row, KMAX, NMAX
     coded = gl.zeros((BN, BT), gl.float32, unit)
     pairs = act.to(gl.pointer_type(gl.int32), bitcast=True)
     act_offsets = row[:, None] * (KMAX // 2) + gl.arange(0, 32, gl.SliceLayout(0, acts))[None, :]
-    count1, count2, count3, count4 = m[2], m[3], m[4], m[5]
-    narrow1, wide2, wide3, wide4, narrow3 = gemm.starts_of(m, rows)
-    done = count1 + count2 + count3 + count4
+    wide, narrow = gemm.starts_of(m, rows)
+    done = m[2] + m[3] + m[4] + m[5]
     if EARLY:
         parts = _parts(corr, row, tl.cdiv(done * 64, CORR_CHUNK), NCORR, NCORR_POW2)
-    if WIDTHS & 1:
-        coded = _segment(coded, codes32, codes16, wide2, narrow1, count1, pairs, act_offsets, n0, rows,
-                         1, BN, BT, KWIDTH, FP16, EVEN)  # fmt: skip
-        pairs += count1 * 32
-    if WIDTHS & 2:
-        coded = _segment(coded, codes32, codes16, wide2, narrow1, count2, pairs, act_offsets, n0, rows,
-                         2, BN, BT, KWIDTH, FP16, EVEN)  # fmt: skip
-        pairs += count2 * 32
-    if WIDTHS & 4:
-        coded = _segment(coded, codes32, codes16, wide3, narrow3, count3, pairs, act_offsets, n0, rows,
-                         3, BN, BT, KWIDTH, FP16, EVEN)  # fmt: skip
-        pairs += count3 * 32
-    if WIDTHS & 8:
-        coded = _segment(coded, codes32, codes16, wide4, narrow1, count4, pairs, act_offsets, n0, rows,
-                         4, BN, BT, KWIDTH, FP16, EVEN)  # fmt: skip
+    for c in gl.static_range(4):
+        if WIDTHS & (1 << c):
+            coded = _segment(coded, codes32, codes16, wide[c], narrow[c], m[2 + c], pairs, act_offsets, n0, rows,
+                             c + 1, BN, BT, KWIDTH, FP16, EVEN)  # fmt: skip
+            pairs += m[2 + c] * 32
     if DENSE:
         plain = gl.zeros((BN, BT), gl.float32, unit)
         left: gl.constexpr = gl.DotOperandLayout(0, unit, 2)

@@ -90,17 +90,16 @@ def matrix_of(block_matrix, record):
 
 @triton.jit
 def starts_of(m, rows):
-    """Where a matrix's words of 1, 2, 3 and 4 bits begin, and the narrow ones of 3: they lie one behind another."""
+    """Where a matrix's words of 1, 2, 3 and 4 bits begin, wide and narrow: those of all widths lie one behind another.
+
+    1-bit codes have narrow words alone, 2-bit and 4-bit ones wide words alone. What stands in their place is not read.
+    """
     narrow, wide, count1, count2, count3, _, _, _ = m
     step = rows.to(tl.int64)
     wide3 = tl.multiple_of(wide + count2 * step * 4, 16)
-    return (
-        narrow,
-        wide,
-        wide3,
-        tl.multiple_of(wide3 + count3 * step * 4, 16),
-        tl.multiple_of(narrow + count1 * step * 2, 16),
-    )
+    wide4 = tl.multiple_of(wide3 + count3 * step * 4, 16)
+    narrow3 = tl.multiple_of(narrow + count1 * step * 2, 16)
+    return (wide, wide, wide3, wide4), (narrow, narrow, narrow3, narrow)
 
 
 @triton.jit
@@ -114,23 +113,12 @@ def _contract(act, codes32, codes16, dense, m, n0, rows,
     """
     coded = tl.zeros((BN, BT), tl.float32)
     plain = tl.zeros((BN, BT), tl.float32)
-    narrow1, wide2, wide3, wide4, narrow3 = starts_of(m, rows)
-    if WIDTHS & 1:
-        coded = _segment(coded, codes32, codes16, wide2, narrow1, m[2], act, n0, rows,
-                         1, BN, BT, KWIDTH, FP16, ASM, EVEN, UNROLL, STAGES)  # fmt: skip
-        act += m[2] * 64
-    if WIDTHS & 2:
-        coded = _segment(coded, codes32, codes16, wide2, narrow1, m[3], act, n0, rows,
-                         2, BN, BT, KWIDTH, FP16, ASM, EVEN, UNROLL, STAGES)  # fmt: skip
-        act += m[3] * 64
-    if WIDTHS & 4:
-        coded = _segment(coded, codes32, codes16, wide3, narrow3, m[4], act, n0, rows,
-                         3, BN, BT, KWIDTH, FP16, ASM, EVEN, UNROLL, STAGES)  # fmt: skip
-        act += m[4] * 64
-    if WIDTHS & 8:
-        coded = _segment(coded, codes32, codes16, wide4, narrow1, m[5], act, n0, rows,
-                         4, BN, BT, KWIDTH, FP16, ASM, EVEN, UNROLL, STAGES)  # fmt: skip
-        act += m[5] * 64
+    wide, narrow = starts_of(m, rows)
+    for c in tl.static_range(4):
+        if WIDTHS & (1 << c):
+            coded = _segment(coded, codes32, codes16, wide[c], narrow[c], m[2 + c], act, n0, rows,
+                             c + 1, BN, BT, KWIDTH, FP16, ASM, EVEN, UNROLL, STAGES)  # fmt: skip
+            act += m[2 + c] * 64
     if DENSE:
         kk, n = tl.arange(0, 64), n0 + tl.arange(0, BN)
         pweight = dense + m[6] + n[:, None] * 64 + kk[None, :]

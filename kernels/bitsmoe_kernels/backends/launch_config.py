@@ -6,6 +6,8 @@ chosen by the machine code alone (instructions per weight, registers, shared mem
 
 from dataclasses import dataclass, replace
 
+from bitsmoe_kernels.layout.fields import TILE
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -19,7 +21,7 @@ class Tile:
         stages: of the pipeline that brings tiles to shared memory.
         direct: whether `_triton/direct.py` has the kernels, which have no use for `unroll` and `stages`. Triton's
             interpreter does not run them: there `_triton/gemm.py` stands in.
-        gate_up: outputs of a program of gate and up, which count as two; 128 where they are matrices of their own.
+        gate_up: outputs of a program of gate and up, which count as two, where both lie in one matrix.
         registers: most of a thread of gate and up, and of down, so that more programs share a multiprocessor; None:
             what the assembler takes.
     """
@@ -32,6 +34,14 @@ class Tile:
     direct: bool = False
     gate_up: int = 128
     registers: tuple[int | None, int | None] = (None, None)
+
+    def input_outputs(self, in_turn: bool) -> int:
+        """As `gate_up`, for matrices of their own as well, and for up without a gate: twice the outputs of one.
+
+        Args:
+            in_turn: whether outputs of gate and up lie in turn in one matrix.
+        """
+        return self.gate_up if in_turn else 2 * TILE
 
 
 DECODE, PREFILL = "decode", "prefill"

@@ -15,7 +15,6 @@ from torch import Tensor
 from bitsmoe_kernels._triton import gemm, prepare
 from bitsmoe_kernels.backends.launch_config import Tile, basis_tile, pick_tile
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
-from bitsmoe_kernels.layout.fields import TILE
 from bitsmoe_kernels.layout.matrices import Matrices
 from bitsmoe_kernels.layout.pack import KernelLayer
 
@@ -152,7 +151,7 @@ def _forward(
     act, corr = _scaled(layer.inputs, source, route, S, top_k, 2 if layer.split else 1, x.dtype, device.asm)
 
     k_down = layer.down.index.shape[1]
-    BN = tile.gate_up if layer.in_turn else 2 * TILE
+    BN = tile.input_outputs(layer.in_turn)
     if layer.fused:
         hidden = x.new_empty(S, k_down)
         hidden_corr = x.new_empty(S, 2 * k_down // BN, dtype=torch.float32)
