@@ -95,6 +95,7 @@ def evaluate(
     device: str = "cpu",
     revision: str | None = None,
     reference_revision: str | None = None,
+    reference_states: StrPath | None = None,
 ) -> Evaluation:
     """Measure perplexity on a text and, with a reference, KL divergence and top-1 agreement.
 
@@ -110,6 +111,8 @@ def evaluate(
         device: "cpu" or "cuda".
         revision: branch, tag or commit of `checkpoint` on the Hub.
         reference_revision: the same for `reference`.
+        reference_states: file that keeps the reference's pass over the text for later calls: read where it exists,
+            else written.
 
     Returns:
         Figures as attributes, with standard errors; those that need a reference are None without one.
@@ -120,6 +123,7 @@ def evaluate(
     return evaluate_named(
         str(checkpoint), str(text), None if reference is None else str(reference), text_column=text_column,
         device=device, revision=revision, reference_revision=reference_revision,
+        reference_states=None if reference_states is None else Path(reference_states),
     )  # fmt: skip
 
 

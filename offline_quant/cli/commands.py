@@ -158,12 +158,16 @@ def evaluate(
         str | None, typer.Option(help="Branch, tag or commit of a Hub name. Default: main.", show_default=False)
     ] = None,
     reference_revision: Annotated[str | None, typer.Option(help="The same of --reference.", show_default=False)] = None,
+    reference_states: Annotated[
+        Path | None,
+        typer.Option(help="File that keeps the reference's pass over the text for later calls.", show_default=False),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Perplexity over non-overlapping windows of min(2048, the model's maximum) tokens."""
     result = evaluate_named(
         directory, str(text), reference, text_column=text_column, device=device, revision=revision,
-        reference_revision=reference_revision,
+        reference_revision=reference_revision, reference_states=reference_states,
     )  # fmt: skip
     if as_json:
         print(json.dumps(result.as_dict()))

@@ -14,6 +14,7 @@ from offline_quant.calibration.sources.file import FileCalibration
 from offline_quant.calibration.sources.registry import open_text, text_kind
 from offline_quant.calibration.text_source import TextSource
 from offline_quant.calibration.windows import load_tokenizer, text_windows, window_length
+from offline_quant.evaluation.reference_states import StatesFile
 from offline_quant.model.download import resolve_model
 from offline_quant.model.quantized import QuantizedModel, open_model
 from offline_quant.model.streaming import Head, StreamedModel
@@ -76,6 +77,7 @@ def evaluate_named(
     device: str = "cpu",
     revision: str | None = None,
     reference_revision: str | None = None,
+    reference_states: Path | None = None,
 ) -> Evaluation:
     """Evaluate a checkpoint given by a directory or a Hub name; the work of `bitsmoe eval`.
 
@@ -87,6 +89,7 @@ def evaluate_named(
         device: cpu, cuda or cuda:N.
         revision: branch, tag or commit of `model` on the Hub.
         reference_revision: the same for `reference`.
+        reference_states: file that keeps the reference's hidden states, see `evaluate`.
 
     Raises:
         BitsmoeError: a fault of an argument, or as `evaluate`.
@@ -97,11 +100,19 @@ def evaluate_named(
     check_device(device)
     if reference_revision and not reference:
         raise BitsmoeError(f"--reference-revision {reference_revision}: there is no --reference; leave it out")
+    if reference_states and not reference:
+        raise BitsmoeError(f"--reference-states {reference_states}: there is no --reference; leave it out")
     other = resolve_model(reference, reference_revision, "--reference-revision") if reference else None
-    return evaluate(resolve_model(model, revision), source, other, device)
+    return evaluate(resolve_model(model, revision), source, other, device, reference_states)
 
 
-def evaluate(model: Path, text: Path | TextSource, reference: Path | None = None, device: str = "cpu") -> Evaluation:
+def evaluate(
+    model: Path,
+    text: Path | TextSource,
+    reference: Path | None = None,
+    device: str = "cpu",
+    reference_states: Path | None = None,
+) -> Evaluation:
     """Evaluate a checkpoint in float32, with one decoder layer in memory at a time.
 
     Args:
@@ -109,9 +120,12 @@ def evaluate(model: Path, text: Path | TextSource, reference: Path | None = None
         text: file of text, or an opened source.
         reference: directory of the checkpoint to compare with, usually the unquantized one.
         device: where layers run.
+        reference_states: file that keeps the reference's hidden states for later calls: read where it exists, else
+            written. None: they are not kept.
 
     Raises:
-        BitsmoeError: damaged checkpoint, unreadable text, or two models that cannot be compared.
+        BitsmoeError: damaged checkpoint, unreadable text, two models that cannot be compared, or a file of other
+            hidden states.
     """
     text = text if isinstance(text, TextSource) else open_text(str(text))
     source = open_model(model)
@@ -120,8 +134,13 @@ def evaluate(model: Path, text: Path | TextSource, reference: Path | None = None
         _check_comparable(source, other)
     length = window_length(source.config, MAX_WINDOW)
     windows = text_windows(load_tokenizer(model), text, length)
+    kept = StatesFile(reference_states, other.directory, windows) if other and reference_states else None
+    known = kept.read() if kept else None
     states = final_states(source, windows, device)
-    return _compare(states, final_states(other, windows, device) if other else None, windows, bits_per_weight(source))
+    compared = final_states(other, windows, device, known) if other else None
+    if kept and compared and known is None:
+        kept.write(compared.hidden)
+    return _compare(states, compared, windows, bits_per_weight(source))
 
 
 class Reference:
@@ -231,17 +250,22 @@ class States:
         return self.model.logits(self.hidden[start : start + count, :-1], self.head).log_softmax(-1)
 
 
-def final_states(source: WeightSource, windows: Tensor, device: str) -> States:
-    """Run a model over windows, int64 [n, L]."""
+def final_states(source: WeightSource, windows: Tensor, device: str, known: Tensor | None = None) -> States:
+    """Run a model over windows, int64 [n, L]; not where its hidden states are known, float32 [n, L, ...]."""
     model = StreamedModel(source, device)
+    return States(_pass(model, windows) if known is None else known, model.head, model)
+
+
+def _pass(model: StreamedModel, windows: Tensor) -> Tensor:
+    """Hidden states [n, L, ...] that leave the last layer, on the CPU."""
     batches = model.embed_windows(windows, BATCH_TOKENS)
-    with bar(f"Evaluating {source.directory.name}"[:28], model.num_layers * len(batches)) as on_progress:
+    with bar(f"Evaluating {model.source.directory.name}"[:28], model.num_layers * len(batches)) as on_progress:
         for index in range(model.num_layers):
             with model.layer(index) as module:
                 for i, hidden in enumerate(model.through(module, batches)):
                     batches[i] = hidden, batches[i][1]
                     on_progress()
-    return States(torch.cat([h for h, _ in batches]), model.head, model)
+    return torch.cat([h for h, _ in batches])
 
 
 def bits_per_weight(source: WeightSource) -> float:

@@ -10,6 +10,7 @@ from offline_quant.allocation.objectives import budget_scope
 from offline_quant.checkpoint.directory import PAGE_FILE, REPORT_FILE
 from offline_quant.checkpoint.writer import write_checkpoint
 from offline_quant.config import QuantizeConfig
+from offline_quant.model.fingerprint import fingerprint
 from offline_quant.pipeline.calibrate import calibration_windows
 from offline_quant.pipeline.context import start_run
 from offline_quant.pipeline.layer_loop import expected_quality, quantize_layers, sanity_check
@@ -17,7 +18,7 @@ from offline_quant.pipeline.memory import MemoryEstimate
 from offline_quant.pipeline.model_budget import share_budget
 from offline_quant.pipeline.model_tuning import tune_whole_model
 from offline_quant.pipeline.preflight import RunInputs, check_inputs, check_resources, run_sizes
-from offline_quant.pipeline.resume import RESULT, EarlierRun, fingerprint, run_state
+from offline_quant.pipeline.resume import RESULT, EarlierRun, run_state
 from offline_quant.pipeline.stopwatch import Stopwatch
 from offline_quant.pipeline.target_kl import pick_bits
 from offline_quant.report.collect import linear_layers_report, model_report

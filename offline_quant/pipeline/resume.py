@@ -17,7 +17,6 @@ removed once a later one is complete.
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -54,7 +53,6 @@ _STATE, _LOCK, _WINDOWS = "state.json", "lock", "windows.safetensors"
 _TEXT, _BUDGET, _PICKED = "calibration.json", "shared.json", "picked.json"
 _TENSORS, _LAYER = "tensors.safetensors", "layer.json"
 _TUNED, _CHANGED = "tuned.json", "tuned.safetensors"
-_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
 def state_directory(out: Path) -> Path:
@@ -384,22 +382,6 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     ]
-
-
-def fingerprint(directory: Path) -> str:
-    """A hash of a model: its JSON files whole; of every weight file its size, header and evenly spread samples."""
-    digest = hashlib.sha256()
-    for path in sorted(directory.iterdir()):
-        if path.suffix == ".json" and path.is_file():
-            digest.update(f"{path.name}\0".encode() + path.read_bytes())
-        elif path.suffix == ".safetensors":
-            size = path.stat().st_size
-            digest.update(f"{path.name}\0{size}\0".encode())
-            with path.open("rb") as file:
-                for i in range(_SAMPLES):
-                    file.seek(i * max(0, size - _SAMPLE_BYTES) // (_SAMPLES - 1))
-                    digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -21,13 +21,14 @@ from families import make_model
 from offline_quant.calibration.sources import base as sources
 from offline_quant.checkpoint.directory import PAGE_FILE, REPORT_FILE
 from offline_quant.config import QuantizeConfig
+from offline_quant.model.fingerprint import fingerprint
 from offline_quant.pipeline import calibrate, layer_loop
 from offline_quant.pipeline import model_tuning as step
 from offline_quant.pipeline import quantize as pipeline
 from offline_quant.pipeline import resume as state_module
 from offline_quant.pipeline.memory import check_memory, parse_bytes
 from offline_quant.pipeline.quantize import quantize_model
-from offline_quant.pipeline.resume import RunState, fingerprint, state_directory
+from offline_quant.pipeline.resume import RunState, state_directory
 from offline_quant.report.schema import ModelReport
 from offline_quant.rounding import model_tuning as model_tuning_module
 from offline_quant.runtime.distributed import Workers
