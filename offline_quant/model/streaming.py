@@ -67,8 +67,15 @@ def transformers_config(config: Mapping[str, Any], directory: Path) -> Any:
     Raises:
         BitsmoeError: transformers refuses it.
     """
+    found = _with_special_floats(plain_config(built_config(config)))
+    named = found.get("model_type")
+    if isinstance(named, str) and named not in transformers.CONFIG_MAPPING:
+        raise BitsmoeError(
+            f"{directory}: transformers {transformers.__version__} has no class for model_type {named!r:.80}, and code "
+            "of a model's repository is not run"
+        )
     with _building(directory):
-        return transformers.AutoConfig.for_model(**_with_special_floats(plain_config(built_config(config))))
+        return transformers.AutoConfig.for_model(**found)
 
 
 def _with_special_floats(value: Any) -> Any:

@@ -946,6 +946,15 @@ class MoEShape:
             if found.get(name) != expected.get(name)
         ]
 
+    def needed_tensors(self, model: Any) -> set[str]:
+        """Names in files of the tensors outside the routed experts that must be there: of tied ones, the first.
+
+        Args:
+            model: transformers' model; its tensors may be without memory.
+        """
+        kept = (stored for name, _ in kept_tensors(model) for stored in self.family.stored_names(name))
+        return {name for name in kept if not self.is_expert_tensor(name)}
+
     def other_faults(self, model: Any, specs: Mapping[str, TensorSpec]) -> list[str]:
         """Faults of the tensors outside the routed experts: missing, misshapen, or codes in the place of weights.
 
@@ -954,14 +963,13 @@ class MoEShape:
             specs: the file's tensors.
         """
         faults = []
-        kept = {stored for name, _ in kept_tensors(model) for stored in self.family.stored_names(name)}
-        known = self._model_tensors(model)
+        needed, known = self.needed_tensors(model), self._model_tensors(model)
         for name, tensor in known.items():
             shape = tuple(tensor.shape)
             if self.is_expert_tensor(name):
                 continue
             if (found := specs.get(name)) is None:
-                if name in kept:  # a tied one need not be there, but counts if it is
+                if name in needed:  # a tied one need not be there, but counts if it is
                     faults.append(f"tensor {name} is missing (expected shape {list(shape)})")
             elif found.shape != shape:
                 faults.append(f"tensor {name} is {found}, but the model needs shape {list(shape)}")
@@ -1141,7 +1149,8 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
     named_too = (*([family.hidden_act_key] if family.hidden_act_key else []), *family.required, "model_type")
     sizes_and_kinds = (*sizes, *named_too)
     if missing := [k for k in sizes_and_kinds if k not in config]:
-        raise BitsmoeError(f"{subject}: config.json lacks {missing}")
+        where = f"{family.text.config} of config.json" if family.text else "config.json"
+        raise BitsmoeError(f"{subject}: {where} lacks {missing}")
     most = {"num_hidden_layers": MAX_LAYERS}
     faults = [
         f"{key} is {config[key]!r:.80}, but must be a whole number above 0, at most {most.get(key, MAX_SIZE)}"
