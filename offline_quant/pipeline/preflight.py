@@ -135,6 +135,8 @@ def check_inputs(
         dense = dense_plan(source, config.dense_bits)
         original = StreamedModel(source, device)
         streamed = original if dense is None else StreamedModel(DenseModel(source, dense), device)
+        with faults.gathered():
+            original.check_length(window_length(source.config, config.calib_length))
         original.try_out()
         trim()
         inputs = RunInputs(source, original, streamed, tokenizer, calibration, dense, resident_bytes())

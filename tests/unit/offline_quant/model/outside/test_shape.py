@@ -45,7 +45,7 @@ from outside import ODD, OUTSIDE, make_outside, own_logits
 RIGHT = (
     "Mistral4ForCausalLM", "Mistral3ForConditionalGeneration", "MiniMaxM3VLForCausalLM",
     "LlavaForConditionalGeneration", "InternVLForConditionalGeneration", "Lfm2VlForConditionalGeneration",
-    "Qwen3OmniMoeThinkerForConditionalGeneration",
+    "Qwen3OmniMoeThinkerForConditionalGeneration", "HYV4ForCausalLM",
 )  # fmt: skip
 REFUSED = {
     "InklingForCausalLM": ("experts", "shared_experts: it is not of the common kind"),
@@ -54,7 +54,6 @@ REFUSED = {
     "DogeForCausalLM": ("experts", "no module with gate_up_proj"),
     "JetMoeForCausalLM": ("experts", "no module with gate_up_proj"),
     "DbrxForCausalLM": ("config.json", "num_hidden_layers is None"),
-    "HYV4ForCausalLM": ("forward pass", "Shared DSA layers require"),
     "LongcatFlashForCausalLM": ("config.json", "num_hidden_layers is None"),
 }
 OTHER_NAMES = {"PhiMoEForCausalLM", "KimiK25ForConditionalGeneration"}
