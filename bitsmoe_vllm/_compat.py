@@ -4,7 +4,8 @@ Tried: 0.26 <= vLLM <= 0.33 (0.33 by its interfaces alone: no build of it runs o
 
 - Routing on a CPU. Newer versions have `CPURouter`, plain torch, and pass its result to `apply`. Older ones
   (0.26) route with an operator that CPU builds lack; there the method declares itself monolithic, receives the
-  router's logits and selects the experts with vLLM's own torch function.
+  router's logits and selects the experts with vLLM's own torch function. So it does in newer versions for layers
+  that `CPURouter` refuses or routes wrongly, see `own_routing`.
 - The description of a linear layer that vLLM's choice of kernels takes: older versions want one more field.
 
 Seen in 0.32.0, with any model: on a CPU some kinds of parallelism start up and then fail at the first request (see
@@ -299,39 +300,58 @@ def cpu_parallel_fault(parallel: Any, enforce_eager: bool) -> str | None:
     return None
 
 
-def needs_own_routing() -> bool:
-    """Whether this vLLM, on this platform, cannot route tokens before it calls the method's `apply`."""
-    from vllm.platforms import current_platform
-
-    router = "vllm.model_executor.layers.fused_moe.router.cpu_router"
-    return current_platform.is_cpu() and importlib.util.find_spec(router) is None
+_CPU_ROUTER = "vllm.model_executor.layers.fused_moe.router.cpu_router"
+Routing = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Of vLLM's RoutedExperts, tokens [T, H] and the router's logits [T, experts]: routing weights float32 [T, top_k] and
+global expert ids int32 [T, top_k]."""
 
 
-def select_experts(layer: Any, x: Tensor, router_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Routing by vLLM's torch function for CPUs, where `needs_own_routing`.
+def own_routing(layer: Any) -> Routing | None:
+    """How to route a layer's tokens, by vLLM's torch function for CPUs; None where vLLM routes before it calls `apply`.
 
     Args:
         layer: vLLM's RoutedExperts.
-        x: [T, H].
-        router_logits: [T, experts].
-
-    Returns:
-        Routing weights float32 [T, top_k] and global expert ids int32 [T, top_k].
     """
-    from vllm.model_executor.layers.fused_moe.cpu_fused_moe import select_experts as vllm_select_experts
+    from vllm.platforms import current_platform
 
-    weights, ids = vllm_select_experts(
+    if not current_platform.is_cpu():
+        return None
+    newer, one_group = importlib.util.find_spec(_CPU_ROUTER) is not None, _is_one_group(layer)
+    if newer and not one_group:
+        return None
+    module = importlib.import_module(_CPU_ROUTER if newer else "vllm.model_executor.layers.fused_moe.cpu_fused_moe")
+    return functools.partial(_select_experts, module.select_experts, one_group)
+
+
+def _is_one_group(layer: Any) -> bool:
+    """Whether vLLM's function for CPUs is right only if all experts are called one group, which changes nothing.
+
+    Without groups it refuses sigmoid scores (MiniMax-M2, Laguna) and leaves out the bias of softmax (ERNIE-4.5).
+    """
+    if layer.use_grouped_topk or layer.custom_routing_function is not None:
+        return False
+    biased = layer.e_score_correction_bias is not None
+    return layer.scoring_func == "sigmoid" or (layer.scoring_func == "softmax" and biased)
+
+
+def _select_experts(
+    select: Callable[..., tuple[Tensor, Tensor]], one_group: bool, layer: Any, x: Tensor, router_logits: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `Routing`; `select` is vLLM's function. torch.compile traces this."""
+    bias = layer.e_score_correction_bias
+    weights, ids = select(
         hidden_states=x,
         router_logits=router_logits,
         top_k=layer.top_k,
-        use_grouped_topk=layer.use_grouped_topk,
+        use_grouped_topk=layer.use_grouped_topk or one_group,
         renormalize=layer.renormalize,
-        topk_group=layer.topk_group,
-        num_expert_group=layer.num_expert_group,
+        topk_group=1 if one_group else layer.topk_group,
+        num_expert_group=1 if one_group else layer.num_expert_group,
         custom_routing_function=layer.custom_routing_function,
         scoring_func=layer.scoring_func,
-        routed_scaling_factor=layer.routed_scaling_factor,
-        e_score_correction_bias=layer.e_score_correction_bias,
+        # As on GPUs: without groups only biased routing multiplies by it.
+        routed_scaling_factor=1.0 if one_group and bias is None else layer.routed_scaling_factor,
+        e_score_correction_bias=bias,
     )
     return weights.to(torch.float32), ids
 

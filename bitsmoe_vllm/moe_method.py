@@ -57,14 +57,14 @@ class BitsmoeMoEMethod(FusedMoEMethodBase):
     def __init__(self, layer: Any, prefix: str, schema: Layer, block_size: int, loaders: list[LayerLoader]):
         super().__init__(layer.moe_config)
         self.prefix, self.schema, self.block_size, self._loaders = prefix, schema, block_size, loaders
-        self._own_routing = _compat.needs_own_routing()
+        self._own_routing = _compat.own_routing(layer)
         self._names: list[str] = []
         """The layer's parameters in the order in which the backend takes them; none before loading."""
 
     @property
     def is_monolithic(self) -> bool:
         """Whether vLLM hands over router logits instead of the experts it selected."""
-        return self._own_routing
+        return self._own_routing is not None
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         """None: this describes weights to vLLM's own kernels, which do not compute these experts."""
@@ -214,7 +214,8 @@ class BitsmoeMoEMethod(FusedMoEMethodBase):
 
     def apply_monolithic(self, layer: Any, x: Tensor, router_logits: Tensor, input_ids: Tensor | None = None) -> Tensor:
         """As `apply`, where this vLLM leaves the routing to the method."""
-        topk_weights, topk_ids = _compat.select_experts(layer, x, router_logits)
+        assert self._own_routing is not None
+        topk_weights, topk_ids = self._own_routing(layer, x, router_logits)
         return self.apply(layer, x, topk_weights, topk_ids)
 
 

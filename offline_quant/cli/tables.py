@@ -64,6 +64,8 @@ def print_probe(found: Probe, model: str) -> None:
         f"{size / 1e9:.3g} billion weights in experts: {2 * size / 1e9:.3g} GB at 16 bits, {size / 4e9:.3g} GB at 2"
     )
     output.print(f"Tested on small random models: {TESTED[found.tested]}")
+    if found.unserved is not None:
+        output.print(f"vLLM is not known to serve the result: {found.unserved}")
     if found.derived is not None:
         output.print(f"Derived from transformers and checked: {found.derived}")
     if not found.index:

@@ -1,14 +1,13 @@
 """What is known of a model from config.json and the index of its weights, before anything large is downloaded."""
 
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bitsmoe_kernels.errors import BitsmoeError, fault_list
-from bitsmoe_kernels.format.safetensors_io import INDEX_FILE, ShardReader, read_json
+from bitsmoe_kernels.format.safetensors_io import INDEX_FILE, ShardReader, read_index, read_json
 from bitsmoe_kernels.format.schema import TensorSpec
 from bitsmoe_kernels.models.families import MoEShape, Tested, decoder_of, without_quantization
 from offline_quant.model.download import resolve_model
@@ -35,6 +34,7 @@ class Probe:
         expert_weights: weights in all routed experts.
         index: whether there was an index of the weights to compare with.
         derived: of a model outside the table, what was derived of its experts; None for one of the table.
+        unserved: why vLLM cannot serve the result, if that is known.
     """
 
     architecture: str
@@ -48,6 +48,7 @@ class Probe:
     expert_weights: int
     index: bool
     derived: str | None = None
+    unserved: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As `--json` prints it."""
@@ -67,11 +68,13 @@ def probe(name: str, revision: str | None = None) -> Probe:
     directory = resolve_model(name, revision, with_weights=False)
     config = read_json(directory / "config.json")
     source_reader(config, directory)
-    index = directory / INDEX_FILE
-    shape = model_shape(without_quantization(config), directory, partial(_stored_names, directory, index))
+    index, names = directory / INDEX_FILE, _names_of(directory)
+    shape = model_shape(
+        without_quantization(config), directory, lambda: ShardReader(directory).specs if names is None else names
+    )
     built = model_without_memory(config, shape, directory)
-    if index.is_file() and (faults := _index_faults(index, shape)):
-        raise BitsmoeError(fault_list(f"{index}: does not name the experts of config.json", faults))
+    if names is not None and (faults := _index_faults(names, shape, built)):
+        raise BitsmoeError(fault_list(f"{index}: does not name the tensors of config.json", faults))
     return Probe(
         architecture=shape.family.architecture,
         models=shape.family.title,
@@ -82,32 +85,25 @@ def probe(name: str, revision: str | None = None) -> Probe:
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
         expert_weights=shape.num_weights,
-        index=index.is_file(),
+        index=names is not None,
         derived=described(shape),
+        unserved=shape.family.unserved,
     )
 
 
-def _names_of(index: Path) -> list[str]:
-    named = read_json(index).get("weight_map")
-    return [name.removesuffix(PACKED).removesuffix(BLOCKS) for name in (named if isinstance(named, dict) else ())]
+def _names_of(directory: Path) -> list[str] | None:
+    """Names of the tensors that the index stands for; None without an index."""
+    named = read_index(directory)
+    return None if named is None else [name.removesuffix(PACKED).removesuffix(BLOCKS) for name in named]
 
 
-def _stored_names(directory: Path, index: Path) -> list[str]:
-    """Names of the tensors, from the index, or from the files where they are here.
-
-    Raises:
-        BitsmoeError: neither is.
-    """
-    return _names_of(index) if index.is_file() else list(ShardReader(directory).specs)
-
-
-def _index_faults(index: Path, shape: MoEShape) -> list[str]:
-    """Tensors of experts that the index does not name, the first of every layer."""
+def _index_faults(names: list[str], shape: MoEShape, model: Any) -> list[str]:
+    """Tensors that the index does not name: of every layer's experts the first, and all others."""
     unknown = TensorSpec(torch.bfloat16, ())  # only names are compared
-    names = dict.fromkeys(_names_of(index), unknown)
-    faults = []
+    stored = dict.fromkeys(names, unknown)
+    missing = []
     for layer in shape.layers:
-        wanted = expert_tensor_shapes(shape, layer, names, shape.num_experts)
-        if (missing := next((name for name in wanted if name not in names), None)) is not None:
-            faults.append(f"tensor {missing} is missing")
-    return faults
+        wanted = expert_tensor_shapes(shape, layer, stored, shape.num_experts)
+        missing += [name for name in wanted if name not in stored][:1]
+    missing += sorted(shape.needed_tensors(model) - stored.keys())
+    return [f"tensor {name} is missing" for name in missing]

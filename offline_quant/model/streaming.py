@@ -67,8 +67,15 @@ def transformers_config(config: Mapping[str, Any], directory: Path) -> Any:
     Raises:
         BitsmoeError: transformers refuses it.
     """
+    found = _with_special_floats(plain_config(built_config(config)))
+    named = found.get("model_type")
+    if isinstance(named, str) and named not in transformers.CONFIG_MAPPING:
+        raise BitsmoeError(
+            f"{directory}: transformers {transformers.__version__} has no class for model_type {named!r:.80}, and code "
+            "of a model's repository is not run"
+        )
     with _building(directory):
-        return transformers.AutoConfig.for_model(**_with_special_floats(plain_config(built_config(config))))
+        return transformers.AutoConfig.for_model(**found)
 
 
 def _with_special_floats(value: Any) -> Any:
@@ -332,15 +339,16 @@ class StreamedModel:
             BitsmoeError: token ids beyond the model's vocabulary.
         """
         self.check_ids(ids)
+        self.check_length(ids.shape[1])
         entered: list[Tensor] = []
         arguments: Arguments = []
 
-        unused = (None,) * (self.shape.family.layer_outputs - 1)
+        handed_on = self._handed_on(*ids.shape)
 
         def catch(names: Sequence[str], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             entered.append(hidden_states)
             arguments.append(dict(zip(names, args, strict=False)) | kwargs)
-            return (hidden_states, *unused) if unused else hidden_states
+            return (hidden_states, *handed_on) if handed_on else hidden_states
 
         for module in self.decoder.layers:
             names = list(inspect.signature(type(module).forward).parameters)[2:]
@@ -351,6 +359,30 @@ class StreamedModel:
             for module in self.decoder.layers:
                 del module.forward
         return entered[0], arguments
+
+    @cached_property
+    def _most_tokens(self) -> int | None:
+        """Most tokens of a window that can be streamed: as many as indexers choose, where layers share them."""
+        config = self.decoder.config
+        return config.index_topk if "shared" in (getattr(config, "indexer_types", None) or ()) else None
+
+    def check_length(self, tokens: int) -> None:
+        """Refuse windows of which a shared indexer would choose a part: what it chose is not streamed.
+
+        Raises:
+            BitsmoeError: names index_topk.
+        """
+        if self._most_tokens is not None and tokens > self._most_tokens:
+            raise BitsmoeError(
+                f"{self.source.directory}: layers share an indexer, so windows may have at most index_topk tokens, "
+                f"{self._most_tokens}, not {tokens}; choose shorter ones (--calib-length)"
+            )
+
+    def _handed_on(self, windows: int, tokens: int) -> tuple[Any, ...]:
+        """What layers return besides hidden states: nothing, or all tokens, where an indexer is shared."""
+        if self._most_tokens is None:
+            return (None,) * (self.shape.family.layer_outputs - 1)
+        return (torch.arange(tokens, device=self.device).expand(windows, tokens, tokens),)
 
     def arguments(self, ids: Tensor) -> Arguments:
         """The layers' arguments for windows [n, L]. Their shape decides all of them but the ids themselves."""

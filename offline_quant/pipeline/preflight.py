@@ -9,7 +9,7 @@ import torch
 from bitsmoe_kernels.errors import BitsmoeError, Faults
 from bitsmoe_kernels.format.linear_layers import DenseConfig
 from bitsmoe_kernels.format.safetensors_io import read_json
-from bitsmoe_kernels.models.families import in_table, language_config, moe_shape
+from bitsmoe_kernels.models.families import in_table, language_config, moe_shape, without_quantization
 from offline_quant.allocation.budget import budget_bits
 from offline_quant.allocation.objectives import OBJECTIVES, budget_scope, forms_of
 from offline_quant.calibration.sources.base import CalibrationSource
@@ -20,6 +20,7 @@ from offline_quant.checkpoint.linear_layers import DenseModel, dense_plan, left_
 from offline_quant.config import QuantizeConfig
 from offline_quant.model.download import resolve_model
 from offline_quant.model.outside.shape import untested
+from offline_quant.model.outside.skeleton import Skeleton
 from offline_quant.model.side_files import missing_code
 from offline_quant.model.sizes import MAX_CODE_BITS, RunSizes
 from offline_quant.model.source import SourceModel
@@ -120,7 +121,9 @@ def check_inputs(
         described = read_json(directory / "config.json")
         if in_table(described, str(directory)):
             moe_shape(described, str(directory))
-        transformers_config(described, directory)
+            transformers_config(described, directory)
+        else:
+            Skeleton(without_quantization(described), directory)
         with faults.gathered():
             tokenizer = load_tokenizer(directory)
             if opened:
@@ -132,6 +135,8 @@ def check_inputs(
         dense = dense_plan(source, config.dense_bits)
         original = StreamedModel(source, device)
         streamed = original if dense is None else StreamedModel(DenseModel(source, dense), device)
+        with faults.gathered():
+            original.check_length(window_length(source.config, config.calib_length))
         original.try_out()
         trim()
         inputs = RunInputs(source, original, streamed, tokenizer, calibration, dense, resident_bytes())
@@ -140,6 +145,8 @@ def check_inputs(
     if workers.rank == 0:
         if said := untested(inputs.source.shape, str(inputs.source.directory)):
             console.print(said)
+        if why := inputs.source.shape.family.unserved:
+            console.print(f"{directory}: vLLM is not known to serve the result: {why}")
         inputs.original.warn_of_ignored()
         if inputs.dense is not None and (left := left_at_16_bits(inputs.source, inputs.dense)):
             console.print(f"--dense-bits {config.dense_bits} leaves these at 16 bits in every layer: {', '.join(left)}")

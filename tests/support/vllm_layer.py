@@ -31,6 +31,12 @@ def log_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return said
 
 
+def route_by_softmax(module: Any) -> None:
+    """Routing that vLLM's router for CPUs does."""
+    module.use_grouped_topk, module.custom_routing_function = False, None
+    module.scoring_func, module.e_score_correction_bias = "softmax", None
+
+
 def loaded(
     made: MadeLayer,
     dtype: torch.dtype,
@@ -50,6 +56,7 @@ def loaded(
     module: Any = torch.nn.Module()
     module.moe_config, module.expert_map, module.swiglu_limit = moe, expert_map, None
     module.activation, module.apply_router_weight_on_input = MoEActivation.SILU, False
+    route_by_softmax(module)
     config = SimpleNamespace(load_config=SimpleNamespace(load_format="auto"))
     monkeypatch.setattr(moe_method, "get_current_vllm_config", lambda: config)
     method = moe_method.BitsmoeMoEMethod(module, "experts", made.layer, made.block_size, [])

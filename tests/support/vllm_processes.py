@@ -21,12 +21,17 @@ from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.platforms import current_platform
 
 class OneGroup:
-    # vLLM's router for CPUs refuses sigmoid scores without groups. One group of all experts is the same function.
-    compute = CPURouter._compute_routing
+    # vLLM's router for CPUs refuses sigmoid scores without groups, and leaves out the bias of softmax. One group of all
+    # experts is the same function. Only models that are not quantized need it: the plugin routes for the others.
+    compute, quantized = CPURouter._compute_routing, False
 
     def routing(self, *args, **kwargs):
-        if self.scoring_func == "sigmoid" and not self.use_grouped_topk:
+        biased = self.e_score_correction_bias is not None
+        if not self.use_grouped_topk and self.custom_routing_function is None and not OneGroup.quantized and (
+            self.scoring_func == "sigmoid" or (self.scoring_func == "softmax" and biased)
+        ):
             self.use_grouped_topk, self.num_expert_group, self.topk_group = True, 1, 1
+            self.routed_scaling_factor = self.routed_scaling_factor if biased else 1.0
         return OneGroup.compute(self, *args, **kwargs)
 
 CPURouter._compute_routing = OneGroup.routing
@@ -49,7 +54,9 @@ type(current_platform).register_triton_kernel_overrides = lambda *_: None
 
 def generate(model, dtype, prompts, tokens, architectures, reload, options):
     # As it is, vLLM looks at a model's class in one more process, which imports everything again.
-    for name in [*json.load(open(model + "/config.json"))["architectures"], *architectures]:
+    config = json.load(open(model + "/config.json"))
+    OneGroup.quantized = "quantization_config" in config
+    for name in [*config["architectures"], *architectures]:
         if name in ModelRegistry.models:  # others run on its Transformers backend
             ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
     llm = LLM(model, dtype=dtype, enforce_eager=True, max_model_len=256, max_num_seqs=1, enable_prefix_caching=False,

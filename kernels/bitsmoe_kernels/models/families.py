@@ -201,6 +201,7 @@ class Family:
         text: where a model of several parts keeps its language model.
         top_k_key: how many experts a token is routed to; transformers knows the family's own number without it.
         layer_outputs: values that transformers' decoder layers return; nothing but the first, hidden states, is used.
+        shared_indexers: whether layers may use the tokens that the indexer of an earlier one chose.
         stored_base: how names of tensors in files begin, but for the head's, where `text` does not say it.
         stored_as: names in files of transformers' tensors, one by one, where no rule above gives them.
         unserved: why vLLM cannot serve it; None: nothing is known against it.
@@ -240,6 +241,7 @@ class Family:
     text: LanguagePart | None = None
     top_k_key: str = "num_experts_per_tok"
     layer_outputs: int = 1
+    shared_indexers: bool = False
     stored_base: str | None = None
     stored_as: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     built_by: str | None = None
@@ -491,9 +493,10 @@ FAMILIES: dict[str, Family] = {
         Family(
             "GlmMoeDsaForCausalLM",
             "glm_moe_dsa",
-            "GLM-5",
-            **_DEEPSEEK | {"fixed": (*_DEEPSEEK["fixed"], *_OWN_INDEXERS)},
+            "GLM-5 to GLM-5.3",
+            **_DEEPSEEK,
             layer_outputs=2,
+            shared_indexers=True,
             tested="transformers",
         ),
         Family("SolarOpenForCausalLM", "solar_open", "Solar-Open", **_DEEPSEEK),
@@ -798,15 +801,14 @@ FAMILIES: dict[str, Family] = {
 _BY_NAME = FAMILIES | {alias: f for f in FAMILIES.values() for alias in f.aliases}
 
 _TABLES = "tables of n-grams in its layers are larger than memory, and are not streamed here"
-_SHARED_INDEXERS = "its layers share the indexer of an earlier one"
 _CLAMPED = "its layers clamp what their experts multiply at different limits, which the checkpoint format does not hold"
 _NO_CLASS = "transformers has no class of its own for it, and its remote code is not run"
 _PARTS = "it is a model of several parts that nobody has described here yet"
 
 REFUSED = {
-    "NemotronH_Omni_Reasoning_V3": _PARTS,
+    **dict.fromkeys(("NemotronH_Omni_Reasoning_V3", "NemotronH_Nano_Omni_Reasoning_V3"), _PARTS),
+    **dict.fromkeys(("NemotronH_Super_Omni_Reasoning_V3", "NemotronH_Nano_VL_V2"), _PARTS),
     **dict.fromkeys(("DeepseekV4ForConditionalGeneration", "DeepseekV41ForCausalLM"), _NO_CLASS),
-    "HYV4ForCausalLM": _SHARED_INDEXERS,
     **dict.fromkeys(("Qwen4ExpForConditionalGeneration", "Qwen4ExpForCausalLM"), _TABLES),
     "MiniMaxM3SparseForCausalLM": "it is published as MiniMaxM3SparseForConditionalGeneration",
     **dict.fromkeys(("Step3p5ForCausalLM", "Step3p7ForConditionalGeneration"), _CLAMPED),
@@ -946,6 +948,15 @@ class MoEShape:
             if found.get(name) != expected.get(name)
         ]
 
+    def needed_tensors(self, model: Any) -> set[str]:
+        """Names in files of the tensors outside the routed experts that must be there: of tied ones, the first.
+
+        Args:
+            model: transformers' model; its tensors may be without memory.
+        """
+        kept = (stored for name, _ in kept_tensors(model) for stored in self.family.stored_names(name))
+        return {name for name in kept if not self.is_expert_tensor(name)}
+
     def other_faults(self, model: Any, specs: Mapping[str, TensorSpec]) -> list[str]:
         """Faults of the tensors outside the routed experts: missing, misshapen, or codes in the place of weights.
 
@@ -954,14 +965,13 @@ class MoEShape:
             specs: the file's tensors.
         """
         faults = []
-        kept = {stored for name, _ in kept_tensors(model) for stored in self.family.stored_names(name)}
-        known = self._model_tensors(model)
+        needed, known = self.needed_tensors(model), self._model_tensors(model)
         for name, tensor in known.items():
             shape = tuple(tensor.shape)
             if self.is_expert_tensor(name):
                 continue
             if (found := specs.get(name)) is None:
-                if name in kept:  # a tied one need not be there, but counts if it is
+                if name in needed:  # a tied one need not be there, but counts if it is
                     faults.append(f"tensor {name} is missing (expected shape {list(shape)})")
             elif found.shape != shape:
                 faults.append(f"tensor {name} is {found}, but the model needs shape {list(shape)}")
@@ -1141,7 +1151,8 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
     named_too = (*([family.hidden_act_key] if family.hidden_act_key else []), *family.required, "model_type")
     sizes_and_kinds = (*sizes, *named_too)
     if missing := [k for k in sizes_and_kinds if k not in config]:
-        raise BitsmoeError(f"{subject}: config.json lacks {missing}")
+        where = f"{family.text.config} of config.json" if family.text else "config.json"
+        raise BitsmoeError(f"{subject}: {where} lacks {missing}")
     most = {"num_hidden_layers": MAX_LAYERS}
     faults = [
         f"{key} is {config[key]!r:.80}, but must be a whole number above 0, at most {most.get(key, MAX_SIZE)}"
@@ -1198,7 +1209,9 @@ def moe_shape(config: dict[str, Any], subject: str) -> MoEShape:
         known = " or ".join(map(repr, named))
         unsupported.append(f"{family.hidden_act_key} is {hidden_act!r:.80}, but only {known} is supported")
     indexers = config.get("indexer_types")
-    if isinstance(indexers, list) and any(kind != "full" for kind in indexers):
+    if family.shared_indexers:
+        faults += _indexer_faults(config)
+    elif isinstance(indexers, list) and any(kind != "full" for kind in indexers):
         unsupported.append("indexer_types lists layers that share the indexer of an earlier one")
     if model_type != family.model_type and MODEL_TYPES.get(str(model_type)) != family.model_type:
         unsupported.append(
@@ -1236,6 +1249,30 @@ def _layer_kind_faults(config: dict[str, Any], known: tuple[str, ...]) -> list[s
         return [f"{LAYER_KINDS_KEY} is {kinds!r:.80}, but must list {named} for each of {layers} layers"]
     if type(first) is int and first >= 0 and kinds != ["dense"] * min(first, layers) + ["sparse"] * (layers - first):
         return [f"first_k_dense_replace is {first}, but {LAYER_KINDS_KEY} lists other layers"]
+    return []
+
+
+def _indexer_faults(config: dict[str, Any]) -> list[str]:
+    """Faults of the keys that say which layers share an indexer. transformers reads the list first, vLLM never."""
+    listed, pattern, layers = (config.get(k) for k in ("indexer_types", "index_topk_pattern", "num_hidden_layers"))
+    period, offset = (
+        default if (given := config.get(key)) is None else given
+        for key, default in (("index_topk_freq", 1), ("index_skip_topk_offset", 2))
+    )
+    if type(layers) is not int or layers > MAX_LAYERS:
+        return []
+    if type(period) is not int or type(offset) is not int or period < 1:
+        return [f"index_topk_freq and index_skip_topk_offset are {period!r:.80} and {offset!r:.80}: no whole numbers"]
+    kinds = ["full" if max(i - offset + 1, 0) % period == 0 else "shared" for i in range(layers)]
+    if pattern is not None:
+        kinds = [{"F": "full", "S": "shared"}.get(kind, "") for kind in pattern] if isinstance(pattern, str) else []
+        if len(kinds) != layers or not all(kinds):
+            return [f"index_topk_pattern is {pattern!r:.80}, but must be a letter F or S for each of {layers} layers"]
+    if listed is not None and listed != kinds:
+        named = "index_topk_freq and index_skip_topk_offset" if pattern is None else "index_topk_pattern"
+        return [f"indexer_types is {listed!r:.80}, but {named}, which vLLM reads, say {kinds!r:.80}"]
+    if kinds[:1] == ["shared"]:
+        return ["the first layer has no indexer to share (index_topk_pattern or index_skip_topk_offset)"]
     return []
 
 

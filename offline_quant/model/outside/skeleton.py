@@ -76,7 +76,8 @@ class Skeleton:
         except BitsmoeError as e:
             self.fail("class", str(e).removeprefix(f"{directory}: "))
         if (built := type(self.model).__name__) != self.architecture:
-            self.fail("class", f"transformers builds {built} from config.json")
+            names = f"names {self.architecture!r:.80}" if named else "has no architectures"
+            self.fail("class", f"transformers builds {built} from config.json, which {names}")
         self.passed.append("class")
         self.base = self._base()
         self.weighted = self._weighted()

@@ -14,6 +14,7 @@ from bitsmoe_kernels.format.schema import CheckpointConfig
 from bitsmoe_vllm import _compat, startup
 from bitsmoe_vllm import options as options_module
 from builders import build_form, make_config, vllm_config, write_tiny_qwen3_moe
+from vllm_layer import route_by_softmax
 
 PREFIX = "model.layers.0.mlp.experts"
 SIZES = {
@@ -342,6 +343,7 @@ def routed_experts(prefix: str, config: Any) -> Any:
     layer = RoutedExperts.__new__(RoutedExperts)
     torch.nn.Module.__init__(layer)
     layer.moe_config = SimpleNamespace()
+    route_by_softmax(layer)
     return config.get_quant_method(layer, prefix)
 
 

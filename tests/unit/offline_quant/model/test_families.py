@@ -391,7 +391,7 @@ def test_mxfp4_sources_are_read_as_what_they_stand_for(tmp_path: Path, calib: st
 
 
 @pytest.mark.slow
-def test_experts_in_mxfp4_beside_float8(tmp_path: Path, calib: str) -> None:
+def test_experts_in_mxfp4_beside_float8(tmp_path: Path, calib: str, capsys: pytest.CaptureFixture[str]) -> None:
     """DeepSeek-V4 as it is published: scales are powers of two, and called after the module."""
     model, plain, meaning = published("DeepseekV4ForCausalLM", tmp_path, to_mixed_codes)
     source, stored = SourceModel(model), load_file(model / "model.safetensors")
@@ -403,6 +403,7 @@ def test_experts_in_mxfp4_beside_float8(tmp_path: Path, calib: str) -> None:
         if ".experts." in name:
             assert torch.equal(Fp8Dequantize(None)._dequantize_one(stored[name], scale, torch.bfloat16), value)
     assert_same_result(model, plain, tmp_path, calib)
+    assert "vLLM is not known to serve the result: vLLM's loader" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
@@ -588,6 +589,54 @@ def test_layers_with_experts(architecture: str, config: dict[str, object], layer
     assert moe_shape(base | sizes | config, "here").layers == layers
 
 
+SHARED = {
+    "num_hidden_layers": 5, "index_topk": 24, "index_topk_freq": 2, "index_skip_topk_offset": 3,
+    "indexer_types": ["full", "full", "full", "shared", "full"],
+}  # fmt: skip
+"""As GLM-5.2 is published, with an indexer that chooses all tokens of a window."""
+
+
+@pytest.mark.slow
+def test_layers_that_share_an_indexer(tmp_path: Path, calib: str) -> None:
+    model = make_model("GlmMoeDsaForCausalLM", tmp_path / "model", **SHARED)
+    names = load_file(model / "model.safetensors")
+    assert [f"model.layers.{i}.self_attn.indexer.wk.weight" in names for i in range(5)] == [True] * 3 + [False, True]
+    assert torch.allclose(streamed_logits(SourceModel(model)), whole_logits(model), atol=2e-4)
+    config = QuantizeConfig(bits=2.5, calib=calib, calib_samples=4, calib_length=24, refine=0)
+    quantize_model(str(model), tmp_path / "q", config)
+    dequantize_checkpoint(tmp_path / "q", tmp_path / "plain", torch.float32)
+    assert torch.allclose(streamed_logits(open_model(tmp_path / "q")), whole_logits(tmp_path / "plain"), atol=2e-4)
+    with pytest.raises(BitsmoeError, match=r"windows may have at most index_topk tokens, 24, not 25; .*--calib-length"):
+        quantize_model(str(model), tmp_path / "r", config.model_copy(update={"calib_length": 25}))
+    with pytest.raises(BitsmoeError, match="24, not 25"):
+        StreamedModel(SourceModel(model)).embed(torch.zeros(1, 25, dtype=torch.int64))
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"index_topk_freq": 1}, r"indexer_types is .*, but index_topk_freq and index_skip_topk_offset, which vLLM"),
+        ({"index_topk_pattern": "FFFFF"}, r"indexer_types is .*, but index_topk_pattern, which vLLM reads"),
+        ({"index_topk_pattern": "FFXFF"}, "index_topk_pattern is 'FFXFF', but must be a letter F or S for each of 5"),
+        ({"index_topk_freq": "2"}, "index_topk_freq and index_skip_topk_offset are '2' and 3"),
+        ({"index_topk_pattern": "SFFSF", "indexer_types": None}, "the first layer has no indexer to share"),
+        ({"indexer_types": None}, None),
+        ({"indexer_types": None, "index_topk_pattern": "FSSSF"}, None),
+    ],
+)
+def test_keys_of_shared_indexers_must_agree(changes: dict[str, object], said: str | None) -> None:
+    config: dict[str, Any] = {
+        "architectures": ["GlmMoeDsaForCausalLM"], "model_type": "glm_moe_dsa", "hidden_act": "silu", "vocab_size": 9,
+        "hidden_size": 8, "moe_intermediate_size": 4, "n_routed_experts": 6, **SHARED, **changes,
+    }  # fmt: skip
+    if said is None:
+        assert moe_shape(config, "here").layers == (0, 1, 2, 3, 4)
+        return
+    with pytest.raises(BitsmoeError, match=said):
+        moe_shape(config, "here")
+
+
 def test_experts_that_transformers_builds_elsewhere_are_refused(tmp_path: Path) -> None:
     """transformers knows `mlp_layer_types` alone here, and takes the first layer only for dense without it."""
     model = make_model("Glm4MoeLiteForCausalLM", tmp_path / "model")
@@ -635,7 +684,7 @@ def test_a_model_of_several_parts_that_does_not_describe_its_language_model() ->
     for part in ({}, {"text_config": None}, {"text_config": [8]}):
         with pytest.raises(BitsmoeError, match=r"config\.json lacks text_config, which describes"):
             moe_shape(config | part, "here")
-    with pytest.raises(BitsmoeError, match=r"config\.json lacks \['num_experts', 'moe_intermediate_size'"):
+    with pytest.raises(BitsmoeError, match=r"text_config of config\.json lacks \['num_experts', 'moe_inter"):
         moe_shape(config | {"text_config": {"hidden_size": 8}}, "here")
 
 

@@ -1,6 +1,7 @@
 """Models outside the table: each is read right, or refused with the check that it failed. None is read wrong."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -44,7 +45,7 @@ from outside import ODD, OUTSIDE, make_outside, own_logits
 RIGHT = (
     "Mistral4ForCausalLM", "Mistral3ForConditionalGeneration", "MiniMaxM3VLForCausalLM",
     "LlavaForConditionalGeneration", "InternVLForConditionalGeneration", "Lfm2VlForConditionalGeneration",
-    "Qwen3OmniMoeThinkerForConditionalGeneration",
+    "Qwen3OmniMoeThinkerForConditionalGeneration", "HYV4ForCausalLM",
 )  # fmt: skip
 REFUSED = {
     "InklingForCausalLM": ("experts", "shared_experts: it is not of the common kind"),
@@ -53,7 +54,6 @@ REFUSED = {
     "DogeForCausalLM": ("experts", "no module with gate_up_proj"),
     "JetMoeForCausalLM": ("experts", "no module with gate_up_proj"),
     "DbrxForCausalLM": ("config.json", "num_hidden_layers is None"),
-    "HYV4ForCausalLM": ("forward pass", "Shared DSA layers require"),
     "LongcatFlashForCausalLM": ("config.json", "num_hidden_layers is None"),
 }
 OTHER_NAMES = {"PhiMoEForCausalLM", "KimiK25ForConditionalGeneration"}
@@ -379,7 +379,8 @@ def test_the_forward_pass_is_a_check_of_its_own(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"architectures": ["NewForCausalLM"]}, "transformers builds OddForCausalLM from config.json"),
+        ({"architectures": ["NewForCausalLM"]}, "builds OddForCausalLM from config.json, which names 'NewForCausalLM'"),
+        ({"architectures": []}, "transformers builds OddForCausalLM from config.json, which has no architectures"),
         ({"num_hidden_layers": "3"}, "num_hidden_layers is '3'"),
         ({"num_local_experts": 1 << 20}, "num_local_experts is 1048576"),
         ({"num_attention_heads": [2, 2, 2]}, "num_attention_heads is [2, 2, 2]"),
@@ -388,7 +389,7 @@ def test_the_forward_pass_is_a_check_of_its_own(tmp_path: Path, monkeypatch: pyt
         ({"num_attention_heads": 3}, "fails the check of its forward pass"),
         ({"num_experts_per_tok": 9}, "forward pass"),
         ({"model_type": None}, "model_type is missing"),
-        ({"model_type": "mystery"}, "fails the check of its class"),
+        ({"model_type": "mystery"}, "has no class for model_type 'mystery', and code of a model's repository"),
         ({"model_type": "clip"}, "no language model of model_type 'clip'"),
     ],
 )
@@ -399,6 +400,18 @@ def test_config_json_of_another_model(changes: dict[str, Any], said: str, tmp_pa
     with pytest.raises(BitsmoeError) as e:
         SourceModel(model)
     assert said in str(e.value)
+
+
+def test_quantize_names_the_check_before_it_looks_for_a_tokenizer(tmp_path: Path, calib: str) -> None:
+    model = make_outside(ODD, tmp_path / "model")
+    written = json.loads((model / "config.json").read_text()) | {"model_type": "mystery"}
+    (model / "config.json").write_text(json.dumps(written))
+    (model / "tokenizer.json").unlink()
+    said = "fails the check of its class (passed before it: config.json):\n  - transformers "
+    with pytest.raises(BitsmoeError, match=re.escape(said)) as e:
+        quantize_model(str(model), tmp_path / "q", QuantizeConfig(bits=2.5, calib=calib))
+    assert "tokenizer" not in str(e.value)
+    assert not (tmp_path / "q").exists()
 
 
 def test_probe_says_what_was_derived(tmp_path: Path) -> None:
