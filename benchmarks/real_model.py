@@ -58,7 +58,15 @@ def _ours(bits: float, *seeds: int, **options: Any) -> list[Row]:
     return [Row(label, OURS, bits, seed, options) for seed in seeds or (0,)]
 
 
-_TUNED = ({"tune": True}, {"tune_model": True}, {"tune_codes": True}, {"tune": True, "tune_codes": True})
+_FITTED: dict[str, Any] = {"fit": "layer"}
+_TUNED: tuple[dict[str, Any], ...] = (
+    _FITTED,
+    {**_FITTED, "tune_model": True},
+    {"tune": True},
+    {"tune_model": True},
+    {"tune_codes": True},
+    {"tune": True, "tune_codes": True},
+)
 GROUPS: dict[str, list[Row]] = {
     "main": [
         *(row for bits in (2.0, LEAST, 2.5, MORE, 4.0) for row in _ours(bits)),

@@ -112,8 +112,14 @@ class QuantizeConfig(BaseModel):
     )
     tune: Annotated[bool, Panel.FIRST] = Field(
         default=False,
-        description="Fit the experts of a layer together to the original model's hidden states, and tune scales and "
-        "codes by gradients: clearly better, and several times as slow. In one process only.",
+        description="As --fit layer, and tune scales and codes by gradients: clearly better, and several times as "
+        "slow.",
+    )
+    fit: Annotated[Literal["expert", "layer"], Panel.ROUNDING] = Field(
+        default="expert",
+        description="What down matrices make up for: errors of their own expert, or of the whole layer and those "
+        "before it, against the original model's hidden states. The latter is better, and about twice as slow; in one "
+        "process only.",
     )
     tune_model: Annotated[bool, Panel.ROUNDING] = Field(
         default=False,
@@ -184,6 +190,11 @@ class QuantizeConfig(BaseModel):
                 "--calib-split"
             )
         return self
+
+    @property
+    def fits_layer(self) -> bool:
+        """Whether the experts of a layer are fitted together."""
+        return self.tune or self.fit == "layer"
 
     @property
     def tunes_model(self) -> bool:

@@ -139,9 +139,18 @@ def solve_damped(moments: Tensor, right: Tensor) -> Tensor:
         moments: M [K, K].
         right: B [K, N].
     """
+    return torch.linalg.solve(_damped(moments), right)
+
+
+def unit_directions(moments: Tensor) -> Tensor:
+    """Columns U [K, K] with U^T (M + ridge I) U = I, the principal directions; `ridge` as in `solve_damped`."""
+    energy, directions = torch.linalg.eigh(_damped(moments))
+    return directions * energy.rsqrt()
+
+
+def _damped(moments: Tensor) -> Tensor:
     ridge = (DAMPING * moments.diagonal().mean()).clamp(min=torch.finfo(moments.dtype).tiny)
-    damped = moments + ridge * torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
-    return torch.linalg.solve(damped, right)
+    return moments + ridge * torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
 
 
 def on_diagonal(moments: Tensor) -> CholeskyFactor:

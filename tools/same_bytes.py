@@ -90,6 +90,7 @@ CASES = {
     "frequency": Case(("--bits", "2.5", "--objective", "frequency")),
     "uniform, no feedback": Case(("--bits", "2.5", "--objective", "uniform", "--no-feedback", "--refine", "0")),
     "one budget": Case(("--bits", "2.25", "--budget", "model")),
+    "fit layer": Case(("--bits", "2.25", "--fit", "layer")),
     "tune": Case(("--bits", "2.25", "--tune")),
     "dense 4, blocks of 32": Case(("--bits", "2.25", "--dense-bits", "4", "--block-size", "32"), commands=READERS[:1]),
     "dense 8, seed 7": Case(("--bits", "2.25", "--dense-bits", "8", "--seed", "7", "--refine", "1")),

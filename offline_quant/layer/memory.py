@@ -25,16 +25,17 @@ def offload_disk_bytes(sizes: RunSizes) -> int:
     return max(0, needed - MEMORY_BYTES)
 
 
-def layer_bytes(sizes: RunSizes, tune: bool = False, bases: bool = True) -> int:
+def layer_bytes(sizes: RunSizes, fit: bool = False, tune: bool = False, bases: bool = True) -> int:
     """Bytes of memory that planning and quantizing a layer take.
 
     Args:
         sizes: of the run.
+        fit: whether the experts of a layer are fitted together: all down matrices, a target, what is left over of it.
         tune: whether scales and codes are tuned, which takes a whole layer and its optimizer's state.
         bases: whether a decomposition with shared bases may be chosen.
     """
-    H, coded = sizes.shape.hidden_size, sizes.coded_bytes
-    worked = FLOAT * sizes.chunk_experts * chunk_values(H, sizes.shape.intermediate_size)
+    H, I, coded = sizes.shape.hidden_size, sizes.shape.intermediate_size, sizes.coded_bytes  # noqa: E741
+    worked = FLOAT * sizes.chunk_experts * chunk_values(H, I)
     slots = min(SLOT_VALUES, sizes.tokens * sizes.top_k * H)
     return (
         kept_bytes(sizes)
@@ -42,6 +43,7 @@ def layer_bytes(sizes: RunSizes, tune: bool = False, bases: bool = True) -> int:
         + max(
             coded + (sizes.chunk_bytes if sizes.device.type == "cuda" else worked),
             8 * DOUBLE * H * H if bases else 0,
+            coded + FLOAT * (sizes.layer_weights + sizes.tokens * (3 * H + I)) if fit else 0,
             2 * coded + FLOAT * (5 * sizes.layer_weights + 3 * sizes.tokens * H) if tune else 0,
             # Slots of some tokens; an expert's share of them, their sums, and the output they make.
             coded + FLOAT * (slots + 3 * slots // sizes.top_k),

@@ -29,8 +29,8 @@ class RunContext:
         windows: calibration tokens, int64 [n, L].
         judged: the first of them, by which the result is judged.
         calibration: their hidden states in the quantized model: layers make up for the error of those before them.
-        originals: hidden states in the original model: of the judged windows, or where layers or the model are tuned
-            of all, which they aim at; no windows with `plan_only`, and in all processes but the first.
+        originals: hidden states in the original model: of the judged windows, or where layers are fitted or the
+            model is tuned of all, which they aim at; no windows with `plan_only`, and in all processes but the first.
         state: what is kept on disk.
         workers: processes of the run.
         clock: time and memory.
@@ -85,7 +85,7 @@ def start_run(
     """The context of a run, from what was checked before it and its calibration tokens."""
     batches = windows.split(batch_windows(windows.shape[1], inputs.streamed.state_shape.numel()))
     judged = windows[: max(1, sanity.TOKENS // windows.shape[1])]
-    originals = (windows if config.tune or config.tunes_model else judged).split(len(batches[0]))
+    originals = (windows if config.fits_layer or config.tunes_model else judged).split(len(batches[0]))
     if plan_only or workers.rank:
         originals = ()
     local = [i for i in range(len(batches)) if workers.is_local(i)]

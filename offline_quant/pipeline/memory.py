@@ -44,6 +44,7 @@ def estimate_memory(
     sizes: RunSizes,
     baseline: int,
     text: int = 0,
+    fit_layer: bool = False,
     tune: bool = False,
     bases: bool = True,
     sensitive: bool = False,
@@ -56,6 +57,7 @@ def estimate_memory(
         sizes: of the run.
         baseline: resident bytes of the process before the run.
         text: bytes that getting the calibration text takes, see `CalibrationSource.memory_bytes`.
+        fit_layer: whether the experts of a layer are fitted together.
         tune: whether scales and codes are tuned.
         bases: whether a decomposition with shared bases may be chosen.
         sensitive: whether sensitivities of all layers are measured, with gradients.
@@ -67,8 +69,9 @@ def estimate_memory(
         checking_bytes(sizes),
         sensitivity_bytes(sizes) if sensitive else 0,
         # The original model runs while a layer is calibrated.
-        kept_bytes(sizes) + forward_bytes(sizes, sizes.tokens if tune or tune_model else judged_tokens(sizes.tokens)),
-        layer_bytes(sizes, tune, bases),
+        kept_bytes(sizes)
+        + forward_bytes(sizes, sizes.tokens if fit_layer or tune_model else judged_tokens(sizes.tokens)),
+        layer_bytes(sizes, fit_layer, tune, bases),
         tuning_bytes(sizes, tune_codes) if tune_model else 0,
         judging_bytes(sizes),
         forecast_bytes(sizes),
@@ -86,8 +89,9 @@ def estimate_run(sizes: RunSizes, config: QuantizeConfig, baseline: int, text: i
     """`estimate_memory` of a run with some options."""
     sensitive = OBJECTIVES[config.objective].sensitive and budget_scope(config) == "model"
     return estimate_memory(
-        sizes, baseline, text, config.tune, may_share_bases(config), sensitive, config.tunes_model, config.tune_codes
-    )
+        sizes, baseline, text, config.fits_layer, config.tune, may_share_bases(config), sensitive, config.tunes_model,
+        config.tune_codes,
+    )  # fmt: skip
 
 
 def check_memory(found: MemoryEstimate, limit: int | None) -> None:

@@ -103,22 +103,20 @@ def quantize_moe_layer(
         errors = error = None
         if run.plan_only:
             output = original_output(view.ctx)
-        elif not run.config.tune:
-            quantized = quantize_layer(view, plan)
+        else:
+            target = _target(run, index, view).to(run.streamed.device) if run.config.fits_layer else None
+            quantized = quantize_layer(view, plan, target.clone() if run.config.tune and target is not None else target)
             tensors, errors = quantized.tensors, quantized.errors
             run.clock.lap("quantization")
-            error, output = output_error(view), quantized_output(view)
-        else:
-            inputs = view.ctx.moments.inputs
-            target = _target(run, index, view).to(run.streamed.device)
-            quantized = quantize_layer(view, plan, target.clone())
-            errors = quantized.errors
-            run.clock.lap("quantization")
-            given = {name: tensor.to(target.device) for name, tensor in quantized.tensors.items()}
-            tensors = tune(plan.layer, run.config.block_size, given, inputs, target, run.config.seed)
-            run.clock.lap("tuning")
-            tuned = output_of(view.ctx, plan.layer, tensors)
-            error, output = output_error(view, tuned), iter([tuned])
+            if run.config.tune and target is not None:
+                given = {name: tensor.to(target.device) for name, tensor in tensors.items()}
+                inputs = view.ctx.moments.inputs
+                tensors = tune(plan.layer, run.config.block_size, given, inputs, target, run.config.seed)
+                run.clock.lap("tuning")
+                tuned = output_of(view.ctx, plan.layer, tensors)
+                error, output = output_error(view, tuned), iter([tuned])
+            else:
+                error, output = output_error(view), quantized_output(view)
         run.calibration.add_expert_output(index, output, run.windows_read_after(index))
         view.ctx.cache.clear()
         run.clock.lap("calibration")

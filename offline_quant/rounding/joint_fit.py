@@ -8,13 +8,16 @@ model.
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from offline_quant.calibration.moments import RoutedTokens
-from offline_quant.linalg import solve_damped
+from offline_quant.linalg import unit_directions
 
 SWEEPS = 2
 """Rounds over all experts; each goes once through the tokens."""
+CHANCE = 1.0
+"""How much is taken off for chance, in units of what it is expected to give."""
 
 
 def fit_jointly(
@@ -25,8 +28,13 @@ def fit_jointly(
     put: Callable[[int, Tensor], None],
     target: Tensor,
     sweeps: int = SWEEPS,
+    chance: float = CHANCE,
 ) -> None:
     """Least squares for one expert after another, on what all others leave over of the target.
+
+    Activations can tell little of what is left over, and seem to tell more of it by chance. Fitted in every layer, that
+    would bring the calibration text close to the original, and no other. So each direction of the activations counts as
+    far as it explains more than chance does (James and Stein, 1961; chance as White estimates it, 1980).
 
     An expert with few tokens of its own moves little: its moments hold a sample of all tokens too, and the error it
     sees does not. One that no token reached does not change.
@@ -39,6 +47,7 @@ def fit_jointly(
         put: replaces it.
         target: float32 [T, H], what the experts should add to the layer's output; becomes what is left over of it.
         sweeps: rounds.
+        chance: see CHANCE; 0 is plain least squares.
     """
     residual = target
     for e in range(experts):
@@ -49,8 +58,14 @@ def fit_jointly(
             r = routed(e)
             if len(r.token) == 0:
                 continue
-            M, weight = moments(e), r.weight[:, None]
-            error = (residual[r.token] * weight).T @ r.hidden / r.mass
-            step = solve_damped(M, error.T).T
+            x, left = r.hidden * r.weight[:, None], residual[r.token]
+            directions = unit_directions(moments(e))
+            found = (left.T @ x / r.mass) @ directions
+            if chance:
+                spread = x.T @ (x * left.square().sum(1, keepdim=True)) / r.mass**2
+                expected = (directions * (spread @ directions)).sum(0)
+                energy = found.square().sum(0).clamp(min=torch.finfo(found.dtype).tiny)
+                found *= (1 - chance * expected / energy).clamp(min=0)
+            step = found @ directions.T
             put(e, get(e) + step)
-            residual.index_add_(0, r.token, (r.hidden @ step.T).mul_(-weight))
+            residual.index_add_(0, r.token, x @ -step.T)

@@ -18,8 +18,8 @@ FIRST = {
 }  # fmt: skip
 OTHERS = {
     "--target-kl", "--objective", "--budget", "--gamma", "--ranks", "--basis", "--basis-bits", "--block-size",
-    "--feedback", "--no-feedback", "--refine", "--tune-model", "--tune-codes", "--calib-config", "--calib-split",
-    "--calib-column", "--calib-length", "--seed", "--revision", "--max-memory",
+    "--feedback", "--no-feedback", "--refine", "--fit", "--tune-model", "--tune-codes", "--calib-config",
+    "--calib-split", "--calib-column", "--calib-length", "--seed", "--revision", "--max-memory",
 }  # fmt: skip
 
 
@@ -94,8 +94,8 @@ def test_options_of_a_run_are_no_part_of_the_record() -> None:
     assert config == QuantizeConfig(bits=2, without=["trim"], seed=3)
     assert list(config.record()) == [
         "bits", "objective", "budget", "gamma", "ranks", "basis", "basis_bits", "block_size", "dense_bits", "widths",
-        "feedback", "refine", "tune", "tune_model", "tune_codes", "without", "calib", "calib_samples", "calib_length",
-        "seed",
+        "feedback", "refine", "tune", "fit", "tune_model", "tune_codes", "without", "calib", "calib_samples",
+        "calib_length", "seed",
     ]  # fmt: skip
 
 

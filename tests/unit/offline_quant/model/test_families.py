@@ -108,14 +108,15 @@ def test_layers_that_do_not_just_add_the_output_of_their_experts(
         with streamed.layer(index):
             assert streamed.expert_factor(index) == (factor if factor is None else pytest.approx(factor, rel=1e-6))
     outcomes = [
-        quantize_model(str(model), tmp_path / str(tune), quick(calib).model_copy(update={"bits": 2.5, "tune": tune}))
-        for tune in (False, True)
+        quantize_model(str(model), tmp_path / str(i), quick(calib).model_copy(update={"bits": 2.5} | options))
+        for i, options in enumerate(({}, {"fit": "layer"}, {"tune": True}))
     ]
     # The first layer has no errors of others to make up for.
-    plain, tuned = (outcome.report.layers[0].output_error for outcome in outcomes)
-    assert tuned < plain
-    sane = outcomes[1].report.sanity
-    assert sane.perplexity_quantized == pytest.approx(calibration_perplexity(tmp_path / "True", calib), rel=1e-4)
+    plain, fitted, tuned = (outcome.report.layers[0].output_error for outcome in outcomes)
+    assert tuned < fitted < plain
+    for i, outcome in enumerate(outcomes[1:], 1):
+        found = outcome.report.sanity.perplexity_quantized
+        assert found == pytest.approx(calibration_perplexity(tmp_path / str(i), calib), rel=1e-4)
 
 
 LATENT: dict[str, Any] = {"moe_latent_size": 48}

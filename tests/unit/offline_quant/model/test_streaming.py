@@ -298,3 +298,5 @@ def test_memory_of_the_whole_model_and_of_gradients_is_asked_for():
     assert peak(text=sampling_bytes(sizes)) > max(peak(), 4 * shape.num_weights)
     head_and_logits = 4 * config["vocab_size"] * (H + 2048)
     assert peak(sensitive=True) > max(peak(), head_and_logits)
+    # Hidden states of all windows pass through the original model too, and a layer's target is held beside them.
+    assert peak() < peak(fit_layer=True) <= peak(fit_layer=True, tune=True)

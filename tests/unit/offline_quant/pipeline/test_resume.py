@@ -400,8 +400,9 @@ def test_tuning_resumes_too_and_wants_one_process(source, tmp_path, monkeypatch)
             quantize_model(str(source), tmp_path / "q", config)
     quantize_model(str(source), tmp_path / "q", config, resume=True)
     assert contents(tmp_path / "q") == contents(reference)
-    with pytest.raises(BitsmoeError, match="--tune: experts are fitted one after another, in one process"):
-        quantize_model(str(source), tmp_path / "other", config, workers=Half(0))
+    for option, more in (("--tune", {"tune": True}), ("--fit layer", {"fit": "layer"})):
+        with pytest.raises(BitsmoeError, match=f"{option}: experts are fitted one after another, in one process"):
+            quantize_model(str(source), tmp_path / "other", options(source, **more), workers=Half(0))
     for option in ("tune_model", "tune_codes"):
         with pytest.raises(BitsmoeError, match=f"--{option.replace('_', '-')}: the whole model is tuned in one"):
             quantize_model(str(source), tmp_path / "other", options(source, **{option: True}), workers=Half(0))
