@@ -32,6 +32,7 @@ def _picked() -> list[tuple[str, Row]]:
 
     return [
         *(take("**bitsmoe**", OURS, bits) for bits in (1.75, 2.0, 2.125, 2.5, 3.125)),
+        take("**bitsmoe `--fit layer`**", OURS, 2.125, fit="layer"),
         *(take("**bitsmoe `--tune`**", OURS, bits, tune=True) for bits in (2.125, 3.125)),
         take("**bitsmoe `--tune --tune-codes`**", OURS, 2.125, tune=True, tune_codes=True),
         take("bitsmoe `--objective alphaq` (AlphaQ's allocation)", OURS, 2.5, objective="alphaq"),
