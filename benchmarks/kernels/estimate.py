@@ -5,6 +5,9 @@ longest program, and its programs, round after round, on the multiprocessor that
 reads that wait for each other, and its instructions, at the rate that the warps beside it leave. Instructions are
 those that a warp executes at a layer's real numbers of tiles: `walk.py` follows it through the machine code. Programs
 that end early for lack of a block are left out.
+
+Down ends with the sum over a token's experts. For blocks of few tokens it stands behind a branch that only a program
+takes which ends some token: which stores the last of its slots. Both ways are followed, and weighed by `_ending`.
 """
 
 from collections import Counter
@@ -222,13 +225,21 @@ def _layer(shape: Shape, form: str, bits: float, capability: int) -> BitsmoeExpe
     return BitsmoeExperts(format_layer(few, form, bits, SEED, "cpu"), torch.bfloat16, capability, keep=False)
 
 
+def _ending(tokens: float, top_k: int) -> float:
+    """The share of down's programs that end a token, if their blocks have so many tokens on average.
+
+    One of a token's top_k blocks ends it, any of them alike. Blocks of equal size: of unequal ones fewer would.
+    """
+    return 1 - (1 - 1 / top_k) ** tokens
+
+
 @cache
 def _gemm_executed(
-    kernel: str, capability: int, tile: Tile, shape: Shape, form: str, bits: float
+    kernel: str, capability: int, tile: Tile, shape: Shape, form: str, bits: float, ends: bool
 ) -> tuple[float, float, float]:
-    """Of gate and up or of down: instructions of a warp, how many for each weight of a thread, a program's products.
+    """Of gate and up or of down: instructions of a warp, weights of a thread, a program's products.
 
-    Averaged over the sampled experts. One token of a block is somebody's.
+    Averaged over the sampled experts. One token of a block is somebody's. ends: whether a program of down ends it.
 
     Raises:
         ValueError: the followed warp did not make the products of all tiles.
@@ -246,36 +257,53 @@ def _gemm_executed(
     for matrix, record in zip((layer.inputs, layer.down), records.transpose(1, 0, 2), strict=True):
         record[:, :6], record[:, 6:11], record[:, 11] = matrix.start, matrix.tiles, matrix.columns
         record[:, 12] = np.arange(SAMPLED)
-    given: dict[str, Any] = {"block_matrix": records, "num_blocks": np.array([SAMPLED], np.int32), "block_slot": slots,
+    given: dict[str, Any] = {"block_matrix": records, "block_slot": slots,
                              "local": np.zeros(shape.top_k, np.int32), "KMAX": m.index.shape[1],
                              "NMAX": m.scale.shape[1], "KDOWN": k_down, "OUT_STRIDE": k_down, "H": H}  # fmt: skip
     total, weights, products = 0, 0.0, 0
     for expert in range(SAMPLED):
-        found = walk.followed(code.compiled, code.lines, code.source, capability, given, (1, expert), grid)
+        found = walk.followed(code.compiled, code.lines, code.source, capability, given, (1, expert), grid, not ends)
         own, made = int(m.tiles[expert, :4].sum()) * TILE * outputs, walk.products(found) * tile.warps
         if made != own * tile.tokens:
             raise ValueError(f"{kernel}: {made} products were followed, but tiles of {tile} have {own * tile.tokens}")
         total, weights = total + sum(found.values()), weights + own / (tile.warps * machine_code.WARP)
         products += made
-    return total / SAMPLED, total / weights, products / SAMPLED
+    return total / SAMPLED, weights / SAMPLED, products / SAMPLED
 
 
 def _gemm(
-    kernel: str, capability: int, tile: Tile, shape: Shape, form: str, bits: float, blocks: int, size: float
+    kernel: str,
+    capability: int,
+    tile: Tile,
+    shape: Shape,
+    form: str,
+    bits: float,
+    tokens: int,
+    blocks: int,
+    size: float,
 ) -> tuple[Launch, float]:
-    """The launch of gate and up or of down, and its instructions per weight."""
+    """The launch of gate and up or of down, and its instructions per weight. size: of its bytes."""
     layer = _layer(shape, form, bits, capability).layer
     at = ("gate_up", "down").index(kernel)
     m, widths = (layer.inputs, layer.down)[at], (layer.input_widths, layer.down_widths)[at]
     code = _gemm_code(capability, tile, widths)[kernel]
-    instructions, per_weight, products = _gemm_executed(kernel, capability, tile, shape, form, bits)
-    # Record of the matrix; first tiles; what the outputs need, if it is not read before; counts, other slots' outputs.
+    # Record of the matrix; first tiles; what the outputs need, if it is not read before.
     starts = 1.0 if tile.direct else float((m.tiles[:, :4] > 0).sum(1).double().mean())
     outputs = tile.gate_up if at == 0 else tile.outputs
-    reads = 1 + starts + (0 if tile.direct and outputs == 64 else 1) + (0 if at == 0 else 2)
+    reads = 1 + starts + (0 if tile.direct and outputs == 64 else 1)
     N = 2 * layer.down.index.shape[1] if at == 0 else shape.hidden_size
-    made = Programs(-(-N // outputs) * blocks, instructions, reads, products)
-    return Launch(kernel, (made,), tile.warps, size, code.older, code.registers, code.shared_bytes), per_weight
+    programs = -(-N // outputs) * blocks
+    share = 1.0 if at == 0 or not tile.direct else _ending(tokens * shape.top_k / blocks, shape.top_k)
+    made, total = [], 0.0
+    for ends, part in ((False, 1 - share), (True, share)):
+        if part > 0:
+            instructions, weights, products = _gemm_executed(kernel, capability, tile, shape, form, bits, ends)
+            # The count of a token's slots; other slots' outputs.
+            more = 0 if at == 0 else 1 + ends
+            count = programs - round(programs * share) if not ends else round(programs * share)
+            made.append(Programs(count, instructions, reads + more, products))
+            total += part * instructions / weights
+    return Launch(kernel, tuple(made), tile.warps, size, code.older, code.registers, code.shared_bytes), total
 
 
 @cache
@@ -319,7 +347,7 @@ def bitsmoe(shape: Shape, tokens: int, form: str, bits: float, gpu: Gpu) -> tupl
     begin = Launch("begin", tuple(parts), wide.warps,
                    layer.shared_bytes() + tokens * H * 2 + (tokens * H * 4 * wide.parts if basis else 0),
                    began.older, began.registers, began.shared_bytes)  # fmt: skip
-    scaled = code[f"scale of {wide.parts if basis else 1} parts"]
+    scaled = code[f"scale of {wide.parts if basis else 1} parts{', in lanes' * tile.direct}"]
     b, chunks = blocks[tile.tokens], -(-k_in // SCALE_CHUNK)
     each = -(-tile.tokens // SCALE_SLOTS)
     # As many slots in every program, on average.
@@ -332,9 +360,9 @@ def bitsmoe(shape: Shape, tokens: int, form: str, bits: float, gpu: Gpu) -> tupl
     # Expert; components and slots; the source of each slot.
     programs = Programs(b * each * chunks, sum(made.values()), 2 + slots)
     scale = Launch("scale", (programs,), 1, S * k_in * 2, False, scaled.registers, scaled.shared_bytes)
-    gate_up, per_input = _gemm("gate_up", capability, tile, shape, form, bits, b,
+    gate_up, per_input = _gemm("gate_up", capability, tile, shape, form, bits, tokens, b,
                                float(size * share) + S * (k_in + k_down) * 2)  # fmt: skip
-    second, per_down = _gemm("down", capability, tile, shape, form, bits, b,
+    second, per_down = _gemm("down", capability, tile, shape, form, bits, tokens, b,
                              float(size * (1 - share)) + S * k_down * 2 + S * H * 8)  # fmt: skip
     weight = 2 * k_in * k_down, k_down * H
     average = (per_input * weight[0] + per_down * weight[1]) / sum(weight)

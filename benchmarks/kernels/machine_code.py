@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class Row:
 
 _POINTERS = {
     "codes32": "*i32", "codes16": "*i32", "scale": "*fp32", "bias": "*fp32", "block_matrix": "*i64",
-    "corr": "*fp32", "block_slot": "*i32", "num_blocks": "*i32", "down_factor": "*fp32",
+    "corr": "*fp32", "block_slot": "*i32", "down_factor": "*fp32",
     "down_offset": "*fp32", "out_corr": "*fp32", "weight": "*fp32", "local": "*i32", "partial": "*fp32",
     "arrived": "*i32",
 }  # fmt: skip
@@ -176,11 +177,12 @@ def other_kernels(capability: int, fp16: bool) -> Iterator[tuple[str, Any]]:
     types = {"source": "*fp32", "block_expert": "*i32", "block_slot": "*i32", "index": "*i32",
              "factor": "*fp32", "offset": "*fp32", "tiles": "*i32", "act": kind, "corr": "*fp32", "rank": "*i32",
              "lowrank": "*fp16", "lowrank_start": "*i32"}  # fmt: skip
-    for parts in {tile.parts: None for tile in BASIS_TILES}:
-        for low in (False, True) if parts == 1 else (False,):
+    for parts, low, lanes in product({tile.parts: None for tile in BASIS_TILES}, (False, True), (False, True)):
+        if parts == 1 or not low:
             constants = {"ROWS_PER": 8, "PER": 1, "CHUNK": SCALE_CHUNK, "SLOTS": SCALE_SLOTS, "PARTS": parts,
-                         "FP16": fp16, "LOWRANK": low, "ASM": True}  # fmt: skip
-            name = f"scale of {parts} parts{', compensators' * low}"
+                         "LANES": kwidth_of(capability) if lanes else 0, "FP16": fp16, "LOWRANK": low,
+                         "ASM": True}  # fmt: skip
+            name = f"scale of {parts} parts{', in lanes' * lanes}{', compensators' * low}"
             yield name, compiled(prepare.scale_kernel, capability, constants, types, 1)
 
 
@@ -308,18 +310,23 @@ def rows(capability: int, fp16: bool, regimes: tuple[str, ...] = (DECODE, PREFIL
     """All GEMM kernels of one architecture's tile table, one width at a time."""
     for regime in regimes:
         for tile in TILES[capability][regime]:
-            for c, bits in enumerate(CLASSES):
-                for name, kernel in gemm_kernels(capability, tile, fp16, 1 << c):
-                    bodies = loops(machine_code(kernel))
-                    longest = max(bodies, key=len)
-                    body = Counter(longest)
-                    outputs = tile.gate_up if name == "gate_up" else tile.outputs
-                    weights = outputs * TILE * turn_tiles(tile) / (tile.warps * WARP)
-                    yield Row(
-                        arch=f"sm_{capability}", regime=regime, kernel=name, bits=bits,
-                        dtype="float16" if fp16 else "bfloat16", outputs=outputs, tokens=tile.tokens, warps=tile.warps,
-                        unroll=tile.unroll, stages=tile.stages,
-                        alu_per_weight=round(sum(n for k, n in body.items() if is_alu(k)) / weights, 3),
-                        instructions_per_weight=round(sum(body.values()) / weights, 3),
-                        i2f=body["I2F"] + body["I2FP"], **resources(kernel),
-                    )  # fmt: skip
+            yield from tile_rows(capability, fp16, regime, tile)
+
+
+def tile_rows(capability: int, fp16: bool, regime: str, tile: Tile) -> Iterator[Row]:
+    """Both GEMM kernels of one tile, one width at a time."""
+    for c, bits in enumerate(CLASSES):
+        for name, kernel in gemm_kernels(capability, tile, fp16, 1 << c):
+            bodies = loops(machine_code(kernel))
+            longest = max(bodies, key=len)
+            body = Counter(longest)
+            outputs = tile.gate_up if name == "gate_up" else tile.outputs
+            weights = outputs * TILE * turn_tiles(tile) / (tile.warps * WARP)
+            yield Row(
+                arch=f"sm_{capability}", regime=regime, kernel=name, bits=bits,
+                dtype="float16" if fp16 else "bfloat16", outputs=outputs, tokens=tile.tokens, warps=tile.warps,
+                unroll=tile.unroll, stages=tile.stages,
+                alu_per_weight=round(sum(n for k, n in body.items() if is_alu(k)) / weights, 3),
+                instructions_per_weight=round(sum(body.values()) / weights, 3),
+                i2f=body["I2F"] + body["I2FP"], **resources(kernel),
+            )  # fmt: skip

@@ -2,7 +2,8 @@
 
 Integers, addresses and predicates are computed, as far as they follow from the arguments and from tensors of integers.
 Everything else is unknown. A branch whose condition is unknown is not taken; so code that it might skip counts, and a
-loop ends. Threads that part are followed one after the other, those furthest behind first.
+loop ends. If there is one such branch onwards, it can be taken instead: the two ways tell what the skipped code costs.
+Threads that part are followed one after the other, those furthest behind first.
 """
 
 import re
@@ -92,6 +93,7 @@ class Walk:
         program: Sequence[int],
         grid: Sequence[int],
         warp: int = 0,
+        skip: bool = False,
     ) -> None:
         """
         Args:
@@ -101,7 +103,9 @@ class Walk:
             arguments: of its first parameters: numbers, tensors of integers, None: a tensor of what does not matter.
             program, grid: its place, and the launch's sizes.
             warp: of the program.
+            skip: take the one branch onwards whose condition is unknown.
         """
+        self._skip = skip
         code, labels = instructions(lines)
         self._code, self._labels = [_parse(text) for text in code], labels
         self._registers: dict[str, Value] = {}
@@ -193,7 +197,7 @@ class Walk:
         """To the end.
 
         Raises:
-            WalkError: it does not end.
+            WalkError: it does not end, or more than one branch is to be taken.
         """
         ready: dict[int, Bools] = {0: _TRUE}
         steps, unsure = 0, Counter[int]()
@@ -212,7 +216,9 @@ class Walk:
                 takes = w & known & ((value == 0) if i.guard[1] else (value != 0))
             if i.name in ("BRA", "CALL", "EXIT") and not known.all() and self._onwards(i, at):
                 unsure[at] += 1
-                if unsure[at] > MOST_TURNS:
+                if self._skip and len(unsure) > 1:
+                    raise WalkError(f"not the only branch that may skip something: {i.opcode}, instruction {at}")
+                if self._skip or unsure[at] > MOST_TURNS:
                     takes = takes | (w & ~known)
             stays = w
             # A call that never returns is a jump.
@@ -677,6 +683,7 @@ def followed(
     given: Mapping[str, "int | NDArray[np.generic]"],
     program: Sequence[int],
     grid: Sequence[int],
+    skip: bool = False,
 ) -> Counter[str]:
     """What a warp of a compiled kernel executes.
 
@@ -686,8 +693,8 @@ def followed(
         source: its function.
         capability: such as 90.
         given: arguments by name, those that decide about the way.
-        program, grid: see `Walk`.
+        program, grid, skip: see `Walk`.
     """
     sizes = [8 if t.endswith("64") else 4 for t in re.findall(r"\.param\s+\.(\w+)", kernel.asm["ptx"])]
     names = [p.name for p in source.params if not p.is_constexpr]
-    return Walk(lines, capability, sizes, [given.get(n) for n in names], program, grid).run().executed
+    return Walk(lines, capability, sizes, [given.get(n) for n in names], program, grid, skip=skip).run().executed

@@ -89,6 +89,18 @@ def test_wide_products(opcode: str, rule: Callable[[int, int, int], int]) -> Non
     assert got == [rule(*v) & (1 << 64) - 1 for v in zip(WORDS, OTHERS, LONG, strict=True)]
 
 
+@pytest.mark.parametrize("kind", ["u16", "s16"])
+def test_wide_products_of_16_bits(kind: str) -> None:
+    halves = [([w & 0xFFFF for w in words]) for words in (WORDS, OTHERS)]
+    got = results(f"mad.wide.{kind} %r9, %rs0, %rs1, %r2;", *(("b16", one) for one in halves), ("b32", OTHERS))
+
+    def number(half: int) -> int:
+        return half - (1 << 16) * (half >> 15) if kind == "s16" else half
+
+    expected = [number(a) * number(b) + c for a, b, c in zip(*halves, OTHERS, strict=True)]
+    assert got == [v & 0xFFFFFFFF for v in expected]
+
+
 def test_long_integers() -> None:
     other = LONG[1:] + LONG[:1]
     for opcode, rule in {

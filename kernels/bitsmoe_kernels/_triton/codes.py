@@ -120,6 +120,26 @@ def numbers(first, second, BITS: tl.constexpr, N: tl.constexpr, KWIDTH: tl.const
 
 
 @triton.jit
+def place_in_lanes(k, LANES: tl.constexpr):
+    """Where component k stands if those of a lane of its tile stand side by side: at 16 lane + 2 a + c.
+
+    LANES: `kwidth` of the codes, see `layout.words.positions`; 0: components stand in their own order.
+    """
+    if LANES == 2:
+        k = (k & ~0x3E) | ((k & 0x38) >> 2) | ((k & 6) << 3)
+    elif LANES == 4:
+        k = (k & ~0x3C) | ((k & 0x30) >> 2) | ((k & 0xC) << 2)
+    return k
+
+
+@triton.jit
+def places_in_lanes(k, LANES: tl.constexpr):
+    """`place_in_lanes` of neighbouring components k [n], which begin at a multiple of 2: pairs stay together."""
+    k = place_in_lanes(k, LANES)
+    return tl.max_contiguous(tl.multiple_of(k, 2), 2) if LANES > 0 else k
+
+
+@triton.jit
 def as_float(word, FP16: tl.constexpr):
     """The lower 16 bits of a word as a float16 or bfloat16."""
     return (word & 0xFFFF).to(tl.uint16).to(tl.float16 if FP16 else tl.bfloat16, bitcast=True)

@@ -23,10 +23,9 @@ _LANES = gl.constexpr([[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]])
 
 
 @gluon.constexpr_function
-def _thread_layout(words):
-    """int32 [32, 4 words]: row 8 w + g is thread (g, j) of warp w, which holds the words of lane j."""
-    registers, lanes = [[0, 1]] * (words == 2), [[r, words * c] for r, c in _LANES.value]
-    return gl.DistributedLinearLayout(registers, lanes, [[8, 0], [16, 0]], [], [32, 4 * words])
+def _thread_layout():
+    """[32, 4]: row 8 w + g, column j is thread (g, j) of warp w."""
+    return gl.DistributedLinearLayout([], _LANES.value, [[8, 0], [16, 0]], [], [32, 4])
 
 
 @gluon.constexpr_function
@@ -38,11 +37,11 @@ def _words_layout(n):
 
 
 @gluon.constexpr_function
-def _act_layout(rows, kwidth):
-    """int32 [rows, 32]: activations as they lie in memory, two in a word, kwidth neighbours in a thread."""
-    neighbours, lanes = ([0, 4], [[0, 1], [0, 2]]) if kwidth == 2 else ([0, 1], [[0, 2], [0, 4]])
-    registers = [neighbours, [0, 8], [0, 16]] + [[8, 0]] * (rows == 16)
-    return gl.DistributedLinearLayout(registers, [*lanes, [1, 0], [2, 0], [4, 0]], [[0, 0], [0, 0]], [], [rows, 32])
+def _act_layout(rows):
+    """int32 [rows, 4, 8]: activations, two in a word: thread (g, j) holds those of lane j, which are neighbours."""
+    registers = [[0, 0, 1], [0, 0, 2], [0, 0, 4]] + [[8, 0, 0]] * (rows == 16)
+    lanes = [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[0, 0, 0], [0, 0, 0]], [], [rows, 4, 8])
 
 
 @gluon.constexpr_function
@@ -60,20 +59,21 @@ def _unit():
 
 @gluon.jit
 def _ask_for(words, tiles, stride, width, LINES: gl.constexpr, EVEN: gl.constexpr):
-    """Bring at most MOST tiles to L2, `stride` words apart: LINES lines of each, of which `width` words are there.
+    """Bring tiles to L2, `stride` words apart: LINES lines of each, of which `width` words are there.
 
-    Four threads ask for a tile, or once more for the last one. EVEN: all lines are there.
+    EVEN: all lines are there.
     """
-    if tiles > 0:
-        thread = gl.arange(0, WARPS * 32, gl.BlockedLayout([1], [32], [WARPS], [0]))
-        at = words + gl.minimum(thread // 4, tiles - 1) * stride
-        for i in gl.static_range(LINES // 4):
-            line = thread % 4 * 32 + i * 128
-            gl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
-                [(at + (line if EVEN else gl.minimum(line, width - 1))).to(gl.int64)], dtype=gl.int32, is_pure=False,
-                pack=1,
-            )  # fmt: skip
+    THREADS: gl.constexpr = WARPS * 32
+    thread = gl.arange(0, THREADS, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    line = thread % LINES * 32
+    at = words + (line if EVEN else gl.minimum(line, width - 1))
+    for first in range(0, tiles, THREADS // LINES):
+        # Threads beyond the last tile ask for it once more.
+        tile = gl.minimum(first + thread // LINES, tiles - 1)
+        gl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [(at + tile * stride).to(gl.int64)], dtype=gl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -83,37 +83,37 @@ def _load(at, row, rows, FIRST: gl.constexpr, EVEN: gl.constexpr):
 
 
 @gluon.jit
-def _both(at, n, rows, FIRST: gl.constexpr, ROW: gl.constexpr, EVEN: gl.constexpr):
-    """Words of outputs FIRST and FIRST + 8 behind `at`, [32, ROW, 2]."""
-    return gl.join(
-        _load(at + FIRST * ROW, n, rows, FIRST, EVEN), _load(at + (FIRST + 8) * ROW, n, rows, FIRST + 8, EVEN)
-    )
+def _both(at, n, rows, FIRST: gl.constexpr, EVEN: gl.constexpr):
+    """Words of outputs FIRST and FIRST + 8 behind `at`, [32, 4, 2]."""
+    return gl.join(_load(at + FIRST * 4, n, rows, FIRST, EVEN), _load(at + FIRST * 4 + 32, n, rows, FIRST + 8, EVEN))
 
 
 @gluon.jit
-def _wide(at, n, rows, BN: gl.constexpr, WORDS: gl.constexpr, EVEN: gl.constexpr):
-    """The 32-bit words of a tile, [BN, 4] or [BN, 8].
+def _wide(at, n0, rows, BN: gl.constexpr, EVEN: gl.constexpr):
+    """The words of a tile that are not shared by two outputs, [BN, 4].
 
-    at [32, 4 WORDS]: where thread (g, j) of warp w finds those of output 16 w + g, which is n. Further outputs lie at
-    fixed distances from it. The compiler has to see that: then all loads share an address.
+    at [32, 4]: where thread (g, j) of warp w finds those of output 16 w + g. Further outputs lie at fixed distances
+    from it. The compiler has to see that: then all loads share an address.
     """
-    ROW: gl.constexpr = 4 * WORDS
-    words = _both(at, n, rows, 0, ROW, EVEN)
+    thread = gl.arange(0, 32, gl.SliceLayout(1, _thread_layout()))[:, None]
+    n = n0 + (thread // 8 * 16 + thread % 8)
+    words = _both(at, n, rows, 0, EVEN)
     if BN == 64:
-        words = gl.permute(gl.reshape(words, (4, 8, ROW, 2)), (0, 3, 1, 2))
+        words = gl.permute(gl.reshape(words, (4, 8, 4, 2)), (0, 3, 1, 2))
     elif BN == 128:
-        words = gl.join(words, _both(at, n, rows, 64, ROW, EVEN))
-        words = gl.permute(gl.reshape(words, (4, 8, ROW, 2, 2)), (4, 0, 3, 1, 2))
+        words = gl.join(words, _both(at, n, rows, 64, EVEN))
+        words = gl.permute(gl.reshape(words, (4, 8, 4, 2, 2)), (4, 0, 3, 1, 2))
     else:
-        words = gl.join(words, _both(at, n, rows, 64, ROW, EVEN))
-        more = gl.join(_both(at, n, rows, 128, ROW, EVEN), _both(at, n, rows, 192, ROW, EVEN))
-        words = gl.permute(gl.reshape(gl.join(words, more), (4, 8, ROW, 2, 2, 2)), (5, 4, 0, 3, 1, 2))
-    return gl.reshape(words, (BN, ROW))
+        words = gl.join(words, _both(at, n, rows, 64, EVEN))
+        more = gl.join(_both(at, n, rows, 128, EVEN), _both(at, n, rows, 192, EVEN))
+        words = gl.permute(gl.reshape(gl.join(words, more), (4, 8, 4, 2, 2, 2)), (5, 4, 0, 3, 1, 2))
+    return gl.convert_layout(gl.reshape(words, (BN, 4)), _words_layout(BN), assert_trivial=True)
 
 
 @gluon.jit
-def _narrow(at, half, rows, BN: gl.constexpr, EVEN: gl.constexpr):
-    """The 16-bit words of a tile, [BN / 2, 4]. at [32, 4]: those of outputs 16 w + g and 16 w + 8 + g."""
+def _narrow(at, n0, rows, BN: gl.constexpr, EVEN: gl.constexpr):
+    """The 16-bit words of a tile, spread, [BN, 4]. at [32, 4]: those of outputs 16 w + g and 16 w + 8 + g."""
+    half = n0 // 2 + gl.arange(0, 32, gl.SliceLayout(1, _thread_layout()))[:, None]
     words = _load(at, half, rows // 2, 0, EVEN)
     if BN == 128:
         words = gl.permute(gl.join(words, _load(at + 128, half, rows // 2, 32, EVEN)), (2, 0, 1))
@@ -125,104 +125,117 @@ def _narrow(at, half, rows, BN: gl.constexpr, EVEN: gl.constexpr):
 
 
 @gluon.jit
-def _words(wide, narrow, n, half, tile, rows, BITS: gl.constexpr, BN: gl.constexpr, EVEN: gl.constexpr):
-    """A tile's words; a number where a width has none."""
+def _tile(wide, narrow, act, n0, rows, BITS: gl.constexpr, BN: gl.constexpr, BT: gl.constexpr, EVEN: gl.constexpr):
+    """A tile's words, a number where a width has none, and its activations, int32 [BT, 4, 8]."""
     first, second = 0, 0
     if BITS > 1:
-        first = _wide(wide + tile * (rows * (8 if BITS == 4 else 4)), n, rows, BN, 2 if BITS == 4 else 1, EVEN)
+        first = _wide(wide, n0, rows, BN, EVEN)
     if BITS == 1 or BITS == 3:
-        second = _narrow(narrow + tile * (rows * 2), half, rows, BN, EVEN)
-    return first, second
+        second = _narrow(narrow, n0, rows, BN, EVEN)
+    word = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, _act_layout(BT))))
+    return first, second, gl.load(act[:, :, None] + word[None, None, :])
 
 
 @gluon.jit
-def _multiply(wide, narrow, act, acc, BITS: gl.constexpr, BN: gl.constexpr, BT: gl.constexpr, KWIDTH: gl.constexpr,
-              FP16: gl.constexpr):  # fmt: skip
-    """acc and a tile's products. act int32 [BT, 32], as it lies in memory."""
-    one: gl.constexpr = _words_layout(BN)
+def _multiply(acc, wide, narrow, act, BITS: gl.constexpr, BN: gl.constexpr, BT: gl.constexpr, FP16: gl.constexpr):
+    """acc and the products of a tile, see `_tile`."""
     if BITS == 1 or BITS == 3:
-        narrow = gl.convert_layout(codes.narrow_words(narrow, BN, True), one, assert_trivial=True)
+        narrow = gl.convert_layout(codes.narrow_words(narrow, BN, True), _words_layout(BN), assert_trivial=True)
     if BITS == 1:
         first, second = narrow, narrow
     elif BITS == 2:
-        first = gl.convert_layout(wide, one, assert_trivial=True)
-        second = first
+        first, second = wide, wide
     elif BITS == 3:
-        first, second = gl.convert_layout(wide, one, assert_trivial=True), narrow
+        first, second = wide, narrow
     else:
-        first, second = gl.split(gl.reshape(wide, (BN, 4, 2)))
-        first = gl.convert_layout(first, one, assert_trivial=True)
-        second = gl.convert_layout(second, one, assert_trivial=True)
+        first, second = wide.to(gl.int32), (wide >> 32).to(gl.int32)
     left: gl.constexpr = gl.DotOperandLayout(0, _unit(), 2)
     right: gl.constexpr = gl.DotOperandLayout(1, _unit(), 2)
     weights = gl.convert_layout(codes.numbers(first, second, BITS, BN, 2, FP16, True), left, assert_trivial=True)
-    if KWIDTH == 4:
-        act = gl.reshape(gl.permute(gl.reshape(act, (BT, 4, 4, 2)), (0, 1, 3, 2)), (BT, 32))
+    act = gl.reshape(gl.permute(act, (0, 2, 1)), (BT, 32))
     pairs = gl.join(codes.as_float(act, FP16), codes.as_float(act >> 16, FP16))
     act = gl.permute(gl.reshape(pairs, (BT, 64)), (1, 0))
     return mma_v2(weights, gl.convert_layout(act, right, assert_trivial=True), acc)
 
 
 @gluon.jit
-def _segment(acc, codes32, codes16, wide, narrow, count, act, act_offsets, n0, rows,
-             BITS: gl.constexpr, BN: gl.constexpr, BT: gl.constexpr, KWIDTH: gl.constexpr, FP16: gl.constexpr,
+def _segment(acc, wide, narrow, act, count, n0, rows,
+             BITS: gl.constexpr, BN: gl.constexpr, BT: gl.constexpr, FP16: gl.constexpr,
              EVEN: gl.constexpr):  # fmt: skip
-    """All tiles of one class; see `gemm._segment`. act: int32 words of its first tile, at act_offsets [BT, 32]."""
-    WORDS: gl.constexpr = 2 if BITS == 4 else 1
-    of_wide: gl.constexpr = _thread_layout(WORDS)
-    of_narrow: gl.constexpr = _thread_layout(1)
-    lane = gl.arange(0, 4 * WORDS, gl.SliceLayout(0, of_wide))[None, :]
-    thread = gl.arange(0, 32, gl.SliceLayout(1, of_wide))[:, None]
-    n = thread // 8 * 16 + thread % 8
-    wide = codes32 + wide + n0 * 4 * WORDS + (n * 4 * WORDS + lane)
-    n = n0 + n + 0 * lane
-    lane = gl.arange(0, 4, gl.SliceLayout(0, of_narrow))[None, :]
-    half = gl.arange(0, 32, gl.SliceLayout(1, of_narrow))[:, None]
-    narrow = codes16 + narrow + n0 * 2 + (half * 4 + lane)
-    half = n0 // 2 + half + 0 * lane
+    """All tiles of one class; see `gemm._segment`.
+
+    wide, narrow [32, 4], act [BT, 4]: where the words of a thread's first output, and those of a lane's activations,
+    begin. They are returned behind the class's last tile.
+    """
+    step, step_narrow = rows * 4, rows * 2
     if count > 0:
-        # Beyond the last tile the last one is read again, and not used.
-        end = count - 1
-        w0, v0 = _words(wide, narrow, n, half, 0, rows, BITS, BN, EVEN)
-        a0 = gl.load(act + act_offsets)
-        w1, v1 = _words(wide, narrow, n, half, gl.minimum(1, end), rows, BITS, BN, EVEN)
-        for i in range(0, end, 2):
-            a1 = gl.load(act + (i + 1) * 32 + act_offsets)
-            acc = _multiply(w0, v0, a0, acc, BITS, BN, BT, KWIDTH, FP16)
-            after = gl.minimum(i + 2, end)
-            w0, v0 = _words(wide, narrow, n, half, after, rows, BITS, BN, EVEN)
-            a0 = gl.load(act + after * 32 + act_offsets)
-            acc = _multiply(w1, v1, a1, acc, BITS, BN, BT, KWIDTH, FP16)
-            after = gl.minimum(i + 3, end)
-            w1, v1 = _words(wide, narrow, n, half, after, rows, BITS, BN, EVEN)
+        w0, v0, a0 = _tile(wide, narrow, act, n0, rows, BITS, BN, BT, EVEN)
+        left = count - 1
+        while left > 0:
+            w1, v1, a1 = _tile(wide + step, narrow + step_narrow, act + 32, n0, rows, BITS, BN, BT, EVEN)
+            acc = _multiply(acc, w0, v0, a0, BITS, BN, BT, FP16)
+            # Beyond the last tile it is read again, and not used.
+            on = gl.minimum(left, 2)
+            left -= 2
+            act += on * 32
+            if BITS > 1:
+                wide += on * step
+            if BITS == 1 or BITS == 3:
+                narrow += on * step_narrow
+            w0, v0, a0 = _tile(wide, narrow, act, n0, rows, BITS, BN, BT, EVEN)
+            acc = _multiply(acc, w1, v1, a1, BITS, BN, BT, FP16)
         if count % 2 != 0:
-            acc = _multiply(w0, v0, a0, acc, BITS, BN, BT, KWIDTH, FP16)
+            acc = _multiply(acc, w0, v0, a0, BITS, BN, BT, FP16)
+        act += 32
+        if BITS > 1:
+            wide += step
+        if BITS == 1 or BITS == 3:
+            narrow += step_narrow
+    return acc, wide, narrow, act
+
+
+@gluon.jit
+def _coded(act, codes32, codes16, m, row, KMAX, n0, rows, BN: gl.constexpr, BT: gl.constexpr, FP16: gl.constexpr,
+           EVEN: gl.constexpr, WIDTHS: gl.constexpr):  # fmt: skip
+    """The sum over coded components of `gemm._contract`. Words of all widths lie one behind another."""
+    thread = gl.arange(0, 32, gl.SliceLayout(1, _thread_layout()))[:, None]
+    lane = gl.arange(0, 4, gl.SliceLayout(0, _thread_layout()))[None, :]
+    of_thread = n0 * 4 + ((thread // 8 * 16 + thread % 8) * 4 + lane)
+    wide = codes32 + m[1] + of_thread
+    narrow = codes16 + m[0] + n0 * 2 + (thread * 4 + lane)
+    lane = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, _act_layout(BT))))[None, :]
+    act = act.to(gl.pointer_type(gl.int32), bitcast=True) + row[:, None] * (KMAX // 2) + lane * 8
+    acc = gl.zeros((BN, BT), gl.float32, _unit())
+    for c in gl.static_range(3):
+        if WIDTHS & (1 << c):
+            acc, wide, narrow, act = _segment(acc, wide, narrow, act, m[2 + c], n0, rows, c + 1, BN, BT, FP16, EVEN)
+    if WIDTHS & 8:
+        # Two words of an output lie side by side.
+        wide = (wide + of_thread).to(gl.pointer_type(gl.int64), bitcast=True)
+        acc, wide, narrow, act = _segment(acc, wide, narrow, act, m[5], n0, rows, 4, BN, BT, FP16, EVEN)
     return acc
 
 
 @gluon.jit
-def _ahead(num_blocks):
-    """Tiles of each width that a program asks for: a power of two, without a division."""
-    programs, ahead = num_blocks * gl.num_programs(0), 1 << LEAST_LOG2
+def _ahead():
+    """Tiles that a program asks for at a time: a power of two, without a division."""
+    programs, ahead = gl.num_programs(0) * gl.num_programs(1), 1 << LEAST_LOG2
     for more in gl.static_range(LEAST_LOG2 + 1, MOST_LOG2 + 1):
         ahead = gl.where(programs <= ASKED >> more, 1 << more, ahead)
     return ahead
 
 
 @gluon.jit
-def _ask(codes32, codes16, m, n0, rows, blocks, BN: gl.constexpr, EVEN: gl.constexpr, WIDTHS: gl.constexpr):
-    """Bring the first words of every width to L2. Comes before anything else that is read: it takes longest."""
-    wide, narrow = gemm.starts_of(m, rows)
-    here, ahead = gl.minimum(rows - n0, BN), _ahead(blocks)
-    for c in gl.static_range(4):
-        if WIDTHS & (1 << c):
-            tiles = gl.minimum(m[2 + c], ahead)
-            if c > 0:
-                words = 8 if c == 3 else 4
-                _ask_for(codes32 + wide[c] + n0 * words, tiles, rows * words, here * words,
-                         BN // (4 if c == 3 else 8), EVEN)  # fmt: skip
-            if c == 0 or c == 2:
-                _ask_for(codes16 + narrow[c] + n0 * 2, tiles, rows * 2, here * 2, BN // 16, EVEN)
+def _ask(codes32, codes16, m, n0, rows, BN: gl.constexpr, EVEN: gl.constexpr, WIDTHS: gl.constexpr):
+    """Bring the first words of every kind to L2. Comes before anything else that is read: it takes longest."""
+    here, ahead = gl.minimum(rows - n0, BN), _ahead()
+    if WIDTHS & 6:
+        _ask_for(codes32 + m[1] + n0 * 4, gl.minimum(m[3] + m[4], ahead), rows * 4, here * 4, BN // 8, EVEN)
+    if WIDTHS & 5:
+        _ask_for(codes16 + m[0] + n0 * 2, gl.minimum(m[2] + m[4], ahead), rows * 2, here * 2, BN // 16, EVEN)
+    if WIDTHS & 8:
+        wide, _ = gemm.starts_of(m, rows)
+        _ask_for(codes32 + wide[3] + n0 * 8, gl.minimum(m[5], ahead), rows * 8, here * 8, BN // 4, EVEN)
 
 
 @gluon.jit
@@ -248,29 +261,21 @@ def _outputs(act, corr, codes32, codes16, dense, scale, bias, m, row, KMAX, NMAX
     if EARLY:
         n = n0 + gl.arange(0, BN, gl.SliceLayout(1, MADE))
         t = gemm.of_outputs(scale, matrix * NMAX, n, N, EVEN)
-    acts: gl.constexpr = _act_layout(BT, KWIDTH)
-    unit: gl.constexpr = _unit()
-    coded = gl.zeros((BN, BT), gl.float32, unit)
-    pairs = act.to(gl.pointer_type(gl.int32), bitcast=True)
-    act_offsets = row[:, None] * (KMAX // 2) + gl.arange(0, 32, gl.SliceLayout(0, acts))[None, :]
-    wide, narrow = gemm.starts_of(m, rows)
     done = m[2] + m[3] + m[4] + m[5]
     if EARLY:
         parts = _parts(corr, row, tl.cdiv(done * 64, CORR_CHUNK), NCORR, NCORR_POW2)
-    for c in gl.static_range(4):
-        if WIDTHS & (1 << c):
-            coded = _segment(coded, codes32, codes16, wide[c], narrow[c], m[2 + c], pairs, act_offsets, n0, rows,
-                             c + 1, BN, BT, KWIDTH, FP16, EVEN)  # fmt: skip
-            pairs += m[2 + c] * 32
+    coded = _coded(act, codes32, codes16, m, row, KMAX, n0, rows, BN, BT, FP16, EVEN, WIDTHS)
     if DENSE:
+        unit: gl.constexpr = _unit()
         plain = gl.zeros((BN, BT), gl.float32, unit)
         left: gl.constexpr = gl.DotOperandLayout(0, unit, 2)
         right: gl.constexpr = gl.DotOperandLayout(1, unit, 2)
         nn = n0 + gl.arange(0, BN, gl.SliceLayout(1, left))[:, None]
         kk = gl.arange(0, 64, gl.SliceLayout(0, left))[None, :]
+        at = codes.place_in_lanes(gl.arange(0, 64, gl.SliceLayout(1, right)), KWIDTH)[:, None]
         pweight = dense + m[6] + nn * 64 + kk
         there = gl.convert_layout(row, gl.SliceLayout(0, right))
-        pright = act + there[None, :] * KMAX + (done * 64 + gl.arange(0, 64, gl.SliceLayout(1, right))[:, None])
+        pright = act + there[None, :] * KMAX + (done * 64 + at)
         for _ in range(m[7]):
             plain = mma_v2(gl.load(pweight, mask=(nn < rows) & (kk >= 0), other=0.0), gl.load(pright), plain)
             pweight += rows * 64
@@ -299,7 +304,7 @@ def _rows(block_slot, block, BT: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def gate_up_direct(act, corr, codes32, codes16, dense, scale, bias, block_matrix, block_slot, num_blocks,
+def gate_up_direct(act, corr, codes32, codes16, dense, scale, bias, block_matrix, block_slot,
                    down_factor, down_offset, out, out_corr,
                    KMAX, NMAX, KDOWN, OUT_STRIDE,
                    NCORR: gl.constexpr, NCORR_POW2: gl.constexpr, CORR_CHUNK: gl.constexpr, OUT_NCORR: gl.constexpr,
@@ -310,9 +315,8 @@ def gate_up_direct(act, corr, codes32, codes16, dense, scale, bias, block_matrix
     block = gl.program_id(1)
     RECORDS: gl.constexpr = 3 if SPLIT else 2
     expert, N, m = gemm.matrix_of(block_matrix, block * RECORDS)
-    blocks = gl.load(num_blocks)
     HALF: gl.constexpr = BN // 2
-    acts: gl.constexpr = gl.SliceLayout(1, _act_layout(BT, KWIDTH))
+    acts: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, _act_layout(BT)))
     row, _ = _rows(block_slot, block, BT, acts)
     if expert < 0:
         return
@@ -321,7 +325,7 @@ def gate_up_direct(act, corr, codes32, codes16, dense, scale, bias, block_matrix
     matrix = expert * (2 if SPLIT else 1)
     if n0 >= N:
         return
-    _ask(codes32, codes16, m, n0, N, blocks, HALF if ONE else BN, True, WIDTHS)
+    _ask(codes32, codes16, m, n0, N, HALF if ONE else BN, True, WIDTHS)
     made: gl.constexpr = _ends_layout(HALF // 16, HALF)
     at = gl.program_id(0) * HALF + gl.arange(0, HALF, gl.SliceLayout(1, made))
     EARLY: gl.constexpr = BN == 64
@@ -334,7 +338,7 @@ def gate_up_direct(act, corr, codes32, codes16, dense, scale, bias, block_matrix
                         n0, N, N, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16, True, DENSE,
                         BIAS, WIDTHS, made)  # fmt: skip
         _, _, m = gemm.matrix_of(block_matrix, block * RECORDS + 1)
-        _ask(codes32, codes16, m, n0, N, blocks, HALF, True, WIDTHS)
+        _ask(codes32, codes16, m, n0, N, HALF, True, WIDTHS)
         up = _outputs(act, corr, codes32, codes16, dense, scale, bias, m, row * 2 + 1, KMAX, NMAX, matrix + 1, n0,
                       N, N, NCORR, NCORR_POW2, CORR_CHUNK, HALF, BT, KWIDTH, FP16,
                       True, DENSE, BIAS, WIDTHS, made)  # fmt: skip
@@ -355,11 +359,20 @@ def gate_up_direct(act, corr, codes32, codes16, dense, scale, bias, block_matrix
         factor, offset = gl.load(down_factor + component), gl.load(down_offset + component)
     row_out, valid = _rows(block_slot, block, BT, gl.SliceLayout(0, made))
     gemm.store_hidden(gemm.gated(gate, up, ACT), at, row_out, valid, factor, offset, out, out_corr, OUT_STRIDE,
-                      OUT_NCORR, FUSED, FP16, True)  # fmt: skip
+                      OUT_NCORR, FUSED, KWIDTH, FP16, True)  # fmt: skip
+
+
+@gluon.jit
+def _slots_here(local, token, TOP_K: gl.constexpr):
+    """Which of a token's slots are computed here, one bit for each."""
+    here = token.to(gl.int32) * 0
+    for j in gl.static_range(TOP_K):
+        here |= (gl.load(local + token * TOP_K + j) >= 0).to(gl.int32) << j
+    return here
 
 
 @gluon.jit(do_not_specialize_on_alignment=["weight"])
-def down_direct(act, corr, codes32, codes16, dense, scale, bias, block_matrix, block_slot, num_blocks,
+def down_direct(act, corr, codes32, codes16, dense, scale, bias, block_matrix, block_slot,
                 weight, local, partial, arrived, out,
                 KMAX, H,
                 NCORR: gl.constexpr, NCORR_POW2: gl.constexpr, CORR_CHUNK: gl.constexpr, TOP_K: gl.constexpr,
@@ -369,48 +382,47 @@ def down_direct(act, corr, codes32, codes16, dense, scale, bias, block_matrix, b
     """`gemm.down_kernel`."""
     block = gl.program_id(1)
     expert, _, m = gemm.matrix_of(block_matrix, block * RECORDS + RECORDS - 1)
-    blocks = gl.load(num_blocks)
     made: gl.constexpr = _ends_layout(4, BN)
     of_rows: gl.constexpr = gl.SliceLayout(0, made)
-    row_in, _ = _rows(block_slot, block, BT, gl.SliceLayout(1, _act_layout(BT, KWIDTH)))
+    row_in, _ = _rows(block_slot, block, BT, gl.SliceLayout(1, gl.SliceLayout(2, _act_layout(BT))))
     if expert < 0:
         return
     n0 = gl.program_id(0) * BN
     stored_rows = tl.cdiv(H, 16) * 16
-    _ask(codes32, codes16, m, n0, stored_rows, blocks, BN, EVEN, WIDTHS)
-    row, valid = _rows(block_slot, block, BT, of_rows)
-    token = row // TOP_K
+    _ask(codes32, codes16, m, n0, stored_rows, BN, EVEN, WIDTHS)
     EARLY: gl.constexpr = BN == 64
     if EARLY:
-        w = gl.load(weight + row)
-        # Which of a token's slots are computed here, one bit for each.
-        here = gl.zeros((BT,), gl.int32, of_rows)
-        for j in gl.static_range(TOP_K):
-            here |= (gl.load(local + token * TOP_K + j) >= 0).to(gl.int32) << j
+        row, valid = _rows(block_slot, block, BT, of_rows)
+        w, here = gl.load(weight + row), _slots_here(local, row // TOP_K, TOP_K)
     y = _outputs(act, corr, codes32, codes16, dense, scale, bias, m, row_in, KMAX, H, expert, n0, H,
                  stored_rows, NCORR, NCORR_POW2, CORR_CHUNK, BN, BT, KWIDTH, FP16, EVEN, DENSE,
                  BIAS, WIDTHS, made)  # fmt: skip
+    if not EARLY:
+        row, valid = _rows(block_slot, block, BT, of_rows)
+        w = gl.load(weight + row)
+    token = row // TOP_K
     n = n0 + gl.arange(0, BN, gl.SliceLayout(1, made))
     # Only the last program of a row has outputs that are not there.
     stored = valid[None, :] & (n < (n0 + BN if EVEN else H))[:, None]
-    if not EARLY:
-        w = gl.load(weight + row)
+    in_lanes: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    slot, counts = _rows(block_slot, block, BT, in_lanes)
     y *= w[None, :]
     gl.store(partial + row[None, :] * H + n[:, None], y, mask=stored)
     # All threads' stores before the count goes up, and the count before others' stores are read.
     tl.debug_barrier()
-    one = gl.full((BT,), 1, gl.int32, of_rows)
-    before = gl.atomic_add(arrived + token * gl.num_programs(0) + gl.program_id(0), one, mask=valid, sem="acq_rel")
+    one = gl.full((BT,), 1, gl.int32, in_lanes)
+    before = gl.atomic_add(arrived + slot // TOP_K * gl.num_programs(0) + gl.program_id(0), one, mask=counts,
+                           sem="acq_rel")  # fmt: skip
     tl.debug_barrier()
-    last = valid & (before + 1 == TOP_K)
-    y = gl.zeros((BN, BT), gl.float32, made)
-    pothers = partial + (token * TOP_K)[None, :] * H + n[:, None]
-    if EARLY:
-        for j in gl.static_range(TOP_K):
+    ends = (counts & (before + 1 == TOP_K)).to(gl.int32)
+    # Most programs end no token.
+    if gl.max(ends, 0) > 0:
+        last = valid & (gl.convert_layout(ends, of_rows) > 0)
+        y = gl.zeros((BN, BT), gl.float32, made)
+        pothers = partial + (token * TOP_K)[None, :] * H + n[:, None]
+        if not EARLY:
+            here = _slots_here(local, token, TOP_K)
+        for j in tl.range(TOP_K, loop_unroll_factor=TOP_K if EARLY else 1):
             added = last & ((here >> j) % 2 != 0)
             y += gl.load(pothers + j * H, mask=stored & added[None, :], other=0.0, volatile=True)
-    else:
-        for j in tl.range(TOP_K, loop_unroll_factor=1):
-            added = last & (gl.load(local + token * TOP_K + j) >= 0)
-            y += gl.load(pothers + j * H, mask=stored & added[None, :], other=0.0, volatile=True)
-    gl.store(out + token[None, :] * H + n[:, None], codes.rounded(y, FP16, True), mask=stored & last[None, :])
+        gl.store(out + token[None, :] * H + n[:, None], codes.rounded(y, FP16, True), mask=stored & last[None, :])

@@ -6,7 +6,6 @@
     codes32, codes16, dense, scale, bias: `layout/matrices.py`
     block_matrix  [blocks, RECORDS, 16]  int64      of each block's matrices, see `matrix_of`
     block_slot    [blocks, BT]         int32        slots (token * top_k + choice) of each block; -1: none
-    num_blocks    [1]                  int32        blocks in use
 
 A row of `act` is a slot, or two of them side by side (SPLIT). One program makes BN outputs of one block.
 """
@@ -14,7 +13,7 @@ A row of `act` is a slot, or two of them side by side (SPLIT). One program makes
 import triton
 import triton.language as tl
 
-from bitsmoe_kernels._triton.codes import narrow_words, numbers, product, rounded
+from bitsmoe_kernels._triton.codes import narrow_words, numbers, places_in_lanes, product, rounded
 
 NO_GATE = tl.constexpr(4)
 """The activation of experts that have no gate, see `gated`."""
@@ -182,24 +181,26 @@ def gated(gate, up, ACT: tl.constexpr):
 
 @triton.jit
 def store_hidden(h, at, row, valid, factor, offset, out, out_corr, OUT_STRIDE,
-                 OUT_NCORR: tl.constexpr, FUSED: tl.constexpr, FP16: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+                 OUT_NCORR: tl.constexpr, FUSED: tl.constexpr, LANES: tl.constexpr, FP16: tl.constexpr,
+                 ASM: tl.constexpr):  # fmt: skip
     """What `gate_up_kernel` writes of h [HALF, BT]: components at [HALF] of down, for rows [BT].
 
-    factor, offset: of these components.
+    factor, offset: of these components. LANES: see `codes.place_in_lanes`.
     """
-    pout = out + row[None, :] * OUT_STRIDE + at[:, None]
+    pout = out + row[None, :] * OUT_STRIDE
     if FUSED:
+        pout += places_in_lanes(at, LANES)[:, None]
         # Padding stays 0 whatever comes out of it.
         a = rounded(tl.where(factor[:, None] == 0, 0.0, h * factor[:, None]), FP16, ASM)
         tl.store(pout, a, mask=valid[None, :])
         c = tl.sum(a.to(tl.float32) * offset[:, None], 0)
         tl.store(out_corr + row * OUT_NCORR + tl.program_id(0), c, mask=valid)
     else:
-        tl.store(pout, h, mask=valid[None, :])
+        tl.store(pout + at[:, None], h, mask=valid[None, :])
 
 
 @triton.jit
-def gate_up_kernel(act, corr, codes32, codes16, dense, scale, bias, block_matrix, block_slot, num_blocks,
+def gate_up_kernel(act, corr, codes32, codes16, dense, scale, bias, block_matrix, block_slot,
                    down_factor, down_offset, out, out_corr,
                    KMAX, NMAX, KDOWN, OUT_STRIDE,
                    NCORR: tl.constexpr, NCORR_POW2: tl.constexpr, CORR_CHUNK: tl.constexpr, OUT_NCORR: tl.constexpr,
@@ -247,11 +248,11 @@ def gate_up_kernel(act, corr, codes32, codes16, dense, scale, bias, block_matrix
     component = expert * KDOWN + at
     factor, offset = (tl.load(down_factor + component), tl.load(down_offset + component)) if FUSED else (0.0, 0.0)
     store_hidden(gated(gate, up, ACT), at, row, valid, factor, offset, out, out_corr, OUT_STRIDE, OUT_NCORR, FUSED,
-                 FP16, ASM)  # fmt: skip
+                 0, FP16, ASM)  # fmt: skip
 
 
 @triton.jit(do_not_specialize_on_alignment=["weight"])
-def down_kernel(act, corr, codes32, codes16, dense, scale, bias, block_matrix, block_slot, num_blocks,
+def down_kernel(act, corr, codes32, codes16, dense, scale, bias, block_matrix, block_slot,
                 weight, local, partial, arrived, out,
                 KMAX, H,
                 NCORR: tl.constexpr, NCORR_POW2: tl.constexpr, CORR_CHUNK: tl.constexpr, TOP_K: tl.constexpr,

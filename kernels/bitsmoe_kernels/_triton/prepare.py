@@ -6,7 +6,7 @@ T tokens      S slots, T * top_k      E experts held here
 import triton
 import triton.language as tl
 
-from bitsmoe_kernels._triton.codes import product, rounded
+from bitsmoe_kernels._triton.codes import place_in_lanes, product, rounded
 
 
 @triton.jit
@@ -187,16 +187,56 @@ def begin_kernel(ids, local, block_expert, block_slot, num_blocks, block_matrix,
                          EVEN, ASM)  # fmt: skip
 
 
+@triton.jit
+def _sum_of_parts(source, PARTS: tl.constexpr, ASM: tl.constexpr):
+    """The sums of PARTS neighbours each, in their order. source: pointers to the first ones; float32 if there are 4."""
+    if ASM and PARTS == 4:
+        # One read: the compiler does not see that they are neighbours.
+        first, second, third, last = tl.inline_asm_elementwise(
+            "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,l", [source.to(tl.int64)],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=False, pack=1,
+        )  # fmt: skip
+        return first + second + third + last
+    else:
+        v = tl.load(source).to(tl.float32)
+        for part in tl.static_range(1, PARTS):
+            v += tl.load(source + part).to(tl.float32)
+        return v
+
+
+@triton.jit
+def _components(first, CHUNK: tl.constexpr, LANES: tl.constexpr):
+    """CHUNK components from `first` on, a multiple of 64, and their places, see `codes.place_in_lanes`.
+
+    Of lanes: [4 lanes, 8 pairs, tiles, 2]. So the compiler sees that both of a pair are neighbours here and there.
+    """
+    if LANES == 0:
+        k = first + tl.arange(0, CHUNK)
+        return k, k
+    else:
+        TILES: tl.constexpr = CHUNK // 64
+        tile = first + tl.arange(0, TILES)[None, None, :, None] * 64
+        a = tl.arange(0, 8)[None, :, None, None]
+        lane = tl.arange(0, 4)[:, None, None, None]
+        c = tl.arange(0, 2)[None, None, None, :]
+        place = tile + lane * 16 + a * 2 + c
+        if LANES == 2:
+            return tile + a * 8 + lane * 2 + c, place
+        else:
+            return tile + a // 2 * 16 + lane * 4 + a % 2 * 2 + c, place
+
+
 @triton.jit(do_not_specialize=["block"])
 def scale_kernel(source, block_expert, block_slot, index, factor, offset, tiles, act, corr,
                  rank, lowrank, lowrank_start,
                  block, STRIDE, WIDTH, KMAX, NCORR,
                  ROWS_PER: tl.constexpr, PER: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr,
-                 PARTS: tl.constexpr, FP16: tl.constexpr, LOWRANK: tl.constexpr,
+                 PARTS: tl.constexpr, LANES: tl.constexpr, FP16: tl.constexpr, LOWRANK: tl.constexpr,
                  ASM: tl.constexpr):  # fmt: skip
     """act[row, k] = source[token, index[k]] * factor[k], and the partial corrections of CHUNK components.
 
     source: [S / ROWS_PER, STRIDE, PARTS], any float type: the sum of the parts. lowrank: [ranks, WIDTH], with one part.
+    LANES: order of act's components, see `codes.place_in_lanes`.
     block: slots of a block. Program (at most SLOTS slots of a block, chunk, which of the PER matrices of an expert).
     """
     each = tl.cdiv(block, SLOTS)
@@ -205,7 +245,7 @@ def scale_kernel(source, block_expert, block_slot, index, factor, offset, tiles,
     if expert < 0:
         return
     matrix = expert.to(tl.int64) * PER + which
-    k = chunk * CHUNK + tl.arange(0, CHUNK)
+    k, place = _components(chunk * CHUNK, CHUNK, LANES)
     at = matrix * KMAX + k
     where = tl.load(index + at, mask=k < KMAX, other=-1)
     f = tl.load(factor + at, mask=k < KMAX, other=0.0)
@@ -223,14 +263,12 @@ def scale_kernel(source, block_expert, block_slot, index, factor, offset, tiles,
         slot = after.to(tl.int64)
         after = tl.load(pslot + tl.minimum(i + 1, count - 1))
         psource = source + slot // ROWS_PER * STRIDE * PARTS
-        v = tl.load(psource + where).to(tl.float32)
-        for part in tl.static_range(1, PARTS):
-            v += tl.load(psource + where + part).to(tl.float32)
+        v = _sum_of_parts(psource + where, PARTS, ASM)
         # Padding stays 0 whatever is read.
         a = rounded(tl.where(f == 0, 0.0, v * f), FP16, ASM)
         row = slot * PER + which
-        tl.store(act + row * KMAX + k, a, mask=own)
-        tl.store(corr + row * NCORR + chunk, tl.sum(a.to(tl.float32) * o, 0))
+        tl.store(act + row * KMAX + place, a, mask=own)
+        tl.store(corr + row * NCORR + chunk, tl.sum(a.to(tl.float32) * o))
         if LOWRANK:
             # The compensator's components: its inner products with the source; the rest of their tile is 0.
             r = tl.load(rank + matrix)
@@ -245,4 +283,4 @@ def scale_kernel(source, block_expert, block_slot, index, factor, offset, tiles,
                         x = tl.load(px, mask=kk < WIDTH, other=0.0).to(tl.float32)
                         w = tl.load(lowrank + (ranks + j).to(tl.int64) * WIDTH + kk, mask=kk < WIDTH, other=0.0)
                         total += tl.sum(x * w.to(tl.float32), 0)
-                tl.store(act + row * KMAX + begin + j, rounded(total, FP16, ASM))
+                tl.store(act + row * KMAX + begin + place_in_lanes(j, LANES), rounded(total, FP16, ASM))

@@ -4,7 +4,7 @@
 chosen by the machine code alone (instructions per weight, registers, shared memory): see docs/kernels.md.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from bitsmoe_kernels.layout.fields import TILE
 
@@ -50,9 +50,10 @@ HOPPER = 90
 FEW = (
     Tile(64, 8, 4, 2, 3, direct=True, gate_up=64),
     Tile(256, 8, 4, 2, 3, direct=True),
-    Tile(256, 16, 4, 2, 3, direct=True, registers=(96, None)),
+    Tile(256, 16, 4, 2, 3, direct=True, registers=(96, 136)),
 )
-"""Blocks of few tokens, on every architecture. The first is for calls that fill no GPU with programs."""
+"""Blocks of few tokens, on every architecture. The first is for calls that fill no GPU with programs. Left alone, the
+assembler takes fewer registers than the last one needs."""
 FILLED = 128 * 128
 """Outputs of gate and up of all slots' experts: with fewer, programs of 128 leave multiprocessors idle."""
 
@@ -66,14 +67,13 @@ TILES: dict[int, dict[str, tuple[Tile, ...]]] = {
         PREFILL: (Tile(128, 32, 4, 2, 3), Tile(128, 64, 8, 1, 3, registers=(128, 128))),
     },
     # Triton takes the matrix unit of sm_100, which has no way in for weights from registers, and gives up. The older
-    # instructions are slow for long prompts. With float16 and 96 registers they would spill.
+    # instructions are slow for long prompts.
     100: {
-        DECODE: (FEW[0], replace(FEW[1], registers=(None, 112)), replace(FEW[2], registers=(None, None))),
-        PREFILL: (replace(FEW[-1], registers=(None, None)),),
+        DECODE: FEW,
+        PREFILL: FEW[-1:],
     },
     120: {
-        # Left alone, the assembler takes fewer registers than it needs.
-        DECODE: (FEW[0], replace(FEW[1], registers=(None, 112)), FEW[2]),
+        DECODE: FEW,
         PREFILL: (Tile(128, 32, 4, 2, 2), Tile(128, 64, 8, 1, 3, registers=(128, 128))),
     },
 }

@@ -133,7 +133,9 @@ def _forward(
     tile = tile or pick_tile(device.capability, S, E if expert_map is None else len(expert_map), widest)
     fp16 = x.dtype == torch.float16
     common = {"KWIDTH": layer.kwidth, "FP16": fp16, "num_warps": tile.warps}
-    if tile.direct and device.asm:
+    # The order of activations: of lanes, or their own.
+    lanes = layer.kwidth if tile.direct and device.asm else 0
+    if lanes:
         from bitsmoe_kernels._triton import direct
 
         gate_up_kernel, down_kernel = direct.gate_up_direct, direct.down_direct
@@ -148,7 +150,7 @@ def _forward(
         coordinates = x, layer.basis, layer.basis_scale, source
     out = torch.empty_like(x)
     route = _route(topk_ids, expert_map, E, tile.tokens, down_tiles, out, coordinates, layer, device.asm)
-    act, corr = _scaled(layer.inputs, source, route, S, top_k, 2 if layer.split else 1, x.dtype, device.asm)
+    act, corr = _scaled(layer.inputs, source, route, S, top_k, 2 if layer.split else 1, x.dtype, lanes, device.asm)
 
     k_down = layer.down.index.shape[1]
     BN = tile.input_outputs(layer.in_turn)
@@ -159,7 +161,7 @@ def _forward(
         hidden = x.new_empty(S, layer.inputs.scale.shape[1] // (2 if layer.in_turn else 1), dtype=torch.float32)
         hidden_corr = corr
     _launch("gate_up", gate_up_kernel, (-(-widest // BN), route.max_blocks),
-            act, corr, *_codes(layer.inputs), route.block_matrix, route.block_slot, route.num_blocks,
+            act, corr, *_codes(layer.inputs), route.block_matrix, route.block_slot,
             layer.down.factor, layer.down.offset, hidden, hidden_corr,
             act.shape[-1], layer.inputs.scale.shape[1], k_down, hidden.shape[1],
             NCORR=corr.shape[-1], NCORR_POW2=_pow2(corr.shape[-1]), CORR_CHUNK=SCALE_CHUNK,
@@ -168,12 +170,13 @@ def _forward(
             BIAS=layer.inputs.bias.numel() > 0, maxnreg=tile.registers[0], **common)  # fmt: skip
     chunk = BN // 2
     if not layer.fused:
-        hidden, hidden_corr = _scaled(layer.down, hidden.view(*hidden.shape, 1), route, S, 1, 1, x.dtype, device.asm)
+        source = hidden.view(*hidden.shape, 1)
+        hidden, hidden_corr = _scaled(layer.down, source, route, S, 1, 1, x.dtype, lanes, device.asm)
         chunk = SCALE_CHUNK
 
     partial = x.new_empty(S, H, dtype=torch.float32)
     _launch("down", down_kernel, (down_tiles, route.max_blocks),
-            hidden, hidden_corr, *_codes(layer.down), route.block_matrix, route.block_slot, route.num_blocks,
+            hidden, hidden_corr, *_codes(layer.down), route.block_matrix, route.block_slot,
             topk_weights.float().contiguous(), route.local, partial, route.arrived, out, k_down, H,
             NCORR=hidden_corr.shape[-1], NCORR_POW2=_pow2(hidden_corr.shape[-1]), CORR_CHUNK=chunk, TOP_K=top_k,
             BN=tile.outputs, BT=tile.tokens, EVEN=H % tile.outputs == 0, DENSE=layer.down.dense.numel() > 1,
@@ -242,9 +245,20 @@ def _route(
 
 
 def _scaled(
-    m: Matrices, source: Tensor, route: _Route, S: int, rows_per: int, per: int, dtype: torch.dtype, asm: bool
+    m: Matrices,
+    source: Tensor,
+    route: _Route,
+    S: int,
+    rows_per: int,
+    per: int,
+    dtype: torch.dtype,
+    lanes: int,
+    asm: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Activations of every slot as the GEMM wants them, and partial corrections. source: [rows, columns, parts]"""
+    """Activations of every slot as the GEMM wants them, and partial corrections.
+
+    source: [rows, columns, parts]. lanes: see `codes.place_in_lanes`.
+    """
     K = m.index.shape[1]
     chunks = -(-K // SCALE_CHUNK)
     act = torch.empty(S * per, K, dtype=dtype, device=source.device)
@@ -255,7 +269,7 @@ def _scaled(
             act, corr, m.rank, m.lowrank, m.lowrank_start,
             route.tokens, source.shape[1], m.lowrank.shape[1], K, chunks,
             ROWS_PER=rows_per, PER=per, CHUNK=SCALE_CHUNK, SLOTS=SCALE_SLOTS, PARTS=source.shape[2],
-            FP16=dtype == torch.float16, LOWRANK=len(m.lowrank) > 0, ASM=asm,
+            LANES=lanes, FP16=dtype == torch.float16, LOWRANK=len(m.lowrank) > 0, ASM=asm,
             num_warps=1)  # fmt: skip
     return act, corr
 

@@ -228,15 +228,21 @@ def _sub_bf16x2(i: Instruction, slots: Slots) -> Step:
     return step
 
 
+_TWICE = {"s16": ("b16", "b32", np.int32), "u16": ("b16", "b32", np.uint32),
+          "s32": ("b32", "b64", np.int64), "u32": ("b32", "b64", np.uint64)}  # fmt: skip
+"""Classes of factors and of results of products of twice their size."""
+
+
 def _wide(i: Instruction, slots: Slots) -> Step:
-    """mul.wide, mad.wide: 32 bits times 32 bits in 64."""
+    """mul.wide, mad.wide."""
     kind = i.opcode[2]
-    if kind not in ("s32", "u32"):
+    if kind not in _TWICE:
         raise UnknownInstructionError(i.text)
-    d = slots.written(i.operands[0], "b64", i)
-    a, b = (slots.read(one, "b32", i) for one in i.operands[1:3])
-    c = slots.read(i.operands[3], "b64", i) if i.opcode[0] == "mad" else slots.constant(0, "b64")
-    bank, wide = _BANKS[kind[0]], np.int64 if kind == "s32" else np.uint64
+    one, two, wide = _TWICE[kind]
+    d = slots.written(i.operands[0], two, i)
+    a, b = (slots.read(o, one, i) for o in i.operands[1:3])
+    c = slots.read(i.operands[3], two, i) if i.opcode[0] == "mad" else slots.constant(0, two)
+    bank = _BANKS[kind[0]]
 
     def step(p: Any, w: Mask) -> None:
         of = bank(p)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.kernels.walk import PARAMETERS, Walk, products
+from benchmarks.kernels.walk import PARAMETERS, Walk, WalkError, products
 
 FIRST = PARAMETERS[90]
 
@@ -51,6 +51,21 @@ def test_a_branch_on_what_is_unknown_is_not_taken() -> None:
     ).executed  # fmt: skip
     assert sum(found.values()) == 1 + 3 + 1 + 1 + 1 + 1
     assert found["FMUL"] == 1
+
+
+def test_the_one_branch_onwards_that_is_unknown_can_be_taken() -> None:
+    """Both ways differ by what lies between. With two such branches nobody says which one is meant."""
+    code = ("LDS R1, [R2]", "ISETP.NE.AND P0, PT, R1, RZ, PT", "@!P0 EXIT", "FADD R3, R3, R1", "FADD R3, R3, R1")
+
+    def executed(*more: str, skip: bool) -> int:
+        return sum(Walk(listing(*code, *more, "EXIT"), 90, (), (), (0,), (1,), skip=skip).run().executed.values())
+
+    assert executed(skip=False) == 6
+    assert executed(skip=True) == 3
+    other = ("@P1 BRA `(.L_x_1)", "FMUL R1, R1, R1", ".L_x_1:", "FADD R1, R1, R1")
+    assert executed(*other, skip=False) == 9
+    with pytest.raises(WalkError, match="not the only branch"):
+        Walk(listing(*other, *code, "EXIT"), 90, (), (), (0,), (1,), skip=True).run()
 
 
 def test_threads_that_part_meet_again() -> None:
