@@ -1,7 +1,7 @@
 """Command line of the real model's quality tables."""
 
 import argparse
-import sys
+import json
 import tempfile
 from pathlib import Path
 
@@ -16,22 +16,24 @@ CUTS = {"all-active": all_active.MODEL, "routed": routed.MODEL}
 """Name on the command line -> name of the model's folder."""
 
 
-def write_distance(folder: Path, text: Path, path: Path) -> None:
-    """Measure the routed cut beside the dense model, which the first cut computes, unless that is done.
+def distance(folder: Path, text: Path, path: Path) -> str:
+    """What the routed cut is beside the dense model, which the first cut computes; measured once.
 
     Args:
         folder: of the models.
         text: to evaluate on.
-        path: JSON file: `evaluate`'s figures, the text and the commit.
+        path: JSON file for `evaluate`'s figures, the text and the commit.
+
+    Returns:
+        A sentence.
     """
-    if path.is_file():
-        return
-    found = Reference(folder / all_active.MODEL, text).evaluate(folder / routed.MODEL)
-    write_json(path, {"text": text.name, "commit": commit(), **found.as_dict()})
-    print(
-        f"{routed.MODEL} before quantizing: KL {found.kl:.3f} to the dense model, perplexity {found.perplexity:.2f} "
-        f"for {found.perplexity_reference:.2f}",
-        file=sys.stderr,
+    if not path.is_file():
+        found = Reference(folder / all_active.MODEL, text).evaluate(folder / routed.MODEL).as_dict()
+        write_json(path, {"text": text.name, "commit": commit(), **found})
+    figures = json.loads(path.read_text(encoding="utf-8"))
+    return (
+        f"{routed.MODEL} before quantizing, {figures['text']}: KL {quality.figure_text(figures, 'kl', 3)} to the dense "
+        f"model, perplexity {figures['perplexity']:.2f} for {figures['perplexity_reference']:.2f}"
     )
 
 
@@ -53,7 +55,7 @@ def main() -> None:
     if args.cut == "routed":
         routed.make(args.folder)
         out.mkdir(parents=True, exist_ok=True)
-        write_distance(args.folder, text, out / f"distance-{routed.MODEL}.json")
+        print(distance(args.folder, text, out / f"distance-{routed.MODEL}.json"), flush=True)
     given = {
         "model": args.folder / CUTS[args.cut], "calib": str(args.folder / all_active.CALIBRATION), "samples": SAMPLES,
         "text": text, "out": out,

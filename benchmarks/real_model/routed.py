@@ -26,9 +26,9 @@ EXPERTS, ACTIVE = 24, 18
 SEED = 0
 LENGTH = 512
 """Tokens in a window."""
-FIT_WINDOWS, STEPS = 16, 120
+FIT_WINDOWS, STEPS = 16, 64
 """Windows that routers are fitted on, and that are trained on."""
-RATE = 5e-3
+RATE = 1e-2
 
 
 def make(folder: Path) -> None:
