@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -384,6 +385,18 @@ def _earlier_rows(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
     return data["rows"] if same and data["environment"].get("gpu") == header["environment"].get("gpu") else []
 
 
+def wanted_rows(args: argparse.Namespace, groups: Groups) -> list[Row]:
+    """The rows that the command line asks for, see `add_row_options`."""
+    return [
+        row
+        for name in args.rows
+        for row in groups[name]
+        if (not args.methods or row.method in args.methods)
+        and (not args.bits or row.bits in args.bits)
+        and (not args.match or any(re.search(pattern, row.label) for pattern in args.match))
+    ]
+
+
 def run(args: argparse.Namespace, scratch: Path, groups: Groups = GROUPS) -> None:
     """All rows asked for.
 
@@ -409,15 +422,7 @@ def run(args: argparse.Namespace, scratch: Path, groups: Groups = GROUPS) -> Non
     base = args.out / f"quality-{args.model.name}"
     result["rows"] = _earlier_rows(base.with_suffix(".json"), result)
     done = {row["key"] for row in result["rows"]}
-    asked = [r for name in args.rows for r in groups[name]]
-    wanted = {
-        r.key: r
-        for r in asked
-        if r.key not in done
-        and (not args.methods or r.method in args.methods)
-        and (not args.bits or r.bits in args.bits)
-        and (not args.match or any(part in r.label for part in args.match))
-    }
+    wanted = {row.key: row for row in wanted_rows(args, groups) if row.key not in done}
     reference = Reference(args.model, text, args.device) if wanted else None
     for number, row in enumerate(wanted.values(), 1):
         print(f"[{number}/{len(wanted)}] {row.label}, {row.bits} bits, seed {row.seed}", file=sys.stderr, flush=True)
@@ -435,7 +440,7 @@ def add_row_options(parser: argparse.ArgumentParser, groups: Groups) -> None:
     parser.add_argument("--rows", nargs="+", choices=groups, default=list(groups))
     parser.add_argument("--methods", nargs="+", help="only rows of these: bitsmoe, gptq, autoround, gguf, hqq, rtn")
     parser.add_argument("--bits", nargs="+", type=float, help="only rows of these budgets or code widths")
-    parser.add_argument("--match", nargs="+", help="only rows whose label holds one of these")
+    parser.add_argument("--match", nargs="+", help="only rows in whose label one of these regular expressions is found")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what quantizes and evaluates")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
 

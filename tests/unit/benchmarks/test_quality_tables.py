@@ -1,5 +1,6 @@
 """Tables and picture of the quality benchmark."""
 
+import argparse
 import json
 import math
 import statistics
@@ -52,6 +53,21 @@ def test_forms_are_compared_draw_by_draw():
     error = math.sqrt(sum((x + 0.175) ** 2 for x in above) / 3 / 4)
     assert found[3][2] == "4"
     assert found[3][-1] == f"-0.175 ± {error:.3f}"
+
+
+@pytest.mark.parametrize(
+    ("options", "labels"),
+    [
+        ("--bits 2.125 --match bitsmoe$", ["bitsmoe"]),
+        ("--bits 2.125 2 --match tune$ strongest", ["bitsmoe --tune", "GPTQ g128, its strongest settings"]),
+        ("--methods rtn hqq --bits 2", ["HQQ g64", "round-to-nearest g128"]),
+    ],
+)
+def test_rows_are_chosen_by_method_bits_and_label(options: str, labels: list[str]):
+    parser = argparse.ArgumentParser()
+    quality.add_row_options(parser, GROUPS)
+    args = parser.parse_args(["--rows", "main", *options.split()])
+    assert [row.label for row in quality.wanted_rows(args, GROUPS)] == labels
 
 
 @pytest.mark.slow
