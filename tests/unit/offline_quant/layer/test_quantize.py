@@ -375,7 +375,7 @@ def test_corrected_down_is_the_least_squares_fit_to_quantized_activations():
 def test_what_experts_add_and_its_error_are_those_of_the_layer(basis, biased):
     """Before and after quantization, including an expert that no token reaches. With biases the layer is gpt-oss's."""
     bits = 4.5 if basis == "natural" else 7.0
-    gate_up, down, view, config = view_of(basis, bits, unseen=1, biased=biased, tokens=4800)
+    gate_up, down, view, config = view_of(basis, bits, unseen=1, biased=biased)
     data, activated = view.ctx.moments.inputs, swigluoai if biased else swiglu
     loaded = view.ctx.load(range(4))
     of_gate_up, of_down = loaded.biases if biased else (torch.zeros(4, 64), torch.zeros(4, 48))
