@@ -173,8 +173,9 @@ class ModelReport(Report):
         lines, options = [str(self.forecast)], self.options
         if (target := options.get("target_kl")) is not None:
             lines.insert(0, f"Picked for --target-kl {target:g}: --bits {options['bits']:g}")
-        if any(options.get(name) for name in ("tune", "tune_model", "tune_codes")):
-            lines.append("The forecast is for runs without tuning, which does better")
+        better = any(options.get(name) for name in ("tune", "tune_model", "tune_codes"))
+        if better or options.get("fit") == "layer":
+            lines.append("The forecast is for runs without --fit layer and tuning, which do better")
         return lines
 
 

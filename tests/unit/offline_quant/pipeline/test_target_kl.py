@@ -301,7 +301,7 @@ def test_a_plan_picks_the_same_and_tuning_does_better(source: Path, whole: Path,
     assert "measured" not in json.loads((tmp_path / "plan" / REPORT_FILE).read_text())["forecast"]
     assert report.expectation()[1] == str(report.forecast)
     tuned = bitsmoe.quantize(source, tmp_path / "tuned", **options(source, target_kl=TARGET, tune=True)).report
-    assert tuned.expectation()[-1] == "The forecast is for runs without tuning, which does better"
+    assert tuned.expectation()[-1] == "The forecast is for runs without --fit layer and tuning, which do better"
     assert tuned.forecast is not None
     measured = [
         f["measured"] for f in (tuned.forecast.model_dump(), json.loads((whole / REPORT_FILE).read_text())["forecast"])

@@ -296,7 +296,7 @@ def test_a_forecast_stands_below_the_gate(tmp_path: Path) -> None:
     report["options"] |= {"bits": 2.38, "target_kl": 0.01, "tune": True}
     assert (
         f"Picked for --target-kl 0.01: --bits 2.38. {expected}. Measured: 0.0071 on 4,096 tokens that it was "
-        "calibrated on. The forecast is for runs without tuning, which does better."
+        "calibrated on. The forecast is for runs without --fit layer and tuning, which do better."
     ) in render(tmp_path, report, pictures).texts["p"]
 
 
