@@ -573,10 +573,10 @@ def streamed_logits(source: WeightSource) -> torch.Tensor:
     return model.logits(torch.cat([h for h, _ in batches]), model.head)
 
 
-def calibration_perplexity(directory: Path, calib: str | Path) -> float:
-    """On 4 windows of 64 tokens of a text."""
+def calibration_perplexity(directory: Path, calib: str | Path, samples: int = 4) -> float:
+    """On some windows of 64 tokens of a text."""
     streamed = StreamedModel(open_model(directory))
-    windows = text_windows(load_tokenizer(directory), open_text(str(calib)), 64, 4)
+    windows = text_windows(load_tokenizer(directory), open_text(str(calib)), 64, samples)
     batches = streamed.embed_windows(windows, 256)
     for index in range(streamed.num_layers):
         with streamed.layer(index) as module:
