@@ -214,11 +214,10 @@ def _quantize_apart(model: Path, out: Path, options: dict[str, Any]) -> dict[str
 def _quantize_here(model: Path, out: Path, options: dict[str, Any]) -> None:
     StreamedModel(SourceModel(model))  # what it imports is not counted, as for the baselines
     result = bitsmoe.quantize(model, out, **options)
-    aims = options.get("fit") == "layer" or any(options.get(name) for name in ("tune", "tune_model", "tune_codes"))
     report, wanted = result.report, ("layer", "basis", "predicted", "measured", "output_error")
     figures = {
-        "bpw": report.bpw, "seconds": _quantizing(result.seconds, aims),
-        "cpu_seconds": _quantizing(result.cpu_seconds, aims), "stages": result.seconds,
+        "bpw": report.bpw, "seconds": _quantizing(result.seconds, report.aims_at_original),
+        "cpu_seconds": _quantizing(result.cpu_seconds, report.aims_at_original), "stages": result.seconds,
         "peak_bytes": max(result.peak_bytes.values()), "threads": torch.get_num_threads(),
         "solver_gap": max(layer.solver_gap for layer in report.layers),
         "layers": [{k: v for k, v in layer.model_dump().items() if k.startswith(wanted)} for layer in report.layers],
@@ -228,12 +227,12 @@ def _quantize_here(model: Path, out: Path, options: dict[str, Any]) -> None:
     (out / FIGURES_FILE).write_text(json.dumps(figures), encoding="utf-8")
 
 
-def _quantizing(stages: dict[str, float], aims: bool) -> float:
+def _quantizing(stages: dict[str, float], aims_at_original: bool) -> float:
     """Without what baselines do not do: they are given tokens, judge nothing and draw no report.
 
     The original model's own hidden states count where a run aims at them.
     """
-    left_out = ("calibration text", "sanity", "report page") + (() if aims else ("original model",))
+    left_out = ("calibration text", "sanity", "report page") + (() if aims_at_original else ("original model",))
     return sum(seconds for stage, seconds in stages.items() if stage not in left_out)
 
 

@@ -294,13 +294,12 @@ def _gemm(
     N = 2 * layer.down.index.shape[1] if at == 0 else shape.hidden_size
     programs = -(-N // outputs) * blocks
     share = 1.0 if at == 0 or not tile.direct else _ending(tokens * shape.top_k / blocks, shape.top_k)
-    made, total = [], 0.0
-    for ends, part in ((False, 1 - share), (True, share)):
+    ending, made, total = round(programs * share), [], 0.0
+    for ends, part, count in ((False, 1 - share, programs - ending), (True, share, ending)):
         if part > 0:
             instructions, weights, products = _gemm_executed(kernel, capability, tile, shape, form, bits, ends)
             # The count of a token's slots; other slots' outputs.
             more = 0 if at == 0 else 1 + ends
-            count = programs - round(programs * share) if not ends else round(programs * share)
             made.append(Programs(count, instructions, reads + more, products))
             total += part * instructions / weights
     return Launch(kernel, tuple(made), tile.warps, size, code.older, code.registers, code.shared_bytes), total

@@ -67,19 +67,23 @@ def _pip(*arguments: str) -> None:
         raise BitsmoeError(f"{' '.join(command[2:])}: {done.stderr.strip().splitlines()[-1]}")
 
 
-def cut(gate: Tensor, up: Tensor, down: Tensor, experts: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Experts whose mean is a dense MLP.
+def cut(
+    gate: Tensor, up: Tensor, down: Tensor, experts: int, active: int | None = None
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Experts of a dense MLP. The mean of the active ones is the sum of their parts of it.
 
     Args:
         gate, up: [I, H].
         down: [H, I].
         experts: how many; divides I.
+        active: how many for a token; None: all.
 
     Returns:
         Gate and up [I / experts, H] and down [H, I / experts] of each.
     """
     parts = zip(gate.chunk(experts), up.chunk(experts), down.chunk(experts, 1), strict=True)
-    return [(g.contiguous(), u.contiguous(), (d * experts).contiguous()) for g, u, d in parts]
+    factor = experts if active is None else active
+    return [(g.contiguous(), u.contiguous(), (d * factor).contiguous()) for g, u, d in parts]
 
 
 def router_name(layer: int) -> str:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.real_model.all_active import cut
+
 ACTIVE_SHARE = 0.1
 """Channels with the largest part in a token's output that count as active."""
 ITERATIONS = 8
@@ -61,9 +63,7 @@ class RoutedMLP(nn.Module):
     @torch.no_grad()
     def experts(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Gate and up [I / E, H] and down [H, I / E] of each expert, as a Mixtral stores them."""
-        count, down = len(self.router), self.down * self.channel_scale * self.active
-        parts = zip(self.gate.chunk(count), self.up.chunk(count), down.chunk(count, 1), strict=True)
-        return [(g.contiguous(), u.contiguous(), d.contiguous()) for g, u, d in parts]
+        return cut(self.gate, self.up, self.down * self.channel_scale, len(self.router), self.active)
 
 
 def cluster_channels(contribution: Tensor, clusters: int, seed: int) -> Tensor:

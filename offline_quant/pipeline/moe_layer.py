@@ -105,18 +105,19 @@ def quantize_moe_layer(
             output = original_output(view.ctx)
         else:
             target = _target(run, index, view).to(run.streamed.device) if run.config.fits_layer else None
-            quantized = quantize_layer(view, plan, target.clone() if run.config.tune and target is not None else target)
+            # Fitting overwrites the target; tuning has the same one.
+            kept = target.clone() if run.config.tune and target is not None else None
+            quantized = quantize_layer(view, plan, target)
             tensors, errors = quantized.tensors, quantized.errors
             run.clock.lap("quantization")
-            if run.config.tune and target is not None:
-                given = {name: tensor.to(target.device) for name, tensor in tensors.items()}
-                inputs = view.ctx.moments.inputs
-                tensors = tune(plan.layer, run.config.block_size, given, inputs, target, run.config.seed)
+            if kept is None:
+                error, output = output_error(view), quantized_output(view)
+            else:
+                given = {name: tensor.to(kept.device) for name, tensor in tensors.items()}
+                tensors = tune(plan.layer, run.config.block_size, given, view.ctx.moments.inputs, kept, run.config.seed)
                 run.clock.lap("tuning")
                 tuned = output_of(view.ctx, plan.layer, tensors)
                 error, output = output_error(view, tuned), iter([tuned])
-            else:
-                error, output = output_error(view), quantized_output(view)
         run.calibration.add_expert_output(index, output, run.windows_read_after(index))
         view.ctx.cache.clear()
         run.clock.lap("calibration")

@@ -166,6 +166,12 @@ class ModelReport(Report):
     dense_layers: LinearLayersReport | None
     forecast: Forecast | None = None
 
+    @property
+    def aims_at_original(self) -> bool:
+        """Whether layers were fitted, or anything was tuned, to what the original model makes of the text."""
+        tuned = any(self.options.get(name) for name in ("tune", "tune_model", "tune_codes"))
+        return tuned or self.options.get("fit") == "layer"
+
     def expectation(self) -> list[str]:
         """The bits that were picked and the quality to expect, as sentences; empty without a forecast."""
         if self.forecast is None:
@@ -173,8 +179,7 @@ class ModelReport(Report):
         lines, options = [str(self.forecast)], self.options
         if (target := options.get("target_kl")) is not None:
             lines.insert(0, f"Picked for --target-kl {target:g}: --bits {options['bits']:g}")
-        better = any(options.get(name) for name in ("tune", "tune_model", "tune_codes"))
-        if better or options.get("fit") == "layer":
+        if self.aims_at_original:
             lines.append("The forecast is for runs without --fit layer and tuning, which do better")
         return lines
 
