@@ -21,6 +21,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import bitsmoe
+from bitsmoe import hf_quantizer
 from bitsmoe.hf_quantizer import BitsmoeConfig, BitsmoeExperts, BitsmoeQuantizer
 from bitsmoe_kernels.errors import BitsmoeError
 from bitsmoe_kernels.format.checkpoint import WEIGHTS_KEY, WEIGHTS_NOTE
@@ -379,7 +380,8 @@ def test_division_among_processes_is_refused(quantized: Path) -> None:
 
 
 def test_an_old_transformers_is_refused(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "5.5.2")
+    # transformers puts a second module of its name into sys.modules when it first imports a model.
+    monkeypatch.setattr(hf_quantizer.transformers, "__version__", "5.5.2")
     with pytest.raises(BitsmoeError, match=r"transformers 5.5.2 is too old .* pip install 'transformers>=5.5.3'"):
         load(quantized)
     monkeypatch.delattr("transformers.quantizers.auto.register_quantizer")
@@ -388,6 +390,4 @@ def test_an_old_transformers_is_refused(quantized: Path, monkeypatch: pytest.Mon
 
 
 def test_the_oldest_transformers_is_that_of_the_package() -> None:
-    from bitsmoe.hf_quantizer import OLDEST
-
-    assert f'"transformers>={OLDEST}"' in (REPO / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'"transformers>={hf_quantizer.OLDEST}"' in (REPO / "pyproject.toml").read_text(encoding="utf-8")
