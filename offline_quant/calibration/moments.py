@@ -19,6 +19,8 @@ RARE_SHARE = 0.25
 """Least weight of an expert in the allocation, relative to the mean expert's."""
 HEAVIEST_TOKEN = 20.0
 """Most that one token counts in an expert's moments, relative to the mean token: a few would else decide alone."""
+MASSIVE = 1000.0
+"""Energy of a token's activations, relative to the median token's, from where on it counts no more."""
 LEAST_OUTPUT = 0.02
 """Least weight of a gate or up output, relative to the expert's mean output."""
 BLOCK_TOKENS = 1024
@@ -149,9 +151,9 @@ class LayerMoments:
         D = down.new_zeros(I, I)
         step = min(PLANNING_STEP, max(1, len(tokens) // (PLANNING_TOKENS * I)))
         for part in _blocks(len(tokens)):
-            x, m = self.inputs.x.index_select(0, tokens[part]), mass[part]
-            h = hidden[part]
+            x, h = self.inputs.x.index_select(0, tokens[part]), hidden[part]
             slopes = activated_with_slopes_(weights.preactivations(x), h, self.hidden_act)
+            m = _cut_heavy_(mass[part], h, hidden)
             felt = [slope.square_() @ norms for slope in slopes]
             token[part] = felt[0] if len(felt) == 1 else felt[0] + felt[1]
             for weight, slope in zip(outputs.split(I), slopes, strict=True):
@@ -192,7 +194,7 @@ class LayerMoments:
         for part in _blocks(len(tokens)):
             x = self.inputs.x.index_select(0, tokens[part])
             h = activated_(weights.preactivations(x), seen[part], self.hidden_act)
-            weighed = h * mass[part, None]
+            weighed = h * _cut_heavy_(mass[part], original[part], original)[:, None]
             add_product(moments, h, weighed)
             crossed.addmm_(original[part].T, weighed)
         moments = mirrored(moments)
@@ -209,6 +211,17 @@ class LayerMoments:
         hidden = activations[: len(slots)].to(slots.device)
         mass = float(len(slots) + self.pseudo_count)
         return RoutedTokens(slots // self.top_k, self.slot_weights[slots], hidden, mass)
+
+
+def _cut_heavy_(mass: Tensor, h: Tensor, every: Tensor) -> Tensor:
+    """Weights of tokens [t], made less in place where activations h [t, I] have far more energy than most tokens'.
+
+    Most tokens: the median of the first block of all activations, `every` [n, I].
+    """
+    typical = every[:BLOCK_TOKENS].square().sum(1).median()
+    if not bool(typical > 0):  # most tokens activate nothing
+        return mass
+    return mass.mul_((MASSIVE * typical / h.square().sum(1)).clamp_(max=1))
 
 
 def _blocks(count: int) -> list[slice]:

@@ -49,6 +49,7 @@ SETUPS = {
     "pp2-compiled": PP2,
 }
 """Tensor parallelism, eager, is in the test of all forms below. Pipeline parallelism on a CPU needs compiled stages."""
+NIGHTLY = ("tp1-eager", "pp2-compiled")
 
 
 Serve = Callable[[Path, tuple[str, ...]], Completions]
@@ -102,7 +103,7 @@ def assert_same_tokens(got: Completions, want: Completions) -> None:
 
 
 @pytest.mark.parametrize(
-    "setup", [pytest.param(name, marks=[pytest.mark.nightly] if name == "pp2-compiled" else []) for name in SETUPS]
+    "setup", [pytest.param(name, marks=[pytest.mark.nightly] if name in NIGHTLY else []) for name in SETUPS]
 )
 def test_tokens_equal_those_of_the_dequantized_checkpoint(
     setup: str, quantized: Path, reference: Completions, serve_once: Serve

@@ -37,7 +37,7 @@ LARGE = {
     "many experts", "sizes of Gemma 4", "sizes of gpt-oss", "sizes of Kimi-K3 and Qwen4", "sizes of Qwen4",
     "sizes of Nemotron-3-Nano", "experts of Nemotron-3-Super",
 }  # fmt: skip
-"""Cases that take the interpreter ten seconds and more: in one dtype by day."""
+"""Cases that take the interpreter ten seconds and more: tests/ptx executes them by day, compiled."""
 
 
 def dtype_name(dtype: Any) -> str | None:
@@ -59,7 +59,7 @@ def call(T: int, H: int, ids: list[list[int]] | Tensor, dtype: torch.dtype = tor
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        pytest.param(name, dtype, marks=[pytest.mark.nightly] if name in LARGE and dtype != DTYPES[0] else [])
+        pytest.param(name, dtype, marks=[pytest.mark.nightly] if name in LARGE else [])
         for name in NAMES
         for dtype in DTYPES
     ],

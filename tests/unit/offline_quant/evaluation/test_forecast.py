@@ -88,7 +88,7 @@ def test_larger_errors_give_larger_forecasts() -> None:
 @pytest.mark.slow
 def test_a_plan_says_what_to_expect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of the demo model within the range it names; other objectives predict no errors."""
-    options = {"bits": 2.125, "calib": "self", "calib_samples": 32, "calib_length": 256}
+    options = {"bits": 2.125, "calib": "self", "calib_samples": 16, "calib_length": 256}
     report = bitsmoe.quantize(TINY_MOE, tmp_path / "plan", plan=True, **options).report
     assert report.forecast is not None
     written = json.loads((tmp_path / "plan" / "bitsmoe_report.json").read_text())

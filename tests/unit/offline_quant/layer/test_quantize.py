@@ -342,6 +342,74 @@ def test_expert_moments_weigh_by_the_jacobian_of_the_output(hidden_act, monkeypa
         assert torch.allclose(measured.down.double(), (h.T * mass) @ h, rtol=1e-4, atol=1e-4)
 
 
+def test_a_massive_token_counts_as_much_as_a_thousand_others(monkeypatch):
+    """In moments of the inputs and of what enters down, and in weights of outputs. Others count as ever."""
+    monkeypatch.setattr(moments_module, "PLANNING_STEP", 1)
+    g = torch.Generator().manual_seed(3)
+    W, D = torch.randn(10, 12, generator=g), torch.randn(12, 5, generator=g)
+    order = torch.arange(5)
+    for size in (1.0, 300.0):
+        data = inputs(T=1500)
+        token = int((data.topk_ids == 1).any(1).nonzero()[7])
+        data.x[token] *= size
+        stats = LayerMoments(data, 4)
+        measured = stats.measure_expert(1, OneExpert(W, D))
+        x, mass, _ = weighed_tokens(data, stats, 1)
+        h = swiglu(x @ W.double().T)
+        energy = h.square().sum(1)
+        assert len(energy) < moments_module.BLOCK_TOKENS
+        cut = (1000 * energy.median() / energy).clamp(max=1)
+        assert (cut < 1).sum() == (size > 1)
+        mass = mass * cut
+        assert torch.allclose(measured.down.double(), (h.T * mass) @ h, rtol=1e-4, atol=1e-4)
+        jacobians = [torch.autograd.functional.jacobian(swiglu, row) for row in x @ W.double().T]
+        felt = torch.stack([(D.double() @ j).square().sum(0) for j in jacobians])
+        assert torch.allclose(measured.output_weights.double(), mass @ felt, rtol=1e-4)
+        # Tokens are weighed by what they were before quantizing.
+        found = stats.measure_quantized(1, OneExpert(0.5 * W, D), order, measured.activations)
+        seen = swiglu(x @ (0.5 * W).double().T)
+        assert torch.allclose(found.moments.double(), (seen.T * mass) @ seen, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(found.missing.double(), ((h - seen).T * mass) @ seen, rtol=1e-3, atol=1e-3)
+
+
+def test_tokens_that_activate_nothing_do_not_silence_the_others():
+    """With relu2 most tokens may be zeros, and their median is zero."""
+    data = inputs()
+    W, D = torch.zeros(5, 12), torch.ones(12, 5)
+    W[:, 0] = 1.0
+    W[:, 1] = -1.5
+    stats = LayerMoments(data, 4, "relu2")
+    measured = stats.measure_expert(1, OneExpert(W, D))
+    x, mass, _ = weighed_tokens(data, stats, 1)
+    h = (x @ W.double().T).clamp(min=0).square()
+    assert h.square().sum(1).median() == 0 < h.max()
+    found = stats.measure_quantized(1, OneExpert(W, D), torch.arange(5), measured.activations)
+    assert torch.allclose(found.moments.double(), (h.T * mass) @ h, rtol=1e-4)
+
+
+def test_a_massive_token_takes_no_bits_of_the_others():
+    """As in layer 11 of SmolLM2: one token of a window has a million times the energy of others."""
+    g = torch.Generator().manual_seed(0)
+    E, H, I, T = 4, 48, 32, 600  # noqa: E741
+    gate_up, down = torch.randn(E, 2 * I, H, generator=g) / H**0.5, torch.randn(E, H, I, generator=g) / I**0.5
+    x = torch.randn(T, H, generator=g)
+    routing = torch.arange(E).expand(T, E).contiguous(), torch.full((T, E), 1 / E)
+    errors, bits = [], []
+    for size in (1.0, 100.0):
+        x[0] *= size
+        view = measured_layer(gate_up, down, ExpertInputs(x, *routing), QuantizeConfig(bits=2.5))
+        plan = plan_layer(view)
+        wanted = torch.cat(list(original_output(view.ctx)))
+        quantize_layer(view, plan)
+        found = torch.cat(list(quantized_output(view)))
+        lost = (found - wanted).square().sum(1) / wanted.square().sum(1)
+        errors.append(float(lost[1:].median()))
+        bits.append(float(plan.bits["down"].float().mean()))
+        assert size == 1 or lost[0] < 0.1
+    assert errors[1] < 1.3 * errors[0]
+    assert abs(bits[1] - bits[0]) < 0.3
+
+
 def test_corrected_down_is_the_least_squares_fit_to_quantized_activations():
     data = inputs(T=500)
     stats = LayerMoments(data, 4)

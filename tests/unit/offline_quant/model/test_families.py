@@ -92,9 +92,9 @@ def test_a_family_is_quantized_and_dequantized(architecture: str, tmp_path: Path
     [
         ("GraniteMoeForCausalLM", 0.4),
         ("AfmoeForCausalLM", None),
-        ("MixtralForCausalLM", 1),
+        pytest.param("MixtralForCausalLM", 1, marks=pytest.mark.nightly),
         ("GptOssForCausalLM", 1),
-        ("Llama4ForCausalLM", 1),
+        pytest.param("Llama4ForCausalLM", 1, marks=pytest.mark.nightly),
         ("MiniMaxM3SparseForConditionalGeneration", 2),
     ],
 )

@@ -280,6 +280,7 @@ def test_a_run_that_dies_goes_on_with_the_bits_it_picked(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_two_workers_pick_the_same(source: Path, whole: Path, tmp_path: Path) -> None:
     words = [
         sys.executable, "-m", "offline_quant.cli", "quantize", source, "--out", tmp_path / "q", "--target-kl", TARGET,
