@@ -219,9 +219,8 @@ def _cut_heavy_(mass: Tensor, h: Tensor, every: Tensor) -> Tensor:
     Most tokens: the median of the first block of all activations, `every` [n, I].
     """
     typical = every[:BLOCK_TOKENS].square().sum(1).median()
-    if not bool(typical > 0):  # most tokens activate nothing
-        return mass
-    return mass.mul_((MASSIVE * typical / h.square().sum(1)).clamp_(max=1))
+    share = (MASSIVE * typical / h.square().sum(1)).clamp_(max=1)
+    return mass.mul_(torch.where(typical > 0, share, 1.0))  # most tokens may activate nothing
 
 
 def _blocks(count: int) -> list[slice]:
