@@ -45,11 +45,12 @@ PP2 = ("--pipeline-parallel-size", "2")
 SETUPS = {
     "tp1-eager": EAGER,
     "tp1-compiled": (),
+    "ep2-eager": (*EP2, *EAGER),
     "ep2-compiled": EP2,
     "pp2-compiled": PP2,
 }
 """Tensor parallelism, eager, is in the test of all forms below. Pipeline parallelism on a CPU needs compiled stages."""
-NIGHTLY = ("tp1-eager", "pp2-compiled")
+NIGHTLY = ("tp1-eager", "ep2-compiled", "pp2-compiled")
 
 
 Serve = Callable[[Path, tuple[str, ...]], Completions]
