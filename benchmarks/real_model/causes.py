@@ -18,7 +18,6 @@ import argparse
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -140,12 +139,11 @@ class Trace:
 
     Attributes:
         entering: [n, L, H] of each layer, and the last one's result.
-        inputs, outputs: [n * L, H] of each MLP.
+        inputs: [n * L, H] of each MLP.
     """
 
     entering: list[Tensor]
     inputs: list[Tensor]
-    outputs: list[Tensor]
 
 
 def trace(model: Any, windows: Tensor) -> Trace:
@@ -155,12 +153,12 @@ def trace(model: Any, windows: Tensor) -> Trace:
         model: of transformers.
         windows: int64 [n, L].
     """
-    kept = Trace([], [], [])
+    kept = Trace([], [])
     hooks = []
     for layer in model.model.layers:
         hooks += [
             layer.register_forward_pre_hook(lambda _, args: kept.entering.append(args[0])),
-            layer.mlp.register_forward_hook(lambda _, args, y: _keep(kept, args[0], y)),
+            layer.mlp.register_forward_pre_hook(lambda _, args: kept.inputs.append(args[0].flatten(0, 1))),
         ]
     hooks.append(model.model.norm.register_forward_pre_hook(lambda _, args: kept.entering.append(args[0])))
     model.model(windows, use_cache=False)
@@ -169,9 +167,9 @@ def trace(model: Any, windows: Tensor) -> Trace:
     return kept
 
 
-def _keep(kept: Trace, x: Tensor, y: Tensor) -> None:
-    kept.inputs.append(x.flatten(0, 1))
-    kept.outputs.append(y.flatten(0, 1))
+def activations(mlp: Any, x: Tensor) -> Tensor:
+    """What enters the down projection of a Llama's MLP."""
+    return silu(mlp.gate_proj(x)) * mlp.up_proj(x)
 
 
 def relative(error: Tensor, value: Tensor) -> float:
@@ -199,7 +197,7 @@ def divergence(model: Any, first: int, entering: Tensor, logs: list[Tensor]) -> 
 
     Args:
         model: a Llama.
-        first: layer to begin with.
+        first: layer to begin with; the number of layers: none is run.
         entering: [n, L, H], what enters it.
         logs: log probabilities [L, V] of each window.
     """
@@ -216,8 +214,8 @@ def divergence(model: Any, first: int, entering: Tensor, logs: list[Tensor]) -> 
 
 
 @torch.no_grad()
-def causes(original: Any, quantized: Any, windows: Tensor, experts: int, bits: float) -> list[Layer]:
-    """Figures of every layer.
+def causes(original: Any, quantized: Any, windows: Tensor, experts: int, bits: float) -> tuple[list[Layer], float]:
+    """Figures of every layer, and the KL divergence of the whole quantized model in nats per token.
 
     Args:
         original, quantized: Llamas of transformers, alike but for their MLPs.
@@ -231,13 +229,11 @@ def causes(original: Any, quantized: Any, windows: Tensor, experts: int, bits: f
     logs = [log_softmax(original.lm_head(original.model.norm(x)), -1) for x in before.entering[-1]]
     found = []
     for index, (a, b) in enumerate(zip(original.model.layers, quantized.model.layers, strict=True)):
-        x, y = before.inputs[index], before.outputs[index]
-        other_gate_up, other_down = deepcopy(b.mlp), deepcopy(a.mlp)
-        other_gate_up.down_proj, other_down.down_proj = a.mlp.down_proj, b.mlp.down_proj
-        channels = silu(a.mlp.gate_proj(x)) * a.mlp.up_proj(x)
+        x = before.inputs[index]
+        h, other = activations(a.mlp, x), activations(b.mlp, x)
+        y, other_down = a.mlp.down_proj(h), b.mlp.down_proj(h)
         inner = torch.cat([a.mlp.gate_proj.weight, a.mlp.up_proj.weight])
         outer = torch.cat([b.mlp.gate_proj.weight, b.mlp.up_proj.weight])
-        down = a.mlp.down_proj.weight
         energy, size = y.square().sum(-1), x.square().sum(0)
         with replaced(a, b.mlp):
             alone = divergence(original, index, before.entering[index], logs)
@@ -245,17 +241,17 @@ def causes(original: Any, quantized: Any, windows: Tensor, experts: int, bits: f
             without = divergence(quantized, index, after.entering[index], logs)
         found.append(
             Layer(
-                own=relative(b.mlp(x) - y, y),
-                own_gate_up=relative(other_gate_up(x) - y, y),
-                own_down=relative(other_down(x) - y, y),
+                own=relative(b.mlp.down_proj(other) - y, y),
+                own_gate_up=relative(a.mlp.down_proj(other) - y, y),
+                own_down=relative(other_down - y, y),
                 drift=relative(a.mlp(after.inputs[index]) - y, y),
-                total=relative(after.outputs[index] - y, y),
+                total=relative(b.mlp(after.inputs[index]) - y, y),
                 state=relative((after.entering[index + 1] - before.entering[index + 1]).flatten(0, 1),
                                before.entering[index + 1].flatten(0, 1)),
                 gate_up=of_all(x @ (outer - inner).T, x @ inner.T),
-                down=of_all(channels @ (b.mlp.down_proj.weight - down).T, y),
+                down=of_all(other_down - y, y),
                 least_gate_up=least_linear_error(inner, x.T @ x, bits),
-                least_down=least_linear_error(down, channels.T @ channels, bits),
+                least_down=least_linear_error(a.mlp.down_proj.weight, h.T @ h, bits),
                 kl_alone=alone,
                 kl_without=without,
                 largest_token=(energy.max() / energy.median()).item(),
@@ -263,7 +259,7 @@ def causes(original: Any, quantized: Any, windows: Tensor, experts: int, bits: f
             )
         )  # fmt: skip
         print(f"layer {index}: KL alone {alone:.4f}, without {without:.4f}", flush=True)
-    return found
+    return found, divergence(quantized, len(found), after.entering[-1], logs)
 
 
 def as_markdown(name: str, result: dict[str, Any]) -> str:
@@ -338,11 +334,7 @@ def main() -> None:
         bitsmoe.dequantize(args.checkpoint, Path(scratch) / "plain", dtype="float32")
         quantized = dense_model(Path(scratch) / "plain")
     windows = text_windows(load_tokenizer(first), open_text(str(args.folder / all_active.TEST)), LENGTH, WINDOWS)
-    original = dense_model(first)
-    layers = causes(original, quantized, windows, all_active.EXPERTS, bits)
-    with torch.no_grad():
-        logs = [log_softmax(original(ids[None], use_cache=False).logits[0], -1) for ids in windows]
-        kl = divergence(quantized, 0, quantized.model.embed_tokens(windows), logs)
+    layers, kl = causes(dense_model(first), quantized, windows, all_active.EXPERTS, bits)
     result = {
         "environment": environment(), "text": all_active.TEST, "windows": WINDOWS, "length": LENGTH, "bpw": bits,
         "kl": kl, "layers": [asdict(layer) for layer in layers],

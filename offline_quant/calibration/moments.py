@@ -153,7 +153,9 @@ class LayerMoments:
         for part in _blocks(len(tokens)):
             x, h = self.inputs.x.index_select(0, tokens[part]), hidden[part]
             slopes = activated_with_slopes_(weights.preactivations(x), h, self.hidden_act)
-            m = _cut_heavy_(mass[part], h, hidden)
+            if not part.start:
+                typical = _typical_energy(h)
+            m = _cut_heavy_(mass[part], h, typical)
             felt = [slope.square_() @ norms for slope in slopes]
             token[part] = felt[0] if len(felt) == 1 else felt[0] + felt[1]
             for weight, slope in zip(outputs.split(I), slopes, strict=True):
@@ -191,10 +193,11 @@ class LayerMoments:
         tokens, mass = self._tokens(expert)
         seen, I = torch.empty_like(original), len(order)  # noqa: E741
         moments, crossed = (weights.gate_up.new_zeros(I, I) for _ in range(2))
+        typical = _typical_energy(original)
         for part in _blocks(len(tokens)):
             x = self.inputs.x.index_select(0, tokens[part])
             h = activated_(weights.preactivations(x), seen[part], self.hidden_act)
-            weighed = h * _cut_heavy_(mass[part], original[part], original)[:, None]
+            weighed = h * _cut_heavy_(mass[part], original[part], typical)[:, None]
             add_product(moments, h, weighed)
             crossed.addmm_(original[part].T, weighed)
         moments = mirrored(moments)
@@ -213,12 +216,13 @@ class LayerMoments:
         return RoutedTokens(slots // self.top_k, self.slot_weights[slots], hidden, mass)
 
 
-def _cut_heavy_(mass: Tensor, h: Tensor, every: Tensor) -> Tensor:
-    """Weights of tokens [t], made less in place where activations h [t, I] have far more energy than most tokens'.
+def _typical_energy(h: Tensor) -> Tensor:
+    """Energy of the median token's activations, of the first block of h [n, I]."""
+    return h[:BLOCK_TOKENS].square().sum(1).median()
 
-    Most tokens: the median of the first block of all activations, `every` [n, I].
-    """
-    typical = every[:BLOCK_TOKENS].square().sum(1).median()
+
+def _cut_heavy_(mass: Tensor, h: Tensor, typical: Tensor) -> Tensor:
+    """Weights of tokens [t], made less in place where activations h [t, I] have far more than the typical energy."""
     share = (MASSIVE * typical / h.square().sum(1)).clamp_(max=1)
     return mass.mul_(torch.where(typical > 0, share, 1.0))  # most tokens may activate nothing
 

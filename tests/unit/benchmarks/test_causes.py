@@ -8,21 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import log_softmax
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.real_model import causes
 from bitsmoe_kernels.errors import BitsmoeError
+from dense_models import random_llama
 
 EXPERTS = 3
 
 
-def random_llama(seed: int) -> Any:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=64, tie_word_embeddings=True, max_position_embeddings=64, initializer_range=0.3,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).double().eval()
+def model_of_three_layers(seed: int = 0) -> Any:
+    return random_llama(3, seed).double()
 
 
 def noisy(model: Any, layers: set[int], size: float = 0.05) -> Any:
@@ -52,9 +47,8 @@ def test_least_error_is_that_of_the_best_choice_of_components() -> None:
     for count in range(1, 5):
         for kept in itertools.combinations(range(4), count):
             v = variances[list(kept)].double()
-            rates = bits * len(variances) / count + 0.5 * (
-                v.log2() - v.log2().mean()
-            )  # equal distortion; rates sum to the budget
+            # Equal distortion; the rates sum to the budget.
+            rates = bits * len(variances) / count + 0.5 * (v.log2() - v.log2().mean())
             if bool((rates >= 0).all()):
                 found = min(found, float((v * (-2 * rates).exp2()).sum() + variances.sum() - v.sum()))
     assert causes.least_error(variances, bits) == pytest.approx(found / variances.sum().item())
@@ -73,16 +67,16 @@ def test_no_rounding_of_a_gaussian_layer_is_below_the_bound() -> None:
 
 
 def test_a_model_in_another_order_has_no_errors() -> None:
-    model = random_llama(0)
-    for layer in causes.causes(model, noisy(model, set()), windows(), EXPERTS, 2.0):
+    model = model_of_three_layers()
+    for layer in causes.causes(model, noisy(model, set()), windows(), EXPERTS, 2.0)[0]:
         errors = [layer.own, layer.own_gate_up, layer.own_down, layer.drift, layer.total, layer.state, layer.gate_up,
                   layer.down, layer.kl_alone, layer.kl_without]  # fmt: skip
         assert max(map(abs, errors)) < 1e-12
 
 
 def test_errors_of_one_layer_are_its_own_before_and_drift_behind() -> None:
-    model = random_llama(0)
-    before, broken, behind = causes.causes(model, noisy(model, {1}), windows(), EXPERTS, 2.0)
+    model = model_of_three_layers()
+    (before, broken, behind), kl = causes.causes(model, noisy(model, {1}), windows(), EXPERTS, 2.0)
     assert max(before.own, before.drift, before.state, before.kl_alone) < 1e-12
     assert min(broken.own, broken.own_gate_up, broken.own_down, broken.state, broken.gate_up, broken.down) > 1e-5
     assert broken.drift < 1e-12
@@ -92,21 +86,22 @@ def test_errors_of_one_layer_are_its_own_before_and_drift_behind() -> None:
     assert behind.drift > 1e-5
     assert broken.kl_alone == pytest.approx(before.kl_without) == pytest.approx(behind.kl_without)
     assert broken.kl_without < 1e-12 < behind.kl_without
+    assert kl == pytest.approx(broken.kl_alone)
 
 
 def test_divergence_is_that_of_the_whole_models() -> None:
-    model = random_llama(0)
+    model = model_of_three_layers()
     other = noisy(model, {0, 2}, 0.3)
     with torch.no_grad():
         p, q = (log_softmax(m(windows(), use_cache=False).logits, -1) for m in (model, other))
         expected = (p.exp() * (p - q)).sum(-1).mean().item()
         found = causes.divergence(other, 0, other.model.embed_tokens(windows()), list(p))
     assert found == pytest.approx(expected)
-    alone = causes.causes(model, noisy(model, {2}, 0.3), windows(), EXPERTS, 2.0)
+    alone, _ = causes.causes(model, noisy(model, {2}, 0.3), windows(), EXPERTS, 2.0)
     assert alone[2].kl_alone == pytest.approx(alone[0].kl_without)
     assert alone[0].kl_without > 1e-4
 
 
 def test_experts_of_another_model_are_refused() -> None:
     with pytest.raises(BitsmoeError, match="is it a checkpoint of this model"):
-        causes.causes(random_llama(0), random_llama(1), windows(), EXPERTS, 2.0)
+        causes.causes(model_of_three_layers(0), model_of_three_layers(1), windows(), EXPERTS, 2.0)

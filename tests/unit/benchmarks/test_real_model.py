@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
+from transformers import MixtralForCausalLM
 
 from benchmarks.baselines.driver import BASELINES, check_request
 from benchmarks.quality import OURS
 from benchmarks.real_model import all_active, routed, routing
 from benchmarks.real_model.rows import GROUPS
+from dense_models import random_llama
 from offline_quant.config import QuantizeConfig
 
 EXPERTS, ACTIVE = 6, 4
@@ -28,14 +29,9 @@ def dense_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
-def random_llama() -> Any:
+def exact_llama() -> Any:
     """A tiny model whose weights bfloat16 holds exactly."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=64, tie_word_embeddings=True, max_position_embeddings=64, initializer_range=0.3,
-    )  # fmt: skip
-    return rounded(LlamaForCausalLM(config).eval())
+    return rounded(random_llama(2))
 
 
 def rounded(model: Any) -> Any:
@@ -56,7 +52,7 @@ def random_ids(windows: int) -> Tensor:
 
 @pytest.fixture
 def first_cut(tmp_path: Path) -> Path:
-    all_active.write(random_llama(), tmp_path / "first", experts=4)
+    all_active.write(exact_llama(), tmp_path / "first", experts=4)
     return tmp_path / "first"
 
 
@@ -72,7 +68,7 @@ def test_experts_have_the_dense_mlp_as_their_mean(experts: int) -> None:
 
 
 def test_the_first_cut_computes_the_dense_model_and_gives_it_back(first_cut: Path) -> None:
-    ids, expected = random_ids(2), random_llama()
+    ids, expected = random_ids(2), exact_llama()
     with torch.no_grad():
         logits = expected(ids).logits
         written = mixtral(first_cut)(ids).logits
