@@ -158,6 +158,11 @@ class QuantizeConfig(BaseModel):
     calib_length: Annotated[int, Panel.CALIBRATION] = Field(
         default=2048, ge=8, description="Tokens in a window; at most the model's maximum is used."
     )
+    token_weights: Annotated[Scope, Panel.CALIBRATION] = Field(
+        default="layer",
+        description="What a calibration token counts by: what errors at it do to its layer's output, or to the model's "
+        "predictions, by gradients. The latter takes four more passes through the original.",
+    )
     seed: Annotated[int, Panel.RUN] = Field(
         default=0,
         ge=0,

@@ -74,12 +74,14 @@ class RoutedTokens:
     Attributes:
         token: int64 [n], which tokens of the layer are the expert's.
         weight: float32 [n], routing weights.
+        share: float32 [n], how much each counts.
         hidden: float32 [n, I], activations of the quantized gate and up.
         mass: n and the weight of the sample of all tokens, which its moments were divided by.
     """
 
     token: Tensor
     weight: Tensor
+    share: Tensor
     hidden: Tensor
     mass: float
 
@@ -94,11 +96,19 @@ class LayerMoments:
         inputs: calibration activations of the layer.
         num_experts: E.
         hidden_act: the experts' activation.
+        token_weights: float32 [T], how much each token counts, of mean one; None: all alike.
     """
 
-    def __init__(self, inputs: ExpertInputs, num_experts: int, hidden_act: HiddenAct = HIDDEN_ACT):
+    def __init__(
+        self,
+        inputs: ExpertInputs,
+        num_experts: int,
+        hidden_act: HiddenAct = HIDDEN_ACT,
+        token_weights: Tensor | None = None,
+    ):
         self.inputs, self.hidden_act = inputs, hidden_act
         tokens, self.top_k = inputs.topk_ids.shape
+        self._share = inputs.x.new_ones(tokens) if token_weights is None else token_weights.to(inputs.x)
         flat = inputs.topk_ids.flatten()
         self.counts = torch.bincount(flat, minlength=num_experts)
         """Tokens routed to each expert, int64 [E]."""
@@ -124,12 +134,14 @@ class LayerMoments:
         return counts.clamp(min=RARE_SHARE * float(counts.mean())) / len(self.inputs.topk_ids) / self.top_k
 
     def _tokens(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Tokens of an expert and of the sample, int64 [n], and their weight [n]: w^2 over the number of tokens."""
+        """Tokens of an expert and of the sample, int64 [n], and their weight [n]: w^2 over the number of tokens, times
+        how much each counts."""
         slots = self.slots[expert]
         own = self.slot_weights[slots].square()
         prior = self._typical * (self.pseudo_count / len(self._sample))
         tokens = torch.cat([slots // self.top_k, self._sample])
-        return tokens, torch.cat([own, prior.expand(len(self._sample))]) / (len(own) + self.pseudo_count)
+        mass = torch.cat([own, prior.expand(len(self._sample))]) / (len(own) + self.pseudo_count)
+        return tokens, mass * self._share[tokens]
 
     def measure_expert(self, expert: int, weights: OneExpert) -> MeasuredExpert:
         """What errors of an expert's matrices cost at the layer's output, to first order.
@@ -211,9 +223,10 @@ class LayerMoments:
             activations: [n, I], of its tokens and of the sample.
         """
         slots = self.slots[expert]
+        token = slots // self.top_k
         hidden = activations[: len(slots)].to(slots.device)
-        mass = float(len(slots) + self.pseudo_count)
-        return RoutedTokens(slots // self.top_k, self.slot_weights[slots], hidden, mass)
+        share = _cut_heavy_(self._share[token], hidden, _typical_energy(hidden)) if len(slots) else self._share[token]
+        return RoutedTokens(token, self.slot_weights[slots], share, hidden, float(len(slots) + self.pseudo_count))
 
 
 def _typical_energy(h: Tensor) -> Tensor:

@@ -1,12 +1,16 @@
-"""Sensitivity of the model's predictions to errors of each layer's experts, measured with gradients.
+"""How much the model's predictions feel errors of each layer's experts, measured with gradients.
 
 To second order, an error d of a layer's output costs KL = E[(g . d)^2] / 2, with g the gradient of the log-likelihood
 of a token drawn from the model's own prediction (the Fisher metric). With d spread evenly, an error of relative size r
 costs r * E|g|^2 * E|y|^2 / (2 H), y being the routed experts' output: the factor of r is the layer's sensitivity.
+
+Errors of some tokens cost far more than those of others. GuidedQuant (arXiv 2505.07004) weighs tokens by |g|^2. One
+drawn continuation tells it with much chance, and few tokens hold most of it: its root serves better.
 """
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +19,7 @@ from offline_quant.model.sizes import FLOAT, RunSizes
 from offline_quant.model.streaming import Arguments, StreamedModel
 
 TOKENS = 8_192
-"""Tokens of calibration text that are used: bounds the memory of all layers' hidden states."""
+"""Tokens of calibration text that pass together: bounds the memory of all layers' hidden states."""
 BATCH_TOKENS = 2_048
 LOGIT_COPIES = 3.5
 """Copies of logits while gradients of drawn tokens are taken: measured with the vocabulary of Qwen3-30B-A3B, where they
@@ -23,7 +27,7 @@ are most of the memory of `--budget model`."""
 
 
 def sensitivity_bytes(sizes: RunSizes) -> int:
-    """Bytes of memory that `layer_sensitivities` takes: hidden states of all layers, and logits or a whole layer."""
+    """Bytes of memory that `token_gradients` takes: hidden states of all layers, and logits or a whole layer."""
     H, I = sizes.hidden_size, sizes.shape.intermediate_size  # noqa: E741
     measured = min(sizes.tokens, TOKENS)
     batch = min(measured, BATCH_TOKENS)
@@ -33,71 +37,101 @@ def sensitivity_bytes(sizes: RunSizes) -> int:
     return FLOAT * measured * sizes.state_values * (sizes.num_layers + 2) + sizes.mapped_bytes + max(logits, layer)
 
 
+@dataclass(frozen=True)
+class TokenGradients:
+    """What was seen at the output of one layer's routed experts.
+
+    Attributes:
+        power: float32 [T], squared norm of the gradient.
+        energy: float32 [T], squared norm of the output.
+    """
+
+    power: Tensor
+    energy: Tensor
+
+
+def token_gradients(
+    model: StreamedModel, windows: Tensor, seed: int, on_progress: Callable[[], None] = lambda: None
+) -> dict[int, TokenGradients]:
+    """Gradients of the log-likelihood of drawn tokens, by the index of each layer with experts.
+
+    Args:
+        model: the original model.
+        windows: int64 [n, L], of about TOKENS tokens.
+        seed: for the drawn tokens.
+        on_progress: called after every layer, forwards and backwards.
+    """
+    batches = model.embed_windows(windows, BATCH_TOKENS)
+    entering = [[h for h, _ in batches]]
+    for index in range(model.num_layers):
+        with model.layer(index) as module, torch.no_grad():
+            entering.append(
+                [model.run(module, h, args).cpu() for h, (_, args) in zip(entering[-1], batches, strict=True)]
+            )
+        on_progress()
+    gradients = _top_gradients(model, entering.pop(), seed)
+    found, first = {}, min(model.shape.layers)
+    for index in reversed(range(model.num_layers)):
+        hidden, seen, moe = entering.pop(), _Seen(), index in model.shape.layers
+        if index >= first:
+            with model.layer(index) as module, model.watching(module, seen.output) if moe else nullcontext():
+                gradients = [
+                    _backward(model, module, h, args, g)
+                    for h, (_, args), g in zip(hidden, batches, gradients, strict=True)
+                ]
+        if moe:
+            found[index] = TokenGradients(torch.cat(seen.power), torch.cat(seen.energy))
+        on_progress()
+    return found
+
+
 def layer_sensitivities(
     model: StreamedModel, windows: Tensor, seed: int, on_progress: Callable[[], None] = lambda: None
 ) -> dict[int, float]:
     """KL in nats per token for a relative error of one in the routed experts' output, by layer index.
 
     Args:
-        model: the original model.
+        model, seed, on_progress: as for `token_gradients`.
         windows: int64 [n, L]; the first TOKENS tokens are used.
-        seed: for the drawn tokens.
-        on_progress: called after every layer, forwards and backwards.
     """
-    windows = windows[: max(1, TOKENS // windows.shape[1])]
-    batches = model.embed_windows(windows, BATCH_TOKENS)
-    entering = [[h for h, _ in batches]]
-    energy: dict[int, float] = {}
-    for index in range(model.num_layers):
-        with model.layer(index) as module, torch.no_grad():
-            outputs = _OutputEnergy(module, model.experts_name if index in model.shape.layers else None)
-            entering.append(
-                [model.run(module, h, args).cpu() for h, (_, args) in zip(entering[-1], batches, strict=True)]
-            )
-            energy[index] = outputs.close() / windows.numel()
-        on_progress()
-    gradients = _top_gradients(model, entering.pop(), seed)
-    found = {}
-    for index in reversed(range(model.num_layers)):
-        hidden = entering.pop()
-        moe = index in model.shape.layers
-        if moe or index:
-            with model.layer(index) as module:
-                power = _GradientPower(module, model.experts_name if moe else None)
-                gradients = [
-                    _backward(model, module, h, args, g)
-                    for h, (_, args), g in zip(hidden, batches, gradients, strict=True)
-                ]
-            if moe:
-                found[index] = power.close() / windows.numel() * energy[index] / (2 * model.shape.hidden_size)
-        on_progress()
-    return found
+    windows = windows[: windows_together(windows)]
+    return {
+        index: float(g.power.double().mean() * g.energy.double().mean()) / (2 * model.shape.hidden_size)
+        for index, g in token_gradients(model, windows, seed, on_progress).items()
+    }
 
 
-class _OutputEnergy:
-    """Sums the squared outputs of the routed experts while a layer runs."""
+def token_weights(power: Tensor) -> Tensor:
+    """How much each token counts, of mean one: the root of the squared gradient.
 
-    def __init__(self, module: nn.Module, path: str | None):
-        self.total = 0.0
-        self._handle = module.get_submodule(path).register_forward_hook(self._hook) if path else None
-
-    def _hook(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
-        self._add(output)
-
-    def _add(self, values: Tensor) -> None:
-        self.total += float(values.double().square().sum())
-
-    def close(self) -> float:
-        if self._handle:
-            self._handle.remove()
-        return self.total
+    Args:
+        power: float32 [T], of one layer.
+    """
+    root = power.sqrt()
+    mean = root.mean()
+    return root / mean if mean > 0 else torch.ones_like(root)  # no error of this layer is felt
 
 
-class _GradientPower(_OutputEnergy):
-    """Sums the squared gradients at the outputs of the routed experts, while a layer runs backwards."""
+def windows_together(windows: Tensor) -> int:
+    """How many windows [n, L] are about TOKENS tokens."""
+    return max(1, TOKENS // windows.shape[1])
 
-    def _hook(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
-        output.register_hook(self._add)
+
+@dataclass
+class _Seen:
+    """What passes through the routed experts of a layer, and the gradients that come back, by batches."""
+
+    power: list[Tensor] = field(default_factory=list)
+    energy: list[Tensor] = field(default_factory=list)
+
+    def output(self, y: Tensor) -> None:
+        """Called with the experts' output [T, H] of a batch, before the gradient of that batch is taken."""
+        self.energy.append(_energy(y.detach()))
+        y.register_hook(lambda g: self.power.append(_energy(g)))
+
+
+def _energy(rows: Tensor) -> Tensor:
+    return rows.flatten(0, -2).float().square().sum(-1).cpu()
 
 
 def _top_gradients(model: StreamedModel, hidden: list[Tensor], seed: int) -> list[Tensor]:

@@ -327,7 +327,8 @@ class StreamedModel:
             experts = self.source.experts(index, chunk).to(self.device)
             for i, (token, slot) in enumerate(called):
                 one = experts.one(i)
-                out = one.forward(x[token], s.hidden_act)
+                # Of `x[token]` the gradient takes far longer on a CPU.
+                out = one.forward(x.index_select(0, token), s.hidden_act)
                 y.index_add_(0, token, out * topk_weights[token, slot, None])
         return y
 
@@ -437,6 +438,24 @@ class StreamedModel:
             yield
         finally:
             experts.forward = usual
+
+    @contextmanager
+    def watching(self, module: nn.Module, seen: Callable[[Tensor], None]) -> Iterator[None]:
+        """Within this, the output of a layer's routed experts is shown, [T, H], with gradients where enabled.
+
+        Args:
+            module: from `layer`.
+            seen: called with it.
+        """
+        index = self._place[module]
+
+        def watched(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            y = self.routed(index, x, ids, weights)
+            seen(y)
+            return y
+
+        with self._experts_as(module, watched):
+            yield
 
     def expert_factor(self, index: int) -> float | None:
         """Factor with which the output of a layer's routed experts enters the layer's own; 1 in most models.

@@ -1,6 +1,7 @@
 """What all layers of a run are worked on with."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -34,6 +35,7 @@ class RunContext:
         state: what is kept on disk.
         workers: processes of the run.
         clock: time and memory.
+        token_weights: float32 [T] by layer index, how much each calibration token counts; empty: all alike.
     """
 
     source: SourceModel
@@ -48,6 +50,7 @@ class RunContext:
     state: RunState
     workers: Workers
     clock: Stopwatch
+    token_weights: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def shape(self) -> MoEShape:

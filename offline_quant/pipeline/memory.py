@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from bitsmoe_kernels.errors import BitsmoeError
-from offline_quant.allocation.objectives import OBJECTIVES, budget_scope, may_share_bases
+from offline_quant.allocation.objectives import may_share_bases, measures_layers
 from offline_quant.calibration.sensitivity import sensitivity_bytes
 from offline_quant.checkpoint.writer import result_bytes, writing_bytes
 from offline_quant.config import QuantizeConfig
@@ -60,7 +60,7 @@ def estimate_memory(
         fit_layer: whether the experts of a layer are fitted together.
         tune: whether scales and codes are tuned.
         bases: whether a decomposition with shared bases may be chosen.
-        sensitive: whether sensitivities of all layers are measured, with gradients.
+        sensitive: whether sensitivities of layers or tokens are measured, with gradients.
         tune_model: whether the whole model is tuned.
         tune_codes: whether its codes are tuned as well.
     """
@@ -87,7 +87,7 @@ def estimate_memory(
 
 def estimate_run(sizes: RunSizes, config: QuantizeConfig, baseline: int, text: int) -> MemoryEstimate:
     """`estimate_memory` of a run with some options."""
-    sensitive = OBJECTIVES[config.objective].sensitive and budget_scope(config) == "model"
+    sensitive = config.token_weights == "model" or measures_layers(config)
     return estimate_memory(
         sizes, baseline, text, config.fits_layer, config.tune, may_share_bases(config), sensitive, config.tunes_model,
         config.tune_codes,

@@ -3,7 +3,7 @@
 import numpy as np
 
 from offline_quant.allocation.choices import ChoiceTable
-from offline_quant.allocation.objectives import OBJECTIVES
+from offline_quant.allocation.objectives import measures_layers
 from offline_quant.allocation.solver import allocate
 from offline_quant.calibration.sensitivity import layer_sensitivities
 from offline_quant.pipeline.context import RunContext
@@ -32,7 +32,7 @@ def share_budget(run: RunContext) -> DividedBudget:
 
 def _sensitivities(run: RunContext) -> dict[int, float]:
     """Weights of the layers' losses, by layer index; empty where the objective's losses can be compared already."""
-    if not OBJECTIVES[run.config.objective].sensitive:
+    if not measures_layers(run.config):
         return {}
     with bar("Measuring sensitivities", 2 * run.num_layers) as on_progress:
         found = layer_sensitivities(run.streamed, run.windows, run.config.seed, on_progress)

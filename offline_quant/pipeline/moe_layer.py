@@ -149,7 +149,7 @@ def _measured_layer(run: RunContext, index: int, on_progress: "LayerProgress") -
     run.clock.lap("calibration")
     offload = OffloadCache(run.state.directory, device_bytes=gpu_share(device))
     shape = run.shape.of_layer(index)
-    moments = LayerMoments(inputs, shape.num_experts, shape.hidden_act)
+    moments = LayerMoments(inputs, shape.num_experts, shape.hidden_act, run.token_weights.get(index))
 
     def load(chunk: range) -> ExpertWeights:
         return run.source.experts(index, chunk).to(device)

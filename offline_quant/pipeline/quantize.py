@@ -21,6 +21,7 @@ from offline_quant.pipeline.preflight import RunInputs, check_inputs, check_reso
 from offline_quant.pipeline.resume import RESULT, EarlierRun, run_state
 from offline_quant.pipeline.stopwatch import Stopwatch
 from offline_quant.pipeline.target_kl import pick_bits
+from offline_quant.pipeline.token_weights import weigh_tokens
 from offline_quant.report.collect import linear_layers_report, model_report
 from offline_quant.report.model_card import write_card
 from offline_quant.report.page import write_page
@@ -94,6 +95,8 @@ def quantize_model(
             lambda: calibration_windows(inputs, config, sizes, max_memory, state, clock)
         )
         run = start_run(inputs, config, calibration.tokens, state, workers, clock, plan_only)
+        if config.token_weights == "model":
+            run = weigh_tokens(run)
         picked = None
         if config.target_kl is not None:
             picked = pick_bits(run, config.target_kl)

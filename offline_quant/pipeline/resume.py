@@ -5,6 +5,7 @@
         lock                held by the run that works here
         windows.safetensors calibration tokens
         calibration.json    their origin
+        tokens.safetensors  how much they count, where that was measured
         picked.json         the bits that were picked for a divergence, where they were
         shared.json         one budget for the model, divided among its layers, where there is one
         layer-00003/        a finished layer: its tensors, schema, report and the hidden states that leave it; its tuned
@@ -20,7 +21,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,7 +50,8 @@ from offline_quant.runtime.distributed import Workers
 
 STATE_VERSION = 2
 RESULT = "result"
-_STATE, _LOCK, _WINDOWS = "state.json", "lock", "windows.safetensors"
+_STATE, _LOCK = "state.json", "lock"
+_WINDOWS, _POWERS = "windows.safetensors", "tokens.safetensors"
 _TEXT, _BUDGET, _PICKED = "calibration.json", "shared.json", "picked.json"
 _TENSORS, _LAYER = "tensors.safetensors", "layer.json"
 _TUNED, _CHANGED = "tuned.json", "tuned.safetensors"
@@ -265,9 +267,17 @@ class RunState:
     def keep_windows(self, windows: CalibrationWindows) -> None:
         """Keep the calibration tokens."""
         self._keep(_TEXT, asdict(windows.text))
-        path = self.directory / _WINDOWS
-        save_file({"windows": windows.tokens.contiguous()}, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+        self._save(_WINDOWS, {"windows": windows.tokens.contiguous()})
+
+    @property
+    def token_powers(self) -> dict[int, Tensor] | None:
+        """What `keep_token_powers` kept; None: there is nothing yet."""
+        path = self.directory / _POWERS
+        return {int(index): power for index, power in load_file(path).items()} if path.exists() else None
+
+    def keep_token_powers(self, powers: Mapping[int, Tensor]) -> None:
+        """Keep squared gradients at every calibration token, by layer index."""
+        self._save(_POWERS, {str(index): power for index, power in powers.items()})
 
     @property
     def model_budget(self) -> DividedBudget | None:
@@ -291,6 +301,11 @@ class RunState:
 
     def _keep(self, name: str, data: dict[str, Any]) -> None:
         _write(self.directory / name, json.dumps(data))
+
+    def _save(self, name: str, tensors: dict[str, Tensor]) -> None:
+        path = self.directory / name
+        save_file(tensors, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
 
     def _kept(self, name: str) -> dict[str, Any] | None:
         return _read_own(self.directory / name) if (self.directory / name).exists() else None

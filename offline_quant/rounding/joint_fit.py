@@ -42,7 +42,7 @@ def fit_jointly(
     Args:
         experts: E.
         routed: tokens of an expert, in the order of I in its down matrix.
-        moments: float32 [I, I], E[w^2 h' h'^T] of an expert, undamped.
+        moments: float32 [I, I], E[w^2 h' h'^T] of an expert, undamped, tokens counting as in `routed`.
         get: the current down matrix [H, I] of an expert, at first corrected for its own errors.
         put: replaces it.
         target: float32 [T, H], what the experts should add to the layer's output; becomes what is left over of it.
@@ -59,10 +59,11 @@ def fit_jointly(
             if len(r.token) == 0:
                 continue
             x, left = r.hidden * r.weight[:, None], residual[r.token]
+            counted = x * r.share[:, None]
             directions = unit_directions(moments(e))
-            found = (left.T @ x / r.mass) @ directions
+            found = (left.T @ counted / r.mass) @ directions
             if chance:
-                spread = x.T @ (x * left.square().sum(1, keepdim=True)) / r.mass**2
+                spread = counted.T @ (counted * left.square().sum(1, keepdim=True)) / r.mass**2
                 expected = (directions * (spread @ directions)).sum(0)
                 energy = found.square().sum(0).clamp(min=torch.finfo(found.dtype).tiny)
                 found *= (1 - chance * expected / energy).clamp(min=0)

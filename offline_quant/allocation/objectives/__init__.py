@@ -29,6 +29,11 @@ def budget_scope(config: QuantizeConfig) -> Scope:
     return config.budget or OBJECTIVES[config.objective].scope
 
 
+def measures_layers(config: QuantizeConfig) -> bool:
+    """Whether losses of layers are weighed by measured sensitivities."""
+    return OBJECTIVES[config.objective].sensitive and budget_scope(config) == "model"
+
+
 def may_share_bases(config: QuantizeConfig) -> bool:
     """Whether a form with shared bases may be chosen."""
     return any(form.shares_bases for form in forms_of(config))

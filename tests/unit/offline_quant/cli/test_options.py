@@ -19,7 +19,7 @@ FIRST = {
 OTHERS = {
     "--target-kl", "--objective", "--budget", "--gamma", "--ranks", "--basis", "--basis-bits", "--block-size",
     "--feedback", "--no-feedback", "--refine", "--fit", "--tune-model", "--tune-codes", "--calib-config",
-    "--calib-split", "--calib-column", "--calib-length", "--seed", "--revision", "--max-memory",
+    "--calib-split", "--calib-column", "--calib-length", "--token-weights", "--seed", "--revision", "--max-memory",
 }  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def test_options_of_a_run_are_no_part_of_the_record() -> None:
     assert list(config.record()) == [
         "bits", "objective", "budget", "gamma", "ranks", "basis", "basis_bits", "block_size", "dense_bits", "widths",
         "feedback", "refine", "tune", "fit", "tune_model", "tune_codes", "without", "calib", "calib_samples",
-        "calib_length", "seed",
+        "calib_length", "token_weights", "seed",
     ]  # fmt: skip
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from builders import TINY_MOE
-from offline_quant.calibration.sensitivity import layer_sensitivities
+from offline_quant.calibration import sensitivity
+from offline_quant.calibration.sensitivity import layer_sensitivities, token_gradients, token_weights
 from offline_quant.evaluation import sanity
 from offline_quant.evaluation.sanity import Tally, tally, verdict
 from offline_quant.model.source import SourceModel
@@ -90,10 +91,11 @@ def test_tally_is_the_models_own_loss(tiny, monkeypatch, rows):
 
 
 @pytest.mark.slow
-def test_sensitivities_equal_autograd_through_the_whole_model(tiny):
+def test_sensitivities_equal_autograd_through_the_whole_model(tiny, monkeypatch):
     """Against one backward pass with gradients at every layer's output, tokens drawn by the same generator."""
+    monkeypatch.setattr(sensitivity, "BATCH_TOKENS", 24)
     windows = torch.randint(0, 4096, (2, 24), generator=torch.Generator().manual_seed(1))
-    found = layer_sensitivities(tiny, windows, seed=7)
+    tokens, found = token_gradients(tiny, windows, seed=7), layer_sensitivities(tiny, windows, seed=7)
     whole = StreamedModel(SourceModel(TINY_MOE)).materialize()
     outputs, experts = [], []
     for layer in whole.model.layers:
@@ -102,9 +104,16 @@ def test_sensitivities_equal_autograd_through_the_whole_model(tiny):
     embedded = whole.model.embed_tokens(windows).detach().requires_grad_(True)
     logits = whole(inputs_embeds=embedded, use_cache=False).logits
     logp = logits.float().log_softmax(-1)
-    drawn = torch.multinomial(logp.detach().exp().flatten(0, 1), 1, generator=torch.Generator().manual_seed(7))
+    generator = torch.Generator().manual_seed(7)
+    drawn = torch.cat([torch.multinomial(row.detach().exp(), 1, generator=generator) for row in logp])
     gradients = torch.autograd.grad(-logp.flatten(0, 1).gather(1, drawn).sum(), outputs)
     for index in range(tiny.num_layers):
-        power = gradients[index].double().square().sum() / windows.numel()
-        energy = experts[index].double().square().sum() / windows.numel()
-        assert found[index] == pytest.approx(float(power * energy / (2 * 256)), rel=1e-3)
+        power, energy = (t.double().square().sum(-1).flatten() for t in (gradients[index], experts[index]))
+        assert torch.allclose(tokens[index].power.double(), power, rtol=1e-3)
+        assert torch.allclose(tokens[index].energy.double(), energy, rtol=1e-3)
+        assert found[index] == pytest.approx(float(power.mean() * energy.mean() / (2 * 256)), rel=1e-3)
+
+
+def test_a_token_counts_by_the_root_of_what_is_felt_of_it():
+    assert token_weights(torch.tensor([1.0, 4.0, 0.0, 25.0])).tolist() == [0.5, 1.0, 0.0, 2.5]
+    assert token_weights(torch.zeros(3)).tolist() == [1.0, 1.0, 1.0]

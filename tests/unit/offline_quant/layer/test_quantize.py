@@ -291,13 +291,16 @@ def inputs(T=200, H=12, E=4, k=2, seed=0, unseen=None):
     return ExpertInputs(torch.randn(T, H, generator=g) + 0.3, score.topk(k).indices, torch.rand(T, k, generator=g))
 
 
-def weighed_tokens(data, stats, e):
+def weighed_tokens(data, stats, e, count=None):
     """Inputs and masses of an expert's tokens and of the sample that stands for all tokens, in float64."""
     T = len(data.x)
-    rows = [(data.x[t], data.topk_weights[t, s] ** 2) for t in range(T) for s in range(2) if data.topk_ids[t, s] == e]
+    count = torch.ones(T) if count is None else count
+    slots = [(t, s) for t in range(T) for s in range(2) if data.topk_ids[t, s] == e]
+    rows = [(data.x[t], count[t] * data.topk_weights[t, s] ** 2) for t, s in slots]
     own = len(rows)
-    sample = data.x[:: T // data.x.shape[1]]
-    rows += [(x, data.topk_weights.square().mean() * stats.pseudo_count / len(sample)) for x in sample]
+    sample = range(0, T, T // data.x.shape[1])
+    prior = data.topk_weights.square().mean() * stats.pseudo_count / len(sample)
+    rows += [(data.x[t], count[t] * prior) for t in sample]
     x, mass = torch.stack([r[0] for r in rows]).double(), torch.stack([r[1] for r in rows]).double()
     return x, mass / (own + stats.pseudo_count), own
 
@@ -342,8 +345,9 @@ def test_expert_moments_weigh_by_the_jacobian_of_the_output(hidden_act, monkeypa
         assert torch.allclose(measured.down.double(), (h.T * mass) @ h, rtol=1e-4, atol=1e-4)
 
 
-def test_a_massive_token_counts_as_much_as_a_thousand_others(monkeypatch):
-    """In moments of the inputs and of what enters down, and in weights of outputs. Others count as ever."""
+@pytest.mark.parametrize("weighed", [False, True])
+def test_a_massive_token_counts_as_much_as_a_thousand_others(weighed, monkeypatch):
+    """In moments of the inputs and of what enters down, and in weights of outputs. Others count as ever, or as told."""
     monkeypatch.setattr(moments_module, "PLANNING_STEP", 1)
     g = torch.Generator().manual_seed(3)
     W, D = torch.randn(10, 12, generator=g), torch.randn(12, 5, generator=g)
@@ -352,9 +356,10 @@ def test_a_massive_token_counts_as_much_as_a_thousand_others(monkeypatch):
         data = inputs(T=1500)
         token = int((data.topk_ids == 1).any(1).nonzero()[7])
         data.x[token] *= size
-        stats = LayerMoments(data, 4)
+        count = torch.rand(1500, generator=g) * 2 if weighed else None
+        stats = LayerMoments(data, 4, token_weights=count)
         measured = stats.measure_expert(1, OneExpert(W, D))
-        x, mass, _ = weighed_tokens(data, stats, 1)
+        x, mass, own = weighed_tokens(data, stats, 1, count)
         h = swiglu(x @ W.double().T)
         energy = h.square().sum(1)
         assert len(energy) < moments_module.BLOCK_TOKENS
@@ -370,6 +375,9 @@ def test_a_massive_token_counts_as_much_as_a_thousand_others(monkeypatch):
         seen = swiglu(x @ (0.5 * W).double().T)
         assert torch.allclose(found.moments.double(), (seen.T * mass) @ seen, rtol=1e-4, atol=1e-4)
         assert torch.allclose(found.missing.double(), ((h - seen).T * mass) @ seen, rtol=1e-3, atol=1e-3)
+        # What fits down together counts them alike, but for the little that quantizing did to the energies.
+        routed = stats.routed_tokens(1, measured.activations)
+        assert torch.allclose((routed.weight.square() * routed.share / routed.mass).double(), mass[:own], rtol=0.05)
 
 
 def test_tokens_that_activate_nothing_do_not_silence_the_others():
@@ -718,22 +726,24 @@ def test_fitted_together_experts_come_nearer_to_a_target_of_the_whole_layer(basi
 
 
 def test_a_joint_fit_is_the_least_squares_solution_of_all_experts_together():
-    """Sweeps converge to what one solve over all experts' activations finds, in float64."""
+    """Sweeps converge to what one solve over all experts' activations finds, in float64. Tokens count differently."""
     T, E, I, H = 400, 3, 5, 4  # noqa: E741
     g = torch.Generator().manual_seed(1)
     ids = torch.rand(T, E, generator=g).topk(2).indices
     weight, target = torch.rand(T, 2, generator=g).double(), torch.randn(T, H, generator=g).double()
+    share = torch.rand(T, generator=g).double() + 0.1
     routed, features = [], torch.zeros(T, E * I, dtype=torch.float64)
     for e in range(E):
         token, slot = (ids == e).nonzero(as_tuple=True)
         hidden = torch.randn(len(token), I, generator=g).double()
-        routed.append(RoutedTokens(token, weight[token, slot], hidden, float(len(token))))
+        routed.append(RoutedTokens(token, weight[token, slot], share[token], hidden, float(len(token))))
         features[token, e * I : (e + 1) * I] = hidden * weight[token, slot, None]
     matrices = {e: torch.zeros(H, I, dtype=torch.float64) for e in range(E)}
-    moments = [(r.hidden * r.weight[:, None]).T @ (r.hidden * r.weight[:, None]) / r.mass for r in routed]
+    moments = [(r.hidden * (r.weight.square() * r.share)[:, None]).T @ r.hidden / r.mass for r in routed]
     left = target.clone()
     fit_jointly(E, routed.__getitem__, moments.__getitem__, matrices.__getitem__, matrices.__setitem__, left, 400, 0)
-    best = torch.linalg.lstsq(features, target).solution
+    root = share.sqrt()[:, None]
+    best = torch.linalg.lstsq(features * root, target * root).solution
     assert torch.allclose(torch.cat([matrices[e] for e in range(E)], 1).T, best, atol=1e-6)
     assert torch.allclose(left, target - features @ best, atol=1e-6)
 
@@ -753,7 +763,8 @@ def test_a_joint_fit_trusts_no_chance(told, share):
     hidden, token = sampled(T), torch.arange(T)
     noise = torch.randn(T, H, generator=g).double() * (1 + 9 * (torch.rand(T, 1, generator=g) < 0.02))
     target = torch.einsum("eti,ehi->th", hidden, true) + noise
-    routed = [RoutedTokens(token, torch.ones(T).double(), h, float(T)) for h in hidden]
+    ones = torch.ones(T).double()
+    routed = [RoutedTokens(token, ones, ones, h, float(T)) for h in hidden]
     moments = [h.T @ h / T for h in hidden]
     fresh = sampled(4000)
 

@@ -18,14 +18,19 @@ from safetensors.torch import load_file
 from bitsmoe_kernels.errors import BitsmoeError
 from builders import REPO
 from families import make_model
+from offline_quant.calibration import sensitivity
+from offline_quant.calibration.sensitivity import token_gradients
 from offline_quant.calibration.sources import base as sources
 from offline_quant.checkpoint.directory import PAGE_FILE, REPORT_FILE
 from offline_quant.config import QuantizeConfig
 from offline_quant.model.fingerprint import fingerprint
+from offline_quant.model.source import SourceModel
+from offline_quant.model.streaming import StreamedModel
 from offline_quant.pipeline import calibrate, layer_loop
 from offline_quant.pipeline import model_tuning as step
 from offline_quant.pipeline import quantize as pipeline
 from offline_quant.pipeline import resume as state_module
+from offline_quant.pipeline import token_weights as token_weights_module
 from offline_quant.pipeline.memory import check_memory, parse_bytes
 from offline_quant.pipeline.quantize import quantize_model
 from offline_quant.pipeline.resume import RunState, state_directory
@@ -336,13 +341,50 @@ preflight.check_device = check_device
     assert [p.name for p in tmp_path.iterdir()] == ["site"]
 
 
-def test_two_workers_share_one_budget_for_the_model(source, tmp_path):
-    config = options(source, objective="alphaq")
+def test_two_workers_share_one_budget_for_the_model_and_weigh_its_tokens(source, tmp_path):
+    config = options(source, objective="alphaq", token_weights="model")
     quantize_model(str(source), tmp_path / "one", config)
     arguments = (source, "--out", tmp_path / "two", "--calib", source.parent / "calib.txt", *FAST)
-    done = run(*arguments, "--objective", "alphaq", "--workers", "2")
+    done = run(*arguments, "--objective", "alphaq", "--token-weights", "model", "--workers", "2")
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_every_token_is_weighed_once_and_a_resumed_run_weighs_none(source, whole, tmp_path, monkeypatch):
+    """Three groups of two windows; a run that dies behind a layer, and one that does not."""
+    monkeypatch.setattr(sensitivity, "TOKENS", 128)
+    seen, kept = [], RunState.keep_token_powers
+
+    def keep(self, powers):
+        seen.append((self.windows.tokens, powers))
+        kept(self, powers)
+
+    monkeypatch.setattr(RunState, "keep_token_powers", keep)
+    config = options(source, token_weights="model")
+    quantize_model(str(source), tmp_path / "whole", config)
+    (windows, powers), model = seen[0], StreamedModel(SourceModel(source))
+    assert sorted(powers) == list(model.shape.layers)
+    wanted = [token_gradients(model, windows[2 * i : 2 * i + 2], i) for i in range(3)]
+    for index, power in powers.items():
+        assert torch.allclose(power, torch.cat([part[index].power for part in wanted]), rtol=1e-3)
+
+    def die(self, index, *args):
+        if index == 2:
+            raise Died
+        usual(self, index, *args)
+
+    usual = RunState.close_layer
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "close_layer", die)
+        with pytest.raises(Died):
+            quantize_model(str(source), tmp_path / "q", config)
+    monkeypatch.setattr(token_weights_module, "token_gradients", lambda *_: pytest.fail("measured again"))
+    quantize_model(str(source), tmp_path / "q", config, resume=True)
+    assert contents(tmp_path / "q") == contents(tmp_path / "whole")
+    record = json.loads((tmp_path / "q/config.json").read_text())["quantization_config"]["run"]
+    assert record["token_weights"] == "model"
+    unweighed = contents(whole)
+    assert any(unweighed[n] != data for n, data in contents(tmp_path / "q").items() if n.endswith(".safetensors"))
 
 
 def test_hidden_states_go_once_everybody_has_read_them(source, tmp_path, monkeypatch):
