@@ -22,9 +22,13 @@ def _ours(bits: float, *seeds: int, **options: Any) -> list[Row]:
 
 
 _FITTED: dict[str, Any] = {"fit": "layer"}
-_TUNED: tuple[dict[str, Any], ...] = (
+_WEIGHED: dict[str, Any] = {"token_weights": "model"}
+_SLOWER: tuple[dict[str, Any], ...] = (
+    _WEIGHED,
     _FITTED,
+    {**_FITTED, **_WEIGHED},
     {**_FITTED, "tune_model": True},
+    {**_FITTED, **_WEIGHED, "tune_model": True},
     {"tune": True},
     {"tune_model": True},
     {"tune_codes": True},
@@ -33,12 +37,12 @@ _TUNED: tuple[dict[str, Any], ...] = (
 GROUPS: dict[str, list[Row]] = {
     "main": [
         *(row for bits in (2.0, LEAST, 2.5, MORE, 4.0) for row in _ours(bits)),
-        *(row for options in _TUNED for bits in (LEAST, MORE) for row in _ours(bits, **options)),
+        *(row for options in _SLOWER for bits in (LEAST, MORE) for row in _ours(bits, **options)),
         *(row for basis in ("natural", "whitened") for row in _ours(LEAST, basis=basis)),
         *(Row("GPTQ g64, its strongest settings", "gptq", bits, 0, {**STRONG, **GROUP}) for bits in (2, 3)),
         *(Row("AutoRound g64, 200 iterations of 8 x 512 tokens", "autoround", bits, 0, AUTOROUND) for bits in (2, 3)),
         *(Row("HQQ g64", "hqq", bits, 0, GROUP) for bits in (2, 3)),
         *(Row("round-to-nearest g64", "rtn", bits, 0, GROUP) for bits in (2, 3)),
     ],
-    "seeds": [row for options in ({}, _TUNED[-1]) for row in _ours(LEAST, *quality.SEEDS, **options)],
+    "seeds": [row for options in ({}, _SLOWER[-1]) for row in _ours(LEAST, *quality.SEEDS, **options)],
 }  # fmt: skip
