@@ -10,7 +10,7 @@ drawn continuation tells it with much chance, and few tokens hold most of it: it
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -70,17 +70,18 @@ def token_gradients(
             )
         on_progress()
     gradients = _top_gradients(model, entering.pop(), seed)
-    found, first = {}, min(model.shape.layers)
+    found = {}
     for index in reversed(range(model.num_layers)):
-        hidden, seen, moe = entering.pop(), _Seen(), index in model.shape.layers
-        if index >= first:
-            with model.layer(index) as module, model.watching(module, seen.output) if moe else nullcontext():
+        hidden, outputs = entering.pop(), list[TokenGradients]()
+        if index >= min(model.shape.layers):
+            with model.layer(index) as module:
                 gradients = [
-                    _backward(model, module, h, args, g)
+                    _backward(model, module, h, args, g, outputs if index in model.shape.layers else None)
                     for h, (_, args), g in zip(hidden, batches, gradients, strict=True)
                 ]
-        if moe:
-            found[index] = TokenGradients(torch.cat(seen.power), torch.cat(seen.energy))
+        if outputs:
+            parts = zip(*((part.power, part.energy) for part in outputs), strict=True)
+            found[index] = TokenGradients(*map(torch.cat, parts))
         on_progress()
     return found
 
@@ -117,19 +118,6 @@ def windows_together(windows: Tensor) -> int:
     return max(1, TOKENS // windows.shape[1])
 
 
-@dataclass
-class _Seen:
-    """What passes through the routed experts of a layer, and the gradients that come back, by batches."""
-
-    power: list[Tensor] = field(default_factory=list)
-    energy: list[Tensor] = field(default_factory=list)
-
-    def output(self, y: Tensor) -> None:
-        """Called with the experts' output [T, H] of a batch, before the gradient of that batch is taken."""
-        self.energy.append(_energy(y.detach()))
-        y.register_hook(lambda g: self.power.append(_energy(g)))
-
-
 def _energy(rows: Tensor) -> Tensor:
     return rows.flatten(0, -2).float().square().sum(-1).cpu()
 
@@ -149,8 +137,19 @@ def _top_gradients(model: StreamedModel, hidden: list[Tensor], seed: int) -> lis
 
 
 def _backward(
-    model: StreamedModel, module: nn.Module, hidden: Tensor, arguments: Arguments, gradient: Tensor
+    model: StreamedModel,
+    module: nn.Module,
+    hidden: Tensor,
+    arguments: Arguments,
+    gradient: Tensor,
+    outputs: list[TokenGradients] | None,
 ) -> Tensor:
-    with torch.enable_grad():
+    """Gradient at what enters a layer; what is seen at the output of its routed experts is appended to `outputs`."""
+    seen: list[Tensor] = []
+    with torch.enable_grad(), nullcontext() if outputs is None else model.watching(module, seen.append):
         h = hidden.to(model.device).requires_grad_(True)
-        return torch.autograd.grad(model.run(module, h, arguments), h, gradient.to(model.device))[0].cpu()
+        out = model.run(module, h, arguments)
+    entered, *felt = torch.autograd.grad(out, [h, *seen], gradient.to(model.device))
+    if outputs is not None:
+        outputs += [TokenGradients(_energy(g), _energy(y.detach())) for g, y in zip(felt, seen, strict=True)]
+    return entered.cpu()

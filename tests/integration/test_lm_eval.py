@@ -168,7 +168,7 @@ def texts() -> list[str]:
     return sampled_texts()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [pytest.param("vllm", marks=pytest.mark.nightly), "hf"])
 def test_the_results_are_those_of_the_dequantized_checkpoint(
     backend: str, texts: list[str], quantized: Path, dequantized: Path, tmp_path: Path, vllm_cache: Path
 ) -> None:

@@ -328,7 +328,9 @@ NIGHTLY = {
     "ExaoneMoeForCausalLM", "MellumForCausalLM", "Ernie4_5_MoeForCausalLM", "GraniteMoeSharedForCausalLM",
     "GraniteMoeSWAForCausalLM", "GraniteMoeHybridForCausalLM", "Cohere2MoeForCausalLM", "AXK1ForCausalLM",
     "AXK2ForCausalLM", "FlexOlmoForCausalLM", "Dots1ForCausalLM", "MiniMaxForCausalLM",
-    "Glm4vMoeForConditionalGeneration", "Llama4ForCausalLM",
+    "Glm4vMoeForConditionalGeneration", "Llama4ForCausalLM", "Qwen3VLMoeForConditionalGeneration",
+    "Gemma4ForConditionalGeneration", "KimiK25ForConditionalGeneration", "Glm4MoeForCausalLM", "GraniteMoeForCausalLM",
+    "HunYuanMoEV1ForCausalLM", "OlmoeForCausalLM", "MiniMaxM2ForCausalLM",
 }  # fmt: skip
 """Architectures whose way through transformers and vLLM others have too. `make test` reads them; `make nightly` does
 the rest."""

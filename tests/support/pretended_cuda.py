@@ -214,6 +214,7 @@ def pretended_cuda(memory: int = 80_000_000_000) -> Iterator[Callable[[], int]]:
         mock.patch.object(torch.cuda, "_maybe_exchange_device", exchange),
         mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
         mock.patch.object(torch.cuda, "get_device_properties", return_value=SimpleNamespace(total_memory=memory)),
+        mock.patch.object(torch.cuda, "is_bf16_supported", return_value=False),
         mock.patch.object(torch, "Generator", Generator),
         mock.patch.object(torch.autograd, "grad", _gradients),
         sdpa_kernel(SDPBackend.MATH),

@@ -123,7 +123,9 @@ ROUNDED, MOST = 2.1e-4, 4e-4
 @pytest.mark.slow
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("unit", [AMPERE, pytest.param(HOPPER, marks=pytest.mark.nightly)], ids=["Ampere", "Hopper"])
-@pytest.mark.parametrize("bits", [(1,), (2,), (3,), (4,), (1, 2, 3, 4)], ids=str)
+@pytest.mark.parametrize(
+    "bits", [(2,), (1, 2, 3, 4), *(pytest.param((width,), marks=pytest.mark.nightly) for width in (1, 3, 4))], ids=str
+)
 @pytest.mark.parametrize(("hidden", "inner"), [(2048, 64), (7168, 64), (64, 7168)])
 def test_float16_on_a_matrix_unit(hidden: int, inner: int, bits: tuple[int, ...], unit: MatrixUnit) -> None:
     """What sums that round toward zero add to the error of one long projection."""
@@ -375,7 +377,7 @@ def test_every_slot_is_in_one_block_of_its_expert(
 @pytest.mark.usefixtures("poisoned_memory")
 @pieces
 @both_ids
-@pytest.mark.parametrize("experts", [1, 3, 4, 60])
+@pytest.mark.parametrize("experts", [1, 3, 4, pytest.param(60, marks=pytest.mark.nightly)])
 def test_slots_of_no_expert_are_in_no_block(
     chunk: int, ids_dtype: torch.dtype, experts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 import bitsmoe
 from builders import TINY_MOE
 from families import IDS, make_model, whole_model
+from offline_quant.calibration.sources.self_written import write_sampled_text
+from offline_quant.calibration.windows import load_tokenizer
 from offline_quant.evaluation.forecast import Forecast, divergence, forecast, noisy_states
 from offline_quant.model.source import SourceModel
 from offline_quant.model.streaming import StreamedModel
@@ -88,7 +90,9 @@ def test_larger_errors_give_larger_forecasts() -> None:
 @pytest.mark.slow
 def test_a_plan_says_what_to_expect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of the demo model within the range it names; other objectives predict no errors."""
-    options = {"bits": 2.125, "calib": "self", "calib_samples": 16, "calib_length": 256}
+    text, model = tmp_path / "calib.txt", StreamedModel(SourceModel(TINY_MOE))
+    write_sampled_text(model, load_tokenizer(TINY_MOE), text, 16, 256, 0)
+    options = {"bits": 2.125, "calib": str(text), "calib_samples": 16, "calib_length": 256}
     report = bitsmoe.quantize(TINY_MOE, tmp_path / "plan", plan=True, **options).report
     assert report.forecast is not None
     written = json.loads((tmp_path / "plan" / "bitsmoe_report.json").read_text())

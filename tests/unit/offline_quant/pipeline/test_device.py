@@ -89,7 +89,7 @@ def test_a_checkpoint_is_that_of_a_cpu(
 def test_gradients_too_stay_on_the_device(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of sensitivities and of tuning; they are ones there, so the checkpoint is another."""
     monkeypatch.setattr(tune, "STEPS", 2)
-    changed = {"tune": True, "budget": "model"}
+    changed = {"tune": True, "budget": "model", "token_weights": "model"}
     with pretended_cuda():
         assert quantized(folder, model(folder, "Qwen3MoeForCausalLM"), tmp_path / "cuda", "cuda", **changed)
 

@@ -33,7 +33,7 @@ from offline_quant.pipeline.target_kl import STEPS, Forecasts, least_step
 
 TEXT = (REPO / "LICENSE").read_text(encoding="utf-8")
 SAMPLES, LENGTH = 8, 256
-FEW = {"calib_samples": SAMPLES, "calib_length": LENGTH, "refine": 0}
+FEW = {"calib_samples": SAMPLES, "calib_length": LENGTH, "refine": 0, "basis": "natural"}
 
 
 @given(
@@ -285,7 +285,7 @@ def test_two_workers_pick_the_same(source: Path, whole: Path, tmp_path: Path) ->
     words = [
         sys.executable, "-m", "offline_quant.cli", "quantize", source, "--out", tmp_path / "q", "--target-kl", TARGET,
         "--calib", source.parent / "calib.txt", "--calib-samples", str(SAMPLES),
-        "--calib-length", str(LENGTH), "--refine", "0", "--workers", "2",
+        "--calib-length", str(LENGTH), "--refine", "0", "--basis", "natural", "--workers", "2",
     ]  # fmt: skip
     done = subprocess.run([*map(str, words)], cwd=REPO, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
@@ -335,7 +335,7 @@ def test_a_target_that_no_bits_meet_or_all(source: Path, tmp_path: Path, target:
         ({"target_kl": 0.0}, "--target-kl 0.0: Input should be greater than 0"),
         ({"target_kl": math.nan}, "--target-kl nan: Input should be "),
         ({"objective": "uniform"}, "--target-kl 0.01: --objective uniform predicts no errors"),
-        ({"objective": "alphaq"}, "--target-kl 0.01: --objective alphaq predicts no errors"),
+        ({"objective": "alphaq", "basis": "auto"}, "--target-kl 0.01: --objective alphaq predicts no errors"),
         ({"budget": "model"}, "--target-kl 0.01: with --budget model no forecast was compared"),
     ],
     ids=str,
