@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kernel_cases import DTYPES
-from moe_cases import CASES
+from moe_cases import CASES, LARGE
 from ptx_cases import check_on_machine, names, pipelined
 from tensor_core import AMPERE, HOPPER, MatrixUnit
 
@@ -29,11 +29,6 @@ def dtype_by_day(name: str, capability: int) -> torch.dtype:
     return DTYPES[(list(CASES).index(name) + (capability == 90)) % 2]
 
 
-LARGE = {
-    "many experts", "sizes of Gemma 4", "sizes of gpt-oss", "sizes of Kimi-K3 and Qwen4", "sizes of Qwen4",
-    "sizes of Nemotron-3-Nano", "experts of Nemotron-3-Super",
-}  # fmt: skip
-"""Cases of many seconds: by day on one architecture."""
 OTHERS = [
     "all widths, blocks of 16", "8-bit basis", "gate and up apart", "compensators and kept experts", "biases",
     "no gate",

@@ -500,6 +500,14 @@ def exact_weights(name: str) -> tuple[Array, Array, Array]:
     return expert_weights(made.layer.model_dump(mode="json"), made.block_size, made.tensors)
 
 
+LARGE = {
+    "many experts", "sizes of Gemma 4", "sizes of gpt-oss", "sizes of Kimi-K3 and Qwen4", "sizes of Qwen4",
+    "sizes of Nemotron-3-Nano", "experts of Nemotron-3-Super",
+}  # fmt: skip
+"""Cases of many seconds. By day tests/ptx executes them on one architecture, and CPU kernels take one dtype; the
+interpreter takes them by night."""
+
+
 def call_of(name: str, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """x in its dtype, routing weights and ids of a case."""
     case = CASES[name]

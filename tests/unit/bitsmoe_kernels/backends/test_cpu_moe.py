@@ -21,7 +21,7 @@ from bruteforce import moe as brute_moe
 from builders import MadeLayer, Plan, build_form, build_layer, layers
 from cpu_block import Block
 from cpu_cases import DTYPES, blocks, check, packed, rms, rounded_moe, run_case, same_bits
-from moe_cases import CASES, call_of, exact, guarded_memory
+from moe_cases import CASES, LARGE, call_of, exact, guarded_memory
 
 ISAS = library.usable() if library.why_not() is None else ()
 THREADS = (1, 2, 3)
@@ -57,8 +57,15 @@ def test_the_kernels_can_be_used_here() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("poisoned_memory")
-@every_dtype
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=[pytest.mark.nightly] if name in LARGE and dtype != torch.bfloat16 else [])
+        for name in CASES
+        for dtype in DTYPES
+    ],
+    ids=dtype_name,
+)
 def test_case(name: str, dtype: torch.dtype) -> None:
     """Within bounds; the same bits by every instruction set, on any threads, whatever lies around the tensors."""
     first = run_case(name, dtype, ISAS[0], 1)

@@ -22,7 +22,7 @@ from bitsmoe_kernels.reference import LayerWeights
 from bruteforce import gated, matrices
 from builders import MadeLayer, Plan, build_form, build_layer, form_plans
 from kernel_cases import DTYPES, NAMES, WARMED_UP, check, parts, run_case, shuffled_grid, with_fault
-from moe_cases import CASES, MARGIN, bytes_of, call_of, guarded_memory
+from moe_cases import CASES, LARGE, MARGIN, bytes_of, call_of, guarded_memory
 from pretended_cuda import pretended_cuda
 from tensor_core import AMPERE, HOPPER, MatrixUnit, multiply_add, rounding_toward_zero
 
@@ -31,13 +31,6 @@ pytestmark = [
     # Padding computes with poisoned memory, and numpy says so.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
-
-
-LARGE = {
-    "many experts", "sizes of Gemma 4", "sizes of gpt-oss", "sizes of Kimi-K3 and Qwen4", "sizes of Qwen4",
-    "sizes of Nemotron-3-Nano", "experts of Nemotron-3-Super",
-}  # fmt: skip
-"""Cases that take the interpreter ten seconds and more: tests/ptx executes them by day, compiled."""
 
 
 def dtype_name(dtype: Any) -> str | None:

@@ -118,6 +118,7 @@ def test_a_choice_that_a_unit_does_not_have_is_not_taken():
     assert allocate(loss, np.array([[0, 1, 2], [0, 1, 2]]), 1).choice.tolist() == [0, 1]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_million_units_are_solved_with_a_proven_gap():
     rng = np.random.default_rng(4)

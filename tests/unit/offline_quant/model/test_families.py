@@ -95,7 +95,7 @@ def test_a_family_is_quantized_and_dequantized(architecture: str, tmp_path: Path
         pytest.param("MixtralForCausalLM", 1, marks=pytest.mark.nightly),
         ("GptOssForCausalLM", 1),
         pytest.param("Llama4ForCausalLM", 1, marks=pytest.mark.nightly),
-        ("MiniMaxM3SparseForConditionalGeneration", 2),
+        pytest.param("MiniMaxM3SparseForConditionalGeneration", 2, marks=pytest.mark.nightly),
     ],
 )
 def test_layers_that_do_not_just_add_the_output_of_their_experts(

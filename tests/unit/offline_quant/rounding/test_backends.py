@@ -66,7 +66,8 @@ def by(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Quantized]:
     ("backend", "shape"),
     [
         *(pytest.param(CpuRounding, s, marks=needs_library) for s in (*SHAPES, (3, 70, 1), (3, 100, 130))),
-        *(pytest.param(TritonRounding, s, marks=pytest.mark.slow) for s in (*SHAPES, (1, 70, 1))),
+        *(pytest.param(TritonRounding, s, marks=pytest.mark.slow) for s in SHAPES),
+        pytest.param(TritonRounding, (1, 70, 1), marks=pytest.mark.nightly),
     ],
 )
 def test_kernels_round_as_torch_does(
