@@ -22,6 +22,7 @@ from offline_quant.pipeline.resume import RESULT, EarlierRun, run_state
 from offline_quant.pipeline.stopwatch import Stopwatch
 from offline_quant.pipeline.target_kl import pick_bits
 from offline_quant.pipeline.token_weights import weigh_tokens
+from offline_quant.pipeline.tuning_time import foretell_tuning
 from offline_quant.report.collect import linear_layers_report, model_report
 from offline_quant.report.model_card import write_card
 from offline_quant.report.page import write_page
@@ -95,6 +96,7 @@ def quantize_model(
             lambda: calibration_windows(inputs, config, sizes, max_memory, state, clock)
         )
         run = start_run(inputs, config, calibration.tokens, state, workers, clock, plan_only)
+        foretell_tuning(run)
         if config.token_weights == "model":
             run = weigh_tokens(run)
         picked = None

@@ -37,6 +37,8 @@ CODE_RATE = 0.03
 """Initial Adam rate of codes, in levels per step; it decays linearly to 0."""
 WARM_UP = 4
 """Steps in which the rate grows to its initial value."""
+FORWARDS, HEADS = 6.0, 4.0
+"""A token of a step takes as long as so many forwards through all layers, and through the head, of the original."""
 HEAD_TOKENS = 1_024
 """Tokens whose logits are in memory together."""
 LOGIT_COPIES = 5
@@ -262,6 +264,12 @@ def layer_visits(layers: int, windows: Tensor, judged: int, codes: bool = False)
     """How often `tune_model` calls `on_layer`."""
     steps = _passes(codes) * len(_batches(range(len(windows)), windows))
     return 2 * layers * (len(_batches(range(judged), windows)) + steps)
+
+
+def passes(windows: Tensor, judged: int, codes: bool = False) -> tuple[float, float]:
+    """How many passes of a token through each layer and through the head, forwards, `tune_model` takes as long as."""
+    stepped, seen = _passes(codes) * windows.numel(), 2 * windows[:judged].numel()
+    return FORWARDS * stepped + seen, HEADS * stepped + 2 * seen
 
 
 def tuning_bytes(sizes: RunSizes, codes: bool = False) -> int:

@@ -31,6 +31,10 @@ JUDGED_SHARE = 16
 of the two has seen, would favour it."""
 
 
+FORWARDS = 12.0
+"""A token of a step takes as long as so many forwards through the layer."""
+
+
 class _TunedLayer:
     """The routed experts of a layer with parameters."""
 
@@ -117,7 +121,7 @@ def tune(
     tuned = _TunedLayer(LayerWeights(layer, block_size, given), device)
     optimizer = adam(tuned.groups())
     generator = torch.Generator().manual_seed(seed)
-    batch = min(BATCH_TOKENS, -(-len(target) // LEAST_BATCHES))
+    batch = _batch(len(target))
     shuffled = torch.empty(0, dtype=torch.int64)
     for step in range(steps if batch else 0):
         if len(shuffled) < batch:
@@ -129,6 +133,16 @@ def tune(
     for name, part in tuned.parts.items():
         result |= part.tensors(tuned.weights.projections[name])
     return result if lost(result) < lost(given) else {k: v.cpu() for k, v in given.items()}
+
+
+def _batch(tokens: int) -> int:
+    """Tokens of a step."""
+    return min(BATCH_TOKENS, -(-tokens // LEAST_BATCHES))
+
+
+def passes(tokens: int) -> float:
+    """How many passes of a token through a layer, forwards, `tune` takes as long as, of so many tokens."""
+    return FORWARDS * STEPS * _batch(tokens)
 
 
 def _take(inputs: ExpertInputs, rows: Tensor) -> ExpertInputs:

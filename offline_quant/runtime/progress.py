@@ -63,11 +63,12 @@ def _write_lines(progress: Progress, over: Event) -> None:
             (before, had), total = seen[0], task.total or 0
             left = "time left not known yet"
             if task.completed > had:
-                left = f"{_clock((total - task.completed) * (now - before) / (task.completed - had))} left"
-            console.print(f"{task.description}: {task.completed:g} of {total:g}, {_clock(now - start)} so far, {left}")
+                left = f"{clock((total - task.completed) * (now - before) / (task.completed - had))} left"
+            console.print(f"{task.description}: {task.completed:g} of {total:g}, {clock(now - start)} so far, {left}")
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A duration as hours, minutes and seconds."""
     return str(timedelta(seconds=round(seconds)))
 
 
