@@ -4,8 +4,8 @@ To second order, an error d of a layer's output costs KL = E[(g . d)^2] / 2, wit
 of a token drawn from the model's own prediction (the Fisher metric). With d spread evenly, an error of relative size r
 costs r * E|g|^2 * E|y|^2 / (2 H), y being the routed experts' output: the factor of r is the layer's sensitivity.
 
-Errors of some tokens cost far more than those of others. GuidedQuant (arXiv 2505.07004) weighs tokens by |g|^2. One
-drawn continuation tells it with much chance, and few tokens hold most of it: its root serves better.
+Errors of some tokens cost far more than those of others. GuidedQuant (arXiv 2505.07004) weighs tokens by |g|^2. Few
+tokens hold most of it, and what is measured by them alone fits no other text: its root serves better.
 """
 
 from collections.abc import Callable
@@ -42,8 +42,8 @@ class TokenGradients:
     """What was seen at the output of one layer's routed experts.
 
     Attributes:
-        power: float32 [T], squared norm of the gradient.
-        energy: float32 [T], squared norm of the output.
+        power: float64 [T], squared norm of the gradient.
+        energy: float64 [T], squared norm of the output.
     """
 
     power: Tensor
@@ -97,20 +97,20 @@ def layer_sensitivities(
     """
     windows = windows[: windows_together(windows)]
     return {
-        index: float(g.power.double().mean() * g.energy.double().mean()) / (2 * model.shape.hidden_size)
+        index: float(g.power.mean() * g.energy.mean()) / (2 * model.shape.hidden_size)
         for index, g in token_gradients(model, windows, seed, on_progress).items()
     }
 
 
 def token_weights(power: Tensor) -> Tensor:
-    """How much each token counts, of mean one: the root of the squared gradient.
+    """How much each token counts, float32 [T] of mean one: the root of the squared gradient.
 
     Args:
-        power: float32 [T], of one layer.
+        power: float64 [T], of one layer.
     """
     root = power.sqrt()
     mean = root.mean()
-    return root / mean if mean > 0 else torch.ones_like(root)  # no error of this layer is felt
+    return (root / mean if mean > 0 else torch.ones_like(root)).float()  # or no error of this layer is felt
 
 
 def windows_together(windows: Tensor) -> int:
@@ -119,7 +119,7 @@ def windows_together(windows: Tensor) -> int:
 
 
 def _energy(rows: Tensor) -> Tensor:
-    return rows.flatten(0, -2).float().square().sum(-1).cpu()
+    return rows.flatten(0, -2).double().square().sum(-1).cpu()
 
 
 def _top_gradients(model: StreamedModel, hidden: list[Tensor], seed: int) -> list[Tensor]:

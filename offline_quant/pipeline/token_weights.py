@@ -23,7 +23,7 @@ def weigh_tokens(run: RunContext) -> RunContext:
 
 
 def _measured(run: RunContext) -> dict[int, Tensor]:
-    """Squared norms of gradients, float32 [T], by layer index."""
+    """Squared norms of gradients, float64 [T], by layer index."""
     groups = run.windows.split(windows_together(run.windows))
     own = sum(run.workers.is_local(i) for i in range(len(groups)))
     with bar("Weighing tokens", 2 * run.num_layers * own) as on_layer:

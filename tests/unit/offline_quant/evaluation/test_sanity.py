@@ -109,11 +109,15 @@ def test_sensitivities_equal_autograd_through_the_whole_model(tiny, monkeypatch)
     gradients = torch.autograd.grad(-logp.flatten(0, 1).gather(1, drawn).sum(), outputs)
     for index in range(tiny.num_layers):
         power, energy = (t.double().square().sum(-1).flatten() for t in (gradients[index], experts[index]))
-        assert torch.allclose(tokens[index].power.double(), power, rtol=1e-3)
-        assert torch.allclose(tokens[index].energy.double(), energy, rtol=1e-3)
+        assert torch.allclose(tokens[index].power, power, rtol=1e-3)
+        assert torch.allclose(tokens[index].energy, energy, rtol=1e-3)
         assert found[index] == pytest.approx(float(power.mean() * energy.mean() / (2 * 256)), rel=1e-3)
 
 
 def test_a_token_counts_by_the_root_of_what_is_felt_of_it():
-    assert token_weights(torch.tensor([1.0, 4.0, 0.0, 25.0])).tolist() == [0.5, 1.0, 0.0, 2.5]
-    assert token_weights(torch.zeros(3)).tolist() == [1.0, 1.0, 1.0]
+    """Whatever its size: float32 would not hold the last one."""
+    for size in (1.0, 1e60):
+        weights = token_weights(size * torch.tensor([1.0, 4.0, 0.0, 25.0]).double())
+        assert weights.tolist() == pytest.approx([0.5, 1.0, 0.0, 2.5])
+        assert weights.dtype == torch.float32
+    assert token_weights(torch.zeros(3).double()).tolist() == [1.0, 1.0, 1.0]
