@@ -38,8 +38,8 @@ quick: style ## lint, types and the quick tests, in about a minute
 # Two halves side by side, one thread for each: two cores finish both in little more than the longer one. Nothing here
 # needs the Hugging Face Hub, and waiting for one that is not there takes minutes. tests/ptx compile the kernels that
 # tests/unit interpret: they need a process of their own.
-KERNEL_TESTS := $(addprefix tests/unit/bitsmoe_kernels/backends/test_,triton_moe.py machine_code.py cpu_sanitizers.py \
-	cpu_moe.py)
+KERNEL_TESTS := $(addprefix tests/unit/bitsmoe_kernels/,_triton \
+	$(addprefix backends/test_,triton_moe.py machine_code.py cpu_sanitizers.py cpu_moe.py))
 test: style ## lint, types and every test that needs no GPU
 	@mkdir -p build; export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1; \
 	$(PY) -m pytest tests/unit $(KERNEL_TESTS:%=--ignore=%) > build/unit-tests.log 2>&1 & unit=$$!; \

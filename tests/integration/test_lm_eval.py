@@ -22,9 +22,9 @@ from builders import TINY_MOE
 from vllm_server import environment
 
 TASKS = Path(__file__).with_name("lm_eval_tasks")
-NUM_TEXTS, TEXT_TOKENS = 32, 80
+NUM_TEXTS, TEXT_TOKENS = 16, 80
 CONTEXT_WORDS, CHOICE_WORDS, NUM_CHOICES = 16, 6, 4
-NUM_GENERATIONS, GENERATED_TOKENS = 8, 16  # the latter as in generation.yaml
+NUM_GENERATIONS, GENERATED_TOKENS = 4, 16  # the latter as in generation.yaml
 MAX_ERROR = 1e-4
 """Of the log-likelihood of a choice, nats. Both sides compute in float32, in different orders; 1e-5 is usual."""
 TIE = 2 * MAX_ERROR

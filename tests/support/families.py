@@ -330,7 +330,8 @@ NIGHTLY = {
     "AXK2ForCausalLM", "FlexOlmoForCausalLM", "Dots1ForCausalLM", "MiniMaxForCausalLM",
     "Glm4vMoeForConditionalGeneration", "Llama4ForCausalLM", "Qwen3VLMoeForConditionalGeneration",
     "Gemma4ForConditionalGeneration", "KimiK25ForConditionalGeneration", "Glm4MoeForCausalLM", "GraniteMoeForCausalLM",
-    "HunYuanMoEV1ForCausalLM", "OlmoeForCausalLM", "MiniMaxM2ForCausalLM",
+    "HunYuanMoEV1ForCausalLM", "OlmoeForCausalLM", "MiniMaxM2ForCausalLM", "MixtralForCausalLM", "PhiMoEForCausalLM",
+    "Lfm2MoeForCausalLM", "LagunaForCausalLM", "DeepseekV2ForCausalLM", "Qwen3NextForCausalLM", "Qwen2MoeForCausalLM",
 }  # fmt: skip
 """Architectures whose way through transformers and vLLM others have too. `make test` reads them; `make nightly` does
 the rest."""

@@ -127,6 +127,7 @@ def test_estimates_beside_measurements() -> None:
     assert "unknown: ''" in said
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_command() -> None:
     """Of the smallest model here; more bits or tokens take no less, and nothing takes less than its bytes."""

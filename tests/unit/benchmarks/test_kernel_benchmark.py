@@ -259,6 +259,7 @@ def test_wrong_options(args: tuple[str, ...], said: str):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_rehearsal(tmp_path: Path):
     """Our layer, a baseline and two that need a GPU, through processes, checks, files and table."""

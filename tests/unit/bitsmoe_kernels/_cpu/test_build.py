@@ -97,6 +97,7 @@ def test_a_broken_compiler_gives_a_wheel_without_the_library_and_says_so(checkou
     assert path.name.endswith("-py3-none-linux_" + os.uname().machine + ".whl")
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_wheel_holds_the_library_where_python_looks_for_it(checkout: Path, tmp_path: Path) -> None:
     path, names, said = wheel(checkout, tmp_path)
