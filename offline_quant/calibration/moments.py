@@ -225,7 +225,7 @@ class LayerMoments:
         slots = self.slots[expert]
         token = slots // self.top_k
         hidden = activations[: len(slots)].to(slots.device)
-        share = _cut_heavy_(self._share[token], hidden, _typical_energy(hidden)) if len(slots) else self._share[token]
+        share = _cut_heavy_(self._share[token], hidden, _typical_energy(hidden))
         return RoutedTokens(token, self.slot_weights[slots], share, hidden, float(len(slots) + self.pseudo_count))
 
 

@@ -29,8 +29,6 @@ DOWN_RATE = 0.3
 JUDGED_SHARE = 16
 """One token in this many judges the result. They are among those tuned and quantized on: other tokens, which only one
 of the two has seen, would favour it."""
-
-
 FORWARDS = 12.0
 """A token of a step takes as long as so many forwards through the layer."""
 
