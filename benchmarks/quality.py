@@ -49,6 +49,8 @@ from offline_quant.report.rank_correlation import spearman
 
 HELD_OUT_WINDOWS, HELD_OUT_SEED = 64, 1
 OURS = "bitsmoe"
+SECOND_FIGURES = ("tokens", "kl", "kl_stderr", "perplexity", "perplexity_reference")
+"""What a row keeps of a second text."""
 FIGURES_FILE = "figures.json"
 """What a run of ours leaves beside its checkpoint."""
 BITS = (1.75, 2.0, 2.125, 2.5, 2.75, 3.125, 4.0)
@@ -178,14 +180,14 @@ def write_held_out_text(model: Path, path: Path, seed: int = HELD_OUT_SEED) -> N
 
 
 def measure(
-    model: Path, calib: str, reference: Reference, row: Row, device: str = "cpu", samples: int | None = None
+    model: Path, calib: str, references: Sequence[Reference], row: Row, device: str = "cpu", samples: int | None = None
 ) -> dict[str, Any]:
     """Quantize and evaluate: figures of one row.
 
     Args:
         model: checkpoint directory.
         calib: calibration text.
-        reference: the original model on the test text.
+        references: the original model on the test text, and on a second one, if there is one.
         row: what is run.
         device: what quantizes.
         samples: windows of calibration text; None: the quantizer's default.
@@ -200,10 +202,11 @@ def measure(
             windows = Path(scratch) / "windows.safetensors"
             write_windows(model, calib, windows, samples, seed=row.seed)
             figures = run_baseline(row.method, model, windows, int(row.bits), out, device, **row.options)
-        found = reference.evaluate(out).as_dict()
+        found, *others = (reference.evaluate(out).as_dict() for reference in references)
+    second = {"second": {name: figures[name] for name in SECOND_FIGURES} for figures in others}
     return {
         "label": row.label, "method": row.method, "bits": row.bits, "seed": row.seed, "options": row.options,
-        "run": figures, **found, "bpw": figures["bpw"],
+        "run": figures, **found, **second, "bpw": figures["bpw"],
     }  # fmt: skip
 
 
@@ -278,9 +281,11 @@ def as_markdown(result: dict[str, Any], groups: Groups = GROUPS) -> str:
     first, on = result["rows"][0], result["environment"]
     gpu = f" and one {on['gpu']}" if "gpu" in on else ""
     commits = dict.fromkeys(row["commit"] for row in result["rows"])
+    tried = next((row["second"] for row in result["rows"] if "second" in row), None)
+    second = f", and {tried['tokens']:,} of {result['second_text']}, the second" if tried else ""
     lines.append(
         f"{result['model']}, perplexity {first['perplexity_reference']:.2f} unquantized; {first['tokens']:,} tokens of "
-        f"{result['text']}; calibrated on {result['calibration']}, windows of seed 0 where not said otherwise. KL in "
+        f"{result['text']}{second}; calibrated on {result['calibration']}, windows of seed 0 where not said otherwise. KL in "
         f"nats per token; ±: standard errors over windows of text; bits per weight all-in; seconds of quantization on "
         f"the clock and on the processors, on {on['threads']} thread(s) of {on['cpu']}{gpu}, without imports, sanity "
         f"gate and report; torch {on['torch']}, commit {', '.join(commits)}."
@@ -291,13 +296,15 @@ def as_markdown(result: dict[str, Any], groups: Groups = GROUPS) -> str:
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     head = ["method", "bpw", "KL", "excess perplexity", "top-1 agreement", "seconds", "CPU s", "peak GB"]
-    lines = table_head(head)
+    two_texts = any("second" in r for r in rows)
+    lines = table_head([*head, "KL, second text"] if two_texts else head)
     for r in rows:
         run = r["run"]
         figures = [figure_text(r, "kl", 5), figure_text(r, "excess", 3), figure_text(r, "top1_agreement", 4)]
         lines.append(
             f"| {r['label']} | {r['bpw']:.3f} | {' | '.join(figures)} | {run['seconds']:.0f} "
             f"| {run['cpu_seconds']:.0f} | {run['peak_bytes'] / 1e9:.2f} |"
+            + (f" {figure_text(r['second'], 'kl', 5) if 'second' in r else ''} |" if two_texts else "")
         )
     return lines
 
@@ -389,6 +396,7 @@ def _earlier_rows(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     data = json.loads(path.read_text(encoding="utf-8"))
     same = all(data[k] == header[k] for k in ("model", "calibration", "text"))
+    same = same and data.get("second_text") in (None, header.get("second_text"))
     return data["rows"] if same and data["environment"].get("gpu") == header["environment"].get("gpu") else []
 
 
@@ -408,7 +416,7 @@ def run(args: argparse.Namespace, scratch: Path, groups: Groups = GROUPS) -> Non
     """All rows asked for.
 
     Args:
-        args: of the command line, and `samples`, see `measure`.
+        args: of the command line, `samples`, see `measure`, and `second`, another text to test on, or None.
         scratch: an empty folder.
         groups: rows there are.
     """
@@ -424,17 +432,18 @@ def run(args: argparse.Namespace, scratch: Path, groups: Groups = GROUPS) -> Non
         "calibration": "text sampled from the model" if args.calib == "self" else Path(args.calib).name,
         "text": args.text.name if args.text else "text sampled from the model with another seed",
         "environment": environment(args.device),
+        **({"second_text": args.second.name} if args.second else {}),
     }
     args.out.mkdir(parents=True, exist_ok=True)
     base = args.out / f"quality-{args.model.name}"
     result["rows"] = _earlier_rows(base.with_suffix(".json"), result)
     done = {row["key"] for row in result["rows"]}
     wanted = {row.key: row for row in wanted_rows(args, groups) if row.key not in done}
-    reference = Reference(args.model, text, args.device) if wanted else None
+    texts = [path for path in (text, args.second) if path] if wanted else []
+    references = [Reference(args.model, path, args.device) for path in texts]
     for number, row in enumerate(wanted.values(), 1):
         print(f"[{number}/{len(wanted)}] {row.label}, {row.bits} bits, seed {row.seed}", file=sys.stderr, flush=True)
-        assert reference is not None
-        found = measure(args.model, calib, reference, row, args.device, args.samples)
+        found = measure(args.model, calib, references, row, args.device, args.samples)
         result["rows"].append({"key": row.key, "commit": result["environment"]["commit"], **found})
         write_json(base.with_suffix(".json"), result)
     base.with_suffix(".md").write_text(as_markdown(result, groups), encoding="utf-8")
@@ -461,6 +470,7 @@ def main() -> None:
     add_row_options(parser, GROUPS)
     parser.add_argument("--samples", type=int, help="windows of calibration text; default: the quantizer's")
     parser.add_argument("--quantize", type=json.loads, help=argparse.SUPPRESS)
+    parser.set_defaults(second=None)
     args = parser.parse_args()
     if args.quantize:
         _quantize_here(args.model, args.out, args.quantize)

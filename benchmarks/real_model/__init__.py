@@ -13,9 +13,10 @@ The second is made from the first, in about 15 processor minutes. Groups of rows
     main     bitsmoe from 2 to 4 bits, tuned and not; baselines at 2 and 3 bits, groups of 64
     seeds    bitsmoe on other calibration windows of the same text
 
-Calibrated on 32 windows of 2,048 tokens of C4, tested on Wikipedia. Rows compare with the cut before quantizing. How
-far the routed one is from the dense model then is written to OUT/distance-smol_routed.json. Rows are kept as soon as
-they are done: the same command goes on. GGUF's types below 4 bits have blocks of 256, which do not divide the rows.
+Calibrated on 32 windows of 2,048 tokens of C4, tested on two parts of Wikipedia. Rows compare with the cut before
+quantizing. How far the routed one is from the dense model then is written to OUT/distance-smol_routed.json. Rows are
+kept as soon as they are done: the same command goes on. GGUF's types below 4 bits have blocks of 256, which do not
+divide the rows.
 
 `python -m benchmarks.real_model.causes CHECKPOINT` says where the error of a checkpoint comes from.
 """

@@ -46,19 +46,17 @@ def main() -> None:
     )
     parser.add_argument("--cut", choices=CUTS, default="all-active", help="which model the rows are of")
     parser.add_argument("--folder", type=Path, default=ROOT / ".real_model", help="for the models and the texts")
-    parser.add_argument("--aside", action="store_true", help="test on text that was kept aside; writes to OUT/aside")
     quality.add_row_options(parser, GROUPS)
     args = parser.parse_args()
     all_active.make(args.folder)
-    out = args.out / "aside" if args.aside else args.out
-    text = args.folder / (all_active.ASIDE if args.aside else all_active.TEST)
+    text = args.folder / all_active.TEST
     if args.cut == "routed":
         routed.make(args.folder)
-        out.mkdir(parents=True, exist_ok=True)
-        print(distance(args.folder, text, out / f"distance-{routed.MODEL}.json"), flush=True)
+        args.out.mkdir(parents=True, exist_ok=True)
+        print(distance(args.folder, text, args.out / f"distance-{routed.MODEL}.json"), flush=True)
     given = {
         "model": args.folder / CUTS[args.cut], "calib": str(args.folder / all_active.CALIBRATION), "samples": SAMPLES,
-        "text": text, "out": out,
+        "text": text, "second": args.folder / all_active.ASIDE,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         quality.run(argparse.Namespace(**vars(args) | given), Path(scratch), GROUPS)
