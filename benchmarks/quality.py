@@ -203,7 +203,7 @@ def measure(
             write_windows(model, calib, windows, samples, seed=row.seed)
             figures = run_baseline(row.method, model, windows, int(row.bits), out, device, **row.options)
         found, *others = (reference.evaluate(out).as_dict() for reference in references)
-    second = {"second": {name: figures[name] for name in SECOND_FIGURES} for figures in others}
+    second = {"second": {name: others[0][name] for name in SECOND_FIGURES}} if others else {}
     return {
         "label": row.label, "method": row.method, "bits": row.bits, "seed": row.seed, "options": row.options,
         "run": figures, **found, **second, "bpw": figures["bpw"],
@@ -285,10 +285,10 @@ def as_markdown(result: dict[str, Any], groups: Groups = GROUPS) -> str:
     second = f", and {tried['tokens']:,} of {result['second_text']}, the second" if tried else ""
     lines.append(
         f"{result['model']}, perplexity {first['perplexity_reference']:.2f} unquantized; {first['tokens']:,} tokens of "
-        f"{result['text']}{second}; calibrated on {result['calibration']}, windows of seed 0 where not said otherwise. KL in "
-        f"nats per token; ±: standard errors over windows of text; bits per weight all-in; seconds of quantization on "
-        f"the clock and on the processors, on {on['threads']} thread(s) of {on['cpu']}{gpu}, without imports, sanity "
-        f"gate and report; torch {on['torch']}, commit {', '.join(commits)}."
+        f"{result['text']}{second}; calibrated on {result['calibration']}, windows of seed 0 where not said otherwise. "
+        f"KL in nats per token; ±: standard errors over windows of text; bits per weight all-in; seconds of "
+        f"quantization on the clock and on the processors, on {on['threads']} thread(s) of {on['cpu']}{gpu}, without "
+        f"imports, sanity gate and report; torch {on['torch']}, commit {', '.join(commits)}."
         + (" Seconds of different commits are of different days and loads." if len(commits) > 1 else "")
     )
     return f"# Quality: {result['model']}\n\n" + "\n".join(lines) + "\n"

@@ -11,7 +11,7 @@ the folder. It is cut in two ways, see `all_active` and `routed`:
 The second is made from the first, in about 15 processor minutes. Groups of rows:
 
     main     bitsmoe from 2 to 4 bits, tuned and not; baselines at 2 and 3 bits, groups of 64
-    seeds    bitsmoe on other calibration windows of the same text
+    seeds    bitsmoe, and with `--fit layer`, on other calibration windows of the same text
 
 Calibrated on 32 windows of 2,048 tokens of C4, tested on two parts of Wikipedia. Rows compare with the cut before
 quantizing. How far the routed one is from the dense model then is written to OUT/distance-smol_routed.json. Rows are

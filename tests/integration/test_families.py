@@ -132,7 +132,10 @@ def test_experts_without_a_gate(more: dict[str, Any], tmp_path: Path, calib: str
     assert_same(generate(quantized, PROMPTS, TOKENS, "float32"), want, MAX_ERROR_TRANSFORMERS)
 
 
-@pytest.mark.parametrize(("demo", "bits"), [pytest.param(True, 4, marks=pytest.mark.nightly), (False, 4), (False, 8)])
+@pytest.mark.parametrize(
+    ("demo", "bits"),
+    [(False, 4), *(pytest.param(*case, marks=pytest.mark.nightly) for case in ((True, 4), (False, 8)))],
+)
 def test_linear_layers_outside_the_experts_at_four_and_eight_bits(
     demo: bool, bits: Literal[4, 8], tmp_path: Path, calib: str, generate: Generator
 ) -> None:

@@ -112,7 +112,9 @@ def test_tokens_equal_those_of_the_dequantized_checkpoint(
     assert_same_tokens(serve_once(quantized, SETUPS[setup]), reference)
 
 
-@pytest.mark.parametrize(("objective", "bits"), [("alphaq", 2.5), ("bt-moe", 3.5)])
+@pytest.mark.parametrize(
+    ("objective", "bits"), [("alphaq", 2.5), pytest.param("bt-moe", 3.5, marks=pytest.mark.nightly)]
+)
 def test_sibling_methods_are_served(objective: str, bits: float, tmp_path: Path, generate: Generator) -> None:
     """One width for a matrix, gate and up apart; compensators beside the codes."""
     directory, dequantized = tmp_path / "quantized", tmp_path / "dequantized"

@@ -8,7 +8,7 @@ from torch import Tensor
 CASES = {
     "one row, one column": (1, 1, 1, "K"),
     "one row, widths of columns": (2, 1, 5, "N"),
-    "one column": (3, 70, 1, "K"),
+    "one column": (2, 66, 1, "K"),
     "one column, width of its own": (3, 33, 1, "N"),
     "a block and a panel exactly": (2, 32, 48, "K"),
     "one more of each": (2, 33, 49, "N"),

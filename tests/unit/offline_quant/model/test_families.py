@@ -90,7 +90,7 @@ def test_a_family_is_quantized_and_dequantized(architecture: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("architecture", "factor"),
     [
-        ("GraniteMoeForCausalLM", 0.4),
+        pytest.param("GraniteMoeForCausalLM", 0.4, marks=pytest.mark.nightly),
         ("AfmoeForCausalLM", None),
         pytest.param("MixtralForCausalLM", 1, marks=pytest.mark.nightly),
         ("GptOssForCausalLM", 1),
@@ -139,7 +139,9 @@ LATENT: dict[str, Any] = {"moe_latent_size": 48}
     ],
     ids=str,
 )
-@pytest.mark.parametrize("more", [{}, LATENT], ids=["its own width", "latent"])
+@pytest.mark.parametrize(
+    "more", [pytest.param({}, marks=pytest.mark.nightly, id="its own width"), pytest.param(LATENT, id="latent")]
+)
 def test_experts_without_a_gate(more: dict[str, Any], options: dict[str, Any], tmp_path: Path, calib: str) -> None:
     """Every form, objective and tuning takes two matrices, of the model's width or of another."""
     model = make_model("NemotronHForCausalLM", tmp_path / "model", **more)
