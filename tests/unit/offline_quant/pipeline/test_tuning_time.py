@@ -8,6 +8,7 @@ import pytest
 import bitsmoe
 from families import make_model
 from offline_quant.pipeline import tuning_time
+from offline_quant.pipeline.resume import RunState
 from offline_quant.rounding import model_tuning, tuning
 
 pytestmark = pytest.mark.slow
@@ -76,6 +77,36 @@ def test_what_is_foretold_counts_every_token(
     assert counted.head == counted.forwards
     assert counted.foretold == [pytest.approx(wanted)]
     assert "Tuning: about " in capsys.readouterr().err
+
+
+def test_a_resumed_run_foretells_what_is_left(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foretold: list[float] = []
+    seconds = tuning_time.tuning_seconds
+    monkeypatch.setattr(tuning_time, "_token_seconds", lambda _: (LAYER, HEAD))
+    monkeypatch.setattr(tuning_time, "tuning_seconds", lambda run: foretold.append(seconds(run)) or foretold[-1])
+
+    def quantize(stop: str | None) -> None:
+        with monkeypatch.context() as patch:
+            if stop:
+                patch.setattr(RunState, stop, die)
+            bitsmoe.quantize(source, tmp_path / "q", calib=str(source.parent / "calib.txt"), resume=True, tune=True,
+                             tune_model=True, **OPTIONS)  # fmt: skip
+
+    def die(state: RunState, *given: Any) -> None:
+        if given and given[0] != 2:  # layers are kept but for the last of three
+            return keep(state, *given)
+        raise KeyboardInterrupt
+
+    keep = RunState.close_layer
+    for stop in ("close_layer", "publish"):
+        with pytest.raises(KeyboardInterrupt):
+            quantize(stop)
+    assert "Tuning: about " in capsys.readouterr().err
+    quantize(None)
+    assert "Tuning: about " not in capsys.readouterr().err
+    assert foretold[0] - foretold[1] == pytest.approx(LAYER * tuning.passes(6 * 64))  # one of two layers with experts
 
 
 def test_times_are_measured_and_a_run_without_tuning_says_nothing(
