@@ -416,7 +416,8 @@ def run(args: argparse.Namespace, scratch: Path, groups: Groups = GROUPS) -> Non
     """All rows asked for.
 
     Args:
-        args: of the command line, `samples`, see `measure`, and `second`, another text to test on, or None.
+        args: of the command line; `samples`, see `measure`; `second`, another text to test on, or None; `states`, a
+            folder that keeps the original's hidden states on the texts, or None.
         scratch: an empty folder.
         groups: rows there are.
     """
@@ -440,7 +441,10 @@ def run(args: argparse.Namespace, scratch: Path, groups: Groups = GROUPS) -> Non
     done = {row["key"] for row in result["rows"]}
     wanted = {row.key: row for row in wanted_rows(args, groups) if row.key not in done}
     texts = [path for path in (text, args.second) if path] if wanted else []
-    references = [Reference(args.model, path, args.device) for path in texts]
+    references = [
+        Reference(args.model, path, args.device, args.states and args.states / f"{args.model.name}-{path.name}.states")
+        for path in texts
+    ]
     for number, row in enumerate(wanted.values(), 1):
         print(f"[{number}/{len(wanted)}] {row.label}, {row.bits} bits, seed {row.seed}", file=sys.stderr, flush=True)
         found = measure(args.model, calib, references, row, args.device, args.samples)
@@ -470,7 +474,7 @@ def main() -> None:
     add_row_options(parser, GROUPS)
     parser.add_argument("--samples", type=int, help="windows of calibration text; default: the quantizer's")
     parser.add_argument("--quantize", type=json.loads, help=argparse.SUPPRESS)
-    parser.set_defaults(second=None)
+    parser.set_defaults(second=None, states=None)
     args = parser.parse_args()
     if args.quantize:
         _quantize_here(args.model, args.out, args.quantize)

@@ -56,7 +56,7 @@ def main() -> None:
         print(distance(args.folder, text, args.out / f"distance-{routed.MODEL}.json"), flush=True)
     given = {
         "model": args.folder / CUTS[args.cut], "calib": str(args.folder / all_active.CALIBRATION), "samples": SAMPLES,
-        "text": text, "second": args.folder / all_active.ASIDE,
+        "text": text, "second": args.folder / all_active.ASIDE, "states": args.folder,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         quality.run(argparse.Namespace(**vars(args) | given), Path(scratch), GROUPS)

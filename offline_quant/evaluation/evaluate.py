@@ -134,13 +134,18 @@ def evaluate(
         _check_comparable(source, other)
     length = window_length(source.config, MAX_WINDOW)
     windows = text_windows(load_tokenizer(model), text, length)
-    kept = StatesFile(reference_states, other.directory, windows) if other and reference_states else None
+    compared = _kept_states(other, windows, device, reference_states) if other else None
+    return _compare(final_states(source, windows, device), compared, windows, bits_per_weight(source))
+
+
+def _kept_states(source: WeightSource, windows: Tensor, device: str, path: Path | None) -> "States":
+    """Final states of a reference; from the file where it exists, else written to it. None: they are not kept."""
+    kept = StatesFile(path, source.directory, windows) if path else None
     known = kept.read() if kept else None
-    states = final_states(source, windows, device)
-    compared = final_states(other, windows, device, known) if other else None
-    if kept and compared and known is None:
-        kept.write(compared.hidden)
-    return _compare(states, compared, windows, bits_per_weight(source))
+    states = final_states(source, windows, device, known)
+    if kept and known is None:
+        kept.write(states.hidden)
+    return states
 
 
 class Reference:
@@ -150,13 +155,14 @@ class Reference:
         model: checkpoint directory.
         text: file of text.
         device: where layers run.
+        states: file that keeps its hidden states for later calls, see `evaluate`.
     """
 
-    def __init__(self, model: Path, text: Path, device: str = "cpu"):
+    def __init__(self, model: Path, text: Path, device: str = "cpu", states: Path | None = None):
         self.source, self.device = open_model(model), device
         length = window_length(self.source.config, MAX_WINDOW)
         self.windows = text_windows(load_tokenizer(model), open_text(str(text)), length)
-        self.states = final_states(self.source, self.windows, device)
+        self.states = _kept_states(self.source, self.windows, device, states)
 
     def evaluate(self, model: Path) -> Evaluation:
         """Evaluate a checkpoint against this reference, see the function `evaluate`.

@@ -13,7 +13,7 @@ from bitsmoe_kernels.errors import BitsmoeError
 from families import make_model
 from offline_quant.evaluation import evaluate as module
 from offline_quant.evaluation import reference_states as states_module
-from offline_quant.evaluation.evaluate import Evaluation, evaluate, evaluate_named
+from offline_quant.evaluation.evaluate import Evaluation, Reference, evaluate, evaluate_named
 
 TEXT = "She opened the door, and there stood her brother with the lamp in his hand. " * 40
 Passes = list[Path]
@@ -53,11 +53,12 @@ def test_the_reference_runs_once_and_figures_stay_the_same(made: Path, tmp_path:
     expected = evaluate(model, text, reference)
     passes.clear()
     first = evaluate(model, text, reference, reference_states=kept)
-    assert passes == [model, reference]
+    assert passes == [reference, model]
     second = evaluate(model, text, reference, reference_states=kept)
-    assert passes == [model, reference, model]
+    third = Reference(reference, text, states=kept).evaluate(model)
+    assert passes == [reference, model, model, model]
     assert expected.kl
-    assert first == second == expected
+    assert first == second == third == expected
     assert [p.name for p in kept.parent.iterdir()] == [kept.name]
 
 
