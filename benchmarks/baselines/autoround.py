@@ -9,11 +9,13 @@ from benchmarks.baselines.job import Job, Outcome, all_in_bpw, is_expert, main, 
 
 BITS = (2, 3, 4, 8)
 SETTINGS: dict[str, Any] = {
-    "group_size": 128, "symmetric": False, "alg_ext": False, "iters": 200, "batch_size": 8, "seqlen": None,
+    "group_size": 128, "symmetric": False, "alg_ext": False, "amp": True, "iters": 200, "batch_size": 8,
+    "seqlen": None,
 }  # fmt: skip
 """Those of the library, but for `symmetric`, which measures worse at 2 bits, and for `seqlen`: the tokens of a window,
 None for those that all methods calibrate on, else a divisor of their number. `alg_ext` is its better start of scales,
-which needs `symmetric`; it advises it at 2 bits, with 1,000 iterations."""
+which needs `symmetric`; it advises it at 2 bits, with 1,000 iterations. Without `amp` it computes in float32 instead of
+bfloat16."""
 
 
 def quantize(job: Job) -> Outcome:
@@ -40,6 +42,7 @@ def quantize(job: Job) -> Outcome:
             dataset=batches,
             iters=s["iters"],
             enable_alg_ext=s["alg_ext"],
+            amp=s["amp"],
             seqlen=windows.shape[1],
             nsamples=len(windows),
             batch_size=s["batch_size"],
