@@ -353,7 +353,7 @@ def draw(result: dict[str, Any], path: Path, groups: Groups = GROUPS) -> None:
     from matplotlib.figure import Figure
 
     rows = {row["key"]: row for row in result["rows"]}
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for label in dict.fromkeys(r.curve or r.label for r in groups["main"]):
@@ -366,7 +366,7 @@ def draw(result: dict[str, Any], path: Path, groups: Groups = GROUPS) -> None:
     axes.set(yscale="log", xlabel="all-in bits per weight of the experts", ylabel="KL to the original, nats per token",
              title=result["model"])  # fmt: skip
     axes.grid(True, which="both", alpha=0.25)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
 
 
