@@ -105,18 +105,20 @@ def tally(model: StreamedModel, windows: Tensor, hidden: Iterable[Tensor]) -> Ta
     return Tally(nll, len(target), torch.bincount(likeliest.cpu(), minlength=start))
 
 
-def advice(tuned: bool, model_tuned: bool, natural: bool) -> str:
+def advice(fitted: bool, weighed: bool, model_tuned: bool, natural: bool) -> str:
     """What to do about a degenerate model: only what was not done.
 
     Args:
-        tuned: it was made with `--tune`.
+        fitted: the experts of a layer were fitted together, by `--fit layer` or `--tune`.
+        weighed: it was made with `--token-weights model`.
         model_tuned: it was made with `--tune-model` or `--tune-codes`.
         natural: all of its layers have natural channels.
     """
-    gradients = [option for option, done in (("--tune", tuned), ("--tune-model", model_tuned)) if not done]
+    options = {"--fit layer": fitted, "--token-weights model": weighed, "--tune-model": model_tuned}
+    left = [option for option, done in options.items() if not done]
     remedies = [
         "give more bits (--bits)",
-        *(["tune it (" + " ".join(gradients) + ")"] if gradients else []),
+        *(["take more time (" + " ".join(left) + ")"] if left else []),
         "give more calibration text like your users' (--calib)",
         *([] if natural else ["keep natural channels (--basis natural)"]),
     ]

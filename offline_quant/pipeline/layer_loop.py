@@ -121,7 +121,8 @@ def sanity_check(run: RunContext, layers: FinishedLayers) -> sanity.SanityVerdic
     original = sanity.tally(run.original, run.judged, run.originals.read_all(last))
     quantized = sanity.tally(run.streamed, run.judged, _quantized_states(run))
     natural = all(report.basis == "natural" for report in layers.reports)
-    remedy = sanity.advice(run.config.tune, run.config.tunes_model, natural)
+    config = run.config
+    remedy = sanity.advice(config.fits_layer, config.token_weights == "model", config.tunes_model, natural)
     verdict = sanity.verdict(original, quantized, remedy)
     run.clock.lap("sanity")
     return verdict

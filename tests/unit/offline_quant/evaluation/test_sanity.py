@@ -45,18 +45,21 @@ def test_a_lost_model_is_broken(nll):
 @pytest.mark.parametrize(
     ("done", "words"),
     [
-        ((False, False, False), ["--bits", "--tune --tune-model", "--calib", "--basis natural"]),
-        ((True, False, False), ["--bits", "(--tune-model)", "--calib", "--basis natural"]),
-        ((False, True, True), ["--bits", "(--tune)", "--calib"]),
-        ((True, True, True), ["--bits", "--calib"]),
+        (
+            (False, False, False, False),
+            ["--bits", "(--fit layer --token-weights model --tune-model)", "--calib", "--basis natural"],
+        ),
+        ((True, True, False, False), ["--bits", "(--tune-model)", "--calib", "--basis natural"]),
+        ((False, True, True, True), ["--bits", "(--fit layer)", "--calib"]),
+        ((True, True, True, True), ["--bits", "--calib"]),
     ],
 )
 def test_advice_names_what_was_not_done(done, words):
     found = sanity.advice(*done)
     places = [found.index(word) for word in words]
     assert places == sorted(places)
-    assert ("--tune" in found) is not (done[0] and done[1])
-    assert ("--basis" in found) is not done[2]
+    assert ("more time" in found) is not all(done[:3])
+    assert ("--basis" in found) is not done[3]
 
 
 def test_a_model_that_repeats_one_token_is_broken():
