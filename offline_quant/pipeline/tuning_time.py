@@ -19,30 +19,24 @@ TRIES = 2
 
 def foretell_tuning(run: RunContext) -> None:
     """Print how long `--tune`, `--tune-model` and `--tune-codes` will take, where there is something left to tune."""
-    layers, model = _left(run)
-    if not (layers or model):
-        return
-    seconds = tuning_seconds(run)
-    console.print(f"Tuning: about {clock(seconds)} besides the usual time, by the pace of one layer now")
-    run.clock.lap("time of a layer")
+    if seconds := tuning_seconds(run):
+        console.print(f"Tuning: about {clock(seconds)} besides the usual time, by the pace of one layer now")
+        run.clock.lap("time of a layer")
 
 
 def tuning_seconds(run: RunContext) -> float:
-    """Seconds of the clock that tuning will take, about, after what an earlier run has done."""
+    """Seconds of the clock that tuning will take, about, after what an earlier run has done; 0: nothing is left."""
+    finished = run.state.finished()
+    layers = sum(index >= finished for index in run.shape.layers) if run.config.tune else 0
+    model = run.config.tunes_model and run.state.tuning is None
+    if not (layers or model):
+        return 0.0
     layer, head = _token_seconds(run)
-    layers, model = _left(run)
     seconds = layer * layers * tuning.passes(run.windows.numel())
     if model:
         passes, heads = model_tuning.passes(run.windows, len(run.judged), run.config.tune_codes)
         seconds += layer * run.num_layers * passes + head * heads
     return seconds
-
-
-def _left(run: RunContext) -> tuple[int, bool]:
-    """How many layers are still to be tuned by themselves, and whether the whole model is."""
-    finished = run.state.finished()
-    layers = sum(index >= finished for index in run.shape.layers) if run.config.tune else 0
-    return layers, run.config.tunes_model and run.state.tuning is None
 
 
 def _token_seconds(run: RunContext) -> tuple[float, float]:
