@@ -118,8 +118,7 @@ class QuantizeConfig(BaseModel):
     fit: Annotated[Literal["expert", "layer"], Panel.ROUNDING] = Field(
         default="expert",
         description="What down matrices make up for: errors of their own expert, or of the whole layer and those "
-        "before it, against the original model's hidden states. The latter is better, and about twice as slow; in one "
-        "process only.",
+        "before it, against the original model's hidden states. The latter is better, and about twice as slow.",
     )
     tune_model: Annotated[bool, Panel.ROUNDING] = Field(
         default=False,

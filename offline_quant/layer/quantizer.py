@@ -6,6 +6,7 @@ alone, so any number of workers gives the same bytes.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ def quantize_layer(view: LayerView, plan: LayerPlan, target: Tensor | None = Non
         view: the layer.
         plan: what `plan_layer` decided.
         target: float32 [T, H], what the experts should add to the layer's output, for down matrices that are fitted
-            together (one process only); is overwritten. None: each makes up for its own gate and up.
+            together; is overwritten. None: each makes up for its own gate and up.
 
     Raises:
         BitsmoeError: weights are too large for any scales.
@@ -111,33 +112,41 @@ def quantize_chunk(view: LayerView, plan: LayerPlan, chunk: range) -> QuantizedC
 def _quantize_jointly(view: LayerView, plan: LayerPlan, target: Tensor) -> Iterator[QuantizedChunk]:
     """As `quantize_chunk` of every chunk, down matrices fitted to one target."""
     ctx, cache = view.ctx, view.ctx.cache
-    inputs = []
-    for chunk in ctx.chunks:
+    inputs: dict[range, QuantizedChunk] = {}
+
+    def before_fit(chunk: range) -> None:
         experts = view.load(chunk)
-        inputs.append(_quantize_inputs(view, plan, chunk, experts))
-        W, M = _down_targets(view, plan, chunk, experts, inputs[-1])
+        inputs[chunk] = _quantize_inputs(view, plan, chunk, experts)
+        W, M = _down_targets(view, plan, chunk, experts, inputs[chunk])
         cache.down_targets.put_all(chunk, W)
         cache.down_target_moments.put_all(chunk, M)
+
+    def after_fit(chunk: range) -> QuantizedChunk:
+        W, M = (
+            torch.stack([kept.get(e).to(target.device) for e in chunk])
+            for kept in (cache.down_targets, cache.down_target_moments)
+        )
+        cache.down_targets.drop(chunk)
+        return _quantize_down(view, plan, chunk, inputs.pop(chunk), W, M)
+
+    def turns() -> Iterator[int]:
+        return chain.from_iterable(ctx.workers.in_turn(ctx.chunks, target))
+
+    for _ in ctx.each(before_fit, counted=False):
+        pass
     if (bias := view.measurements.down_bias) is not None:
-        for e in range(view.shape.num_experts):
+        for e in turns():
             routed = ctx.moments.routed_tokens(e, cache.activations.quantized(e))
             target.index_add_(0, routed.token, -routed.weight[:, None] * bias[e])
     fit_jointly(
-        view.shape.num_experts,
+        turns,
         lambda e: ctx.moments.routed_tokens(e, cache.activations.quantized(e)),
         lambda e: cache.down_target_moments.get(e).to(target.device),
         lambda e: cache.down_targets.get(e).to(target.device),
         cache.down_targets.put,
         target,
     )
-    for chunk, quantized in zip(ctx.chunks, inputs, strict=True):
-        W, M = (
-            torch.stack([kept.get(e).to(target.device) for e in chunk])
-            for kept in (cache.down_targets, cache.down_target_moments)
-        )
-        cache.down_targets.drop(chunk)
-        yield _quantize_down(view, plan, chunk, quantized, W, M)
-        ctx.on_progress(len(chunk))
+    yield from view.each(after_fit)
 
 
 def _quantize_inputs(view: LayerView, plan: LayerPlan, chunk: range, experts: ExpertWeights) -> QuantizedChunk:

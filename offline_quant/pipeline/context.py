@@ -1,6 +1,6 @@
 """What all layers of a run are worked on with."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -31,7 +31,7 @@ class RunContext:
         judged: the first of them, by which the result is judged.
         calibration: their hidden states in the quantized model: layers make up for the error of those before them.
         originals: hidden states in the original model: of the judged windows, or where layers are fitted or the
-            model is tuned of all, which they aim at; no windows with `plan_only`, and in all processes but the first.
+            model is tuned of all, which they aim at; no windows with `plan_only`.
         state: what is kept on disk.
         workers: processes of the run.
         clock: time and memory.
@@ -89,12 +89,16 @@ def start_run(
     batches = windows.split(batch_windows(windows.shape[1], inputs.streamed.state_shape.numel()))
     judged = windows[: max(1, sanity.TOKENS // windows.shape[1])]
     originals = (windows if config.fits_layer or config.tunes_model else judged).split(len(batches[0]))
-    if plan_only or workers.rank:
+    if plan_only:
         originals = ()
-    local = [i for i in range(len(batches)) if workers.is_local(i)]
+
+    def hidden_states(stream: Stream, model: StreamedModel, batches: Sequence[Tensor]) -> HiddenStates:
+        local = [i for i in range(len(batches)) if workers.is_local(i)]
+        return HiddenStates(stream, model, batches, state, local)
+
     return RunContext(
         inputs.source, inputs.original, inputs.streamed, config, plan_only, windows, judged,
-        HiddenStates(Stream.CALIBRATION, inputs.streamed, batches, state, local),
-        HiddenStates(Stream.ORIGINAL, inputs.original, originals, state, range(len(originals))),
+        hidden_states(Stream.CALIBRATION, inputs.streamed, batches),
+        hidden_states(Stream.ORIGINAL, inputs.original, originals),
         state, workers, clock,
     )  # fmt: skip

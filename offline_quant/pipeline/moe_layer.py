@@ -134,6 +134,7 @@ def _target(run: RunContext, index: int, view: LayerView) -> Tensor:
     factor = run.streamed.expert_factor(index)
     if factor is None:  # errors of the layers before it then stay as they are
         return torch.cat(list(original_output(view.ctx)))
+    run.workers.barrier()  # original hidden states of all processes are kept now
     return target_output(run.originals, run.calibration, index, factor)
 
 

@@ -97,11 +97,8 @@ def check_inputs(
     """
     faults = Faults()
     with faults.gathered():
-        if config.fits_layer and workers.size > 1:
-            option = "--tune" if config.tune else "--fit layer"
-            raise BitsmoeError(
-                f"{option}: experts are fitted one after another, in one process; use it without --workers"
-            )
+        if config.tune and workers.size > 1:
+            raise BitsmoeError("--tune: the experts of a layer are tuned in one process; use it without --workers")
     with faults.gathered():
         if config.tunes_model and workers.size > 1:
             option = "--tune-codes" if config.tune_codes else "--tune-model"

@@ -6,7 +6,7 @@ output, such as the errors of the layers before: the layer then pulls the hidden
 model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ CHANCE = 1.0
 
 
 def fit_jointly(
-    experts: int,
+    turns: Callable[[], Iterable[int]],
     routed: Callable[[int], RoutedTokens],
     moments: Callable[[int], Tensor],
     get: Callable[[int], Tensor],
@@ -40,7 +40,7 @@ def fit_jointly(
     sees does not. One that no token reached does not change.
 
     Args:
-        experts: E.
+        turns: one round over the experts. Where several processes share them, it gives each its own in turn.
         routed: tokens of an expert, in the order of I in its down matrix.
         moments: float32 [I, I], E[w^2 h' h'^T] of an expert, undamped, tokens counting as in `routed`.
         get: the current down matrix [H, I] of an expert, at first corrected for its own errors.
@@ -50,11 +50,11 @@ def fit_jointly(
         chance: see CHANCE; 0 is plain least squares.
     """
     residual = target
-    for e in range(experts):
+    for e in turns():
         r = routed(e)
         residual.index_add_(0, r.token, (r.hidden @ get(e).T).mul_(-r.weight[:, None]))
     for _ in range(sweeps):
-        for e in range(experts):
+        for e in turns():
             r = routed(e)
             if len(r.token) == 0:
                 continue

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -34,6 +35,16 @@ class Workers:
         """`work` of every item by its owner; results in the order of the items, for all processes."""
         for item in items:
             yield work(item)
+
+    def in_turn(self, items: Sequence[Item], state: Tensor) -> Iterator[Item]:
+        """Items of this process, each when those before it are done, whoever owns them; to be read to the end.
+
+        Args:
+            items: of all processes.
+            state: contiguous; what every item changes and the next one goes on with. Before and after, the first
+                process has it.
+        """
+        yield from items
 
     def all_reduce_sum(self, disjoint: Tensor) -> Tensor:
         """Sum of everyone's tensor, of which every entry is filled by one process and 0 in the others: exact."""
@@ -67,6 +78,28 @@ class TorchWorkers(Workers):
             found: list[Any] = [None] * self.size
             dist.all_gather_object(found, own)
             yield from found[: len(items) - start]
+
+    def in_turn(self, items: Sequence[Item], state: Tensor) -> Iterator[Item]:
+        """See `Workers.in_turn`."""
+        holder = 0
+        for i, item in enumerate(items):
+            owner = i % self.size
+            self._hand_on(state, holder, owner)
+            holder = owner
+            if self.is_local(i):
+                yield item
+        self._hand_on(state, holder, 0)
+
+    def _hand_on(self, state: Tensor, giver: int, taker: int) -> None:
+        """The taker's tensor becomes that of the giver."""
+        if giver == taker:
+            return
+        if self.rank == giver:
+            dist.send(state.cpu(), taker)
+        elif self.rank == taker:
+            received = torch.empty_like(state, device="cpu")
+            dist.recv(received, giver)
+            state.copy_(received)
 
     def all_reduce_sum(self, disjoint: Tensor) -> Tensor:
         """See `Workers.all_reduce_sum`."""

@@ -741,7 +741,16 @@ def test_a_joint_fit_is_the_least_squares_solution_of_all_experts_together():
     matrices = {e: torch.zeros(H, I, dtype=torch.float64) for e in range(E)}
     moments = [(r.hidden * (r.weight.square() * r.share)[:, None]).T @ r.hidden / r.mass for r in routed]
     left = target.clone()
-    fit_jointly(E, routed.__getitem__, moments.__getitem__, matrices.__getitem__, matrices.__setitem__, left, 400, 0)
+    fit_jointly(
+        lambda: range(E),
+        routed.__getitem__,
+        moments.__getitem__,
+        matrices.__getitem__,
+        matrices.__setitem__,
+        left,
+        sweeps=400,
+        chance=0,
+    )
     root = share.sqrt()[:, None]
     best = torch.linalg.lstsq(features * root, target * root).solution
     assert torch.allclose(torch.cat([matrices[e] for e in range(E)], 1).T, best, atol=1e-6)
@@ -771,7 +780,7 @@ def test_a_joint_fit_trusts_no_chance(told, share):
     def wrong(chance):
         found = torch.zeros_like(true)
         fit_jointly(
-            E,
+            lambda: range(E),
             routed.__getitem__,
             moments.__getitem__,
             found.__getitem__,

@@ -26,7 +26,7 @@ from offline_quant.config import QuantizeConfig
 from offline_quant.model.fingerprint import fingerprint
 from offline_quant.model.source import SourceModel
 from offline_quant.model.streaming import StreamedModel
-from offline_quant.pipeline import calibrate, layer_loop
+from offline_quant.pipeline import calibrate, hidden_states, layer_loop
 from offline_quant.pipeline import model_tuning as step
 from offline_quant.pipeline import quantize as pipeline
 from offline_quant.pipeline import resume as state_module
@@ -36,6 +36,7 @@ from offline_quant.pipeline.quantize import quantize_model
 from offline_quant.pipeline.resume import RunState, state_directory
 from offline_quant.report.schema import ModelReport
 from offline_quant.rounding import model_tuning as model_tuning_module
+from offline_quant.runtime import chunks
 from offline_quant.runtime.distributed import Workers
 from offline_quant.runtime.launch import launch_workers
 from offline_quant.runtime.offload import OffloadCache
@@ -308,19 +309,24 @@ def test_torchrun_starts_workers_too(source, whole, tmp_path):
     assert contents(out) == contents(whole)
 
 
-def run_two_workers(source: Path, tmp_path: Path, second: str) -> subprocess.CompletedProcess[str]:
-    """Two workers, of which the second begins with some code of its own."""
+def run_two_workers(source: Path, tmp_path: Path, first_code: str, *more: str) -> subprocess.CompletedProcess[str]:
+    """Two workers with some options more, whose processes begin with some code."""
     prelude = tmp_path / "site"
     prelude.mkdir()
-    only = "import os\nif os.environ.get('RANK') == '1':\n"
-    (prelude / "sitecustomize.py").write_text(only + textwrap.indent(second, "    "))
+    (prelude / "sitecustomize.py").write_text(first_code)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(prelude), os.environ.get("PYTHONPATH", "")])}
     arguments = (source, "--out", tmp_path / "q", "--calib", source.parent / "calib.txt", *FAST, "--workers", "2")
-    return run(*arguments, env=environment)
+    return run(*arguments, *more, env=environment)
+
+
+def in_the_second(code: str) -> str:
+    """Code that only the second worker runs."""
+    return "import os\nif os.environ.get('RANK') == '1':\n" + textwrap.indent(code, "    ")
 
 
 def test_a_worker_that_dies_is_reported(source, tmp_path):
-    done = run_two_workers(source, tmp_path, "import sys\nsys.stderr.write('out of luck')\nos._exit(1)\n")
+    dies = in_the_second("import sys\nsys.stderr.write('out of luck')\nos._exit(1)\n")
+    done = run_two_workers(source, tmp_path, dies)
     assert done.returncode == 2, done.stderr
     assert "worker 1 ended with status 1: out of luck" in done.stderr
     assert "Traceback" not in done.stderr
@@ -335,19 +341,28 @@ def check_device(device):
     raise BitsmoeError("--device: this one has none")
 preflight.check_device = check_device
 """
-    done = run_two_workers(source, tmp_path, fault)
+    done = run_two_workers(source, tmp_path, in_the_second(fault))
     assert done.returncode == 2, done.stderr
     assert "worker 1 ended with status 2: Error: --device: this one has none" in " ".join(done.stderr.split())
     assert [p.name for p in tmp_path.iterdir()] == ["site"]
 
 
-def test_two_workers_share_one_budget_for_the_model_and_weigh_its_tokens(source, tmp_path):
-    config = options(source, objective="alphaq", token_weights="model")
+def test_two_workers_share_a_budget_weigh_tokens_and_fit_layers(source, tmp_path, monkeypatch):
+    """Both have windows and experts of their own, and the bytes are those of one process."""
+    monkeypatch.setattr(hidden_states, "BATCH_TOKENS", 128)
+    monkeypatch.setattr(chunks, "CHUNK_EXPERTS", 3)
+    config = options(source, objective="alphaq", token_weights="model", fit="layer")
     quantize_model(str(source), tmp_path / "one", config)
-    arguments = (source, "--out", tmp_path / "two", "--calib", source.parent / "calib.txt", *FAST)
-    done = run(*arguments, "--objective", "alphaq", "--token-weights", "model", "--workers", "2")
+    smaller = """
+from offline_quant.pipeline import hidden_states
+from offline_quant.runtime import chunks
+hidden_states.BATCH_TOKENS = 128
+chunks.CHUNK_EXPERTS = 3
+"""
+    more = ("--objective", "alphaq", "--token-weights", "model", "--fit", "layer")
+    done = run_two_workers(source, tmp_path, smaller, *more)
     assert done.returncode == 0, done.stderr
-    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert contents(tmp_path / "q") == contents(tmp_path / "one")
 
 
 def test_every_token_is_weighed_once_and_a_resumed_run_weighs_none(source, whole, tmp_path, monkeypatch):
@@ -442,9 +457,8 @@ def test_tuning_resumes_too_and_wants_one_process(source, tmp_path, monkeypatch)
             quantize_model(str(source), tmp_path / "q", config)
     quantize_model(str(source), tmp_path / "q", config, resume=True)
     assert contents(tmp_path / "q") == contents(reference)
-    for option, more in (("--tune", {"tune": True}), ("--fit layer", {"fit": "layer"})):
-        with pytest.raises(BitsmoeError, match=f"{option}: experts are fitted one after another, in one process"):
-            quantize_model(str(source), tmp_path / "other", options(source, **more), workers=Half(0))
+    with pytest.raises(BitsmoeError, match="--tune: the experts of a layer are tuned in one process"):
+        quantize_model(str(source), tmp_path / "other", options(source, tune=True), workers=Half(0))
     for option in ("tune_model", "tune_codes"):
         with pytest.raises(BitsmoeError, match=f"--{option.replace('_', '-')}: the whole model is tuned in one"):
             quantize_model(str(source), tmp_path / "other", options(source, **{option: True}), workers=Half(0))

@@ -81,7 +81,9 @@ def test_an_expert_without_tokens_stays_and_one_with_few_moves_little():
 
     def fitted(given: list[RoutedTokens]) -> torch.Tensor:
         out = down.clone()
-        fit_jointly(E, given.__getitem__, moments.__getitem__, out.__getitem__, out.__setitem__, target.clone())
+        fit_jointly(
+            lambda: range(E), given.__getitem__, moments.__getitem__, out.__getitem__, out.__setitem__, target.clone()
+        )
         return out
 
     found = fitted(routed)
