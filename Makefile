@@ -35,22 +35,9 @@ quick: style ## lint, types and the quick tests, in about a minute
 	$(PY) -m pytest tests/unit $(QUANTIZER_TESTS:%=--ignore=%) -q -m "not slow"; second=$$?; \
 	wait $$first; first=$$?; cat build/quick.log; exit $$((first | second))
 
-# Two halves side by side, one thread for each: two cores finish both in little more than the longer one. Nothing here
-# needs the Hugging Face Hub, and waiting for one that is not there takes minutes. tests/ptx compile the kernels that
-# tests/unit interpret: they need a process of their own. UNIT_TESTS are others of tests/unit that the second half takes,
-# apart from integration tests, which import much.
-KERNEL_TESTS := $(addprefix tests/unit/bitsmoe_kernels/,_triton \
-	$(addprefix backends/test_,triton_moe.py machine_code.py cpu_sanitizers.py cpu_moe.py))
-UNIT_TESTS := tests/unit/bitsmoe_vllm tests/unit/benchmarks
-test: style ## lint, types and every test that needs no GPU
-	@mkdir -p build; export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1; \
-	$(PY) -m pytest tests/unit $(KERNEL_TESTS:%=--ignore=%) $(UNIT_TESTS:%=--ignore=%) \
-	> build/unit-tests.log 2>&1 & unit=$$!; \
-	$(PY) -m mypy; types=$$?; \
-	$(PY) -m pytest tests/integration $(KERNEL_TESTS); other=$$?; \
-	$(PY) -m pytest tests/ptx; ptx=$$?; \
-	$(PY) -m pytest $(UNIT_TESTS); second=$$?; \
-	wait $$unit; unit=$$?; cat build/unit-tests.log; exit $$((unit | types | other | ptx | second))
+JOBS ?= 2
+test: style ## lint, types and every test that needs no GPU; JOBS=4: four processes side by side
+	@$(PY) -m tools.all_tests --jobs $(JOBS)
 
 nightly: $(STAMP) ## what `make test` leaves to the night: families and options that go the way of others
 	HF_HUB_OFFLINE=1 $(PY) -m pytest tests/unit tests/integration -m nightly; other=$$?; \
