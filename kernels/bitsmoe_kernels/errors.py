@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 MAX_LINE = 600
 """Characters of one fault that are shown."""
+USAGE_STATUS = 2
+"""Exit status of a command that refuses what it was given."""
 
 
 class BitsmoeError(Exception):

@@ -74,9 +74,14 @@ def writing_bytes(sizes: RunSizes) -> int:
     return largest_shard([*experts, *_other_tensors(sizes)], SHARD_BYTES) + max(coded, sizes.whole_tensor_bytes)
 
 
+def coded_bytes(sizes: RunSizes) -> int:
+    """Bytes of all routed experts of the result, about."""
+    return sizes.coded_bytes * len(sizes.shape.layers)
+
+
 def result_bytes(sizes: RunSizes) -> int:
     """Bytes of all tensors of the result, about."""
-    return sum(_other_tensors(sizes)) + sizes.coded_bytes * len(sizes.shape.layers)
+    return sum(_other_tensors(sizes)) + coded_bytes(sizes)
 
 
 def _other_tensors(sizes: RunSizes) -> list[int]:

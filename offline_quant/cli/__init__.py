@@ -8,7 +8,7 @@ import sys
 from types import FrameType
 from typing import NoReturn
 
-USAGE_STATUS = 2
+from bitsmoe_kernels.errors import USAGE_STATUS
 
 
 def main() -> None:

@@ -76,7 +76,7 @@ class StatesFile(NamedTuple):
     @contextmanager
     def _writing(self) -> Iterator[Path]:
         """A file beside it that does not stay."""
-        part = self.path.with_name(f"{self.path.name}.tmp")
+        part = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:

@@ -35,6 +35,7 @@ class LayerContext:
         prefix: the layer's tensor prefix, for messages.
         workers: processes that share the work.
         cache: keeps tensors between passes.
+        chunk_share: bytes of a GPU's memory that a chunk may take in every process, see `chunks_of`; 0 on a CPU.
         on_progress: called after every chunk of every pass with its number of experts, see `pass_count`.
         sampled: chunks that stand for the layer, the first ones; None: all of them.
     """
@@ -46,6 +47,7 @@ class LayerContext:
     prefix: str
     workers: Workers = field(default_factory=Workers)
     cache: LayerCache = field(default_factory=LayerCache)
+    chunk_share: int = 0
     on_progress: Callable[[int], None] = _ignore
     sampled: Sequence[range] | None = None
 
@@ -56,9 +58,9 @@ class LayerContext:
 
     @cached_property
     def chunks(self) -> Sequence[range]:
-        """Experts that are worked on together. They depend on sizes alone, so any number of workers cuts alike."""
+        """Experts that are worked on together; all workers cut alike."""
         s = self.shape
-        return self.sampled or chunks_of(s.num_experts, s.hidden_size, s.intermediate_size, self.device)
+        return self.sampled or chunks_of(s.num_experts, s.hidden_size, s.intermediate_size, self.chunk_share)
 
     def sample(self, experts: int) -> "LayerContext":
         """The layer with its first chunks only, of so many experts at least. It counts no progress."""

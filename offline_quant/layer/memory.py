@@ -16,13 +16,18 @@ def kept_bytes(sizes: RunSizes) -> int:
     return expert_input_bytes(sizes) + min(MEMORY_BYTES, offloaded)
 
 
-def offload_disk_bytes(sizes: RunSizes) -> int:
-    """Bytes on disk of what the offload cache must keep, once memory is full: activations and down matrices."""
-    s = sizes.shape
-    needed = FLOAT * (
-        sizes.tokens * sizes.top_k * s.intermediate_size + s.num_experts * s.hidden_size * s.intermediate_size
-    )
-    return max(0, needed - MEMORY_BYTES)
+def offload_disk_bytes(sizes: RunSizes, fit: bool = False) -> int:
+    """Bytes on disk of what the offload cache must keep, once memory is full: activations and down matrices.
+
+    Args:
+        sizes: of the run.
+        fit: whether the experts of a layer are fitted together, with their moments.
+    """
+    E, H, I = sizes.shape.num_experts, sizes.shape.hidden_size, sizes.shape.intermediate_size  # noqa: E741
+    needed = sizes.tokens * sizes.top_k * I + E * H * I
+    if fit:
+        needed += E * I * I + sizes.chunk_experts * H * I
+    return max(0, FLOAT * needed - MEMORY_BYTES)
 
 
 def layer_bytes(sizes: RunSizes, fit: bool = False, tune: bool = False, bases: bool = True) -> int:

@@ -1,7 +1,7 @@
 """Quantizing a planned layer: factors are rounded, down makes up for gate and up, tensors are put together.
 
-Experts pass in chunks, and memory holds one chunk. Chunks are the unit that workers share. Their bounds depend on sizes
-alone, so any number of workers gives the same bytes.
+Experts pass in chunks, and memory holds one chunk. Chunks are the unit that workers share. All cut alike, so any number
+of workers gives the same bytes.
 """
 
 from collections.abc import Iterator

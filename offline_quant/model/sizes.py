@@ -11,7 +11,7 @@ import torch
 from bitsmoe_kernels.format.safetensors_io import MAPPED_BYTES
 from bitsmoe_kernels.format.schema import TensorSpec
 from bitsmoe_kernels.models.families import MoEShape
-from offline_quant.runtime.chunks import chunks_of
+from offline_quant.runtime.chunks import chunks_of, gpu_share
 
 FLOAT, INT, DOUBLE = 4, 8, 8
 """Bytes of a float32, an int64 and a float64."""
@@ -110,7 +110,7 @@ class RunSizes:
     def chunk_experts(self) -> int:
         """Experts of the largest chunk of a layer."""
         s = self.shape
-        return len(chunks_of(s.num_experts, s.hidden_size, s.intermediate_size, self.device)[0])
+        return len(chunks_of(s.num_experts, s.hidden_size, s.intermediate_size, gpu_share(self.device))[0])
 
     @property
     def chunk_bytes(self) -> int:

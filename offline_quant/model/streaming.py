@@ -27,7 +27,7 @@ from offline_quant.model.expert_files import module_tensors
 from offline_quant.model.expert_inputs import ExpertInputs, called_for_all
 from offline_quant.model.sizes import FLOAT, RunSizes
 from offline_quant.model.tensors import WeightSource
-from offline_quant.runtime.chunks import chunks_of, matrix_bytes
+from offline_quant.runtime.chunks import chunks_of, gpu_share, matrix_bytes
 from offline_quant.runtime.malloc import trim
 from offline_quant.runtime.progress import console
 
@@ -319,7 +319,7 @@ class StreamedModel:
             topk_weights: [T, top_k].
         """
         y, s = torch.zeros_like(x), self.shape.of_layer(index)
-        for chunk in chunks_of(s.num_experts, s.hidden_size, s.intermediate_size, self.device):
+        for chunk in chunks_of(s.num_experts, s.hidden_size, s.intermediate_size, gpu_share(self.device)):
             called = [(topk_ids == e).nonzero(as_tuple=True) for e in chunk]
             if not any(len(token) for token, _ in called):
                 continue

@@ -158,6 +158,13 @@ def batch_windows(length: int, state_values: int) -> int:
     return max(1, min(BATCH_TOKENS, BATCH_VALUES // state_values) // length)
 
 
-def hidden_disk_bytes(sizes: RunSizes) -> int:
-    """Bytes on disk of the hidden states of a run: those that enter a layer, that leave it, and of the original."""
-    return 3 * FLOAT * sizes.tokens * sizes.state_values
+def hidden_disk_bytes(sizes: RunSizes, original_tokens: int, examined: bool) -> int:
+    """Bytes on disk of the hidden states of a run, those that enter a layer and those that leave it.
+
+    Args:
+        sizes: of the run.
+        original_tokens: those that pass through the original model as well.
+        examined: whether layers are looked at before they are quantized; what left the last one stays.
+    """
+    tokens = 2 * (sizes.tokens + original_tokens) + (sizes.tokens if examined else 0)
+    return FLOAT * tokens * sizes.state_values

@@ -4,9 +4,9 @@ import re
 from dataclasses import dataclass
 
 from bitsmoe_kernels.errors import BitsmoeError
-from offline_quant.allocation.objectives import may_share_bases, measures_layers
+from offline_quant.allocation.objectives import budget_scope, may_share_bases, measures_layers
 from offline_quant.calibration.sensitivity import sensitivity_bytes
-from offline_quant.checkpoint.writer import result_bytes, writing_bytes
+from offline_quant.checkpoint.writer import coded_bytes, result_bytes, writing_bytes
 from offline_quant.config import QuantizeConfig
 from offline_quant.evaluation.forecast import forecast_bytes
 from offline_quant.evaluation.sanity import judged_tokens, judging_bytes
@@ -30,14 +30,23 @@ class MemoryEstimate:
         peak: largest resident memory of one process.
         calibration_state: the part of it that the calibration set takes while a layer is quantized: inputs of its
             experts and their routing.
-        disk: besides the result, while the run goes on.
+        hidden: on disk, of hidden states.
+        disk: of these, and of what is kept between passes over a layer's experts.
+        layers: on disk, of all finished layers.
         result: of all tensors of the result, about.
     """
 
     peak: int
     calibration_state: int
+    hidden: int
     disk: int
+    layers: int
     result: int
+
+    @property
+    def most_disk(self) -> int:
+        """Bytes on disk at most: finished layers, and hidden states of the last one, stay until the result is whole."""
+        return self.layers + max(self.disk, self.hidden // 2 + self.result)
 
 
 def estimate_memory(
@@ -50,6 +59,7 @@ def estimate_memory(
     sensitive: bool = False,
     tune_model: bool = False,
     tune_codes: bool = False,
+    examined: bool = False,
 ) -> MemoryEstimate:
     """Estimate what a run takes.
 
@@ -63,14 +73,16 @@ def estimate_memory(
         sensitive: whether sensitivities of layers or tokens are measured, with gradients.
         tune_model: whether the whole model is tuned.
         tune_codes: whether its codes are tuned as well.
+        examined: whether all layers are looked at before bits are decided.
     """
+    original_tokens = sizes.tokens if fit_layer or tune_model else judged_tokens(sizes.tokens)
+    hidden = hidden_disk_bytes(sizes, original_tokens, examined)
     stages = (
         text,
         checking_bytes(sizes),
         sensitivity_bytes(sizes) if sensitive else 0,
         # The original model runs while a layer is calibrated.
-        kept_bytes(sizes)
-        + forward_bytes(sizes, sizes.tokens if fit_layer or tune_model else judged_tokens(sizes.tokens)),
+        kept_bytes(sizes) + forward_bytes(sizes, original_tokens),
         layer_bytes(sizes, fit_layer, tune, bases),
         tuning_bytes(sizes, tune_codes) if tune_model else 0,
         judging_bytes(sizes),
@@ -80,7 +92,9 @@ def estimate_memory(
     return MemoryEstimate(
         peak=baseline + LATER + max(stages),
         calibration_state=expert_input_bytes(sizes),
-        disk=hidden_disk_bytes(sizes) + offload_disk_bytes(sizes),
+        hidden=hidden,
+        disk=hidden + offload_disk_bytes(sizes, fit_layer),
+        layers=(2 if tune_codes else 1) * coded_bytes(sizes),
         result=result_bytes(sizes),
     )
 
@@ -90,7 +104,7 @@ def estimate_run(sizes: RunSizes, config: QuantizeConfig, baseline: int, text: i
     sensitive = config.token_weights == "model" or measures_layers(config)
     return estimate_memory(
         sizes, baseline, text, config.fits_layer, config.tune, may_share_bases(config), sensitive, config.tunes_model,
-        config.tune_codes,
+        config.tune_codes, config.target_kl is not None or budget_scope(config) == "model",
     )  # fmt: skip
 
 

@@ -148,14 +148,18 @@ def _measured_layer(run: RunContext, index: int, on_progress: "LayerProgress") -
             "large, or config.json is wrong, so look at both, or download the model again"
         )
     run.clock.lap("calibration")
-    offload = OffloadCache(run.state.directory, device_bytes=gpu_share(device))
+    share = gpu_share(device)
+    offload = OffloadCache(run.state.directory, device_bytes=share)
     shape = run.shape.of_layer(index)
     moments = LayerMoments(inputs, shape.num_experts, shape.hidden_act, run.token_weights.get(index))
 
     def load(chunk: range) -> ExpertWeights:
         return run.source.experts(index, chunk).to(device)
 
-    ctx = LayerContext(load, moments, shape, run.config, prefix, run.workers, LayerCache(offload), on_progress)
+    ctx = LayerContext(
+        load, moments, shape, run.config, prefix, run.workers, LayerCache(offload), run.workers.smallest(share),
+        on_progress,
+    )  # fmt: skip
     return LayerView(ctx, measure_layer(ctx))
 
 

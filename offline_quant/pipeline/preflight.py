@@ -195,17 +195,18 @@ def check_resources(
         BitsmoeError: names what would be taken and what there is.
     """
     memory = estimate_run(sizes, config, inputs.baseline, inputs.calibration.memory_bytes(sizes))
+    writes = config.bits is not None and not plan_only
+    disk = memory.most_disk if writes else memory.disk
     if workers.rank == 0:
         console.print(
             f"Memory: about {memory.peak / 1e9:.1f} GB a process, {memory.calibration_state / 1e9:.2f} GB of it for "
-            f"calibration text; disk: {memory.disk / 1e9:.1f} GB or more while it runs"
+            f"calibration text; disk: {disk / 1e9:.1f} GB{'' if writes or plan_only else ' or more'} while it runs"
         )
     faults = Faults()
     with faults.gathered():
         check_memory(memory, max_memory)
     if workers.rank == 0 and not earlier.complete:
         with faults.gathered():
-            written = memory.result if config.bits is not None and not plan_only else 0
-            check_space(out, written + memory.disk - held_bytes(out))
+            check_space(out, disk - held_bytes(out))
     faults.raise_all()
     return memory

@@ -235,7 +235,7 @@ class RunState:
     def layer_tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
         """The tensors a finished layer was closed with, or those that the tuning of the whole model left."""
         tuned: dict[str, Tensor] = {}
-        if self.tuning is not None and (self._layer(index) / _CHANGED).exists():
+        if (tuning := self.tuning) is not None and tuning.kept and (self._layer(index) / _CHANGED).exists():
             tuned = load_file(self._layer(index) / _CHANGED)
         if (self._layer(index) / _TENSORS).exists():
             with safe_open(str(self._layer(index) / _TENSORS), framework="pt") as file:

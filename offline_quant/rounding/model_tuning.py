@@ -101,7 +101,7 @@ class _Tuner:
         parts = self.changes[index].values()
         scales = [p for part in parts for p in part.scale_parameters()]
         codes = [p for part in parts for p in part.code_parameters()]
-        rates = [RATE * min(1.0, divergence**0.5), CODE_RATE]
+        rates = [RATE * min(1.0, max(0.0, divergence) ** 0.5), CODE_RATE]
         return [{"params": p, "rate": rate} for p, rate in zip((scales, codes), rates, strict=True) if p]
 
     @contextmanager

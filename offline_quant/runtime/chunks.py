@@ -28,14 +28,15 @@ def gpu_share(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory // GPU_SHARE if device.type == "cuda" else 0
 
 
-def chunks_of(num_experts: int, hidden_size: int, intermediate_size: int, device: torch.device) -> list[range]:
+def chunks_of(num_experts: int, hidden_size: int, intermediate_size: int, share: int) -> list[range]:
     """The chunks of a layer's experts, of equal size as far as may be.
 
-    They depend on sizes and on the kind of device, so that any number of processes cuts alike.
+    Args:
+        num_experts, hidden_size, intermediate_size: of the layer.
+        share: `gpu_share` of the device that works on them; where several processes share a layer, the smallest one,
+            so that all cut alike.
     """
-    most, values = CHUNK_EXPERTS, CHUNK_VALUES
-    if device.type == "cuda":
-        most, values = GPU_CHUNK_EXPERTS, gpu_share(device) // 4
+    most, values = (GPU_CHUNK_EXPERTS, share // 4) if share else (CHUNK_EXPERTS, CHUNK_VALUES)
     step = max(1, min(most, values // chunk_values(hidden_size, intermediate_size)))
     step = math.ceil(num_experts / math.ceil(num_experts / step))
     return [range(i, min(i + step, num_experts)) for i in range(0, num_experts, step)]

@@ -16,8 +16,9 @@ from torch import Tensor
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-TIMEOUT = timedelta(hours=2)
-"""Longest wait for the others: a rank may have the largest expert of a large layer."""
+TIMEOUT = timedelta(days=7)
+"""Longest wait for the others. The first process samples text or tries forecasts alone, which may take hours; one that
+is gone is noticed at once."""
 
 
 class Workers:
@@ -49,6 +50,10 @@ class Workers:
     def all_reduce_sum(self, disjoint: Tensor) -> Tensor:
         """Sum of everyone's tensor, of which every entry is filled by one process and 0 in the others: exact."""
         return disjoint
+
+    def smallest(self, value: int) -> int:
+        """The smallest of everyone's values."""
+        return value
 
     def broadcast_from_first(self, decide: Callable[[], Result]) -> Result:
         """What the first process decides."""
@@ -106,6 +111,12 @@ class TorchWorkers(Workers):
         on_cpu = disjoint.cpu()
         dist.all_reduce(on_cpu)
         return on_cpu.to(disjoint.device)
+
+    def smallest(self, value: int) -> int:
+        """See `Workers.smallest`."""
+        least = torch.tensor(value)
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        return int(least)
 
     def broadcast_from_first(self, decide: Callable[[], Result]) -> Result:
         """See `Workers.broadcast_from_first`."""

@@ -6,12 +6,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from bitsmoe_kernels.errors import BitsmoeError
+from bitsmoe_kernels.errors import USAGE_STATUS, BitsmoeError
 from offline_quant.runtime.distributed import TorchWorkers, Workers, started_as_worker
 
 LEAST_MOST = 2
@@ -19,6 +19,8 @@ LEAST_MOST = 2
 _ADDRESS = "127.0.0.1"
 _READY = "BITSMOE_READY"
 """Environment variable: folder where every process says that it is there."""
+_PATIENCE = 5.0
+"""Seconds that processes get to end by themselves."""
 
 
 @contextmanager
@@ -57,8 +59,9 @@ def launch_workers(count: int) -> Iterator[Workers]:
         "WORLD_SIZE": str(count), "MASTER_ADDR": _ADDRESS, "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
         "RANK": "0", "LOCAL_RANK": "0",
     }  # fmt: skip
-    with tempfile.TemporaryDirectory() as ready, tempfile.TemporaryFile("w+") as said:
-        others = [_start(rank, {**common, _READY: ready}, said) for rank in range(1, count)]
+    with tempfile.TemporaryDirectory() as ready, ExitStack() as files:
+        said = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(1, count)]
+        others = [_start(rank, {**common, _READY: ready}, file) for rank, file in enumerate(said, 1)]
         before = {name: os.environ.get(name) for name in common}
         os.environ.update(common)
         try:
@@ -76,10 +79,7 @@ def launch_workers(count: int) -> Iterator[Workers]:
                     del os.environ[name]
                 else:
                     os.environ[name] = value
-            for process in others:
-                if process.poll() is None:
-                    process.terminate()
-                process.wait()
+            _end(others)
 
 
 def _start(rank: int, common: dict[str, str], said: IO[str]) -> "subprocess.Popen[bytes]":
@@ -88,18 +88,37 @@ def _start(rank: int, common: dict[str, str], said: IO[str]) -> "subprocess.Pope
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=said)
 
 
-def _explained(error: RuntimeError, others: "list[subprocess.Popen[bytes]]", said: IO[str]) -> Exception:
-    """The error of a process that ended, where one did."""
-    for rank, process in enumerate(others, 1):
-        try:
-            status = process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            continue
-        if status:
-            said.seek(0)
-            lines = [line for line in said.read().splitlines() if line.strip()]
-            found = BitsmoeError(f"worker {rank} ended with status {status}: " + "\n".join(lines[-5:]))
-            for note in getattr(error, "__notes__", ()):
-                found.add_note(note)
-            return found
-    return error
+def _wait(processes: "Sequence[subprocess.Popen[bytes]]") -> None:
+    """Wait until all have ended, but not for long."""
+    deadline = time.monotonic() + _PATIENCE
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=max(0.0, deadline - time.monotonic()))
+
+
+def _end(processes: "Sequence[subprocess.Popen[bytes]]") -> None:
+    """End processes that still run. One that waits for the others hears no signal but SIGKILL."""
+    for process in processes:
+        process.terminate()
+    _wait(processes)
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def _explained(error: RuntimeError, others: "Sequence[subprocess.Popen[bytes]]", said: Sequence[IO[str]]) -> Exception:
+    """The error of a process that ended, where one did: of several that of the one that ended first, probably.
+
+    One that was killed, or refused something, did not end because another one was gone.
+    """
+    _wait(others)
+    ended = [(rank, process.returncode) for rank, process in enumerate(others, 1) if process.returncode]
+    if not ended:
+        return error
+    rank, status = min(ended, key=lambda end: (end[1] > 0, end[1] != USAGE_STATUS))
+    said[rank - 1].seek(0)
+    lines = [line for line in said[rank - 1].read().splitlines() if line.strip()]
+    found = BitsmoeError(f"worker {rank} ended with status {status}: " + "\n".join(lines[-5:]))
+    for note in getattr(error, "__notes__", ()):
+        found.add_note(note)
+    return found

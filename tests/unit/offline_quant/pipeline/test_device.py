@@ -1,5 +1,6 @@
 """`--device cuda` without one: on a pretended device, every operation must find its operands in one place."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from builders import FORMS, build_form
 from families import make_model
 from offline_quant.config import QuantizeConfig
 from offline_quant.evaluation.evaluate import Reference, evaluate
+from offline_quant.layer.context import LayerContext
+from offline_quant.pipeline import moe_layer
 from offline_quant.pipeline.quantize import quantize_model
 from offline_quant.rounding import tuning as tune
 from offline_quant.rounding.backends import select
 from offline_quant.rounding.backends.torch_reference import TorchRounding
 from offline_quant.rounding.error_feedback import RoundingMode, quantize
-from offline_quant.runtime.chunks import chunks_of
+from offline_quant.runtime.chunks import chunks_of, gpu_share
+from offline_quant.runtime.distributed import Workers
 from offline_quant.runtime.offload import OffloadCache
 from pretended_cuda import pretended_cuda
 
@@ -125,7 +129,7 @@ def test_a_rank_is_loaded_from_tensors_of_the_device(form: str, part: dict[str, 
 
 
 def chunks(device: str, experts: int = 128, hidden: int = 2048, intermediate: int = 768) -> list[int]:
-    return [len(chunk) for chunk in chunks_of(experts, hidden, intermediate, torch.device(device))]
+    return [len(chunk) for chunk in chunks_of(experts, hidden, intermediate, gpu_share(torch.device(device)))]
 
 
 def test_a_gpu_takes_many_experts_at_once() -> None:
@@ -139,6 +143,27 @@ def test_a_gpu_takes_many_experts_at_once() -> None:
         assert chunks("cuda") == [32] * 4
     with pretended_cuda(memory=1_000_000_000):
         assert chunks("cuda") == [1] * 128
+
+
+def test_processes_cut_by_the_smallest_of_their_gpus(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Beside(Workers):
+        def smallest(self, value: int) -> int:
+            return min(value, 1 << 10)
+
+    class SeenError(Exception):
+        pass
+
+    def look(ctx: LayerContext) -> None:
+        raise SeenError([len(chunk) for chunk in ctx.chunks])
+
+    source = model(folder, "Qwen3MoeForCausalLM")
+    monkeypatch.setattr(moe_layer, "measure_layer", look)
+    config = QuantizeConfig.model_validate(QUICK | {"calib": str(folder / "calib.txt"), "device": "cuda"})
+    for workers, cut in ((Workers(), [8]), (Beside(), [1] * 8)):
+        with pretended_cuda(), pytest.raises(SeenError, match=re.escape(str(cut))):
+            quantize_model(str(source), tmp_path / "q", config, workers=workers)
 
 
 @pytest.mark.parametrize("experts", [16, 64])

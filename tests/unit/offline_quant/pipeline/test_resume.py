@@ -31,12 +31,15 @@ from offline_quant.pipeline import model_tuning as step
 from offline_quant.pipeline import quantize as pipeline
 from offline_quant.pipeline import resume as state_module
 from offline_quant.pipeline import token_weights as token_weights_module
+from offline_quant.pipeline.hidden_states import EMBEDDED
 from offline_quant.pipeline.memory import check_memory, parse_bytes
 from offline_quant.pipeline.quantize import quantize_model
+from offline_quant.pipeline.records import LayerRecord
 from offline_quant.pipeline.resume import RunState, state_directory
-from offline_quant.report.schema import ModelReport
+from offline_quant.pipeline.stopwatch import StageFigures
+from offline_quant.report.schema import ModelReport, ModelTuning
 from offline_quant.rounding import model_tuning as model_tuning_module
-from offline_quant.runtime import chunks
+from offline_quant.runtime import chunks, launch
 from offline_quant.runtime.distributed import Workers
 from offline_quant.runtime.launch import launch_workers
 from offline_quant.runtime.offload import OffloadCache
@@ -332,6 +335,34 @@ def test_a_worker_that_dies_is_reported(source, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_a_fault_of_the_first_worker_ends_the_others(source, tmp_path):
+    """They wait for it in a collective, where no signal but SIGKILL is heard."""
+    (tmp_path / "short.txt").write_text("Too short.")
+    done = run(source, "--out", tmp_path / "q", "--calib", tmp_path / "short.txt", *FAST, "--workers", "2")
+    assert done.returncode == 2, done.stderr
+    assert "give more text" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["short.txt"]
+
+
+@pytest.mark.parametrize(
+    ("ends", "named"),
+    [
+        ((("lost the others", 1), ("Error: none here", 2)), "worker 2 ended with status 2: Error: none here"),
+        ((("Error: another is gone", 2), ("step 3", -9)), "worker 2 ended with status -9: step 3"),
+        ((("done", 0), ("lost the others", 1)), "worker 2 ended with status 1: lost the others"),
+        ((("done", 0), ("done", 0)), "connection closed"),
+    ],
+)
+def test_of_several_the_one_that_ended_first_is_named(ends, named, tmp_path):
+    processes, said = [], [(tmp_path / str(i)).open("w+") for i in range(len(ends))]
+    for (text, status), file in zip(ends, said, strict=True):
+        code = f"echo '{text}' >&2; " + (f"exit {status}" if status >= 0 else f"kill {status} $$")
+        processes.append(subprocess.Popen(["sh", "-c", code], stderr=file))
+    assert str(launch._explained(RuntimeError("connection closed"), processes, said)) == named
+    for file in said:
+        file.close()
+
+
 def test_a_worker_is_heard_though_it_is_quiet_and_leaves_nothing(source, tmp_path):
     """Of the processes only the first prints, but what is wrong with another is said."""
     fault = """
@@ -348,16 +379,22 @@ preflight.check_device = check_device
 
 
 def test_two_workers_share_a_budget_weigh_tokens_and_fit_layers(source, tmp_path, monkeypatch):
-    """Both have windows and experts of their own, and the bytes are those of one process."""
+    """Both have windows and experts of their own, and the bytes are those of one process.
+
+    The second one would cut the experts into other chunks, as if it had a larger GPU.
+    """
     monkeypatch.setattr(hidden_states, "BATCH_TOKENS", 128)
     monkeypatch.setattr(chunks, "CHUNK_EXPERTS", 3)
     config = options(source, objective="alphaq", token_weights="model", fit="layer")
     quantize_model(str(source), tmp_path / "one", config)
     smaller = """
-from offline_quant.pipeline import hidden_states
+import os
+from offline_quant.pipeline import hidden_states, moe_layer
 from offline_quant.runtime import chunks
 hidden_states.BATCH_TOKENS = 128
 chunks.CHUNK_EXPERTS = 3
+if os.environ.get("RANK") == "1":
+    moe_layer.gpu_share = lambda device: 1 << 30
 """
     more = ("--objective", "alphaq", "--token-weights", "model", "--fit", "layer")
     done = run_two_workers(source, tmp_path, smaller, *more)
@@ -501,6 +538,41 @@ def test_tuning_of_the_model_changes_what_it_says_and_goes_on_after_a_death(
         patch.setattr(step, "tune_model", die)  # it is done already
         quantize_model(str(source), tmp_path / "died", config, resume=True)
     assert contents(tmp_path / "died") == contents(tmp_path / "tuned")
+
+
+def test_tuned_tensors_of_a_run_that_died_are_not_taken(tmp_path):
+    """Those that were not worth keeping in the run that went on."""
+    state, before, after = RunState(tmp_path / "q", {}, resume=False), torch.zeros(2), torch.ones(2)
+    state.open_layer(EMBEDDED)
+    state.open_layer(0)
+    state.close_layer(0, {"scale": before}, LayerRecord(StageFigures()))
+    for kept, expected in ((True, after), (False, before)):
+        state.keep_tuning({0: {"scale": after}}, ModelTuning(kl_before=1.0, kl_after=2.0, kept=kept))
+        assert torch.equal(dict(state.layer_tensors(0))["scale"], expected)
+
+
+@pytest.mark.parametrize("changed", [{}, {"fit": "layer"}, {"objective": "alphaq", "tune_codes": True}])
+def test_a_run_keeps_as_much_on_disk_as_was_foretold(changed, source, tmp_path, monkeypatch):
+    """Hidden states, and with them tensors of layers and of the result."""
+    held: list[tuple[int, int]] = []
+
+    def watch(name):
+        usual = getattr(RunState, name)
+
+        def watched(self, *given, **more):
+            usual(self, *given, **more)
+            sizes = {p: p.stat().st_size for p in self.directory.rglob("*") if p.is_file()}
+            hidden, tensors = (sum(n for p, n in sizes.items() if p.suffix == s) for s in (".f32", ".safetensors"))
+            held.append((hidden, hidden + tensors))
+
+        monkeypatch.setattr(RunState, name, watched)
+
+    for name in ("put_hidden", "keep_tuning", "_note"):  # the last one once the result is there
+        watch(name)
+    memory = quantize_model(str(source), tmp_path / "q", options(source, **changed)).memory
+    most, most_of_all = (max(figures) for figures in zip(*held, strict=True))
+    assert most == memory.hidden
+    assert most_of_all == pytest.approx(memory.most_disk, rel=0.05)  # headers of files come to that here
 
 
 class Half(Workers):

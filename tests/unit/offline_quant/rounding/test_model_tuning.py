@@ -177,3 +177,19 @@ def test_scales_that_lower_nothing_are_not_kept(spoiled: tuple[Path, Path], monk
     found = tune_model(model, stored_layers(bad), windows, noisy_states(good, windows, 0), 1)
     assert found.tensors == {}
     assert not found.after < found.before
+
+
+def test_a_divergence_that_rounds_below_zero_is_none(
+    spoiled: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = model_tuning._divergence
+    monkeypatch.setattr(model_tuning, "_divergence", lambda *given: (-1e-9, usual(*given)[1]))
+    windows = IDS[:, :16]
+    found = tune_model(
+        StreamedModel(open_model(spoiled[1])),
+        stored_layers(spoiled[1]),
+        windows,
+        noisy_states(spoiled[0], windows, 0),
+        1,
+    )
+    assert found.tensors == {}
