@@ -281,14 +281,15 @@ def as_markdown(result: dict[str, Any], groups: Groups = GROUPS) -> str:
     first, on = result["rows"][0], result["environment"]
     gpu = f" and one {on['gpu']}" if "gpu" in on else ""
     commits = dict.fromkeys(row["commit"] for row in result["rows"])
+    made_on = ", ".join(dict.fromkeys(row.get("cpu", "a processor not on record") for row in result["rows"]))
     tried = next((row["second"] for row in result["rows"] if "second" in row), None)
     second = f", and {tried['tokens']:,} of {result['second_text']}, the second" if tried else ""
     lines.append(
         f"{result['model']}, perplexity {first['perplexity_reference']:.2f} unquantized; {first['tokens']:,} tokens of "
         f"{result['text']}{second}; calibrated on {result['calibration']}, windows of seed 0 where not said otherwise. "
         f"KL in nats per token; ±: standard errors over windows of text; bits per weight all-in; seconds of "
-        f"quantization on the clock and on the processors, on {on['threads']} thread(s) of {on['cpu']}{gpu}, without "
-        f"imports, sanity gate and report; torch {on['torch']}, commit {', '.join(commits)}."
+        f"quantization on the clock and on the processors, on {on['threads']} thread(s) of {made_on}{gpu}, "
+        f"without imports, sanity gate and report; torch {on['torch']}, commit {', '.join(commits)}."
         + (" Seconds of different commits are of different days and loads." if len(commits) > 1 else "")
     )
     return f"# Quality: {result['model']}\n\n" + "\n".join(lines) + "\n"
@@ -448,7 +449,8 @@ def run(args: argparse.Namespace, scratch: Path, groups: Groups = GROUPS) -> Non
     for number, row in enumerate(wanted.values(), 1):
         print(f"[{number}/{len(wanted)}] {row.label}, {row.bits} bits, seed {row.seed}", file=sys.stderr, flush=True)
         found = measure(args.model, calib, references, row, args.device, args.samples)
-        result["rows"].append({"key": row.key, "commit": result["environment"]["commit"], **found})
+        on = {name: result["environment"][name] for name in ("commit", "cpu")}
+        result["rows"].append({"key": row.key, **on, **found})
         write_json(base.with_suffix(".json"), result)
     base.with_suffix(".md").write_text(as_markdown(result, groups), encoding="utf-8")
     draw(result, base.with_suffix(".png"), groups)

@@ -68,7 +68,7 @@ def quantize(
             min=1,
             metavar="N",
             help="Processes that share the work, on as many GPUs with --device cuda. On several hosts: torchrun ... -m "
-            "offline_quant.cli quantize ..., with --out where all of them see it.",
+            "offline_quant.cli quantize ..., with --out where all of them see it. Not with options that tune.",
         ),
     ] = 1,
     **options: Any,
