@@ -36,7 +36,7 @@ quick: style ## lint, types and the quick tests, in about a minute
 	wait $$first; first=$$?; cat build/quick.log; exit $$((first | second))
 
 JOBS ?= 2
-test: style ## lint, types and every test that needs no GPU; JOBS=4: four processes side by side
+test: style ## lint, types and the tests that need no GPU; JOBS=4: four processes side by side
 	@$(PY) -m tools.all_tests --jobs $(JOBS)
 
 nightly: $(STAMP) ## what `make test` leaves to the night: families and options that go the way of others

@@ -1,4 +1,4 @@
-"""Every test that needs no GPU, and the types, in groups with a process of their own. `make test` runs it.
+"""The tests that need no GPU, and the types, in groups with a process of their own. `make test` runs it.
 
     python -m tools.all_tests [--jobs N]
 
@@ -18,21 +18,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = "tests/unit/bitsmoe_kernels"
 FAMILIES = "tests/integration/test_families.py"
-UNIT = {
-    "quantizer": ("tests/unit/offline_quant",),
-    "kernels": (
-        f"{KERNELS}/_triton",
-        *(f"{KERNELS}/backends/test_{name}.py" for name in ("triton_moe", "machine_code", "cpu_sanitizers", "cpu_moe")),
-    ),
-    "plugin and benchmarks": ("tests/unit/bitsmoe_vllm", "tests/unit/benchmarks"),
-}
+QUANTIZER = ("tests/unit/offline_quant",)
+SLOW_KERNELS = (
+    f"{KERNELS}/_triton",
+    *(f"{KERNELS}/backends/test_{name}.py" for name in ("triton_moe", "machine_code", "cpu_sanitizers", "cpu_moe")),
+)
+PLUGIN = ("tests/unit/bitsmoe_vllm", "tests/unit/benchmarks")
 GROUPS: Mapping[str, Sequence[str]] = {
-    "quantizer": UNIT["quantizer"],
+    "quantizer": QUANTIZER,
     "serving": ("tests/integration", f"--ignore={FAMILIES}"),
-    "kernels": UNIT["kernels"],
+    "kernels": SLOW_KERNELS,
     "families": (FAMILIES,),
-    "all else": ("tests/unit", *(f"--ignore={path}" for paths in UNIT.values() for path in paths)),
-    "plugin and benchmarks": UNIT["plugin and benchmarks"],
+    "all else": ("tests/unit", *(f"--ignore={path}" for path in (*QUANTIZER, *SLOW_KERNELS, *PLUGIN))),
+    "plugin and benchmarks": PLUGIN,
     "machine code": ("tests/ptx",),  # compiles the kernels that others interpret, so it needs a process of its own
 }
 """What pytest is given for each group: first those that take longest."""

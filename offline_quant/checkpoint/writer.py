@@ -74,14 +74,9 @@ def writing_bytes(sizes: RunSizes) -> int:
     return largest_shard([*experts, *_other_tensors(sizes)], SHARD_BYTES) + max(coded, sizes.whole_tensor_bytes)
 
 
-def coded_bytes(sizes: RunSizes) -> int:
-    """Bytes of all routed experts of the result, about."""
-    return sizes.coded_bytes * len(sizes.shape.layers)
-
-
 def result_bytes(sizes: RunSizes) -> int:
     """Bytes of all tensors of the result, about."""
-    return sum(_other_tensors(sizes)) + coded_bytes(sizes)
+    return sum(_other_tensors(sizes)) + sizes.all_coded_bytes
 
 
 def _other_tensors(sizes: RunSizes) -> list[int]:

@@ -106,6 +106,11 @@ class RunSizes:
         """Bytes of one layer's routed experts in the result, about."""
         return int(min(self.bits, MAX_CODE_BITS) * self.layer_weights / 8)
 
+    @property
+    def all_coded_bytes(self) -> int:
+        """Bytes of all layers' routed experts in the result, about."""
+        return self.coded_bytes * len(self.shape.layers)
+
     @cached_property
     def chunk_experts(self) -> int:
         """Experts of the largest chunk of a layer."""

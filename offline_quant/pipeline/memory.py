@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from bitsmoe_kernels.errors import BitsmoeError
 from offline_quant.allocation.objectives import budget_scope, may_share_bases, measures_layers
 from offline_quant.calibration.sensitivity import sensitivity_bytes
-from offline_quant.checkpoint.writer import coded_bytes, result_bytes, writing_bytes
+from offline_quant.checkpoint.writer import result_bytes, writing_bytes
 from offline_quant.config import QuantizeConfig
 from offline_quant.evaluation.forecast import forecast_bytes
 from offline_quant.evaluation.sanity import judged_tokens, judging_bytes
@@ -94,7 +94,7 @@ def estimate_memory(
         calibration_state=expert_input_bytes(sizes),
         hidden=hidden,
         disk=hidden + offload_disk_bytes(sizes, fit_layer),
-        layers=(2 if tune_codes else 1) * coded_bytes(sizes),
+        layers=(2 if tune_codes else 1) * sizes.all_coded_bytes,
         result=result_bytes(sizes),
     )
 

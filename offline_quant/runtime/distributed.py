@@ -28,9 +28,13 @@ class Workers:
     size = 1
     local_rank = 0
 
+    def owner(self, index: int) -> int:
+        """The process whose item is at this place of a shared loop."""
+        return index % self.size
+
     def is_local(self, index: int) -> bool:
         """Whether the item at this place of a shared loop is this process's."""
-        return index % self.size == self.rank
+        return self.owner(index) == self.rank
 
     def map(self, items: Sequence[Item], work: Callable[[Item], Result]) -> Iterator[Result]:
         """`work` of every item by its owner; results in the order of the items, for all processes."""
@@ -88,10 +92,9 @@ class TorchWorkers(Workers):
         """See `Workers.in_turn`."""
         holder = 0
         for i, item in enumerate(items):
-            owner = i % self.size
-            self._hand_on(state, holder, owner)
-            holder = owner
-            if self.is_local(i):
+            self._hand_on(state, holder, self.owner(i))
+            holder = self.owner(i)
+            if holder == self.rank:
                 yield item
         self._hand_on(state, holder, 0)
 

@@ -49,7 +49,7 @@ class OffloadCache:
             self._held[name] = tensor.cpu()
             self._held_bytes += tensor.nbytes
             return
-        self.directory.mkdir(exist_ok=True)
+        self.directory.mkdir(exist_ok=True)  # not its parents: a run that ended may have removed them
         if if_room and self._filed + tensor.nbytes > DISK_SHARE * (
             self._filed + shutil.disk_usage(self.directory).free
         ):
