@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bitsmoe_kernels.models.families import language_config
 from offline_quant.pipeline.context import RunContext
 from offline_quant.rounding import model_tuning, tuning
 from offline_quant.runtime.device import bfloat16_products
@@ -32,7 +33,8 @@ def tuning_seconds(run: RunContext) -> float:
     if not (layers or model):
         return 0.0
     layer, head = _token_seconds(run)
-    seconds = layer * layers * tuning.passes(run.windows.numel())
+    sparsity = run.shape.num_experts / run.shape.family.top_k(language_config(run.source.config))
+    seconds = layer * layers * tuning.passes(run.windows.numel(), sparsity)
     if model:
         passes, heads = model_tuning.passes(run.windows, len(run.judged), run.config.tune_codes)
         seconds += layer * run.num_layers * passes + head * heads

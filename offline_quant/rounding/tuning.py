@@ -29,8 +29,9 @@ DOWN_RATE = 0.3
 JUDGED_SHARE = 16
 """One token in this many judges the result. They are among those tuned and quantized on: other tokens, which only one
 of the two has seen, would favour it."""
-FORWARDS = 12.0
-"""A token of a step takes as long as so many forwards through the layer."""
+FORWARDS, STEP_FORWARDS = 2.5, 450.0
+"""A token of a step takes as long as so many forwards through the layer. What a step does once, with every weight,
+takes as long as the second number of tokens, if all experts are active."""
 
 
 class _TunedLayer:
@@ -138,9 +139,14 @@ def _batch(tokens: int) -> int:
     return min(BATCH_TOKENS, -(-tokens // LEAST_BATCHES))
 
 
-def passes(tokens: int) -> float:
-    """How many passes of a token through a layer, forwards, `tune` takes as long as, of so many tokens."""
-    return FORWARDS * STEPS * _batch(tokens)
+def passes(tokens: int, sparsity: float) -> float:
+    """How many passes of a token through a layer, forwards, `tune` takes as long as.
+
+    Args:
+        tokens: T.
+        sparsity: num_experts / top_k.
+    """
+    return STEPS * (FORWARDS * _batch(tokens) + STEP_FORWARDS * sparsity)
 
 
 def _take(inputs: ExpertInputs, rows: Tensor) -> ExpertInputs:

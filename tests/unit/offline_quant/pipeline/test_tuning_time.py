@@ -29,7 +29,7 @@ class Counted:
     """Tokens that pass through one layer and through the head while a run is tuned, and what was foretold."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.tuned = self.stepped = self.forwards = self.head = 0
+        self.tuned = self.tuned_experts = self.stepped = self.forwards = self.head = 0
         self.foretold: list[float] = []
         backward, both = tuning._TunedLayer.backward, model_tuning._Tuner.backward
         forward, divergence = model_tuning._Tuner.forward, model_tuning._divergence
@@ -37,6 +37,7 @@ class Counted:
 
         def tune(layer: Any, inputs: Any, target: Any) -> None:
             self.tuned += len(target)
+            self.tuned_experts += layer.weights.layer.num_experts / inputs.topk_ids.shape[1]
             backward(layer, inputs, target)
 
         def step(tuner: Any, windows: Any, *more: Any) -> Any:
@@ -64,7 +65,7 @@ class Counted:
 
 
 @pytest.mark.parametrize("options", [{"tune": True}, {"tune_model": True}, {"tune": True, "tune_codes": True}], ids=str)
-def test_what_is_foretold_counts_every_token(
+def test_what_is_foretold_counts_every_token_and_step(
     options: dict[str, bool], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -72,7 +73,8 @@ def test_what_is_foretold_counts_every_token(
     bitsmoe.quantize(source, tmp_path / "q", calib=str(source.parent / "calib.txt"), **OPTIONS, **options)
     seen = counted.forwards - counted.stepped  # what judges the result, forwards alone
     assert seen + counted.stepped + counted.tuned > 0
-    wanted = LAYER * (tuning.FORWARDS * counted.tuned + 3 * (model_tuning.FORWARDS * counted.stepped + seen))
+    wanted = LAYER * (tuning.FORWARDS * counted.tuned + tuning.STEP_FORWARDS * counted.tuned_experts)
+    wanted += LAYER * 3 * (model_tuning.FORWARDS * counted.stepped + seen)
     wanted += HEAD * (model_tuning.HEADS * counted.stepped + 2 * seen)
     assert counted.head == counted.forwards
     assert counted.foretold == [pytest.approx(wanted)]
@@ -106,7 +108,8 @@ def test_a_resumed_run_foretells_what_is_left(
     assert "Tuning: about " in capsys.readouterr().err
     quantize(None)
     assert "Tuning: about " not in capsys.readouterr().err
-    assert foretold[0] - foretold[1] == pytest.approx(LAYER * tuning.passes(6 * 64))  # one of two layers with experts
+    # One of two layers, of 8 experts of which a token goes to 2.
+    assert foretold[0] - foretold[1] == pytest.approx(LAYER * tuning.passes(6 * 64, 8 / 2))
 
 
 def test_times_are_measured_and_a_run_without_tuning_says_nothing(
