@@ -25,7 +25,7 @@ def _ours(bits: float, *seeds: int, **options: Any) -> list[Row]:
 _FITTED: dict[str, Any] = {"fit": "layer"}
 _TUNED: dict[str, Any] = {"tune_model": True}
 _BEST: dict[str, Any] = {**_FITTED, "token_weights": "model", **_TUNED}
-"""The best of what was tried on this model; codes that are tuned too bring nothing with so little text."""
+"""The best of what was measured on this model; codes of all layers bring nothing with so little text."""
 GROUPS: dict[str, list[Row]] = {
     "main": [
         *(row for bits in (2.0, LEAST, 2.5, MORE, 4.0) for row in _ours(bits)),
