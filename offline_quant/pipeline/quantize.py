@@ -96,7 +96,7 @@ def quantize_model(
             lambda: calibration_windows(inputs, config, sizes, max_memory, state, clock)
         )
         run = start_run(inputs, config, calibration.tokens, state, workers, clock, plan_only)
-        foretell_tuning(run)
+        foretell_tuning(run, sizes)
         if config.token_weights == "model":
             run = weigh_tokens(run)
         picked = None

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bitsmoe_kernels.models.families import language_config
+from offline_quant.model.sizes import RunSizes
 from offline_quant.pipeline.context import RunContext
 from offline_quant.rounding import model_tuning, tuning
 from offline_quant.runtime.device import bfloat16_products
@@ -18,14 +18,14 @@ TRIES = 2
 """The first one reads weights and fills caches; the fastest counts."""
 
 
-def foretell_tuning(run: RunContext) -> None:
+def foretell_tuning(run: RunContext, sizes: RunSizes) -> None:
     """Print how long `--tune`, `--tune-model` and `--tune-codes` will take, where there is something left to tune."""
-    if seconds := tuning_seconds(run):
+    if seconds := tuning_seconds(run, sizes):
         console.print(f"Tuning: about {clock(seconds)} besides the usual time, by the pace of one layer now")
         run.clock.lap("time of a layer")
 
 
-def tuning_seconds(run: RunContext) -> float:
+def tuning_seconds(run: RunContext, sizes: RunSizes) -> float:
     """Seconds of the clock that tuning will take, about, after what an earlier run has done; 0: nothing is left."""
     finished = run.state.finished()
     layers = sum(index >= finished for index in run.shape.layers) if run.config.tune else 0
@@ -33,8 +33,7 @@ def tuning_seconds(run: RunContext) -> float:
     if not (layers or model):
         return 0.0
     layer, head = _token_seconds(run)
-    sparsity = run.shape.num_experts / run.shape.family.top_k(language_config(run.source.config))
-    seconds = layer * layers * tuning.passes(run.windows.numel(), sparsity)
+    seconds = layer * layers * tuning.passes(run.windows.numel(), sizes.shape.num_experts / sizes.top_k)
     if model:
         passes, heads = model_tuning.passes(run.windows, len(run.judged), run.config.tune_codes)
         seconds += layer * run.num_layers * passes + head * heads

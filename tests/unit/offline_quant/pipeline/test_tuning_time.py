@@ -52,8 +52,8 @@ class Counted:
             self.head += hidden[..., 0].numel()
             return divergence(model, head, hidden, wanted)
 
-        def foretell(run: Any) -> float:
-            self.foretold.append(seconds(run))
+        def foretell(*given: Any) -> float:
+            self.foretold.append(seconds(*given))
             return self.foretold[-1]
 
         monkeypatch.setattr(tuning._TunedLayer, "backward", tune)
@@ -87,7 +87,7 @@ def test_a_resumed_run_foretells_what_is_left(
     foretold: list[float] = []
     seconds = tuning_time.tuning_seconds
     monkeypatch.setattr(tuning_time, "_token_seconds", lambda _: (LAYER, HEAD))
-    monkeypatch.setattr(tuning_time, "tuning_seconds", lambda run: foretold.append(seconds(run)) or foretold[-1])
+    monkeypatch.setattr(tuning_time, "tuning_seconds", lambda *given: foretold.append(seconds(*given)) or foretold[-1])
 
     def quantize(stop: str | None) -> None:
         with monkeypatch.context() as patch:
