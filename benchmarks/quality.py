@@ -282,13 +282,14 @@ def as_markdown(result: dict[str, Any], groups: Groups = GROUPS) -> str:
     gpu = f" and one {on['gpu']}" if "gpu" in on else ""
     commits = dict.fromkeys(row["commit"] for row in result["rows"])
     made_on = ", ".join(dict.fromkeys(row.get("cpu", "a processor not on record") for row in result["rows"]))
+    threads = " or ".join(str(n) for n in sorted({row["run"].get("threads", on["threads"]) for row in result["rows"]}))
     tried = next((row["second"] for row in result["rows"] if "second" in row), None)
     second = f", and {tried['tokens']:,} of {result['second_text']}, the second" if tried else ""
     lines.append(
         f"{result['model']}, perplexity {first['perplexity_reference']:.2f} unquantized; {first['tokens']:,} tokens of "
         f"{result['text']}{second}; calibrated on {result['calibration']}, windows of seed 0 where not said otherwise. "
         f"KL in nats per token; ±: standard errors over windows of text; bits per weight all-in; seconds of "
-        f"quantization on the clock and on the processors, on {on['threads']} thread(s) of {made_on}{gpu}, "
+        f"quantization on the clock and on the processors, on {threads} thread(s) of {made_on}{gpu}, "
         f"without imports, sanity gate and report; torch {on['torch']}, commit {', '.join(commits)}."
         + (" Seconds of different commits are of different days and loads." if len(commits) > 1 else "")
     )
