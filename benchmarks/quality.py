@@ -282,7 +282,7 @@ def as_markdown(result: dict[str, Any], groups: Groups = GROUPS) -> str:
     gpu = f" and one {on['gpu']}" if "gpu" in on else ""
     commits = dict.fromkeys(row["commit"] for row in result["rows"])
     made_on = ", ".join(dict.fromkeys(row.get("cpu", "a processor not on record") for row in result["rows"]))
-    threads = " or ".join(str(n) for n in sorted({row["run"].get("threads", on["threads"]) for row in result["rows"]}))
+    threads = " or ".join(str(n) for n in sorted({row["run"]["threads"] for row in result["rows"]}))
     tried = next((row["second"] for row in result["rows"] if "second" in row), None)
     second = f", and {tried['tokens']:,} of {result['second_text']}, the second" if tried else ""
     lines.append(
@@ -352,18 +352,21 @@ def _seed_table(rows: list[dict[str, Any]]) -> list[str]:
 def draw(result: dict[str, Any], path: Path, groups: Groups = GROUPS) -> None:
     """KL against all-in bits per weight, one line for each method of the main group."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import TABLEAU_COLORS
     from matplotlib.figure import Figure
 
     rows = {row["key"]: row for row in result["rows"]}
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
+    colors = list(TABLEAU_COLORS)
+    axes.set_prop_cycle(marker=["o"] * len(colors) + ["s"] * len(colors), color=2 * colors)
     for label in dict.fromkeys(r.curve or r.label for r in groups["main"]):
         points = sorted((rows[r.key]["bpw"], rows[r.key]["kl"]) for r in groups["main"]
                         if (r.curve or r.label) == label and r.key in rows)  # fmt: skip
         if points:
             ours = label == OURS
-            axes.plot(*zip(*points, strict=True), marker="o", label=label, linewidth=2.5 if ours else 1.2,
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=2.5 if ours else 1.2,
                       color="black" if ours else None, zorder=3 if ours else 2)  # fmt: skip
     axes.set(yscale="log", xlabel="all-in bits per weight of the experts", ylabel="KL to the original, nats per token",
              title=result["model"])  # fmt: skip
@@ -381,7 +384,6 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     return {
         "cpu": model,
         **gpu_name(device),
-        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "commit": commit(),

@@ -16,7 +16,7 @@ from builders import REPO
 
 def measured(row: Row, **found: Any) -> dict[str, Any]:
     """A row as a run leaves it."""
-    run = {"seconds": 3.0, "cpu_seconds": 4.0, "peak_bytes": 5e8, "layers": []}
+    run = {"seconds": 3.0, "cpu_seconds": 4.0, "peak_bytes": 5e8, "threads": 1, "layers": []}
     figures = {"bpw": row.bits, "kl": 0.01, "excess": 0.5, "top1_agreement": 0.9, "perplexity_reference": 40.0}
     return {
         "key": row.key, "label": row.label, "method": row.method, "bits": row.bits, "seed": row.seed,
@@ -25,7 +25,7 @@ def measured(row: Row, **found: Any) -> dict[str, Any]:
 
 
 def result(*rows: dict[str, Any]) -> dict[str, Any]:
-    on = {"threads": 1, "cpu": "a processor", "torch": "2"}
+    on = {"cpu": "a processor", "torch": "2"}
     named = {"model": "some_moe", "text": "text", "calibration": "calib"}
     return json.loads(json.dumps({**named, "environment": on, "rows": rows}))
 
@@ -33,6 +33,13 @@ def result(*rows: dict[str, Any]) -> dict[str, Any]:
 def cells(text: str, group: str) -> list[list[str]]:
     table = text.split(f"## {group}\n\n")[1].split("\n\n")[0].splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+
+
+def test_threads_of_every_row_are_named():
+    one, two = (measured(row) for row in GROUPS["forms"][:2])
+    assert "on 1 thread(s)" in as_markdown(result(one, two))
+    two["run"]["threads"] = 2
+    assert "on 1 or 2 thread(s)" in as_markdown(result(one, two))
 
 
 def test_figures_stand_with_their_standard_errors_where_there_are_any():
