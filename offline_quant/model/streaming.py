@@ -329,7 +329,8 @@ class StreamedModel:
                 one = experts.one(i)
                 # Of `x[token]` the gradient takes far longer on a CPU.
                 out = one.forward(x.index_select(0, token), s.hidden_act)
-                y.index_add_(0, token, out * topk_weights[token, slot, None])
+                # Under autocast products may be bfloat16; their sum is not.
+                y.index_add_(0, token, (out * topk_weights[token, slot, None]).to(y.dtype))
         return y
 
     @torch.no_grad()

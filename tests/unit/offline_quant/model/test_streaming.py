@@ -60,6 +60,18 @@ def test_logits_equal_the_whole_model(whole, streamed):
     assert torch.allclose(got, expected, atol=2e-4)
 
 
+def test_products_may_be_bfloat16(streamed):
+    """As while gradients are taken where the device is faster with it; routing weights are bfloat16 then too."""
+    hidden, kwargs = streamed.embed(torch.randint(0, 4096, (2, 40), generator=torch.Generator().manual_seed(0)))
+    with streamed.layer(0) as module, torch.no_grad():
+        expected = streamed.run(module, hidden, kwargs)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = streamed.run(module, hidden, kwargs)
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, expected)
+    assert float((found - expected).norm()) < 0.02 * float((expected - hidden).norm())
+
+
 def test_a_tokenizer_of_another_model_is_refused(streamed):
     with pytest.raises(BitsmoeError, match="token id 5000, but the model's vocab_size is 4096"):
         streamed.embed(torch.tensor([[1, 5000]]))
