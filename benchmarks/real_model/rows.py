@@ -23,6 +23,7 @@ def _ours(bits: float, *seeds: int, **options: Any) -> list[Row]:
 
 
 _FITTED: dict[str, Any] = {"fit": "layer"}
+_SHARED: dict[str, Any] = {"budget": "model"}
 _TUNED: dict[str, Any] = {"tune_model": True}
 _BEST: dict[str, Any] = {**_FITTED, "token_weights": "model", **_TUNED}
 """The best of what was measured on this model; codes of all layers bring nothing with so little text."""
@@ -30,7 +31,9 @@ GROUPS: dict[str, list[Row]] = {
     "main": [
         *(row for bits in (2.0, LEAST, 2.5, MORE, 4.0) for row in _ours(bits)),
         *(row for bits in (LEAST, MORE) for row in _ours(bits, **_FITTED)),
+        *(row for bits in (LEAST, MORE) for row in _ours(bits, **_SHARED)),
         *(row for bits in (LEAST, 2.5, MORE) for row in _ours(bits, **_BEST)),
+        *(row for bits in (LEAST, MORE) for row in _ours(bits, **_SHARED, **_BEST)),
         *(row for bits in (LEAST, MORE) for row in _ours(bits, tune=True)),
         *(row for bits in (LEAST, MORE) for row in _ours(bits, tune=True, token_weights="model", **_TUNED)),
         *(row for options in (_TUNED, {**_FITTED, **_TUNED}) for row in _ours(LEAST, **options)),

@@ -1,16 +1,14 @@
 """How much the model's predictions feel errors of each layer's experts, measured with gradients.
 
 To second order, an error d of a layer's output costs KL = E[(g . d)^2] / 2, with g the gradient of the log-likelihood
-of a token drawn from the model's own prediction (the Fisher metric). With d spread evenly, an error of relative size r
-costs r * E|g|^2 * E|y|^2 / (2 H), y being the routed experts' output: the factor of r is the layer's sensitivity.
+of a token drawn from the model's own prediction (the Fisher metric). So a trial's error tells what the layer costs.
 
 Errors of some tokens cost far more than those of others. GuidedQuant (arXiv 2505.07004) weighs tokens by |g|^2. Few
 tokens hold most of it, and what is measured by them alone fits no other text: its root serves better.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +24,8 @@ LOGIT_COPIES = 3.5
 are most of the memory of `--budget model`."""
 
 
-def sensitivity_bytes(sizes: RunSizes) -> int:
-    """Bytes of memory that `token_gradients` takes: hidden states of all layers, and logits or a whole layer."""
+def gradient_bytes(sizes: RunSizes) -> int:
+    """Bytes of memory that `output_gradients` takes: hidden states of all layers, and logits or a whole layer."""
     H, I = sizes.hidden_size, sizes.shape.intermediate_size  # noqa: E741
     measured = min(sizes.tokens, TOKENS)
     batch = min(measured, BATCH_TOKENS)
@@ -37,29 +35,33 @@ def sensitivity_bytes(sizes: RunSizes) -> int:
     return FLOAT * measured * sizes.state_values * (sizes.num_layers + 2) + sizes.mapped_bytes + max(logits, layer)
 
 
-@dataclass(frozen=True)
-class TokenGradients:
-    """What was seen at the output of one layer's routed experts.
-
-    Attributes:
-        power: float64 [T], squared norm of the gradient.
-        energy: float64 [T], squared norm of the output.
-    """
-
-    power: Tensor
-    energy: Tensor
+def kept_gradient_bytes(sizes: RunSizes) -> int:
+    """Bytes of the gradients of one group of tokens, at all layers with experts."""
+    return len(sizes.shape.layers) * _felt_values(sizes) * FLOAT
 
 
-def token_gradients(
+def felt_bytes(sizes: RunSizes) -> int:
+    """Bytes of memory that `felt_divergence` takes: what it is given, and their product."""
+    return 3 * _felt_values(sizes) * FLOAT
+
+
+def _felt_values(sizes: RunSizes) -> int:
+    return min(sizes.tokens, TOKENS) * sizes.shape.hidden_size
+
+
+def output_gradients(
     model: StreamedModel, windows: Tensor, seed: int, on_progress: Callable[[], None] = lambda: None
-) -> dict[int, TokenGradients]:
-    """Gradients of the log-likelihood of drawn tokens, by the index of each layer with experts.
+) -> Iterator[tuple[int, Tensor]]:
+    """Gradients of the log-likelihood of drawn tokens, from the last layer to the first.
 
     Args:
         model: the original model.
         windows: int64 [n, L], of about TOKENS tokens.
         seed: for the drawn tokens.
         on_progress: called after every layer, forwards and backwards.
+
+    Yields:
+        Index of a layer with experts; the gradient at what its routed experts give, float32 [T, H] on the CPU.
     """
     batches = model.embed_windows(windows, BATCH_TOKENS)
     entering = [[h for h, _ in batches]]
@@ -70,36 +72,34 @@ def token_gradients(
             )
         on_progress()
     gradients = _top_gradients(model, entering.pop(), seed)
-    found = {}
     for index in reversed(range(model.num_layers)):
-        hidden, outputs = entering.pop(), list[TokenGradients]()
+        hidden, felt = entering.pop(), list[Tensor]()
         if index >= min(model.shape.layers):
             with model.layer(index) as module:
                 gradients = [
-                    _backward(model, module, h, args, g, outputs if index in model.shape.layers else None)
+                    _backward(model, module, h, args, g, felt if index in model.shape.layers else None)
                     for h, (_, args), g in zip(hidden, batches, gradients, strict=True)
                 ]
-        if outputs:
-            parts = zip(*((part.power, part.energy) for part in outputs), strict=True)
-            found[index] = TokenGradients(*map(torch.cat, parts))
         on_progress()
-    return found
+        if felt:
+            yield index, torch.cat(felt)
 
 
-def layer_sensitivities(
+def token_powers(
     model: StreamedModel, windows: Tensor, seed: int, on_progress: Callable[[], None] = lambda: None
-) -> dict[int, float]:
-    """KL in nats per token for a relative error of one in the routed experts' output, by layer index.
+) -> dict[int, Tensor]:
+    """Squared norms of `output_gradients`, float64 [T], by layer index."""
+    return {index: g.double().square().sum(-1) for index, g in output_gradients(model, windows, seed, on_progress)}
+
+
+def felt_divergence(gradient: Tensor, error: Tensor) -> float:
+    """KL from the original in nats per token, to second order.
 
     Args:
-        model, seed, on_progress: as for `token_gradients`.
-        windows: int64 [n, L]; the first TOKENS tokens are used.
+        gradient: float32 [T, H], see `output_gradients`.
+        error: float32 [T, H], of what the layer's routed experts give.
     """
-    windows = windows[: windows_together(windows)]
-    return {
-        index: float(g.power.mean() * g.energy.mean()) / (2 * model.shape.hidden_size)
-        for index, g in token_gradients(model, windows, seed, on_progress).items()
-    }
+    return float((gradient * error).sum(-1, dtype=torch.float64).square().mean()) / 2
 
 
 def token_weights(power: Tensor) -> Tensor:
@@ -116,10 +116,6 @@ def token_weights(power: Tensor) -> Tensor:
 def windows_together(windows: Tensor) -> int:
     """How many windows [n, L] are about TOKENS tokens."""
     return max(1, TOKENS // windows.shape[1])
-
-
-def _energy(rows: Tensor) -> Tensor:
-    return rows.flatten(0, -2).double().square().sum(-1).cpu()
 
 
 def _top_gradients(model: StreamedModel, hidden: list[Tensor], seed: int) -> list[Tensor]:
@@ -142,14 +138,14 @@ def _backward(
     hidden: Tensor,
     arguments: Arguments,
     gradient: Tensor,
-    outputs: list[TokenGradients] | None,
+    felt: list[Tensor] | None,
 ) -> Tensor:
-    """Gradient at what enters a layer; what is seen at the output of its routed experts is appended to `outputs`."""
+    """Gradient at what enters a layer; that at the output of its routed experts, [T, H], is appended to `felt`."""
     seen: list[Tensor] = []
-    with torch.enable_grad(), nullcontext() if outputs is None else model.watching(module, seen.append):
+    with torch.enable_grad(), nullcontext() if felt is None else model.watching(module, seen.append):
         h = hidden.to(model.device).requires_grad_(True)
         out = model.run(module, h, arguments)
-    entered, *felt = torch.autograd.grad(out, [h, *seen], gradient.to(model.device))
-    if outputs is not None:
-        outputs += [TokenGradients(_energy(g), _energy(y.detach())) for g, y in zip(felt, seen, strict=True)]
+    entered, *found = torch.autograd.grad(out, [h, *seen], gradient.to(model.device))
+    if felt is not None:
+        felt += [g.flatten(0, -2).float().cpu() for g in found]
     return entered.cpu()

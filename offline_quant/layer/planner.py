@@ -35,10 +35,10 @@ SAMPLE_EXPERTS = 16
 """Experts, at least, that choose the form of a layer that has over twice as many."""
 
 
-def pass_count(config: QuantizeConfig, plans: int = 1) -> int:
-    """How often every expert comes by, at most, where some plans are made of a layer."""
+def pass_count(config: QuantizeConfig, plans: int = 1, quantized: bool = True) -> int:
+    """How often every expert comes by, at most, where some plans are made of a layer, and it may be quantized."""
     each_form = 2 if runs_pilot(config) else 1
-    return 2 + plans * each_form * len(forms_of(config))
+    return (2 if quantized else 1) + plans * each_form * len(forms_of(config))
 
 
 def plan_layer(view: LayerView, budget: int | None = None, trim: bool = True) -> LayerPlan:

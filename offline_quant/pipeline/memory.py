@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from bitsmoe_kernels.errors import BitsmoeError
 from offline_quant.allocation.objectives import budget_scope, may_share_bases, measures_layers
-from offline_quant.calibration.sensitivity import sensitivity_bytes
+from offline_quant.calibration.sensitivity import felt_bytes, gradient_bytes, kept_gradient_bytes
 from offline_quant.checkpoint.writer import result_bytes, writing_bytes
 from offline_quant.config import QuantizeConfig
 from offline_quant.evaluation.forecast import forecast_bytes
@@ -56,10 +56,11 @@ def estimate_memory(
     fit_layer: bool = False,
     tune: bool = False,
     bases: bool = True,
-    sensitive: bool = False,
+    weighed: bool = False,
     tune_model: bool = False,
     tune_codes: bool = False,
     examined: bool = False,
+    tried: bool = False,
 ) -> MemoryEstimate:
     """Estimate what a run takes.
 
@@ -70,20 +71,21 @@ def estimate_memory(
         fit_layer: whether the experts of a layer are fitted together.
         tune: whether scales and codes are tuned.
         bases: whether a decomposition with shared bases may be chosen.
-        sensitive: whether sensitivities of layers or tokens are measured, with gradients.
+        weighed: whether tokens are weighed, with gradients.
         tune_model: whether the whole model is tuned.
         tune_codes: whether its codes are tuned as well.
         examined: whether all layers are looked at before bits are decided.
+        tried: whether they are quantized then, and gradients tell what their errors cost.
     """
     original_tokens = sizes.tokens if fit_layer or tune_model else judged_tokens(sizes.tokens)
-    hidden = hidden_disk_bytes(sizes, original_tokens, examined)
+    hidden = hidden_disk_bytes(sizes, original_tokens, examined) + (kept_gradient_bytes(sizes) if tried else 0)
     stages = (
         text,
         checking_bytes(sizes),
-        sensitivity_bytes(sizes) if sensitive else 0,
+        gradient_bytes(sizes) if weighed or tried else 0,
         # The original model runs while a layer is calibrated.
         kept_bytes(sizes) + forward_bytes(sizes, original_tokens),
-        layer_bytes(sizes, fit_layer, tune, bases),
+        layer_bytes(sizes, fit_layer, tune, bases) + (felt_bytes(sizes) if tried else 0),
         tuning_bytes(sizes, tune_codes) if tune_model else 0,
         judging_bytes(sizes),
         forecast_bytes(sizes),
@@ -101,10 +103,10 @@ def estimate_memory(
 
 def estimate_run(sizes: RunSizes, config: QuantizeConfig, baseline: int, text: int) -> MemoryEstimate:
     """`estimate_memory` of a run with some options."""
-    sensitive = config.token_weights == "model" or measures_layers(config)
     return estimate_memory(
-        sizes, baseline, text, config.fits_layer, config.tune, may_share_bases(config), sensitive, config.tunes_model,
-        config.tune_codes, config.target_kl is not None or budget_scope(config) == "model",
+        sizes, baseline, text, config.fits_layer, config.tune, may_share_bases(config),
+        config.token_weights == "model", config.tunes_model, config.tune_codes,
+        config.target_kl is not None or budget_scope(config) == "model", measures_layers(config),
     )  # fmt: skip
 
 

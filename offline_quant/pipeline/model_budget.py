@@ -1,28 +1,40 @@
 """One budget for the whole model: a program over all layers divides it among them."""
 
+from functools import partial
+
 import numpy as np
 
 from offline_quant.allocation.choices import ChoiceTable
 from offline_quant.allocation.objectives import measures_layers
 from offline_quant.allocation.solver import allocate
-from offline_quant.calibration.sensitivity import layer_sensitivities
+from offline_quant.calibration.sensitivity import output_gradients, windows_together
+from offline_quant.layer.view import LayerView
 from offline_quant.pipeline.context import RunContext
-from offline_quant.pipeline.moe_layer import examine_layers, layer_choices
+from offline_quant.pipeline.moe_layer import examine_layers, layer_choices, tried_layer
 from offline_quant.pipeline.records import DividedBudget
 from offline_quant.report.schema import ModelBudget
 from offline_quant.runtime.progress import bar
 
+_GRADIENT = "gradient"
+
 
 def share_budget(run: RunContext) -> DividedBudget:
     """Divide the budget, on the original model's activations; an earlier run's division is taken where there is one.
+
+    Where losses of layers cannot be compared, every layer is quantized once, and gradients tell what its error costs.
 
     Raises:
         BitsmoeError: activations or weights beyond float32, or an impossible budget.
     """
     if (earlier := run.state.model_budget) is not None:
         return earlier
-    sensitivity = _sensitivities(run)
-    tables = examine_layers(run, layer_choices, "Planning")
+    if measures_layers(run.config):
+        run.workers.broadcast_from_first(lambda: _keep_gradients(run))
+        tried = examine_layers(run, partial(_tried, run), "Trying", quantized=True)
+        tables = {index: table for index, (table, _) in tried.items()}
+        sensitivity = {index: value for index, (_, value) in tried.items()}
+    else:
+        tables, sensitivity = examine_layers(run, lambda _, view: layer_choices(view), "Planning"), {}
     budget = _divided(run, tables, sensitivity)
     if run.workers.rank == 0:
         run.state.keep_model_budget(budget)
@@ -30,14 +42,17 @@ def share_budget(run: RunContext) -> DividedBudget:
     return budget
 
 
-def _sensitivities(run: RunContext) -> dict[int, float]:
-    """Weights of the layers' losses, by layer index; empty where the objective's losses can be compared already."""
-    if not measures_layers(run.config):
-        return {}
+def _keep_gradients(run: RunContext) -> None:
     with bar("Measuring sensitivities", 2 * run.num_layers) as on_progress:
-        found = layer_sensitivities(run.streamed, run.windows, run.config.seed, on_progress)
+        windows = run.windows[: windows_together(run.windows)]
+        for index, gradient in output_gradients(run.streamed, windows, run.config.seed, on_progress):
+            run.state.open_layer(index)
+            run.state.put_hidden(index, _GRADIENT, gradient)
     run.clock.lap("sensitivities")
-    return found
+
+
+def _tried(run: RunContext, index: int, view: LayerView) -> tuple[ChoiceTable, float]:
+    return tried_layer(view, run.state.hidden(index, _GRADIENT, (-1, run.shape.hidden_size)))
 
 
 def _divided(run: RunContext, tables: dict[int, ChoiceTable], sensitivity: dict[int, float]) -> DividedBudget:

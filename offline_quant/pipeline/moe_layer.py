@@ -11,10 +11,12 @@ from torch import Tensor
 from bitsmoe_kernels.errors import BitsmoeError
 from offline_quant.allocation.choices import ChoiceTable
 from offline_quant.calibration.moments import LayerMoments
+from offline_quant.calibration.sensitivity import felt_divergence
 from offline_quant.layer.cache import LayerCache
 from offline_quant.layer.context import LayerContext
 from offline_quant.layer.first_pass import measure_layer
 from offline_quant.layer.outputs import original_output, output_error, output_of, planned_output_error, quantized_output
+from offline_quant.layer.plan import LayerPlan
 from offline_quant.layer.planner import pass_count, plan_layer
 from offline_quant.layer.quantizer import quantize_layer
 from offline_quant.layer.view import LayerView
@@ -32,7 +34,7 @@ Result = TypeVar("Result")
 
 
 def examine_layers(
-    run: RunContext, look: Callable[[LayerView], Result], description: str, plans: int = 1
+    run: RunContext, look: Callable[[int, LayerView], Result], description: str, plans: int = 1, quantized: bool = False
 ) -> dict[int, Result]:
     """Look at every MoE layer on the original model's activations, before bits are decided; by layer index.
 
@@ -40,23 +42,25 @@ def examine_layers(
 
     Args:
         run: the run.
-        look: at a layer after its first pass.
+        look: at the layer of an index, after its first pass.
         description: of the progress.
         plans: that `look` makes of a layer.
+        quantized: whether it quantizes the layer.
 
     Raises:
         BitsmoeError: activations or weights beyond float32, or an impossible budget.
     """
     found = {}
     run.embed()
-    with layer_bar(run, description, plans) as progress:
+    with layer_bar(run, description, plans, quantized) as progress:
         for index in range(run.num_layers):
             run.state.open_layer(index)
             if index in run.shape.layers:
                 with _finite_or_refuse(run.shape.prefix(index)):
                     view = _measured_layer(run, index, progress)
-                    found[index] = look(view)
-                run.calibration.add_expert_output(index, original_output(view.ctx), run.windows_read_after(index))
+                    # What quantizes a layer needs the room of its activations.
+                    run.calibration.add_expert_output(index, original_output(view.ctx), run.windows_read_after(index))
+                    found[index] = look(index, view)
                 view.ctx.cache.clear()
             else:
                 run.calibration.propagate(index)
@@ -70,7 +74,38 @@ def examine_layers(
 
 def layer_choices(view: LayerView) -> ChoiceTable:
     """The choices of a layer for one budget over the model, without its components."""
-    return replace(plan_layer(view, trim=False).table, projections={})
+    return _without_components(plan_layer(view, trim=False))
+
+
+def tried_layer(view: LayerView, gradient: Tensor) -> tuple[ChoiceTable, float]:
+    """The choices of a layer for one budget over the model, and what a unit of their loss costs the model.
+
+    Args:
+        view: the layer.
+        gradient: float32 [n, H], at what its experts give for the first tokens; see `output_gradients`.
+
+    Returns:
+        The choices, without components; KL in nats per token, to second order.
+    """
+    plan = plan_layer(view, trim=False)
+    error = _first_tokens(original_output(view.ctx), len(gradient)).neg_()
+    quantize_layer(view, plan)
+    error += _first_tokens(quantized_output(view), len(gradient))
+    planned = plan.allocation.loss
+    return _without_components(plan), felt_divergence(gradient, error) / planned if planned > 0 else 0.0
+
+
+def _without_components(plan: LayerPlan) -> ChoiceTable:
+    return replace(plan.table, projections={})
+
+
+def _first_tokens(output: Iterator[Tensor], tokens: int) -> Tensor:
+    """Of a layer's output in parts, [tokens, H] on the CPU."""
+    parts, there = list[Tensor](), 0
+    while there < tokens:
+        parts.append(next(output).cpu())
+        there += len(parts[-1])
+    return torch.cat(parts)[:tokens]
 
 
 def quantize_moe_layer(
@@ -197,8 +232,8 @@ class LayerProgress:
 
 
 @contextmanager
-def layer_bar(run: RunContext, description: str, plans: int = 1) -> Iterator[LayerProgress]:
-    """A bar over all layers, of each of which some plans are made."""
-    each = run.shape.num_experts * pass_count(run.config, plans)
+def layer_bar(run: RunContext, description: str, plans: int = 1, quantized: bool = True) -> Iterator[LayerProgress]:
+    """A bar over all layers, of each of which some plans are made; it may be quantized."""
+    each = run.shape.num_experts * pass_count(run.config, plans, quantized)
     with bar(description, run.num_layers * each) as inner:
         yield LayerProgress(inner, each)

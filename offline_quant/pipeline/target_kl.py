@@ -33,7 +33,7 @@ def pick_bits(run: RunContext, target: float) -> PickedBits:
     """
     if (earlier := run.state.picked_bits) is not None:
         return earlier
-    curves = examine_layers(run, error_curve, "Planning for all bits", len(PLANNED))
+    curves = examine_layers(run, lambda _, view: error_curve(view), "Planning for all bits", len(PLANNED))
     picked = run.workers.broadcast_from_first(lambda: Forecasts(run, curves).pick(target))
     if run.workers.rank == 0:
         run.state.keep_picked_bits(picked)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from offline_quant.calibration.sensitivity import token_gradients, token_weights, windows_together
+from offline_quant.calibration.sensitivity import token_powers, token_weights, windows_together
 from offline_quant.pipeline.context import RunContext
 from offline_quant.runtime.device import bfloat16_products
 from offline_quant.runtime.progress import bar
@@ -30,8 +30,7 @@ def _measured(run: RunContext) -> dict[int, Tensor]:
 
         def measure(number: int) -> dict[int, Tensor]:
             with bfloat16_products(run.streamed.device):
-                found = token_gradients(run.streamed, groups[number], run.config.seed + number, on_layer)
-            return {index: gradients.power for index, gradients in found.items()}
+                return token_powers(run.streamed, groups[number], run.config.seed + number, on_layer)
 
         parts = list(run.workers.map(range(len(groups)), measure))
     return {index: torch.cat([part[index] for part in parts]) for index in run.shape.layers}

@@ -19,7 +19,7 @@ from bitsmoe_kernels.errors import BitsmoeError
 from builders import REPO
 from families import make_model
 from offline_quant.calibration import sensitivity
-from offline_quant.calibration.sensitivity import token_gradients
+from offline_quant.calibration.sensitivity import token_powers
 from offline_quant.calibration.sources import base as sources
 from offline_quant.checkpoint.directory import PAGE_FILE, REPORT_FILE
 from offline_quant.config import QuantizeConfig
@@ -379,15 +379,15 @@ preflight.check_device = check_device
     assert [p.name for p in tmp_path.iterdir()] == ["site"]
 
 
-def test_two_workers_share_a_budget_weigh_tokens_and_fit_layers(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize("change", [{"objective": "alphaq"}, {"budget": "model"}], ids=str)
+def test_two_workers_share_a_budget_weigh_tokens_and_fit_layers(source, tmp_path, monkeypatch, change):
     """Both have windows and experts of their own, and the bytes are those of one process.
 
     The second one would cut the experts into other chunks, as if it had a larger GPU.
     """
     monkeypatch.setattr(hidden_states, "BATCH_TOKENS", 128)
     monkeypatch.setattr(chunks, "CHUNK_EXPERTS", 3)
-    config = options(source, objective="alphaq", token_weights="model", fit="layer")
-    quantize_model(str(source), tmp_path / "one", config)
+    quantize_model(str(source), tmp_path / "one", options(source, token_weights="model", fit="layer", **change))
     smaller = """
 import os
 from offline_quant.pipeline import hidden_states, moe_layer
@@ -397,7 +397,7 @@ chunks.CHUNK_EXPERTS = 3
 if os.environ.get("RANK") == "1":
     moe_layer.gpu_share = lambda device: 1 << 30
 """
-    more = ("--objective", "alphaq", "--token-weights", "model", "--fit", "layer")
+    more = ("--token-weights", "model", "--fit", "layer", *(f"--{name}={value}" for name, value in change.items()))
     done = run_two_workers(source, tmp_path, smaller, *more)
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "q") == contents(tmp_path / "one")
@@ -418,9 +418,9 @@ def test_every_token_is_weighed_once_and_a_resumed_run_weighs_none(source, whole
     (windows, powers), model = seen[0], StreamedModel(SourceModel(source))
     assert sorted(powers) == list(model.shape.layers)
     with bfloat16_products(model.device):
-        wanted = [token_gradients(model, windows[2 * i : 2 * i + 2], i) for i in range(3)]
+        wanted = [token_powers(model, windows[2 * i : 2 * i + 2], i) for i in range(3)]
     for index, power in powers.items():
-        assert torch.allclose(power, torch.cat([part[index].power for part in wanted]), rtol=1e-3)
+        assert torch.allclose(power, torch.cat([part[index] for part in wanted]), rtol=1e-3)
 
     def die(self, index, *args):
         if index == 2:
@@ -432,7 +432,7 @@ def test_every_token_is_weighed_once_and_a_resumed_run_weighs_none(source, whole
         patch.setattr(RunState, "close_layer", die)
         with pytest.raises(Died):
             quantize_model(str(source), tmp_path / "q", config)
-    monkeypatch.setattr(token_weights_module, "token_gradients", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(token_weights_module, "token_powers", lambda *_: pytest.fail("measured again"))
     quantize_model(str(source), tmp_path / "q", config, resume=True)
     assert contents(tmp_path / "q") == contents(tmp_path / "whole")
     record = json.loads((tmp_path / "q/config.json").read_text())["quantization_config"]["run"]
