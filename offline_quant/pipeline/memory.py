@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from bitsmoe_kernels.errors import BitsmoeError
 from offline_quant.allocation.objectives import budget_scope, may_share_bases, measures_layers
-from offline_quant.calibration.sensitivity import felt_bytes, gradient_bytes, kept_gradient_bytes
+from offline_quant.calibration.token_gradients import gradient_bytes
 from offline_quant.checkpoint.writer import result_bytes, writing_bytes
 from offline_quant.config import QuantizeConfig
 from offline_quant.evaluation.forecast import forecast_bytes
@@ -16,6 +16,7 @@ from offline_quant.model.sizes import RunSizes
 from offline_quant.model.source import checking_bytes
 from offline_quant.model.streaming import forward_bytes
 from offline_quant.pipeline.hidden_states import hidden_disk_bytes
+from offline_quant.pipeline.trials import trials_bytes
 from offline_quant.rounding.model_tuning import tuning_bytes
 
 LATER = 80 << 20
@@ -75,17 +76,17 @@ def estimate_memory(
         tune_model: whether the whole model is tuned.
         tune_codes: whether its codes are tuned as well.
         examined: whether all layers are looked at before bits are decided.
-        tried: whether they are quantized then, and gradients tell what their errors cost.
+        tried: whether they are quantized then, for trial.
     """
     original_tokens = sizes.tokens if fit_layer or tune_model else judged_tokens(sizes.tokens)
-    hidden = hidden_disk_bytes(sizes, original_tokens, examined) + (kept_gradient_bytes(sizes) if tried else 0)
+    hidden = hidden_disk_bytes(sizes, original_tokens, examined)
     stages = (
         text,
         checking_bytes(sizes),
-        gradient_bytes(sizes) if weighed or tried else 0,
+        gradient_bytes(sizes) if weighed else 0,
         # The original model runs while a layer is calibrated.
         kept_bytes(sizes) + forward_bytes(sizes, original_tokens),
-        layer_bytes(sizes, fit_layer, tune, bases) + (felt_bytes(sizes) if tried else 0),
+        layer_bytes(sizes, fit_layer, tune, bases) + (trials_bytes(sizes) if tried else 0),
         tuning_bytes(sizes, tune_codes) if tune_model else 0,
         judging_bytes(sizes),
         forecast_bytes(sizes),

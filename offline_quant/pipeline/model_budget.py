@@ -1,40 +1,35 @@
 """One budget for the whole model: a program over all layers divides it among them."""
 
-from functools import partial
+from dataclasses import replace
 
 import numpy as np
 
 from offline_quant.allocation.choices import ChoiceTable
 from offline_quant.allocation.objectives import measures_layers
 from offline_quant.allocation.solver import allocate
-from offline_quant.calibration.sensitivity import output_gradients, windows_together
 from offline_quant.layer.view import LayerView
 from offline_quant.pipeline.context import RunContext
-from offline_quant.pipeline.moe_layer import examine_layers, layer_choices, tried_layer
+from offline_quant.pipeline.moe_layer import TriedLayer, examine_layers, layer_choices, try_layer
 from offline_quant.pipeline.records import DividedBudget
+from offline_quant.pipeline.trials import Trials
 from offline_quant.report.schema import ModelBudget
-from offline_quant.runtime.progress import bar
-
-_GRADIENT = "gradient"
 
 
 def share_budget(run: RunContext) -> DividedBudget:
     """Divide the budget, on the original model's activations; an earlier run's division is taken where there is one.
 
-    Where losses of layers cannot be compared, every layer is quantized once, and gradients tell what its error costs.
+    Where losses of layers cannot be compared, every layer is quantized for trial, which tells what they cost.
 
     Raises:
         BitsmoeError: activations or weights beyond float32, or an impossible budget.
     """
     if (earlier := run.state.model_budget) is not None:
         return earlier
+    sensitivity: dict[int, float] = {}
     if measures_layers(run.config):
-        run.workers.broadcast_from_first(lambda: _keep_gradients(run))
-        tried = examine_layers(run, partial(_tried, run), "Trying", quantized=True)
-        tables = {index: table for index, (table, _) in tried.items()}
-        sensitivity = {index: value for index, (_, value) in tried.items()}
+        tables, sensitivity = _tried_layers(run)
     else:
-        tables, sensitivity = examine_layers(run, lambda _, view: layer_choices(view), "Planning"), {}
+        tables = examine_layers(run, lambda _, view: layer_choices(view), "Planning")
     budget = _divided(run, tables, sensitivity)
     if run.workers.rank == 0:
         run.state.keep_model_budget(budget)
@@ -42,17 +37,20 @@ def share_budget(run: RunContext) -> DividedBudget:
     return budget
 
 
-def _keep_gradients(run: RunContext) -> None:
-    with bar("Measuring sensitivities", 2 * run.num_layers) as on_progress:
-        windows = run.windows[: windows_together(run.windows)]
-        for index, gradient in output_gradients(run.streamed, windows, run.config.seed, on_progress):
-            run.state.open_layer(index)
-            run.state.put_hidden(index, _GRADIENT, gradient)
+def _tried_layers(run: RunContext) -> tuple[dict[int, ChoiceTable], dict[int, float]]:
+    """The choices of every layer, and what a unit of their loss costs the model, by layer index."""
+    trials = Trials(run.streamed, run.windows, run.workers)
+
+    def look(index: int, view: LayerView) -> TriedLayer:
+        tried = try_layer(view, trials.tokens)
+        trials.disturb(index, tried.error)
+        return replace(tried, error=tried.error[:0])
+
+    layers = examine_layers(run, look, "Trying", quantized=True)
+    divergences = trials.divergences()
     run.clock.lap("sensitivities")
-
-
-def _tried(run: RunContext, index: int, view: LayerView) -> tuple[ChoiceTable, float]:
-    return tried_layer(view, run.state.hidden(index, _GRADIENT, (-1, run.shape.hidden_size)))
+    sensitivity = {index: divergences[index] / max(tried.loss, 1e-300) for index, tried in layers.items()}
+    return {index: tried.table for index, tried in layers.items()}, sensitivity
 
 
 def _divided(run: RunContext, tables: dict[int, ChoiceTable], sensitivity: dict[int, float]) -> DividedBudget:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 from bitsmoe_kernels.errors import BitsmoeError
 from offline_quant.allocation.choices import ChoiceTable
 from offline_quant.calibration.moments import LayerMoments
-from offline_quant.calibration.sensitivity import felt_divergence
 from offline_quant.layer.cache import LayerCache
 from offline_quant.layer.context import LayerContext
 from offline_quant.layer.first_pass import measure_layer
@@ -77,22 +76,28 @@ def layer_choices(view: LayerView) -> ChoiceTable:
     return _without_components(plan_layer(view, trim=False))
 
 
-def tried_layer(view: LayerView, gradient: Tensor) -> tuple[ChoiceTable, float]:
-    """The choices of a layer for one budget over the model, and what a unit of their loss costs the model.
+@dataclass(frozen=True)
+class TriedLayer:
+    """A layer that was quantized for trial.
 
-    Args:
-        view: the layer.
-        gradient: float32 [n, H], at what its experts give for the first tokens; see `output_gradients`.
-
-    Returns:
-        The choices, without components; KL in nats per token, to second order.
+    Attributes:
+        table: its choices, without its components.
+        loss: of the choices that were taken.
+        error: float32 [n, H] on the CPU, of what its experts give for the first tokens.
     """
+
+    table: ChoiceTable
+    loss: float
+    error: Tensor
+
+
+def try_layer(view: LayerView, tokens: int) -> TriedLayer:
+    """Quantize a layer for trial, and compare what its experts give for so many tokens."""
     plan = plan_layer(view, trim=False)
-    error = _first_tokens(original_output(view.ctx), len(gradient)).neg_()
+    error = _first_tokens(original_output(view.ctx), tokens).neg_()
     quantize_layer(view, plan)
-    error += _first_tokens(quantized_output(view), len(gradient))
-    planned = plan.allocation.loss
-    return _without_components(plan), felt_divergence(gradient, error) / planned if planned > 0 else 0.0
+    error += _first_tokens(quantized_output(view), tokens)
+    return TriedLayer(_without_components(plan), plan.allocation.loss, error)
 
 
 def _without_components(plan: LayerPlan) -> ChoiceTable:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from offline_quant.calibration.sensitivity import token_powers, token_weights, windows_together
+from offline_quant.calibration.token_gradients import token_powers, token_weights, windows_together
 from offline_quant.pipeline.context import RunContext
 from offline_quant.runtime.device import bfloat16_products
 from offline_quant.runtime.progress import bar

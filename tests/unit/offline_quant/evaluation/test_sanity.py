@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from builders import TINY_MOE
-from offline_quant.calibration import sensitivity
-from offline_quant.calibration.sensitivity import felt_divergence, output_gradients, token_powers, token_weights
+from offline_quant.calibration import token_gradients
+from offline_quant.calibration.token_gradients import token_powers, token_weights
 from offline_quant.evaluation import sanity
 from offline_quant.evaluation.sanity import Tally, tally, verdict
 from offline_quant.model.source import SourceModel
@@ -96,9 +96,9 @@ def test_tally_is_the_models_own_loss(tiny, monkeypatch, rows):
 @pytest.mark.slow
 def test_gradients_equal_autograd_through_the_whole_model(tiny, monkeypatch):
     """Against one backward pass with gradients at every layer's output, tokens drawn by the same generator."""
-    monkeypatch.setattr(sensitivity, "BATCH_TOKENS", 24)
+    monkeypatch.setattr(token_gradients, "BATCH_TOKENS", 24)
     windows = torch.randint(0, 4096, (2, 24), generator=torch.Generator().manual_seed(1))
-    found, powers = dict(output_gradients(tiny, windows, seed=7)), token_powers(tiny, windows, seed=7)
+    found = token_powers(tiny, windows, seed=7)
     whole = StreamedModel(SourceModel(TINY_MOE)).materialize()
     outputs = []
     for layer in whole.model.layers:
@@ -110,46 +110,8 @@ def test_gradients_equal_autograd_through_the_whole_model(tiny, monkeypatch):
     drawn = torch.cat([torch.multinomial(row.detach().exp(), 1, generator=generator) for row in logp])
     gradients = torch.autograd.grad(-logp.flatten(0, 1).gather(1, drawn).sum(), outputs)
     assert sorted(found) == list(range(tiny.num_layers))
-    for index, gradient in found.items():
-        wanted = gradients[index].flatten(0, 1)
-        assert torch.allclose(gradient, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
-        assert torch.allclose(powers[index], wanted.double().square().sum(-1), rtol=1e-3)
-
-
-@pytest.mark.slow
-def test_the_divergence_felt_is_that_of_a_model_with_the_error(tiny):
-    """Noise in one layer's experts, in proportion to each token's output, against the KL of transformers' model.
-
-    Behind the last layer no token changes its experts, so small errors are exact but for the tokens that are drawn.
-    """
-    windows = torch.randint(0, 4096, (6, 96), generator=torch.Generator().manual_seed(1))
-    gradients = [dict(output_gradients(tiny, windows, seed)) for seed in range(4)]
-    whole = StreamedModel(SourceModel(TINY_MOE)).materialize()
-    with torch.no_grad():
-        logp = whole(windows).logits.double().log_softmax(-1)
-    generator = torch.Generator().manual_seed(2)
-
-    def felt_and_true(index, size):
-        errors = []
-
-        def disturb(_module, _arguments, out):
-            y = out.view(windows.numel(), -1)
-            noise = torch.randn(y.shape, generator=generator)
-            errors.append(size * y.square().mean(-1, keepdim=True).sqrt() * noise)
-            return out + errors[0].view_as(out)
-
-        hook = whole.model.layers[index].mlp.experts.register_forward_hook(disturb)
-        with torch.no_grad():
-            other = whole(windows).logits.double().log_softmax(-1)
-        hook.remove()
-        true = float((logp.exp() * (logp - other)).sum(-1).mean())
-        return sum(felt_divergence(g[index], errors[0]) for g in gradients) / len(gradients), true
-
-    felt, true = felt_and_true(3, 0.01)
-    assert felt == pytest.approx(true, rel=0.1)
-    for index in range(4):
-        felt, true = felt_and_true(index, 0.3)
-        assert felt == pytest.approx(true, rel=0.3)
+    for index, power in found.items():
+        assert torch.allclose(power, gradients[index].double().square().sum(-1).flatten(), rtol=1e-3)
 
 
 def test_a_token_counts_by_the_root_of_what_is_felt_of_it():

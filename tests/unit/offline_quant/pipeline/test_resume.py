@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from bitsmoe_kernels.errors import BitsmoeError
 from builders import REPO
 from families import make_model
-from offline_quant.calibration import sensitivity
-from offline_quant.calibration.sensitivity import token_powers
+from offline_quant.calibration import token_gradients
 from offline_quant.calibration.sources import base as sources
+from offline_quant.calibration.token_gradients import token_powers
 from offline_quant.checkpoint.directory import PAGE_FILE, REPORT_FILE
 from offline_quant.config import QuantizeConfig
 from offline_quant.model.fingerprint import fingerprint
@@ -405,7 +405,7 @@ if os.environ.get("RANK") == "1":
 
 def test_every_token_is_weighed_once_and_a_resumed_run_weighs_none(source, whole, tmp_path, monkeypatch):
     """Three groups of two windows; a run that dies behind a layer, and one that does not."""
-    monkeypatch.setattr(sensitivity, "TOKENS", 128)
+    monkeypatch.setattr(token_gradients, "TOKENS", 128)
     seen, kept = [], RunState.keep_token_powers
 
     def keep(self, powers):

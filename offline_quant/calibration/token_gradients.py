@@ -1,13 +1,13 @@
-"""How much the model's predictions feel errors of each layer's experts, measured with gradients.
+"""How much the model's predictions feel errors at each token, measured with gradients.
 
 To second order, an error d of a layer's output costs KL = E[(g . d)^2] / 2, with g the gradient of the log-likelihood
-of a token drawn from the model's own prediction (the Fisher metric). So a trial's error tells what the layer costs.
+of a token drawn from the model's own prediction (the Fisher metric).
 
 Errors of some tokens cost far more than those of others. GuidedQuant (arXiv 2505.07004) weighs tokens by |g|^2. Few
 tokens hold most of it, and what is measured by them alone fits no other text: its root serves better.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -21,11 +21,11 @@ TOKENS = 8_192
 BATCH_TOKENS = 2_048
 LOGIT_COPIES = 3.5
 """Copies of logits while gradients of drawn tokens are taken: measured with the vocabulary of Qwen3-30B-A3B, where they
-are most of the memory of `--budget model`."""
+are most of the memory of `--token-weights model`."""
 
 
 def gradient_bytes(sizes: RunSizes) -> int:
-    """Bytes of memory that `output_gradients` takes: hidden states of all layers, and logits or a whole layer."""
+    """Bytes of memory that `token_powers` takes: hidden states of all layers, and logits or a whole layer."""
     H, I = sizes.hidden_size, sizes.shape.intermediate_size  # noqa: E741
     measured = min(sizes.tokens, TOKENS)
     batch = min(measured, BATCH_TOKENS)
@@ -35,24 +35,10 @@ def gradient_bytes(sizes: RunSizes) -> int:
     return FLOAT * measured * sizes.state_values * (sizes.num_layers + 2) + sizes.mapped_bytes + max(logits, layer)
 
 
-def kept_gradient_bytes(sizes: RunSizes) -> int:
-    """Bytes of the gradients of one group of tokens, at all layers with experts."""
-    return len(sizes.shape.layers) * _felt_values(sizes) * FLOAT
-
-
-def felt_bytes(sizes: RunSizes) -> int:
-    """Bytes of memory that `felt_divergence` takes: what it is given, and their product."""
-    return 3 * _felt_values(sizes) * FLOAT
-
-
-def _felt_values(sizes: RunSizes) -> int:
-    return min(sizes.tokens, TOKENS) * sizes.shape.hidden_size
-
-
-def output_gradients(
+def token_powers(
     model: StreamedModel, windows: Tensor, seed: int, on_progress: Callable[[], None] = lambda: None
-) -> Iterator[tuple[int, Tensor]]:
-    """Gradients of the log-likelihood of drawn tokens, from the last layer to the first.
+) -> dict[int, Tensor]:
+    """Squared norms of gradients of the log-likelihood of drawn tokens, at the output of a layer's routed experts.
 
     Args:
         model: the original model.
@@ -60,8 +46,8 @@ def output_gradients(
         seed: for the drawn tokens.
         on_progress: called after every layer, forwards and backwards.
 
-    Yields:
-        Index of a layer with experts; the gradient at what its routed experts give, float32 [T, H] on the CPU.
+    Returns:
+        float64 [T], by the index of each layer with experts.
     """
     batches = model.embed_windows(windows, BATCH_TOKENS)
     entering = [[h for h, _ in batches]]
@@ -72,34 +58,19 @@ def output_gradients(
             )
         on_progress()
     gradients = _top_gradients(model, entering.pop(), seed)
+    found = {}
     for index in reversed(range(model.num_layers)):
-        hidden, felt = entering.pop(), list[Tensor]()
+        hidden, powers = entering.pop(), list[Tensor]()
         if index >= min(model.shape.layers):
             with model.layer(index) as module:
                 gradients = [
-                    _backward(model, module, h, args, g, felt if index in model.shape.layers else None)
+                    _backward(model, module, h, args, g, powers if index in model.shape.layers else None)
                     for h, (_, args), g in zip(hidden, batches, gradients, strict=True)
                 ]
+        if powers:
+            found[index] = torch.cat(powers)
         on_progress()
-        if felt:
-            yield index, torch.cat(felt)
-
-
-def token_powers(
-    model: StreamedModel, windows: Tensor, seed: int, on_progress: Callable[[], None] = lambda: None
-) -> dict[int, Tensor]:
-    """Squared norms of `output_gradients`, float64 [T], by layer index."""
-    return {index: g.double().square().sum(-1) for index, g in output_gradients(model, windows, seed, on_progress)}
-
-
-def felt_divergence(gradient: Tensor, error: Tensor) -> float:
-    """KL from the original in nats per token, to second order.
-
-    Args:
-        gradient: float32 [T, H], see `output_gradients`.
-        error: float32 [T, H], of what the layer's routed experts give.
-    """
-    return float((gradient * error).sum(-1, dtype=torch.float64).square().mean()) / 2
+    return found
 
 
 def token_weights(power: Tensor) -> Tensor:
@@ -116,6 +87,10 @@ def token_weights(power: Tensor) -> Tensor:
 def windows_together(windows: Tensor) -> int:
     """How many windows [n, L] are about TOKENS tokens."""
     return max(1, TOKENS // windows.shape[1])
+
+
+def _energy(rows: Tensor) -> Tensor:
+    return rows.flatten(0, -2).double().square().sum(-1).cpu()
 
 
 def _top_gradients(model: StreamedModel, hidden: list[Tensor], seed: int) -> list[Tensor]:
@@ -138,14 +113,14 @@ def _backward(
     hidden: Tensor,
     arguments: Arguments,
     gradient: Tensor,
-    felt: list[Tensor] | None,
+    powers: list[Tensor] | None,
 ) -> Tensor:
-    """Gradient at what enters a layer; that at the output of its routed experts, [T, H], is appended to `felt`."""
+    """Gradient at what enters a layer; squared norms at the output of its routed experts are appended to `powers`."""
     seen: list[Tensor] = []
-    with torch.enable_grad(), nullcontext() if felt is None else model.watching(module, seen.append):
+    with torch.enable_grad(), nullcontext() if powers is None else model.watching(module, seen.append):
         h = hidden.to(model.device).requires_grad_(True)
         out = model.run(module, h, arguments)
-    entered, *found = torch.autograd.grad(out, [h, *seen], gradient.to(model.device))
-    if felt is not None:
-        felt += [g.flatten(0, -2).float().cpu() for g in found]
+    entered, *felt = torch.autograd.grad(out, [h, *seen], gradient.to(model.device))
+    if powers is not None:
+        powers += [_energy(g) for g in felt]
     return entered.cpu()
