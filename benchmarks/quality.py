@@ -145,7 +145,7 @@ GROUPS: dict[str, list[Row]] = {
     ],
     "ablation": [
         *_ours("bitsmoe", (2.125,)),
-        *_ours("one budget for the model, by sensitivities", (2.125,), budget="model"),
+        *_ours("one budget for the model", (2.125,), budget="model"),
         *_ours("without the surrogate: uniform widths", (2.125,), objective="uniform"),
         *_ours("without feedback", (2.125,), feedback=False),
         *_ours("on half the calibration windows", (2.125,), calib_samples=64),

@@ -78,7 +78,8 @@ class QuantizeConfig(BaseModel):
     budget: Annotated[Scope | None, Panel.ALLOCATION] = Field(
         default=None,
         description="One budget for each layer, or one for the whole model. Default: model for alphaq and bt-moe, else "
-        "layer. With one for the model, the other objectives weigh layers by measured sensitivities.",
+        "layer. With one for the model, the other objectives weigh layers by what quantizing each alone "
+        "does to the model; that is tried first.",
     )
     gamma: Annotated[float, Panel.ALLOCATION] = Field(
         default=1.0, ge=0, le=10, allow_inf_nan=False, description="alphaq: power of the heavy-tail exponents."

@@ -82,7 +82,8 @@ class ModelBudget(Report):
 
     Attributes:
         solver_gap: proven relative distance from the optimum.
-        sensitivity: measured weight of a layer's error, by tensor prefix; empty where none was measured.
+        sensitivity: KL to the original in nats per token for a unit of a layer's loss, by tensor prefix; measured in a
+            trial of each layer alone, and empty where there was none.
         bits_per_weight: each layer's budget, by tensor prefix.
     """
 

@@ -30,7 +30,7 @@ def budget_scope(config: QuantizeConfig) -> Scope:
 
 
 def measures_layers(config: QuantizeConfig) -> bool:
-    """Whether losses of layers are weighed by measured sensitivities."""
+    """Whether losses of layers are weighed by what each does to the model, which is tried."""
     return OBJECTIVES[config.objective].sensitive and budget_scope(config) == "model"
 
 

@@ -62,7 +62,7 @@ class Objective(ABC):
         forms: names of the forms of decomposition it chooses from with `--basis auto`.
         scope: whether one budget holds for each layer or for the model.
         ranks: whether compensators are among the choices.
-        sensitive: whether losses are relative errors, to be weighed by layer sensitivities under one model budget.
+        sensitive: whether losses are relative errors, to be weighed by trials of the layers under one model budget.
         pilots: whether a rough quantization of every form measures row norms before the choice.
     """
 
