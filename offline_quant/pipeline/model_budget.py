@@ -1,7 +1,5 @@
 """One budget for the whole model: a program over all layers divides it among them."""
 
-from dataclasses import replace
-
 import numpy as np
 
 from offline_quant.allocation.choices import ChoiceTable
@@ -9,7 +7,7 @@ from offline_quant.allocation.objectives import measures_layers
 from offline_quant.allocation.solver import allocate
 from offline_quant.layer.view import LayerView
 from offline_quant.pipeline.context import RunContext
-from offline_quant.pipeline.moe_layer import TriedLayer, examine_layers, layer_choices, try_layer
+from offline_quant.pipeline.moe_layer import examine_layers, layer_choices, try_layer
 from offline_quant.pipeline.records import DividedBudget
 from offline_quant.pipeline.trials import Trials
 from offline_quant.report.schema import ModelBudget
@@ -41,16 +39,16 @@ def _tried_layers(run: RunContext) -> tuple[dict[int, ChoiceTable], dict[int, fl
     """The choices of every layer, and what a unit of their loss costs the model, by layer index."""
     trials = Trials(run.streamed, run.windows, run.workers)
 
-    def look(index: int, view: LayerView) -> TriedLayer:
-        tried = try_layer(view, trials.tokens)
-        trials.disturb(index, tried.error)
-        return replace(tried, error=tried.error[:0])
+    def look(index: int, view: LayerView) -> tuple[ChoiceTable, float]:
+        choices, loss, error = try_layer(view, trials.tokens)
+        trials.disturb(index, error)
+        return choices, loss
 
-    layers = examine_layers(run, look, "Trying", quantized=True)
+    tried = examine_layers(run, look, "Trying", quantized=True)
     divergences = trials.divergences()
-    run.clock.lap("sensitivities")
-    sensitivity = {index: divergences[index] / max(tried.loss, 1e-300) for index, tried in layers.items()}
-    return {index: tried.table for index, tried in layers.items()}, sensitivity
+    run.clock.lap("trials")
+    sensitivity = {index: divergences[index] / max(loss, 1e-300) for index, (_, loss) in tried.items()}
+    return {index: choices for index, (choices, _) in tried.items()}, sensitivity
 
 
 def _divided(run: RunContext, tables: dict[int, ChoiceTable], sensitivity: dict[int, float]) -> DividedBudget:

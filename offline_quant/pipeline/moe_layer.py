@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -76,28 +76,18 @@ def layer_choices(view: LayerView) -> ChoiceTable:
     return _without_components(plan_layer(view, trim=False))
 
 
-@dataclass(frozen=True)
-class TriedLayer:
-    """A layer that was quantized for trial.
+def try_layer(view: LayerView, tokens: int) -> tuple[ChoiceTable, float, Tensor]:
+    """Quantize a layer for trial.
 
-    Attributes:
-        table: its choices, without its components.
-        loss: of the choices that were taken.
-        error: float32 [n, H] on the CPU, of what its experts give for the first tokens.
+    Returns:
+        Its choices, without its components; the loss of those that were taken; the error of what its experts give for
+        the first tokens, float32 [tokens, H] on the CPU.
     """
-
-    table: ChoiceTable
-    loss: float
-    error: Tensor
-
-
-def try_layer(view: LayerView, tokens: int) -> TriedLayer:
-    """Quantize a layer for trial, and compare what its experts give for so many tokens."""
     plan = plan_layer(view, trim=False)
     error = _first_tokens(original_output(view.ctx), tokens).neg_()
     quantize_layer(view, plan)
     error += _first_tokens(quantized_output(view), tokens)
-    return TriedLayer(_without_components(plan), plan.allocation.loss, error)
+    return _without_components(plan), plan.allocation.loss, error
 
 
 def _without_components(plan: LayerPlan) -> ChoiceTable:

@@ -5,10 +5,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from builders import TINY_MOE
+from families import make_model
 from offline_quant.checkpoint.dequantize import dequantize_checkpoint
 from offline_quant.config import QuantizeConfig
+from offline_quant.model.source import SourceModel
+from offline_quant.model.streaming import StreamedModel
 from offline_quant.pipeline.quantize import quantize_model
 from offline_quant.pipeline.resume import RunState
+from offline_quant.pipeline.trials import Trials
+from offline_quant.runtime.distributed import Workers
 
 
 def divergence(original, other, windows):
@@ -41,3 +46,27 @@ def test_a_layer_costs_what_its_trial_does_to_the_model(tmp_path, monkeypatch):
     assert max(bits.values()) - min(bits.values()) > 0.3
     assert sum(bits.values()) / len(bits) <= 2.5
     assert 2.49 < reports["model"].bpw <= 2.5
+
+
+def test_errors_of_layers_do_not_meet(tmp_path):
+    """Noise in every layer with experts, behind a dense one, against transformers' model with one of them at a time."""
+    source = make_model("Qwen2MoeForCausalLM", tmp_path / "model")
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(3)
+    windows = torch.randint(0, original.config.vocab_size, (4, 48), generator=generator)
+    model = StreamedModel(SourceModel(source))
+    trials = Trials(model, windows, Workers())
+    assert list(model.shape.layers) == [1, 2]
+    errors = {i: torch.randn(trials.tokens, original.config.hidden_size, generator=generator) for i in (1, 2)}
+    for index, error in errors.items():
+        trials.disturb(index, error)
+    for index, found in trials.divergences().items():
+        error = errors[index]
+        hook = original.model.layers[index].mlp.experts.register_forward_hook(
+            lambda _module, _arguments, out: out + error.view_as(out)  # noqa: B023
+        )
+        with torch.no_grad():
+            q = original(windows).logits.double().log_softmax(-1)
+            hook.remove()
+            p = original(windows).logits.double().log_softmax(-1)
+        assert found == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
