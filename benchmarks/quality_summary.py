@@ -22,7 +22,7 @@ SHORT = {OURS: 2.125, "autoround": 2, "gptq": 2, "gguf": 2, "hqq": 2, "rtn": 2}
 
 def _picked() -> list[tuple[str, Row]]:
     """Rows shown and what they are called, the best methods first."""
-    rows = [r for name in ("main", "objectives") for r in GROUPS[name]]
+    rows = [r for name in ("main", "objectives", "ablation") for r in GROUPS[name]]
 
     def take(name: str, method: str, bits: float, **options: Any) -> tuple[str, Row]:
         return name, next(r for r in rows if (r.method, r.bits, r.options) == (method, bits, options))
@@ -32,6 +32,7 @@ def _picked() -> list[tuple[str, Row]]:
 
     return [
         *(take("**bitsmoe**", OURS, bits) for bits in (1.75, 2.0, 2.125, 2.5, 3.125)),
+        take("**bitsmoe `--budget model`**", OURS, 2.125, budget="model"),
         take("**bitsmoe `--fit layer`**", OURS, 2.125, fit="layer"),
         *(take("**bitsmoe `--tune`**", OURS, bits, tune=True) for bits in (2.125, 3.125)),
         take("**bitsmoe `--tune --tune-codes`**", OURS, 2.125, tune=True, tune_codes=True),
