@@ -11,6 +11,7 @@ from torch import Tensor
 from bitsmoe_kernels.errors import BitsmoeError
 from offline_quant.allocation.choices import ChoiceTable
 from offline_quant.calibration.moments import LayerMoments
+from offline_quant.evaluation.forecast import first_rows
 from offline_quant.layer.cache import LayerCache
 from offline_quant.layer.context import LayerContext
 from offline_quant.layer.first_pass import measure_layer
@@ -57,7 +58,7 @@ def examine_layers(
             if index in run.shape.layers:
                 with _finite_or_refuse(run.shape.prefix(index)):
                     view = _measured_layer(run, index, progress)
-                    # What quantizes a layer needs the room of its activations.
+                    # Before `look`: a layer that is quantized does not give it any more.
                     run.calibration.add_expert_output(index, original_output(view.ctx), run.windows_read_after(index))
                     found[index] = look(index, view)
                 view.ctx.cache.clear()
@@ -84,23 +85,14 @@ def try_layer(view: LayerView, tokens: int) -> tuple[ChoiceTable, float, Tensor]
         the first tokens, float32 [tokens, H] on the CPU.
     """
     plan = plan_layer(view, trim=False)
-    error = _first_tokens(original_output(view.ctx), tokens).neg_()
+    original = first_rows(original_output(view.ctx), tokens)
     quantize_layer(view, plan)
-    error += _first_tokens(quantized_output(view), tokens)
+    error = first_rows(quantized_output(view), tokens).sub_(original).cpu()
     return _without_components(plan), plan.allocation.loss, error
 
 
 def _without_components(plan: LayerPlan) -> ChoiceTable:
     return replace(plan.table, projections={})
-
-
-def _first_tokens(output: Iterator[Tensor], tokens: int) -> Tensor:
-    """Of a layer's output in parts, [tokens, H] on the CPU."""
-    parts, there = list[Tensor](), 0
-    while there < tokens:
-        parts.append(next(output).cpu())
-        there += len(parts[-1])
-    return torch.cat(parts)[:tokens]
 
 
 def quantize_moe_layer(

@@ -310,6 +310,7 @@ def test_memory_of_the_whole_model_and_of_gradients_is_asked_for():
     assert peak(text=sampling_bytes(sizes)) > max(peak(), 4 * shape.num_weights)
     head_and_logits = 4 * config["vocab_size"] * (H + 2048)
     assert peak(weighed=True) > max(peak(), head_and_logits)
+    assert peak(tried=True) > peak() + 4 * len(shape.layers) * 2048 * H
     # Hidden states of all windows pass through the original model too, and a layer's target is held beside them.
     sizes = RunSizes(shape, expert_specs(shape), config, 2.125, 1 << 18, 2048, 2048)
     assert peak() + 4 * sizes.tokens * H < peak(fit_layer=True) <= peak(fit_layer=True, tune=True)
