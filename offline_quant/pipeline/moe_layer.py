@@ -11,7 +11,6 @@ from torch import Tensor
 from bitsmoe_kernels.errors import BitsmoeError
 from offline_quant.allocation.choices import ChoiceTable
 from offline_quant.calibration.moments import LayerMoments
-from offline_quant.evaluation.forecast import first_rows
 from offline_quant.layer.cache import LayerCache
 from offline_quant.layer.context import LayerContext
 from offline_quant.layer.first_pass import measure_layer
@@ -24,6 +23,7 @@ from offline_quant.model.expert_weights import ExpertWeights
 from offline_quant.pipeline.context import RunContext
 from offline_quant.pipeline.hidden_states import target_output
 from offline_quant.pipeline.records import MoELayerRecord
+from offline_quant.pipeline.trials import rows_of
 from offline_quant.report.collect import layer_picture, layer_report
 from offline_quant.rounding.tuning import tune
 from offline_quant.runtime.chunks import gpu_share
@@ -77,17 +77,21 @@ def layer_choices(view: LayerView) -> ChoiceTable:
     return _without_components(plan_layer(view, trim=False))
 
 
-def try_layer(view: LayerView, tokens: int) -> tuple[ChoiceTable, float, Tensor]:
+def try_layer(view: LayerView, rows: Tensor) -> tuple[ChoiceTable, float, Tensor]:
     """Quantize a layer for trial.
+
+    Args:
+        view: the layer, not quantized.
+        rows: tokens whose error is wanted, int64 [n], ascending.
 
     Returns:
         Its choices, without its components; the loss of those that were taken; the error of what its experts give for
-        the first tokens, float32 [tokens, H] on the CPU.
+        these tokens, float32 [n, H] on the CPU.
     """
     plan = plan_layer(view, trim=False)
-    original = first_rows(original_output(view.ctx), tokens)
+    original = rows_of(original_output(view.ctx), rows)
     quantize_layer(view, plan)
-    error = first_rows(quantized_output(view), tokens).sub_(original).cpu()
+    error = rows_of(quantized_output(view), rows).sub_(original)
     return _without_components(plan), plan.allocation.loss, error
 
 

@@ -4,6 +4,9 @@ Every layer is quantized for trial. Hidden states of some tokens pass on with th
 without an error. So each layer of the original is loaded once, and routing that changes behind an error counts.
 """
 
+from collections.abc import Iterable
+
+import torch
 from torch import Tensor
 
 from offline_quant.evaluation.forecast import divergence
@@ -11,15 +14,15 @@ from offline_quant.model.sizes import FLOAT, RunSizes
 from offline_quant.model.streaming import StreamedModel, forward_bytes
 from offline_quant.runtime.distributed import Workers
 
-TOKENS = 2_048
-"""Tokens whose hidden states pass on with errors."""
+TOKENS, WINDOW_TOKENS = 2_048, 256
+"""Tokens whose hidden states pass on with errors, and how many of them one window may give: texts differ."""
 
 
 class Trials:
     """Hidden states of the original model, without errors and with those of one layer each.
 
     Attributes:
-        tokens: how many there are, the first of the calibration text.
+        rows: which tokens of the windows they are, int64, ascending: the first of windows evenly spread.
 
     Args:
         model: the original.
@@ -28,10 +31,11 @@ class Trials:
     """
 
     def __init__(self, model: StreamedModel, windows: Tensor, workers: Workers):
-        windows = windows[: _windows(windows.shape[1])]
-        self.tokens = windows.numel()
+        count, length = _tried(*windows.shape)
+        picked = torch.arange(count) * len(windows) // count
+        self.rows = torch.arange(windows.numel()).view(windows.shape)[picked, :length].flatten()
         self._model, self._workers = model, workers
-        self._plain, self._arguments = model.embed(windows)
+        self._plain, self._arguments = model.embed(windows[picked, :length])
         self._disturbed: dict[int, Tensor] = {}
         self._passed = 0
 
@@ -40,7 +44,7 @@ class Trials:
 
         Args:
             layer: index of a layer with routed experts.
-            error: float32 [tokens, H] on the CPU, of what these give.
+            error: float32 [rows, H] on the CPU, of what these give.
         """
         while self._passed < layer:
             self._pass(None)
@@ -65,12 +69,33 @@ class Trials:
         self._passed += 1
 
 
+def rows_of(parts: Iterable[Tensor], rows: Tensor) -> Tensor:
+    """Some rows [n, ...] of a tensor in parts, on the CPU.
+
+    Args:
+        parts: of the tensor; none are read beyond the last row.
+        rows: int64 [n], ascending.
+    """
+    found, start = [], 0
+    for part in parts:
+        end = start + len(part)
+        own = rows[(rows >= start) & (rows < end)] - start
+        found.append(part[own.to(part.device)].cpu())
+        if end > int(rows[-1]):
+            break
+        start = end
+    return torch.cat(found)
+
+
 def trials_bytes(sizes: RunSizes) -> int:
     """Bytes of memory that `Trials` takes: hidden states, those of a layer's pass, and an error."""
-    tokens, layers = _windows(sizes.length) * sizes.length, len(sizes.shape.layers)
+    count, length = _tried(sizes.tokens // sizes.length, sizes.length)
+    tokens, layers = count * length, len(sizes.shape.layers)
     held = FLOAT * tokens * (2 * (layers + 1) * sizes.state_values + 3 * sizes.shape.hidden_size)
     return held + forward_bytes(sizes, layers * tokens)
 
 
-def _windows(length: int) -> int:
-    return max(1, TOKENS // length)
+def _tried(windows: int, length: int) -> tuple[int, int]:
+    """How many windows, and how many tokens of each, of so many of a length."""
+    length = min(length, WINDOW_TOKENS)
+    return min(windows, max(1, TOKENS // length)), length
