@@ -105,16 +105,22 @@ def tally(model: StreamedModel, windows: Tensor, hidden: Iterable[Tensor]) -> Ta
     return Tally(nll, len(target), torch.bincount(likeliest.cpu(), minlength=start))
 
 
-def advice(fitted: bool, weighed: bool, model_tuned: bool, natural: bool) -> str:
+def advice(shared: bool, fitted: bool, weighed: bool, model_tuned: bool, natural: bool) -> str:
     """What to do about a degenerate model: only what was not done.
 
     Args:
+        shared: one budget was divided among its layers, or it has only one with experts.
         fitted: the experts of a layer were fitted together, by `--fit layer` or `--tune`.
         weighed: it was made with `--token-weights model`.
         model_tuned: it was made with `--tune-model` or `--tune-codes`.
         natural: all of its layers have natural channels.
     """
-    options = {"--fit layer": fitted, "--token-weights model": weighed, "--tune-model": model_tuned}
+    options = {
+        "--budget model": shared,
+        "--fit layer": fitted,
+        "--token-weights model": weighed,
+        "--tune-model": model_tuned,
+    }
     left = [option for option, done in options.items() if not done]
     remedies = [
         "give more bits (--bits)",

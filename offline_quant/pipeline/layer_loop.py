@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from bitsmoe_kernels.format.schema import Layer
+from offline_quant.allocation.objectives import budget_scope
 from offline_quant.evaluation import sanity
 from offline_quant.evaluation.forecast import Forecast, divergence, first_rows, forecast, forecast_windows
 from offline_quant.pipeline.context import RunContext
@@ -122,7 +123,8 @@ def sanity_check(run: RunContext, layers: FinishedLayers) -> sanity.SanityVerdic
     quantized = sanity.tally(run.streamed, run.judged, _quantized_states(run))
     natural = all(report.basis == "natural" for report in layers.reports)
     config = run.config
-    remedy = sanity.advice(config.fits_layer, config.token_weights == "model", config.tunes_model, natural)
+    shared = budget_scope(config) == "model" or len(layers.reports) == 1
+    remedy = sanity.advice(shared, config.fits_layer, config.token_weights == "model", config.tunes_model, natural)
     verdict = sanity.verdict(original, quantized, remedy)
     run.clock.lap("sanity")
     return verdict

@@ -46,20 +46,26 @@ def test_a_lost_model_is_broken(nll):
     ("done", "words"),
     [
         (
-            (False, False, False, False),
-            ["--bits", "(--fit layer --token-weights model --tune-model)", "--calib", "--basis natural"],
+            (False, False, False, False, False),
+            [
+                "--bits",
+                "(--budget model --fit layer --token-weights model --tune-model)",
+                "--calib",
+                "--basis natural",
+            ],
         ),
-        ((True, True, False, False), ["--bits", "(--tune-model)", "--calib", "--basis natural"]),
-        ((False, True, True, True), ["--bits", "(--fit layer)", "--calib"]),
-        ((True, True, True, True), ["--bits", "--calib"]),
+        ((True, True, True, False, False), ["--bits", "(--tune-model)", "--calib", "--basis natural"]),
+        ((False, True, True, True, False), ["--bits", "(--budget model)", "--calib", "--basis natural"]),
+        ((True, False, True, True, True), ["--bits", "(--fit layer)", "--calib"]),
+        ((True, True, True, True, True), ["--bits", "--calib"]),
     ],
 )
 def test_advice_names_what_was_not_done(done, words):
     found = sanity.advice(*done)
     places = [found.index(word) for word in words]
     assert places == sorted(places)
-    assert ("more time" in found) is not all(done[:3])
-    assert ("--basis" in found) is not done[3]
+    assert ("more time" in found) is not all(done[:4])
+    assert ("--basis" in found) is not done[4]
 
 
 def test_a_model_that_repeats_one_token_is_broken():
