@@ -22,11 +22,12 @@ class ChoiceTable:
         form: name of the form.
         schema: the layer's, with no codes yet.
         projections: components of every projection.
-        loss: [units, choices], infinite where there is no such choice.
+        loss: [units, choices], weighed, infinite where there is no such choice.
         cost: [units, choices], bits of codes and compensators.
         unit_of: for each projection the unit of every block, int64 [E, B].
         width: [choices].
         rank: [choices], of the compensators of the unit's projections.
+        weight: what a unit of each projection's loss counts, see `Objective.weights`.
         overhead: bits of scales, metadata and basis, as stored.
         unused: components, int64 and ascending, that are held at 0 bits in every expert: their rows of the basis are
             not stored.
@@ -40,6 +41,7 @@ class ChoiceTable:
     unit_of: dict[ProjectionName, NDArray[np.int64]]
     width: NDArray[np.int64]
     rank: NDArray[np.int64]
+    weight: dict[ProjectionName, float]
     overhead: int
     unused: Mapping[ProjectionName, Tensor] = field(default_factory=dict)
 
@@ -54,13 +56,13 @@ class ChoiceTable:
         return self.overhead + int(np.where(np.isfinite(self.loss), self.cost, 0).max(1).sum())
 
     def losses(self, choice: NDArray[np.int64]) -> dict[ProjectionName, float]:
-        """Loss of some choices by projection, for objectives whose units lie within one.
+        """Loss of some choices by projection, not weighed, for objectives whose units lie within one.
 
         Args:
             choice: [units].
         """
         taken = self.loss[np.arange(len(choice)), choice]
-        return {name: float(taken[unit].sum()) for name, unit in self.unit_of.items()}
+        return {name: float(taken[unit].sum()) / self.weight[name] for name, unit in self.unit_of.items()}
 
 
 def choice_table(
@@ -98,5 +100,7 @@ def choice_table(
         cost += rows[:, None] * schema.features(name) * width
         if objective.ranks:
             cost += COMPENSATOR_BITS * rank * (schema.side(name, "input") + schema.side(name, "output"))
-    loss = objective.loss(view, projections, width, rank)
-    return ChoiceTable(form, schema, projections, loss, cost, unit_of, width, rank, overhead)
+    loss, weight = objective.loss(view, projections, width, rank), objective.weights(view, projections)
+    for name, unit in unit_of.items():
+        loss[np.unique(unit)] *= weight[name]
+    return ChoiceTable(form, schema, projections, loss, cost, unit_of, width, rank, weight, overhead)

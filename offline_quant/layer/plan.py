@@ -22,7 +22,7 @@ class LayerPlan:
         ranks: compensators' ranks int32 [E]; None without compensators.
         allocation: the solver's result.
         table: the choices it was made from.
-        pilot_error: relative error that a pilot measured, summed over projections; None if there was none.
+        pilot_error: relative errors of projections that a pilot measured, weighed and added up; None if there was none.
     """
 
     layer: Layer
@@ -34,7 +34,7 @@ class LayerPlan:
 
     @property
     def losses(self) -> dict[ProjectionName, float]:
-        """What the solver minimized, by projection, for objectives whose units lie within one."""
+        """Loss by projection, not weighed, for objectives whose units lie within one."""
         return self.table.losses(self.allocation.choice)
 
     @property

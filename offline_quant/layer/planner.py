@@ -229,7 +229,7 @@ def _pilot(view: LayerView, plan: LayerPlan, budget: int) -> LayerPlan:
     for name, projection in plan.projections.items():
         lost = torch.cat([p[name][1] for p in parts]).to(frequency.device)
         total = float((frequency * projection.components.total).sum())
-        error += float((frequency * lost).sum()) / max(total, 1e-300)
+        error += plan.table.weight[name] * float((frequency * lost).sum()) / max(total, 1e-300)
         if projection.decomposition.component_axis == "input":
             norms = torch.cat([p[name][0] for p in parts]).to(frequency.device)
             projection = replace(projection, components=replace(projection.components, norms=norms))

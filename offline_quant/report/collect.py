@@ -78,17 +78,14 @@ def layer_report(
         extreme: experts with far larger outputs than the others.
     """
     layer, allocation, table = plan.layer, plan.allocation, plan.table
+    predicts = OBJECTIVES[config.objective].predicts_errors
     return LayerReport(
         layer=prefix,
         basis=plan.basis,
         basis_rank={name: p.basis.rank for name, p in layer.projections.items() if p.basis},
         bpw=8 * layer.nbytes(config.block_size) / layer.num_weights,
-        predicted_error=allocation.loss,
-        predicted_error_by_projection=(
-            {str(name): loss for name, loss in plan.losses.items()}
-            if OBJECTIVES[config.objective].predicts_errors
-            else None
-        ),
+        predicted_error=sum(plan.losses.values()) if predicts else allocation.loss,
+        predicted_error_by_projection={str(name): loss for name, loss in plan.losses.items()} if predicts else None,
         measured_error=None if errors is None else sum(errors.values()),
         measured_error_by_projection=errors,
         output_error=output_error,

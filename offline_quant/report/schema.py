@@ -39,7 +39,7 @@ class LayerReport(Report):
         basis: decomposition form.
         basis_rank: components that a shared basis keeps, by projection; empty without a basis.
         bpw: all-in bits per weight.
-        predicted_error: value of the objective that the solver minimized.
+        predicted_error: sum over the projections; of objectives that do not predict their errors, what was minimized.
         predicted_error_by_projection: None for objectives that do not predict an error of a projection.
         measured_error: sum over the projections; None after `--plan`, as are the next two.
         measured_error_by_projection: on the calibration text.

@@ -90,6 +90,15 @@ class Objective(ABC):
             rank: [choices].
         """
 
+    def weights(self, view: ValuedLayer, projections: RankedProjections) -> dict[ProjectionName, float]:
+        """What a unit of each projection's loss counts, 1 on average.
+
+        Args:
+            view: the layer.
+            projections: components of every projection.
+        """
+        return dict.fromkeys(projections, 1.0)
+
     def check(self, shape: MoEShape) -> None:  # noqa: B027 - most value any model
         """Refuse a model the objective cannot value.
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from bitsmoe_kernels.format.schema import num_blocks
+from bitsmoe_kernels.format.schema import ProjectionName, num_blocks
 from offline_quant.allocation.objectives.base import (
     Losses,
     Objective,
@@ -14,9 +14,15 @@ from offline_quant.allocation.objectives.base import (
     lost_shares,
 )
 
+INPUT_WEIGHT = 1.5
+"""What an error of gate or up counts, beyond its energy at the layer's output; measured (docs/log/2026-12-03.md)."""
+
 
 class BitsMoE(Objective):
-    """kappa_b d_k |F_k|^2 f_e, summed over a block, as a share of the projection's output energy."""
+    """kappa_b d_k |F_k|^2 f_e, summed over a block, as a share of the projection's output energy.
+
+    Shares of projections count by the energy they have at the layer's output.
+    """
 
     name = "bitsmoe"
     unit = "block"
@@ -37,3 +43,16 @@ class BitsMoE(Objective):
             total = (components.total.double().cpu() * frequency).sum().clamp(min=1e-300)
             losses.append((blocks.view(E, -1, G).sum(-1) / total).flatten().numpy())
         return np.concatenate(losses)[:, None] * lost_shares(width)
+
+    def weights(self, view: ValuedLayer, projections: RankedProjections) -> dict[ProjectionName, float]:
+        """See `Objective.weights`."""
+        if "output-weights" in view.config.ablations:  # what an error does to the output is not known
+            return super().weights(view, projections)
+        frequency, energies = view.routing_frequency.double().cpu(), {}
+        for name, projection in projections.items():
+            energy = float((projection.components.total.double().cpu() * frequency).sum()) * view.unit_energy(name)
+            energies[name] = energy * (1.0 if name == "down" else INPUT_WEIGHT)
+        if not min(energies.values()) > 0:  # experts of zeros
+            return super().weights(view, projections)
+        mean = sum(energies.values()) / len(energies)
+        return {name: energy / mean for name, energy in energies.items()}

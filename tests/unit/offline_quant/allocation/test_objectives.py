@@ -12,6 +12,7 @@ from bitsmoe_kernels.reference import LayerWeights
 from layers import measured_layer
 from offline_quant.allocation.heavy_tail import alpha_hill, tail_length
 from offline_quant.allocation.objectives import forms_of
+from offline_quant.allocation.objectives.bitsmoe import INPUT_WEIGHT
 from offline_quant.config import QuantizeConfig
 from offline_quant.layer.planner import choice_tables, plan_layer
 from offline_quant.layer.quantizer import quantize_layer
@@ -170,8 +171,45 @@ def test_feedback_lowers_the_error():
     found = {}
     for feedback in (True, False):
         view, *_ = view_of("bitsmoe", bits=4.0, basis="natural", feedback=feedback, refine=0)
-        found[feedback] = sum(quantize_layer(view, plan_layer(view)).errors.values())
+        plan = plan_layer(view)
+        errors = quantize_layer(view, plan).errors
+        found[feedback] = sum(plan.table.weight[name] * error for name, error in errors.items())
     assert found[True] < found[False]
+
+
+def test_projections_count_by_their_energy_at_the_output():
+    view, *_ = view_of("bitsmoe", basis="natural")
+    (table,) = choice_tables(view, forms_of(view.config))
+    experts, share = view.load(range(E)), view.ctx.moments.routing_frequency.double()
+    energy = {"gate_up": 0.0, "down": 0.0}
+    for e in range(E):
+        m = view.ctx.moments.measure_expert(e, experts.one(e))
+        gate_up, down = experts.gate_up[e].double(), experts.down[e].double()
+        weighed = m.output_weights.double()[:, None] * gate_up @ m.inputs.double() * gate_up
+        energy["gate_up"] += float(share[e] * weighed.sum())
+        energy["down"] += float(share[e] * (down @ m.down.double() * down).sum())
+    assert table.weight["gate_up"] / table.weight["down"] == pytest.approx(
+        INPUT_WEIGHT * energy["gate_up"] / energy["down"], rel=1e-3
+    )
+    assert sum(table.weight.values()) == pytest.approx(2)
+    alike, *_ = view_of("bitsmoe", basis="natural", ablations=("output-weights",))
+    (table,) = choice_tables(alike, forms_of(alike.config))
+    assert set(table.weight.values()) == {1.0}
+
+
+def test_losses_are_relative_errors_however_projections_count():
+    view, *_ = view_of("bitsmoe", basis="natural")
+    plan = plan_layer(view)
+    losses, weight = plan.losses, plan.table.weight
+    assert sum(weight[name] * loss for name, loss in losses.items()) == pytest.approx(plan.allocation.loss, rel=1e-9)
+    frequency = view.ctx.moments.routing_frequency.double()[:, None]
+    for name, projection in plan.projections.items():
+        widths = plan.widths(name, range(E), 16, torch.device("cpu")).flatten(1)
+        lost = torch.tensor([[kappa(int(b)) for b in row] for row in widths], dtype=torch.float64)
+        components = projection.components
+        total = float((components.total.double() * frequency[:, 0]).sum())
+        expected = float((lost * components.energy.double() * frequency).sum()) / total
+        assert losses[name] == pytest.approx(expected, rel=1e-6)
 
 
 def test_prediction_scales_with_kappa():
