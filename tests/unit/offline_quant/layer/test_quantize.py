@@ -1,5 +1,6 @@
 """The quantizer's mathematics against plain float64 loops and published constants."""
 
+import math
 import weakref
 
 import numpy as np
@@ -11,7 +12,7 @@ from bitsmoe_kernels.format.schema import Layer, Projection
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
 from layers import measured_layer
 from offline_quant.calibration import moments as moments_module
-from offline_quant.calibration.moments import LayerMoments, RoutedTokens
+from offline_quant.calibration.moments import MASSIVE, LayerMoments, RoutedTokens
 from offline_quant.config import QuantizeConfig
 from offline_quant.decomposition.bases import natural, paper, whitened
 from offline_quant.decomposition.ranking import rank_components
@@ -395,7 +396,7 @@ def test_tokens_that_activate_nothing_do_not_silence_the_others():
     assert torch.allclose(found.moments.double(), (h.T * mass) @ h, rtol=1e-4)
 
 
-def test_a_massive_token_takes_no_bits_of_the_others():
+def test_a_massive_token_takes_few_bits_of_the_others(monkeypatch):
     """As in layer 11 of SmolLM2: one token of a window has a million times the energy of others."""
     g = torch.Generator().manual_seed(0)
     E, H, I, T = 4, 48, 32, 600  # noqa: E741
@@ -403,7 +404,8 @@ def test_a_massive_token_takes_no_bits_of_the_others():
     x = torch.randn(T, H, generator=g)
     routing = torch.arange(E).expand(T, E).contiguous(), torch.full((T, E), 1 / E)
     errors, bits = [], []
-    for size in (1.0, 100.0):
+    for size, limit in ((1.0, MASSIVE), (100.0, MASSIVE), (1.0, math.inf)):
+        monkeypatch.setattr("offline_quant.calibration.moments.MASSIVE", limit)
         x[0] *= size
         view = measured_layer(gate_up, down, ExpertInputs(x, *routing), QuantizeConfig(bits=2.5))
         plan = plan_layer(view)
@@ -413,9 +415,10 @@ def test_a_massive_token_takes_no_bits_of_the_others():
         lost = (found - wanted).square().sum(1) / wanted.square().sum(1)
         errors.append(float(lost[1:].median()))
         bits.append(float(plan.bits["down"].float().mean()))
-        assert size == 1 or lost[0] < 0.1
+        assert len(errors) == 1 or lost[0] < 0.1
     assert errors[1] < 1.3 * errors[0]
-    assert abs(bits[1] - bits[0]) < 0.3
+    assert errors[2] > 2 * errors[0]
+    assert abs(bits[1] - bits[0]) <= abs(bits[2] - bits[0]) / 2
 
 
 def test_corrected_down_is_the_least_squares_fit_to_quantized_activations():
@@ -568,7 +571,7 @@ def test_a_layer_keeps_its_budget_and_its_function(basis, block_size, unseen):
     [
         (None, 6.0, None, "natural", "natural"),
         (16, 6.0, None, "whitened", "whitened"),
-        (24, 6.0, "SHARED_BASIS_HANDICAP", "whitened", "natural"),  # 1.016 times better
+        (28, 6.0, "SHARED_BASIS_HANDICAP", "whitened", "natural"),  # 1.07 times better
         (16, 7.0, "SHARED_BASIS_GAIN", "whitened", "natural"),  # six times better, where there is little to win
     ],
 )

@@ -10,7 +10,7 @@ from offline_quant.checkpoint.dequantize import dequantize_checkpoint
 from offline_quant.config import QuantizeConfig
 from offline_quant.model.source import SourceModel
 from offline_quant.model.streaming import StreamedModel
-from offline_quant.pipeline import trials
+from offline_quant.pipeline import model_budget, trials
 from offline_quant.pipeline.quantize import quantize_model
 from offline_quant.pipeline.resume import RunState
 from offline_quant.runtime.distributed import Workers
@@ -25,8 +25,15 @@ def divergence(original, other, windows):
 @pytest.mark.slow
 def test_a_layer_costs_what_its_trial_does_to_the_model(tmp_path, monkeypatch):
     """The trial of the first layer is what a run with a budget for each layer makes of it: same inputs, same bits."""
-    windows = []
-    kept = RunState.keep_windows
+    windows, losses = [], []
+    kept, try_layer = RunState.keep_windows, model_budget.try_layer
+
+    def watched(*given):
+        tried = try_layer(*given)
+        losses.append(tried[1])
+        return tried
+
+    monkeypatch.setattr(model_budget, "try_layer", watched)
     monkeypatch.setattr(RunState, "keep_windows", lambda self, w: windows.append(w.tokens) or kept(self, w))
     given = {"bits": 2.5, "calib": "self", "calib_samples": 8, "calib_length": 256, "without": ["trim"]}
     reports = {
@@ -40,7 +47,7 @@ def test_a_layer_costs_what_its_trial_does_to_the_model(tmp_path, monkeypatch):
     )
     other.model.layers[0].mlp.experts.load_state_dict(quantized.model.layers[0].mlp.experts.state_dict())
     first, shared = reports["layer"].layers[0], reports["model"].model_budget
-    found = shared.sensitivity[first.layer] * sum(first.predicted_error_by_projection.values())
+    found = shared.sensitivity[first.layer] * losses[0]
     assert found == pytest.approx(divergence(original, other, windows[0]), rel=0.02)
     bits = shared.bits_per_weight
     assert max(bits.values()) - min(bits.values()) > 0.3
