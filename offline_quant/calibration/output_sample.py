@@ -24,6 +24,7 @@ def routed_output(
     experts: Sequence[int],
     activations: Callable[[int], Tensor],
     output: Callable[[int, Tensor], Tensor],
+    spans: Sequence[range] | None = None,
 ) -> Iterator[Tensor]:
     """What the routed experts add to the layer's output.
 
@@ -36,6 +37,7 @@ def routed_output(
         experts: those of this process.
         activations: [n, I] of an expert, of its own tokens first.
         output: what an expert's down makes of them, [n, H].
+        spans: of tokens whose output is wanted; None: all.
 
     Yields:
         float32 [n, H] of n tokens, one group of tokens after another.
@@ -44,8 +46,7 @@ def routed_output(
     tokens, hidden = moments.inputs.x.shape
     step = max(1, min(tokens, SLOT_VALUES // (top_k * hidden)))
     held = moments.inputs.x.new_empty(step * top_k, hidden)  # fresh pages every time would cost as much again
-    for start in range(0, tokens, step):
-        end = min(start + step, tokens)
+    for start, end in ((at, min(at + step, s.stop)) for s in spans or [range(tokens)] for at in s[::step]):
         filled = held[: (end - start) * top_k]
         if workers.size > 1:
             filled.zero_()  # others fill the rest

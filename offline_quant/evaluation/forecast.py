@@ -124,9 +124,9 @@ def forecast_windows(windows: Tensor) -> Tensor:
     return windows[: max(1, BATCH_TOKENS // windows.shape[1])]
 
 
-def first_rows(parts: Iterable[Tensor], count: int) -> Tensor:
-    """The first rows [count, ...] of a tensor in parts, of which no more are read: windows of states, tokens."""
-    return torch.stack(list(islice((row for part in parts for row in part), count)))
+def first_windows(states: Iterable[Tensor], count: int) -> Tensor:
+    """The first windows [count, L, ...] of hidden states in batches, of which no more are read."""
+    return torch.stack(list(islice((row for batch in states for row in batch), count)))
 
 
 def forecast(
@@ -150,7 +150,7 @@ def forecast(
         on_layer: called after every layer.
     """
     windows = forecast_windows(windows)
-    wanted = first_rows(states, len(windows))
+    wanted = first_windows(states, len(windows))
     lost = divergence(model, wanted, noisy_states(model, windows, errors, seed, on_layer))
     kl = lost * max(LEAST_MULTIPLE, MULTIPLE_AT_2_BITS + MULTIPLE_PER_BIT * (bits - 2))
     return Forecast(kl=kl, low=kl / UNCERTAINTY, high=kl * UNCERTAINTY, tokens=windows.numel())

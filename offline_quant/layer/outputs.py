@@ -1,6 +1,6 @@
 """What a layer's experts give, before and after they are quantized."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 from bitsmoe_kernels.format.schema import Layer, ProjectionName
 from bitsmoe_kernels.reference import LayerWeights, moe_forward
 from offline_quant.allocation.objectives import OBJECTIVES
+from offline_quant.allocation.objectives.base import output_energy
 from offline_quant.calibration.output_sample import (
     OutputSample,
     SlotOutputs,
@@ -22,7 +23,7 @@ from offline_quant.layer.plan import LayerPlan
 from offline_quant.layer.view import LayerView
 
 
-def original_output(ctx: LayerContext) -> Iterator[Tensor]:
+def original_output(ctx: LayerContext, spans: Sequence[range] | None = None) -> Iterator[Tensor]:
     """What the experts give before they are quantized, as `routed_output`. To be read before `quantize_layer`."""
     return routed_output(
         ctx.moments,
@@ -30,10 +31,11 @@ def original_output(ctx: LayerContext) -> Iterator[Tensor]:
         ctx.local_experts,
         ctx.cache.activations.original,
         lambda e, hidden: ctx.load_balanced(range(e, e + 1)).one(0).output(hidden),
+        spans,
     )
 
 
-def quantized_output(view: LayerView) -> Iterator[Tensor]:
+def quantized_output(view: LayerView, spans: Sequence[range] | None = None) -> Iterator[Tensor]:
     """The same after `quantize_layer`."""
     ctx = view.ctx
     return routed_output(
@@ -42,6 +44,7 @@ def quantized_output(view: LayerView) -> Iterator[Tensor]:
         ctx.local_experts,
         ctx.cache.activations.quantized,
         lambda e, hidden: _quantized_down(view, e, hidden),
+        spans,
     )
 
 
@@ -87,9 +90,9 @@ def output_errors(view: LayerView, plan: LayerPlan) -> OutputErrors | None:
     """What losses under a plan's form do to the output; None where the objective predicts no errors."""
     if not OBJECTIVES[view.config.objective].predicts_errors:
         return None
-    frequency = view.routing_frequency.double()
+    frequency = view.routing_frequency
     return OutputErrors(
-        {n: float((frequency * p.components.total.double()).sum()) for n, p in plan.projections.items()},
+        {n: output_energy(p, frequency) for n, p in plan.projections.items()},
         {n: view.unit_energy(n) for n in plan.projections},
         view.ctx.moments.top_k,
         float(view.measurements.output.double().square().sum(1).mean()),

@@ -12,7 +12,7 @@ from torch import Tensor
 from bitsmoe_kernels.format.schema import Layer
 from offline_quant.allocation.objectives import budget_scope
 from offline_quant.evaluation import sanity
-from offline_quant.evaluation.forecast import Forecast, divergence, first_rows, forecast, forecast_windows
+from offline_quant.evaluation.forecast import Forecast, divergence, first_windows, forecast, forecast_windows
 from offline_quant.pipeline.context import RunContext
 from offline_quant.pipeline.model_tuning import tuned_states
 from offline_quant.pipeline.moe_layer import LayerProgress, layer_bar, quantize_moe_layer
@@ -94,7 +94,7 @@ def expected_quality(run: RunContext, layers: FinishedLayers, picked: PickedBits
     if run.plan_only:
         return picked.forecast
     count, last = len(forecast_windows(run.judged)), run.num_layers - 1
-    wanted, found = (first_rows(s, count) for s in (run.originals.read_all(last), _quantized_states(run)))
+    wanted, found = (first_windows(s, count) for s in (run.originals.read_all(last), _quantized_states(run)))
     measured = divergence(run.original, wanted, found, run.streamed)
     run.clock.lap("forecast")
     return picked.forecast.model_copy(update={"measured": measured})

@@ -40,7 +40,7 @@ def _tried_layers(run: RunContext) -> tuple[dict[int, ChoiceTable], dict[int, fl
     trials = Trials(run.streamed, run.windows, run.workers)
 
     def look(index: int, view: LayerView) -> tuple[ChoiceTable, float]:
-        choices, loss, error = try_layer(view, trials.rows)
+        choices, loss, error = try_layer(view, trials.spans)
         trials.disturb(index, error)
         return choices, loss
 

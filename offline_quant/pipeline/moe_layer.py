@@ -1,6 +1,6 @@
 """One layer with routed experts: calibrate, plan, quantize. All uses of `layer/` in a run are here."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
@@ -23,7 +23,6 @@ from offline_quant.model.expert_weights import ExpertWeights
 from offline_quant.pipeline.context import RunContext
 from offline_quant.pipeline.hidden_states import target_output
 from offline_quant.pipeline.records import MoELayerRecord
-from offline_quant.pipeline.trials import rows_of
 from offline_quant.report.collect import layer_picture, layer_report
 from offline_quant.rounding.tuning import tune
 from offline_quant.runtime.chunks import gpu_share
@@ -77,21 +76,21 @@ def layer_choices(view: LayerView) -> ChoiceTable:
     return _without_components(plan_layer(view, trim=False))
 
 
-def try_layer(view: LayerView, rows: Tensor) -> tuple[ChoiceTable, float, Tensor]:
+def try_layer(view: LayerView, spans: Sequence[range]) -> tuple[ChoiceTable, float, Tensor]:
     """Quantize a layer for trial.
 
     Args:
         view: the layer, not quantized.
-        rows: tokens whose error is wanted, int64 [n], ascending.
+        spans: tokens whose error is wanted.
 
     Returns:
         Its choices, without its components; the loss of those that were taken; the error of what its experts give for
         these tokens, float32 [n, H] on the CPU.
     """
     plan = plan_layer(view, trim=False)
-    original = rows_of(original_output(view.ctx), rows)
+    original = torch.cat(list(original_output(view.ctx, spans)))
     quantize_layer(view, plan)
-    error = rows_of(quantized_output(view), rows).sub_(original)
+    error = torch.cat(list(quantized_output(view, spans))).sub_(original).cpu()
     return _without_components(plan), plan.allocation.loss, error
 
 

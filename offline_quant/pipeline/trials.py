@@ -4,9 +4,6 @@ Every layer is quantized for trial. Hidden states of some tokens pass on with th
 without an error. So each layer of the original is loaded once, and routing that changes behind an error counts.
 """
 
-from collections.abc import Iterable
-
-import torch
 from torch import Tensor
 
 from offline_quant.evaluation.forecast import divergence
@@ -22,7 +19,7 @@ class Trials:
     """Hidden states of the original model, without errors and with those of one layer each.
 
     Attributes:
-        rows: which tokens of the windows they are, int64, ascending: the first of windows evenly spread.
+        spans: which tokens of the windows they are: the first of windows evenly spread.
 
     Args:
         model: the original.
@@ -32,8 +29,8 @@ class Trials:
 
     def __init__(self, model: StreamedModel, windows: Tensor, workers: Workers):
         count, length = _tried(*windows.shape)
-        picked = torch.arange(count) * len(windows) // count
-        self.rows = torch.arange(windows.numel()).view(windows.shape)[picked, :length].flatten()
+        picked = [i * len(windows) // count for i in range(count)]
+        self.spans = [range(at, at + length) for at in (i * windows.shape[1] for i in picked)]
         self._model, self._workers = model, workers
         self._plain, self._arguments = model.embed(windows[picked, :length])
         self._disturbed: dict[int, Tensor] = {}
@@ -44,7 +41,7 @@ class Trials:
 
         Args:
             layer: index of a layer with routed experts.
-            error: float32 [rows, H] on the CPU, of what these give.
+            error: float32 [n, H] on the CPU, of what these give for the tokens of `spans`.
         """
         while self._passed < layer:
             self._pass(None)
@@ -67,24 +64,6 @@ class Trials:
             if error is not None and self._workers.is_local(list(model.shape.layers).index(index)):
                 self._disturbed[index] = next(model.through(module, batches[:1], lambda output: output + error))
         self._passed += 1
-
-
-def rows_of(parts: Iterable[Tensor], rows: Tensor) -> Tensor:
-    """Some rows [n, ...] of a tensor in parts, on the CPU.
-
-    Args:
-        parts: of the tensor; none are read beyond the last row.
-        rows: int64 [n], ascending.
-    """
-    found, start = [], 0
-    for part in parts:
-        end = start + len(part)
-        own = rows[(rows >= start) & (rows < end)] - start
-        found.append(part[own.to(part.device)].cpu())
-        if end > int(rows[-1]):
-            break
-        start = end
-    return torch.cat(found)
 
 
 def trials_bytes(sizes: RunSizes) -> int:

@@ -91,7 +91,7 @@ class Objective(ABC):
         """
 
     def weights(self, view: ValuedLayer, projections: RankedProjections) -> dict[ProjectionName, float]:
-        """What a unit of each projection's loss counts, 1 on average.
+        """What a unit of each projection's loss counts, 1 on average; all 1 where units span projections.
 
         Args:
             view: the layer.
@@ -105,6 +105,16 @@ class Objective(ABC):
         Raises:
             BitsmoeError: names the reason and the remedy.
         """
+
+
+def output_energy(projection: RankedProjection, frequency: Tensor) -> float:
+    """Energy of a projection's outputs per expert slot, weighed.
+
+    Args:
+        projection: its components.
+        frequency: of the experts, [E].
+    """
+    return float((projection.components.total.double() * frequency.double()).sum())
 
 
 def lost_shares(width: Widths) -> Losses:

@@ -12,6 +12,7 @@ from offline_quant.allocation.objectives.base import (
     ValuedLayer,
     Widths,
     lost_shares,
+    output_energy,
 )
 
 INPUT_WEIGHT = 1.5
@@ -40,17 +41,17 @@ class BitsMoE(Objective):
             E, C = energy.shape
             blocks = torch.zeros(E, num_blocks(C, G) * G, dtype=torch.float64)
             blocks[:, :C] = energy
-            total = (components.total.double().cpu() * frequency).sum().clamp(min=1e-300)
-            losses.append((blocks.view(E, -1, G).sum(-1) / total).flatten().numpy())
+            total = output_energy(projection, view.routing_frequency)
+            losses.append((blocks.view(E, -1, G).sum(-1) / max(total, 1e-300)).flatten().numpy())
         return np.concatenate(losses)[:, None] * lost_shares(width)
 
     def weights(self, view: ValuedLayer, projections: RankedProjections) -> dict[ProjectionName, float]:
         """See `Objective.weights`."""
         if "output-weights" in view.config.ablations:  # what an error does to the output is not known
             return super().weights(view, projections)
-        frequency, energies = view.routing_frequency.double().cpu(), {}
+        energies = {}
         for name, projection in projections.items():
-            energy = float((projection.components.total.double().cpu() * frequency).sum()) * view.unit_energy(name)
+            energy = output_energy(projection, view.routing_frequency) * view.unit_energy(name)
             energies[name] = energy * (1.0 if name == "down" else INPUT_WEIGHT)
         if not min(energies.values()) > 0:  # experts of zeros
             return super().weights(view, projections)

@@ -467,6 +467,8 @@ def test_what_experts_add_and_its_error_are_those_of_the_layer(basis, biased):
             original[rows] += data.topk_weights[rows, slot, None] * y
     plan = plan_layer(view)
     assert torch.allclose(torch.cat(list(original_output(view.ctx))).double(), original, atol=1e-5)
+    spans, some = [range(3, 40), range(90, 91)], [*range(3, 40), 90]
+    assert torch.allclose(torch.cat(list(original_output(view.ctx, spans))).double(), original[some], atol=1e-5)
     with pytest.raises(RuntimeError, match="not been quantized yet"):
         list(quantized_output(view))
     tensors = quantize_layer(view, plan).tensors
@@ -475,6 +477,7 @@ def test_what_experts_add_and_its_error_are_those_of_the_layer(basis, biased):
     weights = LayerWeights(plan.layer, config.block_size, tensors)
     expected = moe_forward(weights, data.x, data.topk_weights, data.topk_ids)
     assert torch.allclose(torch.cat(list(quantized_output(view))), expected, atol=1e-5)
+    assert torch.allclose(torch.cat(list(quantized_output(view, spans))), expected[some], atol=1e-5)
     assert output_error(view) == pytest.approx(
         float((expected - original).square().sum() / original.square().sum()), rel=1e-3
     )
