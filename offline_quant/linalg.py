@@ -17,6 +17,9 @@ TRIANGLE = 128
 """A triangular matrix of this size is inverted at once."""
 DAMPING = 0.01
 """Added to the diagonal of moments, relative to its mean (GPTQ's customary 1%)."""
+SHRINKAGE = 0.1
+"""Share by which moments that rounding goes by are moved towards their diagonal first. Correlations of the calibration
+text are not quite those of other text (docs/log/2026-12-03.md)."""
 
 
 def add_product(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -59,16 +62,16 @@ def _stripes(K: int) -> Iterator[tuple[slice, slice]]:
 
 
 def add_damping(moments: Tensor) -> Tensor:
-    """Moments [n, K, K] with as much added to the diagonal as `factorize` does."""
+    """Moments [n, K, K], shrunk and damped as `factorize` does it."""
     return factorize(moments).damped(moments)
 
 
 @dataclass(frozen=True)
 class CholeskyFactor:
-    """Factorization of damped moments of n experts.
+    """Factorization of shrunk and damped moments of n experts.
 
     Attributes:
-        ridge: float32 [n], what was added to the diagonal.
+        ridge: float32 [n], what was added to the diagonal after shrinking.
         U: float32 [n, K, K], upper triangular, U^T U the inverse, as GPTQ's feedback uses it.
     """
 
@@ -84,20 +87,26 @@ class CholeskyFactor:
         return self.U.diagonal(dim1=-2, dim2=-1).pow(-2)
 
     def damped(self, moments: Tensor) -> Tensor:
-        """The moments [n, K, K] that were factorized, with the ridge."""
-        return _ridged(moments, self.ridge)
+        """The moments [n, K, K] that were factorized: shrunk, with the ridge."""
+        return _shrunk(moments, self.ridge)
+
+    def damped_energy(self, energy: Tensor, F: Tensor, M: Tensor) -> Tensor:
+        """tr(F^T M' F) [n] for the damped M' of moments M [n, K, K]; `energy` is that of M itself."""
+        own = SHRINKAGE * M.diagonal(dim1=-2, dim2=-1) + self.ridge[:, None]
+        return (1 - SHRINKAGE) * energy + (own[:, :, None] * F.square()).sum((1, 2))
 
 
-def _ridged(moments: Tensor, ridge: Tensor) -> Tensor:
-    out = moments.clone()
-    out.diagonal(dim1=-2, dim2=-1).add_(ridge[:, None])
+def _shrunk(moments: Tensor, ridge: Tensor) -> Tensor:
+    out = moments * (1 - SHRINKAGE)
+    out.diagonal(dim1=-2, dim2=-1).copy_(moments.diagonal(dim1=-2, dim2=-1) + ridge[:, None])
     return out
 
 
 def factorize(moments: Tensor) -> CholeskyFactor:
-    """Add DAMPING times the mean diagonal to second moments [n, K, K], so that they have a factor, and find it.
+    """Factor of second moments [n, K, K], moved towards their diagonal by SHRINKAGE, and with a ridge.
 
-    Where that is not enough in float32 (fewer distinct tokens than components), ten times as much is added, and so on.
+    The ridge is DAMPING times the mean diagonal. Where that is not enough in float32 (fewer distinct tokens than
+    components), ten times as much is added, and so on.
 
     Raises:
         BitsmoeError: moments that are not finite.
@@ -107,7 +116,7 @@ def factorize(moments: Tensor) -> CholeskyFactor:
     ridge = _least_ridge(moments)
     while True:
         # Upper triangular R with R R^T = M, so that U = R^-1.
-        root, info = torch.linalg.cholesky_ex(_ridged(moments, ridge).flip(-1, -2))
+        root, info = torch.linalg.cholesky_ex(_shrunk(moments, ridge).flip(-1, -2))
         failed = info > 0
         if not bool(failed.any()):
             break
@@ -156,7 +165,7 @@ def _damped(moments: Tensor) -> Tensor:
 def on_diagonal(moments: Tensor) -> CholeskyFactor:
     """The factor of the diagonal of moments, for rounding without feedback: components count as independent."""
     ridge = _least_ridge(moments)
-    return CholeskyFactor(ridge, _ridged(moments, ridge).diagonal(dim1=-2, dim2=-1).rsqrt().diag_embed())
+    return CholeskyFactor(ridge, _shrunk(moments, ridge).diagonal(dim1=-2, dim2=-1).rsqrt().diag_embed())
 
 
 def permute(M: Tensor, order: Tensor) -> Tensor:

@@ -309,7 +309,7 @@ def _compensated(
         V, U = (V * live).half().float(), (U * live).half().float()
         made_up = V.mT @ U
         if turn < COMPENSATOR_ROUNDS - 1:
-            q = quantize(F - made_up, metric, width.flatten(1), "K", mode)
+            q = quantize(F - made_up, problem.M, width.flatten(1), "K", mode, problem.factor)
     residual = F - q.dequantize(width) - made_up
     V = torch.empty_like(V).scatter_(2, order[:, None].expand_as(V), V)
     U = U if roots is None else U / roots[:, None]

@@ -68,7 +68,7 @@ def quantize(
     if mode.feedback:
         out = backend.hand_on(F, factor.U, grid, c, mode.rough)
     else:
-        out = backend.round_alone(F, M, factor.ridge, grid, c, mode.rough)
+        out = backend.round_alone(F, M, factor, grid, c, mode.rough)
     if not mode.refine:
         return out
     best, M = out, factor.damped(M)

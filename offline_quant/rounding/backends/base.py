@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
+from offline_quant.linalg import CholeskyFactor
 from offline_quant.rounding.grid import Grid, Quantized
 
 
@@ -26,13 +27,15 @@ class RoundingBackend(ABC):
         """
 
     @abstractmethod
-    def round_alone(self, F: Tensor, M: Tensor, ridge: Tensor, grid: Grid, c: Tensor, rough: bool) -> Quantized:
+    def round_alone(
+        self, F: Tensor, M: Tensor, factor: CholeskyFactor, grid: Grid, c: Tensor, rough: bool
+    ) -> Quantized:
         """Round every row to its own best scale.
 
         Args:
             F: [n, K, N].
             M: [n, K, K], undamped, and
-            ridge: [n], what damps it: both measure the error.
+            factor: that damps it: both measure the error.
             grid: of the codes.
             c: [n, N], column scales.
             rough: guess row scales instead of searching for them.

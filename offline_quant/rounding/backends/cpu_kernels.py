@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bitsmoe_kernels._cpu import rounding as compiled
-from offline_quant.linalg import mirrored
+from offline_quant.linalg import CholeskyFactor, mirrored
 from offline_quant.rounding.backends.base import RoundingBackend
 from offline_quant.rounding.backends.torch_reference import measured
 from offline_quant.rounding.grid import Grid, Quantized, as_half
@@ -19,11 +19,13 @@ class CpuRounding(RoundingBackend):
         assert error is not None
         return Quantized(codes, a, c, norms, error)
 
-    def round_alone(self, F: Tensor, M: Tensor, ridge: Tensor, grid: Grid, c: Tensor, rough: bool) -> Quantized:
+    def round_alone(
+        self, F: Tensor, M: Tensor, factor: CholeskyFactor, grid: Grid, c: Tensor, rough: bool
+    ) -> Quantized:
         """See `RoundingBackend`."""
         codes, a, norms, _, left = compiled.round_alone(F, grid.half, grid.power, c, rough)
         assert left is not None
-        return measured(codes, a, c, norms, left, M, ridge)
+        return measured(codes, a, c, norms, left, M, factor)
 
     def refit(self, M: Tensor, MF: Tensor, q: Quantized, grid: Grid) -> tuple[Quantized, Tensor]:
         """See `RoundingBackend`. By a Cholesky factor where float32 has one."""

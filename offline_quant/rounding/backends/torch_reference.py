@@ -5,7 +5,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from offline_quant.linalg import add_product, mirrored, output_energy
+from offline_quant.linalg import CholeskyFactor, add_product, mirrored, output_energy
 from offline_quant.rounding.backends.base import RoundingBackend
 from offline_quant.rounding.grid import Grid, Quantized, as_half
 
@@ -41,7 +41,9 @@ class TorchRounding(RoundingBackend):
             total += errors.square().sum((1, 2))
         return Quantized(codes, a, c, norms, total)
 
-    def round_alone(self, F: Tensor, M: Tensor, ridge: Tensor, grid: Grid, c: Tensor, rough: bool) -> Quantized:
+    def round_alone(
+        self, F: Tensor, M: Tensor, factor: CholeskyFactor, grid: Grid, c: Tensor, rough: bool
+    ) -> Quantized:
         """See `RoundingBackend`. As many rows at once as a processor's cache holds."""
         n, K, N = F.shape
 
@@ -58,7 +60,7 @@ class TorchRounding(RoundingBackend):
             codes[part], value = own.round(flat[part], a[part], columns[part])
             torch.sub(flat[part], value, out=left[part])
         norms = F.square().sum(-1)
-        return measured(codes.view(n, K, N), a.view(n, K), c, norms, left.view(n, K, N), M, ridge)
+        return measured(codes.view(n, K, N), a.view(n, K), c, norms, left.view(n, K, N), M, factor)
 
     def refit(self, M: Tensor, MF: Tensor, q: Quantized, grid: Grid) -> tuple[Quantized, Tensor]:
         """See `RoundingBackend`."""
@@ -95,10 +97,12 @@ class TorchRounding(RoundingBackend):
         return Quantized(codes, q.a, q.c, q.norms, error - gained(gradient, change, own))
 
 
-def measured(codes: Tensor, a: Tensor, c: Tensor, norms: Tensor, left: Tensor, M: Tensor, ridge: Tensor) -> Quantized:
+def measured(
+    codes: Tensor, a: Tensor, c: Tensor, norms: Tensor, left: Tensor, M: Tensor, factor: CholeskyFactor
+) -> Quantized:
     """Rows rounded alone, with what they lost; `left` [n, K, N] is factors less their rounded values."""
     lost = output_energy(left, M)
-    return Quantized(codes, a, c, norms, lost + ridge * left.square().sum((1, 2)), lost)
+    return Quantized(codes, a, c, norms, factor.damped_energy(lost, left, M), lost)
 
 
 def gained(gradient: Tensor, change: Tensor, own: Tensor) -> Tensor:

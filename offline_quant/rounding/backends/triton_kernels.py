@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from bitsmoe_kernels._triton import rounding as kernels
+from offline_quant.linalg import CholeskyFactor
 from offline_quant.rounding.backends.torch_reference import TorchRounding, gained, measured
 from offline_quant.rounding.grid import Grid, Quantized
 
@@ -15,10 +16,12 @@ class TritonRounding(TorchRounding):
         codes, a, norms, error = kernels.round_with_feedback(F, U, grid.half, grid.power, c, rough)
         return Quantized(codes, a, c, norms, error)
 
-    def round_alone(self, F: Tensor, M: Tensor, ridge: Tensor, grid: Grid, c: Tensor, rough: bool) -> Quantized:
+    def round_alone(
+        self, F: Tensor, M: Tensor, factor: CholeskyFactor, grid: Grid, c: Tensor, rough: bool
+    ) -> Quantized:
         """See `RoundingBackend`."""
         codes, a, norms, left = kernels.round_alone(F, grid.half, grid.power, c, rough)
-        return measured(codes, a, c, norms, left, M, ridge)
+        return measured(codes, a, c, norms, left, M, factor)
 
     def descend(self, F: Tensor, M: Tensor, q: Quantized, grid: Grid, gradient: Tensor) -> Quantized:
         """See `RoundingBackend`."""
