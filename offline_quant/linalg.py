@@ -165,7 +165,7 @@ def _damped(moments: Tensor) -> Tensor:
 def on_diagonal(moments: Tensor) -> CholeskyFactor:
     """The factor of the diagonal of moments, for rounding without feedback: components count as independent."""
     ridge = _least_ridge(moments)
-    return CholeskyFactor(ridge, _shrunk(moments, ridge).diagonal(dim1=-2, dim2=-1).rsqrt().diag_embed())
+    return CholeskyFactor(ridge, (moments.diagonal(dim1=-2, dim2=-1) + ridge[:, None]).rsqrt().diag_embed())
 
 
 def permute(M: Tensor, order: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from bitsmoe_kernels.format.schema import ProjectionName
 from bitsmoe_kernels.models.families import MoEShape
 from offline_quant.config import QuantizeConfig, Scope
 from offline_quant.decomposition.ranking import RankedProjection
+from offline_quant.linalg import CholeskyFactor
 from offline_quant.model.expert_weights import ExpertWeights
 from offline_quant.rounding.gaussian import kappa
 
@@ -48,6 +49,9 @@ class ValuedLayer(Protocol):
 
     def moments(self, projection: RankedProjection, chunk: range) -> Tensor:
         """Second moments [n, K, K] of what enters the contraction, rows in stored order."""
+
+    def factor(self, projection: RankedProjection, chunk: range, M: Tensor) -> CholeskyFactor:
+        """Factor of `moments`, or independent components where errors are not handed on."""
 
     def unit_energy(self, name: ProjectionName) -> float:
         """Energy at the layer's output of one unit of a projection's error."""

@@ -4,7 +4,6 @@ import numpy as np
 import torch
 
 from offline_quant.allocation.objectives.base import Losses, Objective, RankedProjections, Ranks, ValuedLayer, Widths
-from offline_quant.linalg import add_damping
 from offline_quant.rounding.compensator import tail_energies
 from offline_quant.rounding.error_feedback import RoundingMode, quantize
 
@@ -30,12 +29,12 @@ class BTMoE(Objective):
             experts, energy = view.load(chunk), np.zeros((len(chunk), len(width)))
             for name, projection in projections.items():
                 W, M = view.scaled_weights(name, chunk, experts), view.moments(projection, chunk)
-                order = projection.order(chunk)
-                F, M = W.mT.gather(1, order[:, :, None].expand(-1, -1, W.shape[1])), add_damping(M)
+                order, factor = projection.order(chunk), view.factor(projection, chunk, M)
+                F, metric = W.mT.gather(1, order[:, :, None].expand(-1, -1, W.shape[1])), factor.damped(M)
                 for bits in np.unique(width):
                     widths = torch.full(order.shape, int(bits), dtype=torch.uint8, device=F.device)
-                    rounded = quantize(F, M, widths, "K", mode)
-                    tail = tail_energies(F - rounded.dequantize(widths[:, :, None]), M).double().cpu().numpy()
+                    rounded = quantize(F, M, widths, "K", mode, factor)
+                    tail = tail_energies(F - rounded.dequantize(widths[:, :, None]), metric).double().cpu().numpy()
                     here = width == bits
                     energy[:, here] += tail[:, rank[here]] * view.unit_energy(name)
             return energy

@@ -19,6 +19,7 @@ from offline_quant.layer.quantizer import quantize_layer
 from offline_quant.linalg import add_damping
 from offline_quant.model.expert_inputs import ExpertInputs
 from offline_quant.rounding import compensator
+from offline_quant.rounding.error_feedback import RoundingMode
 from offline_quant.rounding.gaussian import kappa
 
 E, H, I = 3, 48, 32  # noqa: E741
@@ -124,6 +125,20 @@ def test_bt_moe_measures_what_a_choice_costs_at_the_layers_output():
         assert (np.diff(by_rank, axis=1) < 0).all()
     at_rank_4 = table.loss[:, table.rank == 4]
     assert (np.diff(at_rank_4, axis=1) < 0).all()
+
+
+def test_bt_moe_tries_widths_as_the_layer_is_rounded_later():
+    view, *_ = view_of("bt-moe", ranks=(0, 4))
+    (table,) = choice_tables(view, forms_of(view.config))
+    plan, chunk = plan_layer(view), range(E)
+    experts, lost = view.load(chunk), torch.zeros(E)
+    for name, projection in plan.projections.items():
+        width = torch.full((*projection.order(chunk).shape, 1), 2, dtype=torch.uint8)
+        rounded = view.problem(projection, chunk, experts).round(width, RoundingMode(refine=0))
+        lost += view.unit_energy(name) * rounded.error
+    expected = view.ctx.moments.routing_frequency * lost.sqrt()
+    found = table.loss[:, (table.width == 2) & (table.rank == 0)][:, 0]
+    assert found == pytest.approx(expected.numpy(), rel=1e-4)
 
 
 def test_bt_moe_compensators_reach_the_stored_weights():
